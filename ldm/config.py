@@ -1,0 +1,125 @@
+"""Configuration: frozen pydantic classes, values from a YAML file, overrides from the command line."""
+
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self, TypeVar, get_args
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Config(BaseModel):
+    """Base of every configuration class: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, source: str) -> Self:
+        """Build from plain values; ValueError has one line for each fault, with its dotted path."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ValueError("\n".join(_explain(cls, error, source))) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that YAML and JSON can hold; `from_dict` gives the same object back."""
+        return self.model_dump(mode="json")
+
+
+class ScriptConfig(Config):
+    """What every script has: the YAML file that its other values come from."""
+
+    config: Path | None = None
+    """YAML file of values; flags on the command line override it"""
+
+
+Script = TypeVar("Script", bound=ScriptConfig)
+
+
+def parse(cls: type[Script], argv: Sequence[str] | None, *, default: Path | None, description: str) -> Script:
+    """Read `--config FILE` (or `default`) and override it from the command line.
+
+    Exits with status 2 and a short message when a value is wrong; `--help` lists every flag.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        path = _config_flag(args) or default
+        values = read_yaml(path) if path else {}
+        config = cls.from_dict({**values, "config": path}, source=str(path))
+        return tyro.cli(cls, args=args, default=config, description=description)
+    except ValidationError as error:
+        raise SystemExit(_exit_message("\n".join(_explain(cls, error, "command line")))) from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(_exit_message(str(error))) from None
+
+
+@contextmanager
+def errors_for_people() -> Iterator[None]:
+    """Turn a ValueError, which says what is wrong and what to do, into a short message and exit status 1."""
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(_exit_message(str(error))) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; ValueError names the file when it is missing or is no mapping."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such configuration file; see configs/ for those that ship with ldm")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    return values
+
+
+def write_yaml(path: Path, config: Config) -> None:
+    """Write the resolved configuration, without the path of the file it came from."""
+    values = {key: value for key, value in config.to_dict().items() if key != "config"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100))
+
+
+def _config_flag(args: list[str]) -> Path | None:
+    for position, arg in enumerate(args):
+        if arg.startswith("--config="):
+            return Path(arg.split("=", 1)[1])
+        if arg == "--config" and position + 1 < len(args):
+            return Path(args[position + 1])
+    return None
+
+
+def _exit_message(text: str) -> str:
+    return "\n".join(f"error: {line}" for line in text.splitlines())
+
+
+def _explain(cls: type[BaseModel], error: ValidationError, source: str) -> list[str]:
+    lines = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            names = _field_names(cls, fault["loc"][:-1])
+            near = difflib.get_close_matches(str(fault["loc"][-1]), names, n=1)
+            hint = f"perhaps you meant {near[0]}" if near else f"known keys: {', '.join(sorted(names))}"
+            lines.append(f"{source}: {where}: unknown key; {hint}")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            value = fault["input"]
+            shown = f" (got {value!r})" if isinstance(value, str | int | float | list | tuple | None) else ""
+            lines.append(f"{source}: {where + ': ' if where else ''}{message}{shown}")
+    return lines
+
+
+def _field_names(cls: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
+    current: Any = cls
+    for part in loc:
+        annotation = current.model_fields[str(part)].annotation
+        options = [annotation, *get_args(annotation)]
+        current = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(current.model_fields)

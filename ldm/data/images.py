@@ -1,0 +1,354 @@
+"""Images that people have: folders, parquet files and hub data sets, found, read, decoded and cut to squares."""
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ldm import keyed
+from ldm.data.shapes import Split
+
+if TYPE_CHECKING:
+    import datasets
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SIDECARS = (".txt", ".caption")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+CAPTION_COLUMNS = ("caption", "text", "prompt")
+MAX_MEGAPIXELS = 64
+HELD_OUT = 0.05  # share of the items that make the test split of a set without one
+
+Encoded = bytes | Path
+Captions = Sequence[str | list[str]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The items of one split, not yet decoded. All sequences are of one length."""
+
+    names: Sequence[str]
+    images: Sequence[Encoded]
+    captions: Captions  # one wording, or several, for each item
+    description: str
+
+    def select(self, chosen: Sequence[int]) -> "Source":
+        """The source with the items at the `chosen` positions alone."""
+        names, captions = [self.names[i] for i in chosen], [self.captions[i] for i in chosen]
+        images = self.images.select(chosen) if isinstance(self.images, Column) else [self.images[i] for i in chosen]
+        return Source(names, images, captions, self.description)
+
+
+class Column(Sequence[Encoded]):
+    """The image column of a table, read row by row; a path in it must lie in one of the `roots`."""
+
+    def __init__(self, rows: "datasets.Dataset", name: str, roots: Sequence[Path]) -> None:
+        self.rows, self.name, self.roots = rows, name, roots
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Encoded:  # type: ignore[override]
+        cell = self.rows[index][self.name]
+        if isinstance(cell, bytes):
+            return cell
+        if not cell or (cell["bytes"] is None and not cell["path"]):
+            raise ValueError("holds no image")
+        return cell["bytes"] if cell["bytes"] is not None else _confined(cell["path"], self.roots)
+
+    def select(self, chosen: Sequence[int]) -> "Column":
+        """The rows at the `chosen` positions."""
+        return Column(self.rows.select(chosen), self.name, self.roots)
+
+
+def check_split(split: str) -> None:
+    """ValueError unless `split` is train or test."""
+    if split not in get_args(Split):
+        raise ValueError(f"split {split!r} is unknown: choose train or test")
+
+
+def split_by_name(names: Sequence[str], split: Split) -> list[int]:
+    """Positions of a split's items: 5 % are held out, by a hash of the name alone, so a new item moves no other.
+
+    Few items are the exception: of two or more at least one is held out, and at least one is not.
+    """
+    check_split(split)
+    keys = [keyed.key("held out", name) for name in names]
+    held = {i for i, value in enumerate(keys) if value < HELD_OUT * 2**63}
+    if len(keys) > 1:
+        held = (held or {keys.index(min(keys))}) - ({keys.index(max(keys))} if len(held) == len(keys) else set())
+    return [i for i in range(len(keys)) if (i in held) == (split == "test")]
+
+
+def open_images(source: str, split: Split) -> Source:
+    """One split of a folder, a parquet file or a hub data set.
+
+    ValueError: nothing there, no image, captions that point nowhere or out of the folder, an unknown split.
+    """
+    check_split(split)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _open_folder(path, split)
+    if path.is_file() and path.suffix == ".parquet":
+        return _open_parquet(path, split)
+    if not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+        return _open_hub(source, split)
+    raise ValueError(
+        f"data.source {source}: no such folder or parquet file; "
+        "give --data.source an existing one, a hub id org/name, or shapes, pairs or emoji"
+    )
+
+
+# Folders.
+
+
+def _open_folder(root: Path, split: Split) -> Source:
+    has_splits = (root / "train").is_dir() and (root / "test").is_dir()
+    if has_splits and not any((root / name).is_file() for name in METADATA):
+        return _read_folder(root / split)
+    found = _read_folder(root)
+    return found.select(split_by_name(found.names, split))
+
+
+def _read_folder(root: Path) -> Source:
+    found: Mapping[str, str | list[str]]
+    files = _walk(root)
+    images = [name for name in files if name.lower().endswith(SUFFIXES)]
+    if not images:
+        what = "holds no PNG, JPEG or WEBP image" if files else "is empty"
+        raise ValueError(f"{root}: this folder {what}; put images there or choose another --data.source")
+    metadata = next((name for name in METADATA if (root / name).is_file()), None)
+    if metadata:
+        found, origin = _metadata_captions(root / metadata, set(images))
+    else:
+        found, origin = _sidecar_captions(root, images, set(files))
+    captions = [found.get(name, "") for name in images]
+    said = f"captions from {origin}, {sum(map(bool, captions)):,} captioned" if origin else "no captions"
+    paths = [root / name for name in images]
+    return Source(images, paths, captions, f"images: {len(images):,} files in {root}/, {said}")
+
+
+def _walk(root: Path) -> list[str]:
+    """Relative paths of all files below `root`, in order, without hidden ones."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [(Path(folder) / name).relative_to(root).as_posix() for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def _sidecar_captions(root: Path, images: list[str], files: set[str]) -> tuple[dict[str, str], str]:
+    captions, used = {}, set()
+    for name in images:
+        stem = name.rsplit(".", 1)[0]
+        suffix = next((suffix for suffix in SIDECARS if stem + suffix in files), None)
+        if suffix:
+            captions[name] = _text(_read_text(root / (stem + suffix)))
+            used.add(f"*{suffix}")
+    return captions, " and ".join(sorted(used))
+
+
+def _metadata_captions(path: Path, images: set[str]) -> tuple[dict[str, list[str]], str]:
+    """Captions by file name; a file that is listed twice has two."""
+    rows = _read_metadata(path)
+    columns = set(rows[0]) if rows else set()
+    if "file_name" not in columns:
+        raise ValueError(f"{path}: there is no column file_name; name each image's path in the folder there")
+    column = next((name for name in CAPTION_COLUMNS if name in columns), None)
+    if column is None:
+        raise ValueError(f"{path}: there is no caption column; call it caption, text or prompt")
+    captions: dict[str, list[str]] = {}
+    for row in rows:
+        name = _inside(_text(row.get("file_name")), path)
+        captions.setdefault(name, []).extend(filter(None, [_text(row.get(column))]))
+    missing = sorted(set(captions) - images)
+    if missing:
+        raise ValueError(
+            f"{path} names {len(missing):,} files that are not there as PNG, JPEG or WEBP: {_first(missing)}; "
+            "add them or take their lines out"
+        )
+    return captions, f"{path.name} column `{column}`"
+
+
+def _read_metadata(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet  # slow, and few need it
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    text = _read_text(path)
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text)))
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                raise ValueError(f"{path}: line {number} is no JSON object; write one object in each line") from None
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text; save it as UTF-8") from None
+
+
+def _inside(name: str, path: Path) -> str:
+    """The normalised relative path; ValueError when it leads out of the folder."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or PureWindowsPath(name).drive:
+        raise ValueError(f"{path}: file_name {name} leads out of the folder; use paths relative to {path.parent}")
+    return pure.as_posix()
+
+
+def _confined(path: str, roots: Sequence[Path]) -> Path:
+    full = (roots[0] / path).resolve()
+    if not any(full.is_relative_to(root.resolve()) for root in roots):
+        raise ValueError(f"its path {path} leads out of {roots[0]}")
+    return full
+
+
+def _text(value: Any) -> str:
+    """A caption in one line; nothing for a missing one."""
+    return "" if value is None else " ".join(str(value).split())
+
+
+def _first(names: Sequence[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+# Tables.
+
+
+def _open_parquet(path: Path, split: Split) -> Source:
+    import datasets  # slow, and drawn sets do not need it here
+
+    try:
+        rows = datasets.Dataset.from_parquet(str(path))
+    except (datasets.exceptions.DatasetGenerationError, ValueError):
+        raise ValueError(
+            f"{path}: no parquet file, a damaged one or an empty one; choose another --data.source"
+        ) from None
+    found = _table(rows, str(path), [path.parent])
+    return found.select(split_by_name(found.names, split))
+
+
+def _open_hub(name: str, split: Split) -> Source:
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        splits = datasets.load_dataset(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = _text(error)
+        raise ValueError(
+            f"data.source {name}: no such folder, and the Hugging Face hub gave no data set of that name ({reason}); "
+            "give --data.source an existing folder or a public hub id"
+        ) from None
+    if "train" not in splits:
+        raise ValueError(f"data.source {name}: has no split train, only {_first(list(splits))}; choose another one")
+    own = next((key for key in ("test", "validation") if key in splits), None)
+    roots = [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
+    found = _table(splits[own if own and split == "test" else "train"], f"hub {name}", roots)
+    return found if own else found.select(split_by_name(found.names, split))
+
+
+def _table(rows: "datasets.Dataset", where: str, roots: Sequence[Path]) -> Source:
+    """The image and caption columns of a table. Rows have no names of their own, so their number is the name."""
+    import datasets
+
+    image = _image_column(rows.features)
+    if image is None:
+        columns = _first(list(rows.features), 12)
+        raise ValueError(f"{where}: none of the columns {columns} holds images; choose another --data.source")
+    if not len(rows):
+        raise ValueError(f"{where}: holds no rows; choose another --data.source")
+    caption = next((name for name in CAPTION_COLUMNS if name in rows.features), None)
+    if isinstance(rows.features[image], datasets.Image):
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+    cells = rows[caption][:] if caption else []
+    captions: Captions = [_wordings(cell) for cell in cells] or [""] * len(rows)
+    said = f"captions from column `{caption}`, {sum(map(bool, captions)):,} captioned" if caption else "no captions"
+    names = [f"row {i}" for i in range(len(rows))]
+    description = f"images: {len(rows):,} rows of {where}, column `{image}`, {said}"
+    return Source(names, Column(rows.select_columns([image]), image, roots), captions, description)
+
+
+def _wordings(cell: Any) -> str | list[str]:
+    return [text for text in map(_text, cell) if text] if isinstance(cell, list) else _text(cell)
+
+
+def _image_column(features: "datasets.Features") -> str | None:
+    import datasets
+
+    def holds_bytes(feature: Any) -> bool:
+        if isinstance(feature, dict):
+            return {"bytes", "path"} <= set(feature)
+        return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+
+    typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    return next(iter(typed + [name for name, feature in features.items() if holds_bytes(feature)]), None)
+
+
+# Pixels.
+
+
+def decode(data: Encoded, *, channels: int = 3, side: int | None = None) -> Image.Image:
+    """The first frame of a PNG, JPEG or WEBP file, upright, on white, in 8 bits: mode RGB, or L for one channel.
+
+    Give the `side` that is wanted in the end to read a large JPEG at a lower resolution, never below twice `side`.
+    ValueError: not such an image, damaged, or above 64 megapixels, which is known before any pixel is decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
+            if image.width * image.height > MAX_MEGAPIXELS * 1e6:
+                raise Image.DecompressionBombError
+            if side is not None:
+                image.draft(None, (2 * side, 2 * side))
+            image.load()
+            if image.info:  # else there is no orientation to look for
+                ImageOps.exif_transpose(image, in_place=True)
+            plain = _on_white(image)
+    except Image.DecompressionBombError:
+        raise ValueError(f"larger than the limit of {MAX_MEGAPIXELS} megapixels; shrink it") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError("no PNG, JPEG or WEBP image") from None
+    except Exception as error:  # damaged files raise errors of many types in Pillow's decoders
+        raise ValueError(_text(error) or type(error).__name__) from None
+    mode = "RGB" if channels == 3 else "L"
+    return plain if plain.mode == mode else plain.convert(mode)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Without transparency, and 16-bit grey scaled (Pillow's own conversion would clip it)."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image
+
+
+def to_tensor(image: Image.Image, size: int, *, offset: int | None = None) -> Tensor:
+    """A square of the shorter side, made `size` pixels wide with antialiasing: (c, size, size), float32 in [-1, 1].
+
+    The square is the centre one, or begins at `offset` of the longer side (any number, modulo the places there are).
+    """
+    short, slack = min(image.size), max(image.size) - min(image.size)
+    if image.size != (size, size):
+        start = slack // 2 if offset is None else offset % (slack + 1)
+        x, y = (start, 0) if image.width > image.height else (0, start)
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + short, y + short))
+    pixels = torch.from_numpy(np.array(image).reshape(size, size, -1)).permute(2, 0, 1)
+    return pixels.contiguous().float().div_(127.5).sub_(1)

@@ -1,0 +1,78 @@
+"""Which sample comes when: a pure function of (seed, epoch, position), whatever the processes and workers."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from ldm import keyed
+
+
+class Key(NamedTuple):
+    """Names one use of one sample: `position` is its place in the step's global batch."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index
+    epoch: int
+    position: int
+
+
+@lru_cache(maxsize=4)
+def permutation(size: int, seed: int, epoch: int) -> Tensor:
+    """The order of `size` samples in one epoch."""
+    return torch.randperm(size, generator=keyed.generator(seed, "order", epoch))
+
+
+def sample_at(place: int, *, size: int, seed: int) -> tuple[int, int]:
+    """(index, epoch) of the sample at `place` in the endless stream of shuffled epochs."""
+    epoch, offset = divmod(place, size)
+    return int(permutation(size, seed, epoch)[offset]), epoch
+
+
+def first_samples(dataset: Dataset[Any], count: int) -> list[Any]:
+    """The first `count` samples of a data set, the same at every call: for validation."""
+    return [dataset[Key(index, 0, index)] for index in range(min(count, len(dataset)))]  # type: ignore[arg-type]
+
+
+def image_batches(dataset: Dataset[Any], *, count: int | None = None, batch_size: int = 64) -> Iterator[Tensor]:
+    """The images of a data set, or `count` of them spread over it, in batches (b, c, h, w)."""
+    total = len(dataset)  # type: ignore[arg-type]
+    chosen = [i * total // min(count or total, total) for i in range(min(count or total, total))]
+    for first in range(0, len(chosen), batch_size):
+        yield torch.stack([dataset[Key(i, 0, i)]["image"] for i in chosen[first : first + batch_size]])
+
+
+class Order(Sampler[list[Key]]):
+    """The micro-batches of one process, endless, from optimizer step `start` on.
+
+    Every step takes `batch_size` samples over all processes. The step is cut into `accumulate` x `world` equal slices;
+    this process gets slice `rank` of each of the `accumulate` rounds.
+    """
+
+    def __init__(
+        self, size: int, *, seed: int, batch_size: int, start: int = 0, accumulate: int = 1, rank: int = 0, world: int = 1
+    ) -> None:
+        if size < 1:
+            raise ValueError("the training set is empty")
+        if batch_size % (world * accumulate):
+            raise ValueError(
+                f"batch_size {batch_size} does not divide over {world} processes x accumulate {accumulate}: "
+                f"choose a multiple of {world * accumulate}"
+            )
+        self.size, self.seed, self.batch_size, self.start = size, seed, batch_size, start
+        self.accumulate, self.rank, self.world = accumulate, rank, world
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        micro = self.batch_size // (self.world * self.accumulate)
+        step = self.start
+        while True:
+            for round_ in range(self.accumulate):
+                first = (round_ * self.world + self.rank) * micro
+                yield [self._key(step, position) for position in range(first, first + micro)]
+            step += 1
+
+    def _key(self, step: int, position: int) -> Key:
+        index, epoch = sample_at(step * self.batch_size + position, size=self.size, seed=self.seed)
+        return Key(index, epoch, position)

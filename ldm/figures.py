@@ -1,0 +1,105 @@
+"""Pictures that explain: noising, denoising, latents, guidance, and the curves of a run."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ldm.diffusion.process import Process
+from ldm.pictures import grid
+from ldm.pipeline import Pipeline, initial_noise, to_images
+
+
+@torch.no_grad()
+def noising(images: Tensor, process: Process, *, shown: int = 9, scale: int = 3) -> Image.Image:
+    """Each row is one of `images` (b, c, h, w) with more and more noise, from t = 0 to t = 1."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    columns = [process.mix(images, noise, torch.full((len(images),), t)) for t in torch.linspace(0, 1, shown).tolist()]
+    cells = torch.stack(columns, 1).flatten(0, 1).clamp(-1, 1)
+    return grid(to_images(cells), columns=shown, scale=scale)
+
+
+@torch.no_grad()
+def denoising(
+    pipeline: Pipeline, prompts: Sequence[str], *, steps: int = 30, shown: int = 9, scale: int = 3, seed: int = 0
+) -> Image.Image:
+    """Two rows for each prompt: what the sampler holds, decoded, and the denoiser's guess of the end, step by step."""
+    kept = {round(1 + i * (steps - 1) / (shown - 1)) for i in range(shown)}
+    rows = []
+    for prompt in prompts:
+        states: list[Tensor] = []
+        guesses: list[Tensor] = []
+
+        def keep(number: int, step: object, states: list = states, guesses: list = guesses) -> None:  # type: ignore[type-arg]
+            if number in kept:
+                states.append(step.z)  # type: ignore[attr-defined]
+                guesses.append(step.data)  # type: ignore[attr-defined]
+
+        pipeline(prompt, steps=steps, guidance_scale=pipeline.about.get("guidance_scale", 7.5), seed=seed, on_step=keep)
+        rows += [torch.cat(states), torch.cat(guesses)]
+    return grid(to_images(pipeline.decode(torch.cat(rows))), columns=len(kept), scale=scale)
+
+
+@torch.no_grad()
+def latents(pipeline: Pipeline, images: Tensor, *, scale: int = 3) -> Image.Image:
+    """Each row is an image, its reconstruction, and the channels of its latent in grey, enlarged to the image's size."""
+    assert pipeline.vae is not None, "a model in pixels has no latents"
+    mean = pipeline.vae.encode(images).mean
+    standard = pipeline.vae.standardize(mean)
+    channels = torch.nn.functional.interpolate(standard / 3, scale_factor=images.shape[-1] / mean.shape[-1])
+    rows = []
+    for image, output, planes in zip(images, pipeline.vae.decode(mean), channels, strict=True):
+        rows += [image, output.clamp(-1, 1), *planes[:, None].expand(-1, len(image), -1, -1).clamp(-1, 1)]
+    return grid(to_images(torch.stack(rows)), columns=2 + channels.shape[1], scale=scale)
+
+
+def guidance(pipeline: Pipeline, prompt: str, scales: Sequence[float], *, seeds: int = 6, scale: int = 3) -> Image.Image:
+    """Each row paints the prompt with the same seeds under another guidance scale."""
+    shape = pipeline.latent_shape(pipeline.size, pipeline.size)
+    noise, names = initial_noise(shape, list(range(seeds))).to(pipeline.device), [prompt] * seeds
+    rows = []
+    for guidance_scale in scales:
+        with torch.no_grad():
+            z = pipeline.sample(
+                noise, names, [""] * seeds, seeds=list(range(seeds)), steps=30, guidance_scale=guidance_scale
+            )
+            rows += to_images(pipeline.decode(z))
+    return labelled(grid(rows, columns=seeds, scale=scale), [f"scale {value:g}" for value in scales])
+
+
+def labelled(sheet: Image.Image, labels: Sequence[str], *, width: int = 70) -> Image.Image:
+    """A grid with a label left of each row."""
+    wide = Image.new("RGB", (sheet.width + width, sheet.height), "white")
+    wide.paste(sheet, (width, 0))
+    draw, font = ImageDraw.Draw(wide), ImageFont.load_default(size=13)
+    for row, label in enumerate(labels):
+        draw.text((4, (row + 0.5) * sheet.height / len(labels)), label, font=font, fill="black", anchor="lm")
+    return wide
+
+
+def loss_curves(runs: Sequence[Path], path: Path) -> None:
+    """Plot the losses in the log.jsonl of each run, and what it validated, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.2), squeeze=False)
+    for axis, run in zip(axes[0], runs, strict=True):
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        for name in ("loss", "validation_loss", "validation_psnr", "validation_retrieval"):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                own = axis if name.endswith("loss") else axis.twinx()
+                own.plot(*zip(*points, strict=True), label=name, color="C0" if name == "loss" else "C1")
+                own.set_ylabel(name.replace("_", " "), color="C0" if name == "loss" else "C1")
+                if name.endswith("loss"):
+                    own.set_yscale("log")
+        axis.set_title(run.name)
+        axis.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

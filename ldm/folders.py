@@ -1,0 +1,69 @@
+"""Model folders: a model.json that explains the weights beside it, and how the newest finished one is found."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+FORMAT = "ldm-model-1"
+
+
+def write_model(folder: Path, kind: str, values: dict[str, Any]) -> None:
+    """Write model.json, which is last to appear: a folder that has it is finished."""
+    temporary = folder / ".model.json"
+    temporary.write_text(json.dumps({"format": FORMAT, "kind": kind, **values}, indent=2))
+    temporary.rename(folder / "model.json")
+
+
+def read_model(folder: Path, kind: str) -> dict[str, Any]:
+    """What model.json says; ValueError when the folder is missing or holds something else."""
+    path = folder / "model.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no model folder (it has no model.json); name RUN/model of a finished run")
+    values = json.loads(path.read_text())
+    if values.get("format") != FORMAT or values.get("kind") != kind:
+        raise ValueError(f"{folder} holds a {values.get('kind', 'foreign model')}, a {kind} is needed")
+    return values
+
+
+def newest(kind: str, root: Path, *, script: str) -> Path:
+    """The model folder of this kind below `root` that was finished last; ValueError names the script that makes one."""
+    found = []
+    for path in root.glob("**/model/model.json"):
+        if json.loads(path.read_text()).get("kind") == kind:
+            found.append(path)
+    if not found:
+        raise ValueError(f"no finished {kind} below {root}: run `{script}` first, or name one")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def save_weights(module: nn.Module, path: Path) -> str:
+    """Write a module's weights and return the file's SHA-256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, path)
+    return sha256(path)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fill a module, which may be on the meta device, from a file; ValueError names what does not fit."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the model folder is not whole, copy it again")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again") from None
+    own = module.state_dict()
+    wrong = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
+    if wrong:
+        raise ValueError(f"{path} does not fit its model.json: {len(wrong)} tensors, among them {', '.join(wrong[:5])}")
+    module.load_state_dict(tensors, assign=True)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,39 @@
+"""Grids, captions and other small helpers around PIL images."""
+
+import math
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+def grid(images: Sequence[Image.Image], *, columns: int | None = None, scale: int = 1, gap: int = 2) -> Image.Image:
+    """Lay pictures of one size out in rows; `scale` enlarges them with hard pixel edges."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    width, height = images[0].width * scale + gap, images[0].height * scale + gap
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
+    for i, image in enumerate(images):
+        place = (i % columns * width, i // columns * height)
+        sheet.paste(image.convert("RGB").resize((width - gap, height - gap), Image.Resampling.NEAREST), place)
+    return sheet
+
+
+def captioned(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int, side: int = 128) -> Image.Image:
+    """A grid with each picture's caption, wrapped, below it."""
+    font = ImageFont.load_default(size=11)
+    cells = []
+    for image, caption in zip(images, captions, strict=True):
+        cell = Image.new("RGB", (side, side + 44), "white")
+        cell.paste(image.convert("RGB").resize((side, side), Image.Resampling.NEAREST))
+        ImageDraw.Draw(cell).text((1, side + 2), wrap(caption, font, side - 2), font=font, fill="black", spacing=1)
+        cells.append(cell)
+    return grid(cells, columns=columns, gap=8)
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, lines: int = 3) -> str:
+    """Break text into at most `lines` lines that are no wider than `width` pixels."""
+    rows = [""]
+    for word in text.split():
+        longer = f"{rows[-1]} {word}".strip()
+        rows = rows[:-1] + [longer] if font.getlength(longer) <= width else [*rows, word]
+    return "\n".join(rows[:lines])

@@ -1,0 +1,247 @@
+"""Prompt -> context -> guided denoiser -> sampler -> decoded image."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm import folders, keyed
+from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.process import Process, ProcessConfig, denoiser, times
+from ldm.diffusion.samplers import Step, find_sampler
+from ldm.text import TextConfig, TextEncoder, TextStates
+from ldm.unet import UNet, UNetConfig
+from ldm.vae import VAE, VAEConfig
+
+OnStep = Callable[[int, Step], None]
+
+
+class Pipeline:
+    """A trained model, ready to paint. The seed of image i is seed + i, and an image depends on nothing else."""
+
+    def __init__(
+        self,
+        unet: UNet,
+        process: Process,
+        *,
+        vae: VAE | None,
+        text: TextEncoder | None,
+        size: int,
+        words: list[str],
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        self.unet, self.process, self.vae, self.text = unet, process, vae, text
+        self.size = size  # side of the training images
+        self.words = frozenset(words)  # of the training captions
+        self.about = about or {}  # what else the model folder tells: the data, the guidance that suits the model
+        self.folder: Path | None = None
+
+    # Folders.
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> "Pipeline":
+        """Read a model folder; ValueError when it is none, not whole, or its VAE is not the one of the training."""
+        folder = Path(folder)
+        values = folders.read_model(folder, "pipeline")
+        vae = load_vae_weights(VAEConfig(**values["vae"]), folder / "vae.safetensors") if values["vae"] else None
+        if vae is not None and folders.sha256(folder / "vae.safetensors") != values["vae_sha256"]:
+            raise ValueError(f"{folder}/vae.safetensors is not the VAE that this U-Net was trained on: put that one back")
+        with torch.device("meta"):
+            unet = UNet(UNetConfig(**values["unet"]))
+        folders.load_weights(unet, folder / "unet.safetensors")
+        pipeline = cls(
+            unet,
+            Process(ProcessConfig(**values["process"])),
+            vae=vae,
+            text=_load_text(values["text"], folder),
+            size=values["size"],
+            words=(folder / "words.txt").read_text().split(),
+            about=values["about"],
+        )
+        pipeline.folder = folder
+        return pipeline.to(device)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a model folder that explains itself."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        folders.save_weights(self.unet, folder / "unet.safetensors")
+        (folder / "words.txt").write_text("\n".join(sorted(self.words)))
+        text = self.text and self.text.config.to_dict() | {"model": self.text.save(folder / "text")}
+        values = {
+            "size": self.size,
+            "about": self.about,
+            "null_prompt": "",
+            "process": self.process.config.to_dict(),
+            "unet": self.unet.config.to_dict(),
+            "vae": self.vae and self.vae.config.to_dict(),
+            "vae_sha256": self.vae and folders.save_weights(self.vae, folder / "vae.safetensors"),
+            "text": text,
+        }
+        folders.write_model(folder, "pipeline", values)
+
+    def to(self, device: str | torch.device) -> "Pipeline":
+        """Move the networks and return self."""
+        for module in (self.unet, self.vae, self.text):
+            if module is not None:
+                module.requires_grad_(False).eval().to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.unet.conv_in.weight.device
+
+    # Painting.
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        steps: int = 30,
+        guidance_scale: float = 7.5,
+        sampler: str = "dpmpp_2m",
+        eta: float = 0.0,
+        seed: int = 0,
+        num_images: int = 1,
+        width: int | None = None,
+        height: int | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[Image.Image]:
+        """Paint `num_images` pictures of one prompt with the seeds seed, seed + 1, ...
+
+        Args:
+            guidance_scale: 1 follows the prompt without guidance; the negative prompt is then not used.
+            eta: noise of the ddim sampler, from 0 (none) to 1.
+            width, height: in pixels; the size of the training images when left out.
+            on_step: called after each step with its number, from 1, and the sampler's `Step`.
+        ValueError: an unknown sampler, no step, a size that the networks can not make.
+        """
+        shape = self.latent_shape(width or self.size, height or self.size)
+        seeds = [seed + i for i in range(num_images)]
+        noise = initial_noise(shape, seeds).to(self.device)
+        result = self.sample(
+            noise,
+            [prompt] * num_images,
+            [negative_prompt] * num_images,
+            seeds=seeds,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            eta=eta,
+            on_step=on_step,
+        )
+        return to_images(self.decode(result))
+
+    def sample(
+        self,
+        noise: Tensor,
+        prompts: list[str],
+        negative_prompts: list[str],
+        *,
+        seeds: list[int],
+        steps: int,
+        guidance_scale: float,
+        sampler: str = "dpmpp_2m",
+        eta: float = 0.0,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Denoise a batch (b, c, h, w) of standard normal noise to standardized latents, each under its own prompt."""
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be between 0 and 1, not {eta}")
+        grid = times(steps)
+        walk = find_sampler(sampler)
+        denoise = self._denoiser(prompts, negative_prompts, guidance_scale)
+
+        def fresh_noise(step: int) -> Tensor:
+            draws = [torch.randn(noise.shape[1:], generator=keyed.generator(s, "sampler", step)) for s in seeds]
+            return torch.stack(draws).to(noise)
+
+        z = noise
+        for number, step in enumerate(
+            walk(denoise, self.process, noise, grid, eta=eta, fresh_noise=fresh_noise), start=1
+        ):
+            z = step.z
+            if on_step:
+                on_step(number, step)
+        return z
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Standardized latents -> pixels in [-1, 1]; the identity without a VAE."""
+        if self.vae is None:
+            return latents.clamp(-1, 1)
+        return self.vae.decode(self.vae.unstandardize(latents)).clamp(-1, 1)
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(c, h, w) of what is denoised; ValueError when the networks can not make this size."""
+        factor = self.unet.config.factor * (self.vae.config.factor if self.vae else 1)
+        if width < factor or height < factor or width % factor or height % factor:
+            raise ValueError(f"width {width} and height {height} must be multiples of {factor} for this model")
+        scale = self.vae.config.factor if self.vae else 1
+        return self.unet.config.in_channels, height // scale, width // scale
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of a prompt that no training caption had."""
+        return [word for word in words_of(prompt) if word not in self.words]
+
+    def _denoiser(self, prompts: list[str], negative: list[str], scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+        guided = scale != 1 and self.text is not None
+        states = self.text(prompts + negative if guided else prompts) if self.text else None
+
+        def network(z_t: Tensor, timestep: Tensor) -> Tensor:
+            return self.unet(z_t, timestep, *conditions(self.text, states))
+
+        plain = denoiser(network, self.process)
+        return classifier_free(plain, scale) if guided else plain
+
+
+def conditions(text: TextEncoder | None, states: TextStates | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Context, mask and vector for the U-Net."""
+    if text is None or states is None:
+        return None, None, None
+    return states.tokens, states.mask, states.pooled if text.config.pooled else None
+
+
+def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Tensor:
+    """The noise that each image starts from, (b, *shape) float32, the same on every device."""
+    return torch.cat([torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(b, 1 or 3, h, w) in [-1, 1] -> 8-bit pictures."""
+    bytes_ = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in bytes_]
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a caption or prompt, in lower case."""
+    cleaned = "".join(c if c.isalnum() or c in "'-" else " " for c in text.lower())
+    return cleaned.split()
+
+
+def load_vae(folder: Path) -> VAE:
+    """The VAE of a finished train_vae run, frozen."""
+    values = folders.read_model(folder, "vae")
+    return load_vae_weights(VAEConfig(**values["vae"]), folder / "vae.safetensors")
+
+
+def load_vae_weights(config: VAEConfig, path: Path) -> VAE:
+    """A frozen VAE from its weights file."""
+    with torch.device("meta"):
+        vae = VAE(config)
+    folders.load_weights(vae, path)
+    return vae.requires_grad_(False).eval()
+
+
+def _load_text(values: dict[str, Any] | None, folder: Path) -> TextEncoder | None:
+    if values is None:
+        return None
+    source = str(values["model"])
+    if source.startswith("local-dir:"):
+        source = f"local-dir:{folder / source.removeprefix('local-dir:')}"
+    return TextEncoder.load(TextConfig(**values), source=source)

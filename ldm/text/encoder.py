@@ -1,0 +1,236 @@
+"""A frozen OpenCLIP text tower: prompts -> token states, mask and pooled vector."""
+
+import importlib.util
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ldm.config import Config
+
+CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
+LOCAL, HUB = "local-dir:", "hf-hub:"
+# Settings of open_clip's text towers that this one does not have; any other value than these is refused.
+PLAIN = {"embed_cls": False, "no_causal_mask": False, "pool_type": "argmax", "proj_type": "linear", "proj_bias": False}
+
+log = logging.getLogger(__name__)
+
+
+class TextConfig(Config):
+    """Which tower, and what to take from it."""
+
+    model: str = "latest"
+    """`local-dir:FOLDER`, an open_clip name such as ViT-H-14, `hf-hub:ORG/NAME`; `latest`: the newest finished train_clip
+    run beside this one; `none`: no text"""
+    pretrained: str | None = None
+    """open_clip's tag of the weights, such as laion2b_s32b_b79k, when `model` is an open_clip name"""
+    layer: Literal["last", "penultimate"] = "last"
+    """whose token states condition the U-Net; Stable Diffusion 2 takes the penultimate"""
+    pooled: bool = False
+    """also condition on the pooled vector, added to the time embedding"""
+
+
+class TextStates(NamedTuple):
+    """What a tower says of a batch of prompts."""
+
+    tokens: Tensor  # (b, length, width), after the final layer norm
+    mask: Tensor  # (b, length) bool, True up to and with the end token
+    pooled: Tensor  # (b, embed_dim), CLIP's text feature, not normalized
+
+
+class ResidualAttentionBlock(nn.Module):
+    """Pre-norm transformer block of CLIP (Radford et al. 2021, section 2.4), with causal attention."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, *, quick_gelu: bool) -> None:
+        super().__init__()
+        self.heads, self.quick_gelu = heads, quick_gelu
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = nn.ModuleDict({"out_proj": nn.Linear(width, width)})
+        self.attn.register_parameter("in_proj_weight", nn.Parameter(torch.empty(3 * width, width)))
+        self.attn.register_parameter("in_proj_bias", nn.Parameter(torch.empty(3 * width)))
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, mlp_width), "c_proj": nn.Linear(mlp_width, width)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = F.linear(self.ln_1(x), cast(Tensor, self.attn.in_proj_weight), cast(Tensor, self.attn.in_proj_bias))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attn["out_proj"](attended.transpose(1, 2).flatten(2))
+        hidden = self.mlp["c_fc"](self.ln_2(x))
+        hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick_gelu else F.gelu(hidden)
+        return x + self.mlp["c_proj"](hidden)
+
+
+class TextTower(nn.Module):
+    """The text half of a CLIP; parameter names are open_clip's, so its weights load as they are.
+
+    It is written here so that a prompt needs neither the image half nor the seconds that importing open_clip takes.
+    """
+
+    def __init__(self, cfg: dict[str, Any]) -> None:
+        super().__init__()
+        text = cfg["text_cfg"]
+        width, heads, self.length = text["width"], text["heads"], text.get("context_length", 77)
+        block = (width, heads, int(width * text.get("mlp_ratio", 4.0)))
+        quick_gelu = cfg.get("quick_gelu", False)
+        self.token_embedding = nn.Embedding(text.get("vocab_size", 49408), width)
+        self.positional_embedding = nn.Parameter(torch.empty(self.length, width))
+        layers = [ResidualAttentionBlock(*block, quick_gelu=quick_gelu) for _ in range(text["layers"])]
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(layers)})
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, cfg["embed_dim"]))
+
+    def forward(self, ids: Tensor, *, layer: str = "last") -> TextStates:
+        """(b, length) token ids -> states of `layer`, mask and pooled vector."""
+        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
+        blocks = cast(nn.ModuleList, self.transformer["resblocks"])
+        for block in blocks[:-1]:
+            x = block(x)
+        last = blocks[-1](x)
+        end = ids.argmax(dim=1)  # the end token has the largest id
+        mask = torch.arange(ids.shape[1], device=ids.device) <= end[:, None]
+        pooled = self.ln_final(last)[torch.arange(len(ids)), end] @ self.text_projection
+        return TextStates(self.ln_final(last if layer == "last" else x), mask, pooled)
+
+
+class TextEncoder(nn.Module):
+    """Tokenizer and frozen tower: always in eval mode, without gradients."""
+
+    def __init__(self, tower: TextTower, tokenizer: Any, config: TextConfig, *, source: str) -> None:
+        super().__init__()
+        self.tower, self.tokenizer, self.config, self.source = tower, tokenizer, config, source
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, config: TextConfig, *, source: str | None = None) -> "TextEncoder":
+        """Build the tower that `config` names and load its weights; ValueError when there are none."""
+        source = source or config.model
+        cfg, weights = _find(source, config.pretrained)
+        _check_supported(cfg, source)
+        with torch.device("meta"):
+            tower = TextTower(cfg)
+        _load_weights(tower, weights, source)
+        text = cfg["text_cfg"]
+        tokenizer = _tokenizer_module().SimpleTokenizer(
+            context_length=tower.length, **(text.get("tokenizer_kwargs") or {})
+        )
+        return cls(tower, tokenizer, config, source=source)
+
+    @property
+    def width(self) -> int:
+        """Width of the token states."""
+        return self.tower.positional_embedding.shape[1]
+
+    @property
+    def vector_width(self) -> int:
+        """Width of the pooled vector that the U-Net gets; 0 when it gets none."""
+        return self.tower.text_projection.shape[1] if self.config.pooled else 0
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """Stay in eval mode, whatever the model around does."""
+        return super().train(False)
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Prompts -> (b, length) ids. A prompt over the limit is cut, and the log says where."""
+        room = self.tower.length - 2  # start and end token
+        for prompt in prompts:
+            if len(prompt) <= room:  # a token has at least one character
+                continue
+            ids = self.tokenizer.encode(prompt)
+            if len(ids) > room:
+                rest = self.tokenizer.decode(ids[room:]).strip()
+                log.warning("prompt has %d tokens, the limit is %d; ignored: %r", len(ids), room, rest)
+        return self.tokenizer(prompts)
+
+    @torch.no_grad()
+    def forward(self, prompts: list[str]) -> TextStates:
+        """Encode prompts."""
+        ids = self.tokenize(prompts).to(self.tower.positional_embedding.device)
+        return self.tower(ids, layer=self.config.layer)
+
+    def save(self, folder: Path) -> str:
+        """Copy a local tower to `folder` and return how to name it there; a public one is only named."""
+        if not self.source.startswith(LOCAL):
+            return self.source
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            origin = Path(self.source.removeprefix(LOCAL)) / name
+            if not (folder / name).exists() or not origin.samefile(folder / name):
+                shutil.copyfile(origin, folder / name)
+        return LOCAL + folder.name
+
+
+def _find(source: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
+    """Configuration and weights file of a tower; whatever is not on the disk is fetched from the hub."""
+    if source.startswith(LOCAL):
+        folder = Path(source.removeprefix(LOCAL))
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"text tower {source} has no {name}: train one with `accelerate launch scripts/train_clip.py`, "
+                    "or name a folder that open_clip saved"
+                )
+        return json.loads((folder / CONFIG_NAME).read_text())["model_cfg"], folder / WEIGHTS_NAME
+    if source.startswith(HUB):
+        from huggingface_hub import hf_hub_download
+
+        config, weights = (hf_hub_download(source.removeprefix(HUB), name) for name in (CONFIG_NAME, WEIGHTS_NAME))
+        return json.loads(Path(config).read_text())["model_cfg"], Path(weights)
+    import open_clip  # slow, and needed for its list of models only
+
+    cfg = open_clip.get_model_config(source)
+    if cfg is None:
+        raise ValueError(f"text.model {source!r} is no open_clip model; name one, `local-dir:FOLDER` or `hf-hub:ORG/NAME`")
+    tags = open_clip.list_pretrained_tags_by_model(source)
+    if pretrained not in tags:
+        raise ValueError(
+            f"text.model {source} needs weights: set text.pretrained to one of {', '.join(tags)} (got {pretrained})"
+        )
+    entry = open_clip.get_pretrained_cfg(source, pretrained)
+    cfg = cfg | {"quick_gelu": entry.get("quick_gelu", cfg.get("quick_gelu", False))}
+    return cfg, Path(open_clip.download_pretrained(entry, prefer_hf_hub=True))
+
+
+def _check_supported(cfg: dict[str, Any], source: str) -> None:
+    text = cfg["text_cfg"]
+    if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
+        raise ValueError(f"text tower {source} is a Hugging Face transformer; only CLIP's own text tower can be read")
+    for name, value in PLAIN.items():
+        if text.get(name, value) != value:
+            raise ValueError(f"text tower {source} has {name}: {text[name]!r}; only {value!r} can be read")
+
+
+def _load_weights(tower: TextTower, path: Path, source: str) -> None:
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    except SafetensorError as error:
+        raise ValueError(f"text tower {source}: {path.name} can not be read ({error}); save or fetch it again") from None
+    tensors = {name.removeprefix("text."): tensor.float() for name, tensor in tensors.items()}
+    missing = [name for name in tower.state_dict() if name not in tensors]
+    if missing:
+        raise ValueError(f"text tower {source}: {path.name} lacks {len(missing)} tensors: {', '.join(missing[:5])}")
+    tower.load_state_dict({name: tensors[name] for name in tower.state_dict()}, assign=True)
+
+
+def _tokenizer_module() -> ModuleType:
+    """open_clip's tokenizer without the rest of open_clip, whose import takes seconds that no prompt needs."""
+    if "open_clip.tokenizer" in sys.modules:
+        return sys.modules["open_clip.tokenizer"]
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None and package.submodule_search_locations
+    spec = importlib.util.spec_from_file_location(
+        "_open_clip_tokenizer", Path(package.submodule_search_locations[0]) / "tokenizer.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

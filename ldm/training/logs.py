@@ -1,0 +1,65 @@
+"""What a run leaves to look at: a progress bar, log.jsonl, trackers and sample pictures."""
+
+import json
+import time
+from pathlib import Path
+
+from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
+
+
+class Logs:
+    """Writes on the main process only; other processes may call everything and nothing happens."""
+
+    def __init__(self, run: Path, accelerator: Accelerator, *, steps: int, start: int) -> None:
+        self.run, self.accelerator, self.main = run, accelerator, accelerator.is_main_process
+        self.bar = tqdm(total=steps, initial=start, disable=not self.main, desc=run.name, unit="step", mininterval=1.0)
+        self.file = (run / "log.jsonl").open("a") if self.main else None
+        self.clock, self.clock_step = time.perf_counter(), start
+
+    def step(self, step: int) -> None:
+        """Move the bar to `step`."""
+        self.bar.update(step - self.bar.n)
+
+    def train(self, step: int, values: dict[str, float], *, batch_size: int) -> None:
+        """Log losses and the rate of images since the last call."""
+        now = time.perf_counter()
+        rate = (step - self.clock_step) * batch_size / max(now - self.clock, 1e-9)
+        self.clock, self.clock_step = now, step
+        self.bar.set_postfix({"loss": f"{values['loss']:.4f}", "images/s": f"{rate:.0f}"}, refresh=False)
+        self.write(step, {**values, "images_per_second": rate})
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Append a line to log.jsonl and tell the trackers."""
+        if self.file:
+            self.file.write(json.dumps({"step": step, **{k: _round(v) for k, v in values.items()}}) + "\n")
+            self.file.flush()
+        self.accelerator.log(values, step=step)
+
+    def picture(self, step: int, image: Image.Image) -> None:
+        """Keep a sample picture of this step."""
+        if self.main:
+            folder = self.run / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"step-{step:06d}.png")
+
+    def say(self, message: str) -> None:
+        """A line for the person who watches, above the bar."""
+        if self.main:
+            self.bar.write(message)
+
+    def restart_clock(self, step: int) -> None:
+        """Leave the time since the last `train` out of the rate (validation, sampling, saving)."""
+        self.clock, self.clock_step = time.perf_counter(), step
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self.bar.close()
+        if self.file:
+            self.file.close()
+        self.accelerator.end_training()
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,385 @@
+"""The one training loop: given players, batches and a loss for each player, it steps, logs, saves and resumes."""
+
+import math
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, is_wandb_available, set_seed
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.config import ScriptConfig, write_yaml
+from ldm.data.order import Key, Order
+from ldm.keyed import Draws
+from ldm.training import checkpoint
+from ldm.training.ema import EMA
+from ldm.training.logs import Logs
+
+Batch = Mapping[str, Any]
+
+
+class TrainingConfig(ScriptConfig):
+    """What all training scripts share."""
+
+    run: Path = Path("runs/untitled")
+    """folder for everything that the run writes"""
+    steps: int = Field(1000, ge=1)
+    """optimizer steps"""
+    batch_size: int = Field(64, ge=1)
+    """images in an optimizer step, over all processes and micro-batches"""
+    accumulate: int = Field(1, ge=1)
+    """micro-batches in an optimizer step"""
+    seed: int = 0
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(100, ge=0)
+    """steps in which the learning rate rises from 0"""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """how the learning rate goes on after the warm-up; cosine and linear end at 0"""
+    max_norm: float = Field(1.0, gt=0)
+    """a gradient with a larger norm is scaled down to it"""
+    ema: float = Field(0.999, ge=0, lt=1)
+    """decay of the averaged weights, which validation, samples and the final model use"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    workers: int = Field(0, ge=0)
+    """processes that load data"""
+    log_every: int = Field(10, ge=1)
+    validate_every: int = Field(500, ge=1)
+    sample_every: int = Field(500, ge=1)
+    checkpoint_every: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """where scalars go beside log.jsonl"""
+    resume: str | None = None
+    """`latest`, or the folder of a checkpoint"""
+
+
+@dataclass(frozen=True)
+class Player:
+    """A module, with an optimizer of its own, and the loss that this optimizer minimizes.
+
+    `loss(module, batch, draws)` returns scalar tensors by name and minimizes "loss". It is given the prepared module and
+    must call it through its forward. A VAE has one player; with a discriminator there are two, stepped in their order.
+    """
+
+    name: str
+    module: nn.Module
+    loss: Callable[[nn.Module, Batch, Draws], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a stage does beside training; called with the averaged weights in place, on the main process only."""
+
+    validate: Callable[[], dict[str, float]]
+    sample: Callable[[], Image.Image | None]
+    save_model: Callable[[Path], None]
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """accelerate's engine, with precision and devices as `accelerate launch` was told."""
+    if "wandb" in config.trackers and not is_wandb_available():
+        raise ValueError("trackers: wandb is not installed; `pip install wandb` or leave it out")
+    accelerator = Accelerator(
+        log_with=list(config.trackers),
+        project_dir=config.run,
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+    )
+    set_seed(config.seed)  # initial weights; every later draw is keyed
+    return accelerator
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """The learning rate of optimizer step `step`, from 0."""
+    rate = config.learning_rate * min(1.0, (step + 1) / max(config.warmup, 1))
+    done = min(1.0, max(0.0, (step - config.warmup) / max(config.steps - config.warmup, 1)))
+    if config.decay == "cosine":
+        return rate * 0.5 * (1 + math.cos(math.pi * done))
+    return rate * (1 - done) if config.decay == "linear" else rate
+
+
+def fit(
+    config: TrainingConfig,
+    *,
+    accelerator: Accelerator,
+    players: list[Player],
+    data: Dataset[Any],
+    collate: Callable[[list[Any]], Batch],
+    hooks: Hooks,
+    identity: dict[str, Any],
+) -> Path:
+    """Train until `config.steps`, or a signal, and return the folder of the finished model.
+
+    `identity` is what a checkpoint must agree on to be resumed: whatever decides the data, their order and the model.
+    ValueError: nothing to resume, a run folder in use, a checkpoint of another run, a loss that is not finite.
+    """
+    trainer = Trainer(config, accelerator, players, hooks, identity)
+    order = Order(
+        len(data),  # type: ignore[arg-type]
+        seed=config.seed,
+        batch_size=config.batch_size,
+        start=trainer.step,
+        accumulate=config.accumulate,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    loader = DataLoader(
+        KeyedDataset(data),
+        batch_sampler=order,
+        collate_fn=KeyedCollate(collate),
+        num_workers=config.workers,
+        persistent_workers=config.workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    return trainer.run(iter(loader))
+
+
+class KeyedDataset(Dataset[tuple[Key, Any]]):
+    """Hands each sample on together with its key."""
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self.data = data
+
+    def __getitem__(self, key: Key) -> tuple[Key, Any]:
+        return key, self.data[key]  # type: ignore[index]
+
+
+class KeyedCollate:
+    """Collates samples and keeps their positions in the global batch."""
+
+    def __init__(self, collate: Callable[[list[Any]], Batch]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[tuple[Key, Any]]) -> tuple[list[int], Batch]:
+        return [key.position for key, _ in samples], self.collate([sample for _, sample in samples])
+
+
+class Trainer:
+    """The state of a run: prepared modules, optimizers, averages and the number of the next step."""
+
+    def __init__(
+        self, config: TrainingConfig, accelerator: Accelerator, players: list[Player], hooks: Hooks, identity: dict[str, Any]
+    ) -> None:
+        self.config, self.accelerator, self.players, self.hooks = config, accelerator, players, hooks
+        self.identity = {"seed": config.seed, "batch_size": config.batch_size, **identity}
+        self.folder = config.run / "checkpoints"
+        self.step = 0
+        for player in players:
+            player.module.to(accelerator.device)
+        self.modules = {p.name: p.module for p in players}
+        self.optimizers = {p.name: accelerator.prepare_optimizer(self._optimizer(p.module)) for p in players}
+        self.ema = {p.name: EMA(p.module, config.ema) for p in players}
+        self._resume_or_start()
+        self.prepared = {p.name: accelerator.prepare_model(p.module) for p in players}
+        self.stop_signal: int | None = None
+        self.first_bad: Tensor | None = None
+        self.report: dict[str, Tensor] = {}
+
+    def _optimizer(self, module: nn.Module) -> torch.optim.AdamW:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        config = self.config
+        return torch.optim.AdamW(
+            trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+
+    def run(self, batches: Iterator[tuple[list[int], Batch]]) -> Path:
+        """Take all remaining steps."""
+        config = self.config
+        self.logs = Logs(config.run, self.accelerator, steps=config.steps, start=self.step)
+        try:
+            with self._signals():
+                while self.step < config.steps:
+                    self._train_step(batches)
+                    self._after_step()
+                    if self._stopped():
+                        self._save()
+                        self.logs.say(f"stopped at step {self.step}; continue with --resume latest")
+                        raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
+            return self._finish()
+        finally:
+            self.logs.close()
+
+    def _train_step(self, batches: Iterator[tuple[list[int], Batch]]) -> None:
+        rounds = [next(batches) for _ in range(self.config.accumulate)]
+        self.report = {}
+        for player in self.players:
+            self._player_step(player, rounds)
+        self.step += 1
+
+    def _player_step(self, player: Player, rounds: list[tuple[list[int], Batch]]) -> None:
+        module, optimizer = self.prepared[player.name], self.optimizers[player.name]
+        optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for number, (positions, batch) in enumerate(rounds):
+            last = number == len(rounds) - 1
+            draws = Draws(self.config.seed, self.step, positions, self.config.batch_size, self.accelerator.device)
+            with nullcontext() if last else self.accelerator.no_sync(module):
+                with self.accelerator.autocast():
+                    terms = player.loss(module, _to_device(batch, self.accelerator.device), draws)
+                self.accelerator.backward(terms["loss"] / len(rounds))
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0) + value.detach() / len(rounds)
+        norm = self.accelerator.clip_grad_norm_(module.parameters(), self.config.max_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step)
+        self._note_bad(sums["loss"], norm)
+        optimizer.step()
+        self.ema[player.name].update(self.step)
+        prefix = "" if player is self.players[0] else f"{player.name}_"
+        self.report |= {prefix + name: value for name, value in sums.items()} | {prefix + "gradient_norm": norm}
+
+    def _note_bad(self, loss: Tensor, norm: Tensor) -> None:
+        """Remember the first step with a loss or gradient that is not finite, without waiting for the device."""
+        bad = ~torch.isfinite(loss)
+        if self.accelerator.scaler is None:  # with fp16 the scaler skips steps whose gradient overflows
+            bad |= ~torch.isfinite(norm)
+        now = torch.where(bad, self.step + 1, math.inf)
+        self.first_bad = now if self.first_bad is None else torch.minimum(self.first_bad, now)
+
+    def _check_finite(self) -> None:
+        assert self.first_bad is not None
+        first = self.accelerator.gather(self.first_bad.reshape(1)).min().item()
+        if math.isfinite(first):
+            kept = checkpoint.latest(self.folder)
+            remedy = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+            raise ValueError(
+                f"loss or gradient is not finite at step {int(first)}; {remedy}: try a lower --learning-rate or float32"
+            )
+
+    def _after_step(self) -> None:
+        config, step = self.config, self.step
+        self.logs.step(step)
+        if step % config.log_every == 0:
+            self._check_finite()
+            values = {name: self._mean(value) for name, value in self.report.items()}
+            values["learning_rate"] = learning_rate(config, step - 1)
+            self.logs.train(step, values, batch_size=config.batch_size)
+        last = step == config.steps
+        if step % config.validate_every == 0 or last:
+            self._with_averages(lambda: self.logs.write(step, self.hooks.validate()))
+        if step % config.sample_every == 0 or last:
+            self._with_averages(self._sample)
+        if step % config.checkpoint_every == 0 or last:
+            self._save()
+
+    def _sample(self) -> None:
+        image = self.hooks.sample()
+        if image is not None:
+            self.logs.picture(self.step, image)
+
+    def _with_averages(self, action: Callable[[], Any]) -> None:
+        """Run on the main process with the averaged weights in place, in eval mode."""
+        if self.accelerator.is_main_process:
+            with ExitStack() as stack:
+                for player in self.players:
+                    stack.enter_context(self.ema[player.name].applied())
+                    player.module.eval()
+                with torch.no_grad():
+                    action()
+            for player in self.players:
+                player.module.train()
+        self.accelerator.wait_for_everyone()
+        self.logs.restart_clock(self.step)
+
+    def _mean(self, value: Tensor) -> float:
+        return self.accelerator.reduce(value.detach().float().clone(), "mean").item()
+
+    def _finish(self) -> Path:
+        folder = self.config.run / "model"
+        self._with_averages(lambda: self.hooks.save_model(folder))
+        return folder
+
+    # Saving and resuming.
+
+    def _save(self) -> None:
+        self._check_finite()
+        if self.accelerator.is_main_process:
+            tensors: dict[str, checkpoint.Tensors] = {}
+            for name, module in self.modules.items():
+                tensors[name] = module.state_dict()
+                tensors[f"{name}_ema"] = self.ema[name].shadow
+                tensors[f"{name}_optimizer"] = checkpoint.optimizer_tensors(self.optimizers[name], _trained(module))
+            keep = self.config.keep_checkpoints
+            checkpoint.save_checkpoint(self.folder, self.step, tensors, {"identity": self.identity}, keep=keep)
+        self.accelerator.wait_for_everyone()
+        self.logs.restart_clock(self.step)
+
+    def _resume_or_start(self) -> None:
+        config = self.config
+        if config.resume:
+            self._restore(checkpoint.resolve(config.resume, self.folder))
+        elif (found := checkpoint.latest(self.folder)) is not None:
+            raise ValueError(f"{config.run} already holds {found.name}: go on with --resume latest, or choose another --run")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_yaml(config.run / "config.yaml", config)
+        self.accelerator.init_trackers("tensorboard")
+
+    def _restore(self, path: Path) -> None:
+        groups = [group for name in self.modules for group in (name, f"{name}_ema", f"{name}_optimizer")]
+        tensors, progress = checkpoint.load_checkpoint(path, groups)
+        for key, value in self.identity.items():
+            before = progress["identity"].get(key)
+            if before != value:
+                raise ValueError(f"{path} was made with {key} {before}, this run has {value}: resume with the same {key}")
+        if progress["step"] > self.config.steps:
+            raise ValueError(f"{path} is at step {progress['step']}, past the {self.config.steps} steps asked for (--steps)")
+        for name, module in self.modules.items():
+            _load_weights(module, tensors[name], path)
+            checkpoint.restore_optimizer(self.optimizers[name], _trained(module), tensors[f"{name}_optimizer"])
+            for key, value in tensors[f"{name}_ema"].items():
+                self.ema[name].shadow[key].copy_(value)
+        self.step = progress["step"]
+
+    # Signals.
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn Ctrl-C and SIGTERM into a wish to stop after the step; a second Ctrl-C stops at once."""
+
+        def wish(number: int, _: FrameType | None) -> None:
+            if self.stop_signal == signal.SIGINT == number:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        old = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _stopped(self) -> bool:
+        """Whether any process was asked to stop: all of them save the same step."""
+        wish = self.stop_signal is not None
+        if self.accelerator.num_processes == 1:
+            return wish
+        flag = torch.tensor([float(wish)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())
+
+
+def _trained(module: nn.Module) -> list[str]:
+    return [name for name, p in module.named_parameters() if p.requires_grad]
+
+
+def _load_weights(module: nn.Module, tensors: checkpoint.Tensors, path: Path) -> None:
+    own = module.state_dict()
+    wrong = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape] + [n for n in tensors if n not in own]
+    if wrong:
+        raise ValueError(f"{path} holds another model: {len(wrong)} tensors differ, among them {', '.join(wrong[:5])}")
+    module.load_state_dict(tensors)
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

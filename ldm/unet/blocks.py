@@ -1,0 +1,126 @@
+"""Building blocks of the U-Net: time embedding, residual block, transformer, downsampling."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.nn import group_norm, zero_
+
+
+def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
+    """Cosines, then sines, of the timestep at frequencies from 1 to 1/10000: (b,) -> (b, width), float32.
+
+    Source: Vaswani et al. 2017, section 3.5, as used by Ho et al. 2020 (appendix B).
+    """
+    half = width // 2
+    frequency = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+    angle = timestep.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """Two GroupNorm -> SiLU -> 3x3 convolutions, with the time embedding added between them."""
+
+    def __init__(self, channels_in: int, channels_out: int, *, time_width: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(channels_in, eps=1e-5)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.time_proj = nn.Linear(time_width, channels_out)
+        self.norm2 = group_norm(channels_out, eps=1e-5)
+        self.conv2 = zero_(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        same = channels_in == channels_out
+        self.shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x (b, n, c) to a context (b, m, d), or to x itself when there is none."""
+
+    def __init__(self, channels: int, *, heads: int, context_width: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_width or channels, channels, bias=False)
+        self.to_v = nn.Linear(context_width or channels, channels, bias=False)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """`mask` (b, m) is True where the context may be looked at."""
+        context = x if context is None else context
+        q, k, v = (
+            rearrange(t, "b n (heads d) -> b heads n d", heads=self.heads)
+            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        mask = None if mask is None else mask[:, None, None, :]
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out(rearrange(h, "b heads n d -> b n (heads d)"))
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit with an (erf) GELU gate (Shazeer 2020, equation 6)."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention, cross-attention (where there is a context) and a feed-forward network."""
+
+    def __init__(self, channels: int, *, heads: int, context_width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.self_attention = Attention(channels, heads=heads)
+        if context_width:
+            self.norm2 = nn.LayerNorm(channels)
+            self.cross_attention = Attention(channels, heads=heads, context_width=context_width)
+        self.norm3 = nn.LayerNorm(channels)
+        self.feed_forward = nn.Sequential(GEGLU(channels, 4 * channels), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attention(self.norm1(x))
+        if context is not None:
+            x = x + self.cross_attention(self.norm2(x), context, mask)
+        return x + self.feed_forward(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map, with a residual connection: (b, c, h, w) -> (b, c, h, w)."""
+
+    def __init__(self, channels: int, *, depth: int, heads: int, context_width: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(channels, heads=heads, context_width=context_width) for _ in range(depth)
+        )
+        self.proj_out = zero_(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        for block in self.blocks:
+            h = block(h, context, mask)
+        return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)

@@ -1,0 +1,176 @@
+"""The U-Net with cross-attention (Rombach et al. 2022, section 3.3), up to the exact Stable Diffusion ones."""
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ldm.config import Config
+from ldm.nn import Upsample, check_widths, group_norm, run_block, zero_
+from ldm.unet.blocks import Downsample, ResidualBlock, SpatialTransformer, timestep_embedding
+
+
+class UNetConfig(Config):
+    """The defaults are the Stable Diffusion 1.5 U-Net: 859,520,964 parameters."""
+
+    in_channels: int = Field(4, ge=1)
+    """channels of what is denoised"""
+    patch: int = Field(1, ge=1)
+    """side of the blocks that are folded into channels before the first convolution"""
+    channels: int = Field(320, ge=32)
+    """width of the first level"""
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    """width of each level as a multiple of `channels`; each further level halves the resolution"""
+    blocks: int = Field(2, ge=1)
+    """residual blocks in a level on the way down; one more on the way up"""
+    depths: tuple[int, ...] = (1, 1, 1, 0)
+    """transformer blocks after each residual block of a level; 0 means no attention there"""
+    middle_depth: int = Field(1, ge=0)
+    """transformer blocks at the lowest resolution"""
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    """attention heads of each level"""
+    context_width: int = Field(768, ge=0)
+    """width of the text states that cross-attention reads; 0 means no text"""
+    vector_width: int = Field(0, ge=0)
+    """width of a pooled text vector that is added to the time embedding; 0 means none"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "UNetConfig":
+        levels = len(self.multipliers)
+        for name, values in (("depths", self.depths), ("heads", self.heads)):
+            if len(values) != levels:
+                raise ValueError(f"{name} has {len(values)} entries for {levels} levels (multipliers)")
+        check_widths(self.widths, name="channels x multipliers")
+        for width, heads in zip(self.widths, self.heads, strict=True):
+            if heads < 1 or width % heads:
+                raise ValueError(f"{heads} heads do not divide a width of {width}; see channels, multipliers, heads")
+        return self
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.channels * m for m in self.multipliers)
+
+    @property
+    def factor(self) -> int:
+        """The input's sides must be multiples of this."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+
+class Block(nn.Module):
+    """A residual block, followed by a transformer where the level has one."""
+
+    def __init__(self, channels_in: int, level: int, config: UNetConfig, *, depth: int) -> None:
+        super().__init__()
+        width = config.widths[level]
+        self.residual = ResidualBlock(channels_in, width, time_width=4 * config.channels)
+        self.transformer = None
+        if depth:
+            heads, context_width = config.heads[level], config.context_width
+            self.transformer = SpatialTransformer(width, depth=depth, heads=heads, context_width=context_width)
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        x = self.residual(x, time)
+        return x if self.transformer is None else self.transformer(x, context, mask)
+
+
+class UNet(nn.Module):
+    """Guesses the training target from a noised input, its timestep and a text."""
+
+    def __init__(self, config: UNetConfig, *, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = gradient_checkpointing
+        widths, time_width = config.widths, 4 * config.channels
+        last = len(widths) - 1
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(config.channels, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
+        )
+        if config.vector_width:
+            self.vector_embed = nn.Sequential(
+                nn.Linear(config.vector_width, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
+            )
+
+        # Encoder.
+        self.conv_in = nn.Conv2d(config.in_channels * config.patch**2, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        self.downsample = nn.ModuleList(Downsample(width) for width in widths[:-1])
+        skips, width = [widths[0]], widths[0]
+        for level in range(last + 1):
+            blocks = nn.ModuleList()
+            for _ in range(config.blocks):
+                blocks.append(Block(width, level, config, depth=config.depths[level]))
+                width = widths[level]
+                skips.append(width)
+            if level < last:
+                skips.append(width)
+            self.down.append(blocks)
+
+        # Middle.
+        self.middle = nn.ModuleList(
+            [Block(width, last, config, depth=config.middle_depth), Block(width, last, config, depth=0)]
+        )
+
+        # Decoder, from the lowest resolution up.
+        self.up = nn.ModuleList()
+        self.upsample = nn.ModuleList(Upsample(width) for width in widths[:0:-1])
+        for level in reversed(range(last + 1)):
+            blocks = nn.ModuleList()
+            for _ in range(config.blocks + 1):
+                blocks.append(Block(width + skips.pop(), level, config, depth=config.depths[level]))
+                width = widths[level]
+            self.up.append(blocks)
+
+        self.norm_out = group_norm(widths[0], eps=1e-5)
+        self.conv_out = zero_(nn.Conv2d(widths[0], config.in_channels * config.patch**2, 3, padding=1))
+
+    def forward(
+        self,
+        z: Tensor,
+        timestep: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        vector: Tensor | None = None,
+    ) -> Tensor:
+        """(b, c, h, w), (b,) [, (b, n, context_width), (b, n) bool, (b, vector_width)] -> (b, c, h, w)."""
+        self._check_inputs(z, context, vector)
+        time = self.time_embed(timestep_embedding(timestep, self.config.channels).to(z.dtype))
+        if vector is not None:
+            time = time + self.vector_embed(vector)
+
+        # Encoder.
+        h = self.conv_in(F.pixel_unshuffle(z, self.config.patch))
+        skips = [h]
+        for level, blocks in enumerate(self.down):
+            for block in blocks:
+                h = self._run(block, h, time, context, mask)
+                skips.append(h)
+            if level < len(self.downsample):
+                h = self.downsample[level](h)
+                skips.append(h)
+
+        # Middle.
+        for block in self.middle:
+            h = self._run(block, h, time, context, mask)
+
+        # Decoder.
+        for level, blocks in enumerate(self.up):
+            for block in blocks:
+                h = self._run(block, torch.cat([h, skips.pop()], dim=1), time, context, mask)
+            if level < len(self.upsample):
+                h = self.upsample[level](h)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch)
+
+    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        return run_block(block, *inputs, recompute=self.gradient_checkpointing)
+
+    def _check_inputs(self, z: Tensor, context: Tensor | None, vector: Tensor | None) -> None:
+        config = self.config
+        if z.shape[1] != config.in_channels:
+            raise ValueError(f"the U-Net takes {config.in_channels} channels, not {z.shape[1]}")
+        if any(side % config.factor for side in z.shape[-2:]):
+            raise ValueError(f"the U-Net's input of {tuple(z.shape[-2:])} is not a multiple of {config.factor}")
+        for name, value, width in (("context", context, config.context_width), ("vector", vector, config.vector_width)):
+            if (value is None) != (width == 0) or (value is not None and value.shape[-1] != width):
+                found = "none" if value is None else f"width {value.shape[-1]}"
+                raise ValueError(f"the U-Net takes a {name} of width {width} (0: none), got {found}")

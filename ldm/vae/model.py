@@ -1,0 +1,206 @@
+"""The convolutional KL autoencoder (Rombach et al. 2022, section 3.1), down to the exact Stable Diffusion one."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ldm.config import Config
+from ldm.nn import Upsample, check_widths, group_norm, run_block, zero_
+from ldm.vae.blocks import Downsample, ResidualBlock, middle
+
+
+class VAEConfig(Config):
+    """The defaults are the Stable Diffusion VAE: factor 8, 4 latent channels, 83,653,863 parameters."""
+
+    image_channels: int = Field(3, ge=1)
+    """3 for RGB, 1 for grey"""
+    patch: int = Field(1, ge=1)
+    """side of the pixel blocks that are folded into channels before the first convolution"""
+    channels: int = Field(128, ge=32)
+    """width of the first level"""
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    """width of each level as a multiple of `channels`; each further level halves the resolution"""
+    blocks: int = Field(2, ge=1)
+    """residual blocks in a level of the encoder; the decoder has one more"""
+    attention: bool = True
+    """self-attention at the lowest resolution"""
+    latent_channels: int = Field(4, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "VAEConfig":
+        check_widths(self.widths, name="channels x multipliers")
+        return self
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.channels * m for m in self.multipliers)
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a latent cell, along one side."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+    def latent_size(self, size: int) -> int:
+        """Side of the latent of an image whose side is `size`; ValueError when the factor does not divide it."""
+        if size % self.factor:
+            raise ValueError(f"image size {size} is not a multiple of {self.factor}, the VAE's factor")
+        return size // self.factor
+
+
+class Posterior(NamedTuple):
+    """A diagonal Gaussian over latents; both tensors are (b, c, h, w)."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + standard deviation x noise (Kingma and Welling 2014, section 2.4)."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Tensor:
+        """KL divergence from the standard normal for each image: (b,), in nats."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
+
+
+class Encoder(nn.Module):
+    """(b, c, h, w) pixels -> (b, 2 * latent_channels, h / factor, w / factor)."""
+
+    def __init__(self, config: VAEConfig, *, gradient_checkpointing: bool) -> None:
+        super().__init__()
+        self.patch, self.gradient_checkpointing = config.patch, gradient_checkpointing
+        widths = config.widths
+        self.conv_in = nn.Conv2d(config.image_channels * config.patch**2, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList()
+        for level, width in enumerate(widths):
+            before = widths[max(level - 1, 0)]
+            blocks = [ResidualBlock(before if i == 0 else width, width) for i in range(config.blocks)]
+            down = [Downsample(width)] if level < len(widths) - 1 else []
+            self.levels.append(nn.Sequential(*blocks, *down))
+        self.middle = middle(widths[-1], attention=config.attention)
+        self.norm_out = group_norm(widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        h = self.conv_in(F.pixel_unshuffle(images, self.patch))
+        for level in self.levels:
+            h = run_block(level, h, recompute=self.gradient_checkpointing)
+        return self.conv_out(F.silu(self.norm_out(self.middle(h))))
+
+
+class Decoder(nn.Module):
+    """(b, latent_channels, h, w) -> (b, c, h * factor, w * factor) pixels."""
+
+    def __init__(self, config: VAEConfig, *, gradient_checkpointing: bool) -> None:
+        super().__init__()
+        self.patch, self.gradient_checkpointing = config.patch, gradient_checkpointing
+        widths = config.widths[::-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.middle = middle(widths[0], attention=config.attention)
+        self.levels = nn.ModuleList()
+        for level, width in enumerate(widths):
+            before = widths[max(level - 1, 0)]
+            blocks = [ResidualBlock(before if i == 0 else width, width) for i in range(config.blocks + 1)]
+            up = [Upsample(width)] if level < len(widths) - 1 else []
+            self.levels.append(nn.Sequential(*blocks, *up))
+        self.norm_out = group_norm(widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.image_channels * config.patch**2, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        h = self.middle(self.conv_in(latents))
+        for level in self.levels:
+            h = run_block(level, h, recompute=self.gradient_checkpointing)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
+
+
+class LinearPath(nn.Module):
+    """Linear compression of patches to latents and back, beside the networks, where patching is all that changes size.
+
+    The best linear autoencoder is known in closed form: principal components (Baldi and Hornik 1989). `fit` sets it, so
+    training starts from there and the networks learn what a linear map can not do. Residual autoencoding is from
+    Chen et al. 2024 (DC-AE).
+    """
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.patch = config.patch
+        values = config.image_channels * config.patch**2
+        self.encode = nn.Conv2d(values, config.latent_channels, 1)
+        self.decode = nn.Conv2d(config.latent_channels, values, 1)
+
+    @torch.no_grad()
+    def fit(self, images: Tensor) -> None:
+        """Set both maps from the principal components of the patches of (b, c, h, w) images."""
+        patches = rearrange(F.pixel_unshuffle(images, self.patch), "b v h w -> (b h w) v").double()
+        mean = patches.mean(0)
+        variance, directions = torch.linalg.eigh((patches - mean).mT @ (patches - mean) / len(patches))
+        count = self.encode.out_channels
+        basis = directions[:, -count:].flip(1)  # (values, latent channels), the largest variance first
+        scale = variance[-count:].mean().sqrt()
+        self.encode.weight.copy_((basis.mT / scale)[..., None, None])
+        self.encode.bias.copy_(-(basis.mT @ mean) / scale)  # type: ignore[union-attr]
+        self.decode.weight.copy_((basis * scale)[..., None, None])
+        self.decode.bias.copy_(mean)  # type: ignore[union-attr]
+
+
+class VAE(nn.Module):
+    """Encoder and decoder, with the measured statistics of its latents.
+
+    `encode` and `decode` speak raw latents. Diffusion works on standardized ones: `standardize` and `unstandardize` use
+    the mean and deviation of each channel that training measured, so no scale is ever set by hand.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: VAEConfig, *, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, gradient_checkpointing=gradient_checkpointing)
+        self.decoder = Decoder(config, gradient_checkpointing=gradient_checkpointing)
+        latents = config.latent_channels
+        self.quant_conv = nn.Conv2d(2 * latents, 2 * latents, 1)
+        self.post_quant_conv = nn.Conv2d(latents, latents, 1)
+        patches_only = config.patch > 1 and len(config.multipliers) == 1
+        self.linear = self._linear_path() if patches_only else None
+        self.register_buffer("latent_mean", torch.zeros(latents))
+        self.register_buffer("latent_std", torch.ones(latents))
+
+    def encode(self, images: Tensor) -> Posterior:
+        """(b, c, h, w) pixels in [-1, 1] -> the posterior over raw latents."""
+        for side in images.shape[-2:]:
+            self.config.latent_size(side)
+        mean, logvar = self.quant_conv(self.encoder(images)).float().chunk(2, dim=1)
+        if self.linear is not None:
+            mean = mean + self.linear.encode(F.pixel_unshuffle(images, self.config.patch)).float()
+        return Posterior(mean, logvar.clamp(-30.0, 20.0))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Raw latents -> (b, c, h, w) pixels, about in [-1, 1]."""
+        images = self.decoder(self.post_quant_conv(latents))
+        if self.linear is not None:
+            images = images + F.pixel_shuffle(self.linear.decode(latents), self.config.patch)
+        return images
+
+    def _linear_path(self) -> LinearPath:
+        """Start as the linear autoencoder alone: the networks answer zero, with a narrow posterior (deviation 0.05)."""
+        zero_(self.encoder.conv_out)
+        zero_(self.decoder.conv_out)
+        nn.init.constant_(zero_(self.quant_conv).bias[self.config.latent_channels :], -6.0)  # type: ignore[index]
+        return LinearPath(self.config)
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
+        """Reconstruct through a sampled latent; `noise` is shaped as the latent."""
+        posterior = self.encode(images)
+        return self.decode(posterior.sample(noise)), posterior
+
+    def standardize(self, latents: Tensor) -> Tensor:
+        """Raw latents -> zero mean, unit deviation in each channel."""
+        return (latents - self.latent_mean.view(-1, 1, 1)) / self.latent_std.view(-1, 1, 1)
+
+    def unstandardize(self, latents: Tensor) -> Tensor:
+        """The inverse of `standardize`."""
+        return latents * self.latent_std.view(-1, 1, 1) + self.latent_mean.view(-1, 1, 1)

@@ -1,0 +1,133 @@
+"""Train all three stages on the shapes set and show what came of it; a second call goes on or reuses what is there."""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm import folders
+from ldm.config import ScriptConfig, parse
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = (
+    "a large red star in the center on a white background",
+    "a small blue ring in the top left corner on a yellow background",
+    "a large green triangle in the bottom right corner on a black background",
+    "a small white cross in the center on a purple background",
+    "a large orange circle in the top right corner on a blue background",
+    "a small black square in the bottom left corner on an orange background",
+    "a large purple ring in the center on a green background",
+    "a small yellow star in the bottom right corner on a red background",
+)
+
+
+class Demo(ScriptConfig):
+    """Settings of the demo."""
+
+    run: Path = Path("runs/demo")
+    """folder of the demo"""
+
+
+def demo(config: Demo) -> None:
+    """Train what is not trained yet, evaluate, paint, and write the report."""
+    stages = {stage: config.run / stage for stage in ("clip", "vae", "ldm")}
+    seconds = {stage: train(stage, run) for stage, run in stages.items()}
+    model = stages["ldm"] / "model"
+    seconds["evaluate"] = call("evaluate.py", "--model", str(model))
+    seconds["txt2img"] = call("txt2img.py", PROMPTS[0], "--model", str(model), "--out", str(config.run / "pictures"))
+    start = time.perf_counter()
+    pictures(config.run, stages)
+    seconds["pictures"] = time.perf_counter() - start
+    write_report(config.run, stages, seconds)
+
+
+def train(stage: str, run: Path) -> float:
+    """Run one training script, from its newest checkpoint if it was stopped; returns the seconds it took."""
+    if (run / "model/model.json").is_file():
+        print(f"{run} is finished; reusing it", flush=True)
+        return 0.0
+    resume = ["--resume", "latest"] if any((run / "checkpoints").glob("step-*")) else []
+    return call(f"train_{stage}.py", "--run", str(run), *resume, launcher=["-m", "accelerate.commands.launch"])
+
+
+def call(script: str, *arguments: str, launcher: Sequence[str] = ()) -> float:
+    """Run a script as a person would and return the seconds it took; stop where it fails."""
+    command = [sys.executable, *launcher, str(ROOT / "scripts" / script), *arguments]
+    print("\n$", " ".join(["accelerate launch" if launcher else "python", f"scripts/{script}", *arguments]), flush=True)
+    start = time.perf_counter()
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        raise SystemExit(f"{script} stopped with status {done.returncode}; `make demo` goes on from there")
+    return time.perf_counter() - start
+
+
+def pictures(run: Path, stages: dict[str, Path]) -> None:
+    """The sample grid, the denoising steps and the loss curves."""
+    from ldm import figures
+    from ldm.pictures import captioned
+    from ldm.pipeline import Pipeline
+
+    pipeline = Pipeline.load(stages["ldm"] / "model")
+    scale = pipeline.about["guidance_scale"]
+    painted = [pipeline(prompt, guidance_scale=scale, seed=seed)[0] for seed, prompt in enumerate(PROMPTS)]
+    captioned(painted, PROMPTS, columns=4).save(run / "samples.png")
+    figures.denoising(pipeline, PROMPTS[:3]).save(run / "denoising.png")
+    figures.loss_curves(list(stages.values()), run / "losses.png")
+
+
+def write_report(run: Path, stages: dict[str, Path], seconds: dict[str, float]) -> None:
+    """report.json and report.md with what was measured, and where everything is."""
+    found = json.loads((stages["ldm"] / "evaluation.json").read_text())
+    report_file = run / "report.json"
+    before = json.loads(report_file.read_text()) if report_file.is_file() else {"seconds": {}}
+    spent = {name: round(value or before["seconds"].get(name, 0.0), 1) for name, value in seconds.items()}
+    measures = {name: value for name, value in found.items() if isinstance(value, dict)}
+    report: dict[str, Any] = {
+        "seconds": spent,
+        "total_minutes": round(sum(spent.values()) / 60, 2),
+        "peak_memory_gib": round(peak_memory_gib(), 2),
+        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "measures": measures,
+        "model_hash": folders.sha256(stages["ldm"] / "model/unet.safetensors")[:10],
+    }
+    report_file.write_text(json.dumps(report, indent=2))
+    rows = "\n".join(
+        f"| {name} | {m['value']:.3f} | {m['low']:.3f} to {m['high']:.3f} | {m['count']} |" for name, m in measures.items()
+    )
+    times = ", ".join(f"{name} {value:.0f} s" for name, value in spent.items())
+    text = (
+        f"# Demo\n\n![samples](samples.png)\n\n| measure | value | 95 % interval | samples |\n|---|---|---|---|\n{rows}\n\n"
+        f"{report['total_minutes']} minutes ({times}); peak memory {report['peak_memory_gib']} GiB.\n\n"
+        "Denoising, step by step: what the sampler holds, and its guess of the end.\n\n![denoising](denoising.png)\n\n"
+        "![losses](losses.png)\n"
+    )
+    (run / "report.md").write_text(text)
+    model = stages["ldm"] / "model"
+    print(
+        f"\nall five attributes right: {measures['prompt accuracy, all']['value']:.1%} of "
+        f"{measures['prompt accuracy, all']['count']} unseen captions, after {report['total_minutes']} minutes\n"
+        f"report:    {run}/report.md\nsamples:   {run}/samples.png\ndenoising: {run}/denoising.png\n"
+        f"losses:    {run}/losses.png\nmodel:     {model}\n\ntry next:\n"
+        f'  .venv/bin/python scripts/txt2img.py "a large blue star in the center on a red background" --model {model}\n'
+        "  .venv/bin/accelerate launch scripts/train_vae.py --config configs/emoji/vae.yaml"
+    )
+
+
+def peak_memory_gib() -> float:
+    """Largest resident memory of any process that the demo ran."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)) / unit
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    demo(parse(Demo, argv, default=None, description=__doc__))
+
+
+if __name__ == "__main__":
+    main()

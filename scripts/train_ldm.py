@@ -1,0 +1,171 @@
+"""Train the U-Net on noised latents (or pixels) under frozen text states."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ldm import pictures
+from ldm.config import errors_for_people, parse
+from ldm.data import DataConfig, collate, open_dataset
+from ldm.data.cache import LatentCache
+from ldm.data.order import first_samples
+from ldm.diffusion.process import Process, ProcessConfig
+from ldm.folders import newest, sha256
+from ldm.keyed import Draws, generator
+from ldm.pipeline import Pipeline, conditions, initial_noise, load_vae, to_images, words_of
+from ldm.text import TextConfig, TextEncoder
+from ldm.training.loop import Batch, Hooks, Player, TrainingConfig, fit, make_accelerator
+from ldm.unet import UNet, UNetConfig
+from ldm.vae import VAE, Posterior
+
+DEFAULT = Path(__file__).parents[1] / "configs/shapes/ldm.yaml"
+VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+class TrainLDM(TrainingConfig):
+    """Settings of train_ldm."""
+
+    run: Path = Path("runs/shapes/ldm")
+    data: DataConfig = Field(default_factory=DataConfig)
+    autoencoder: str = "latest"
+    """model folder of a train_vae run; `latest`: the newest finished one beside this run; `none`: diffusion in pixels"""
+    text: TextConfig = Field(default_factory=TextConfig)
+    unet: UNetConfig = Field(default_factory=UNetConfig)
+    process: ProcessConfig = Field(default_factory=ProcessConfig)
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    """share of captions that are replaced by "", so that guidance has something to compare with"""
+    cache_latents: bool = False
+    """encode each image once, before training, and keep its latent in memory; not with crops or flips"""
+    sample_prompts: tuple[str, ...] = ()
+    """prompts of the sample grid; captions of held-out images when empty"""
+    sample_steps: int = Field(30, ge=1)
+    sample_guidance: float = 3.0
+    """guidance scale of the sample grid; txt2img takes it as its default for this model"""
+
+
+def train(config: TrainLDM) -> Path:
+    """Build the stage and run it; returns the model folder."""
+    accelerator = make_accelerator(config)
+    device = accelerator.device
+    data, held_out = (open_dataset(config.data, split, seed=config.seed) for split in ("train", "test"))
+    accelerator.print(data.describe())
+    vae, vae_hash = load_autoencoder(config)
+    text = load_text(config)
+    check_widths(config, vae, text)
+    unet = UNet(config.unet, gradient_checkpointing=config.gradient_checkpointing)
+    process = Process(config.process)
+    words = sorted({word for caption in data.captions for word in words_of(caption)})
+    about = {"data": config.data.to_dict(), "guidance_scale": config.sample_guidance}
+    pipeline = Pipeline(unet, process, vae=vae, text=text, size=config.data.size, words=words, about=about)
+    shape = pipeline.latent_shape(config.data.size, config.data.size)
+    for module in (vae, text):
+        if module is not None:
+            module.to(device)
+    fixed = collate(first_samples(held_out, 64))
+    source: Dataset[Any] = data
+    if config.cache_latents and vae:
+        source = LatentCache(data, vae.encode, device=device, progress=accelerator.is_main_process)
+
+    def latents(batch: Batch, noise: Tensor) -> Tensor:
+        if vae is None:
+            return batch["image"]
+        if "mean" in batch:
+            return vae.standardize(Posterior(batch["mean"], batch["logvar"]).sample(noise))
+        with torch.no_grad():
+            return vae.standardize(vae.encode(batch["image"]).sample(noise))
+
+    def errors(module: nn.Module, z: Tensor, captions: list[str], noise: Tensor, t: Tensor) -> Tensor:
+        """Squared error of each image: (b,)."""
+        states = text(captions) if text else None
+        answer = module(process.mix(z, noise, t), process.timestep(t), *conditions(text, states))
+        return (answer.float() - process.target(z, noise, t)).square().flatten(1).mean(1)
+
+    def loss(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        z = latents(batch, draws.normal("latent", shape))
+        positions = torch.tensor(draws.positions, device=z.device)
+        t = process.draw_times(draws.uniform("time"), positions, draws.batch_size)
+        dropped = draws.uniform("dropout") < config.caption_dropout
+        captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]
+        error = errors(module, z, captions, draws.normal("noise", shape), t)
+        return {"loss": (process.weight(t) * error).mean()}
+
+    def validate() -> dict[str, float]:
+        images, count = fixed["image"].to(device), len(fixed["image"])
+        noise = torch.randn(2, count, *shape, generator=generator(config.seed, "validation")).to(device)
+        z = latents({"image": images}, noise[0])
+        by_time = {
+            f"validation_loss_t{t}": errors(unet, z, fixed["caption"], noise[1], torch.full((count,), t, device=device))
+            for t in VALIDATION_TIMES
+        }
+        means = {name: error.mean().item() for name, error in by_time.items()}
+        return {"validation_loss": sum(means.values()) / len(means), **means}
+
+    def sample() -> Image.Image:
+        prompts = list(config.sample_prompts or fixed["caption"][:16])
+        seeds = list(range(len(prompts)))
+        noise = initial_noise(shape, seeds).to(device)
+        steps, scale = config.sample_steps, config.sample_guidance
+        z = pipeline.sample(noise, prompts, [""] * len(seeds), seeds=seeds, steps=steps, guidance_scale=scale)
+        return pictures.captioned(to_images(pipeline.decode(z)), prompts, columns=8)
+
+    identity = {"data": config.data, "unet": config.unet, "process": config.process}
+    return fit(
+        config,
+        accelerator=accelerator,
+        players=[Player("unet", unet, loss)],
+        data=source,
+        collate=collate,
+        hooks=Hooks(validate=validate, sample=sample, save_model=pipeline.save),
+        identity={name: part.to_dict() for name, part in identity.items()} | {"vae_sha256": vae_hash},
+    )
+
+
+def load_autoencoder(config: TrainLDM) -> tuple[VAE | None, str | None]:
+    """The frozen VAE and the hash of its weights; None for diffusion in pixels."""
+    if config.autoencoder == "none":
+        return None, None
+    folder = Path(config.autoencoder)
+    if config.autoencoder == "latest":
+        folder = newest("vae", config.run.parent, script="accelerate launch scripts/train_vae.py")
+    return load_vae(folder), sha256(folder / "vae.safetensors")
+
+
+def load_text(config: TrainLDM) -> TextEncoder | None:
+    """The frozen text tower; None for unconditional diffusion."""
+    if config.text.model == "none":
+        return None
+    source = config.text.model
+    if source == "latest":
+        folder = newest("text tower", config.run.parent, script="accelerate launch scripts/train_clip.py")
+        source = f"local-dir:{folder}"
+    return TextEncoder.load(config.text, source=source)
+
+
+def check_widths(config: TrainLDM, vae: VAE | None, text: TextEncoder | None) -> None:
+    """ValueError unless the U-Net fits the latents and the text."""
+    wanted = {
+        "in_channels": vae.config.latent_channels if vae else config.data.channels,
+        "context_width": text.width if text else 0,
+        "vector_width": text.vector_width if text else 0,
+    }
+    for name, value in wanted.items():
+        if getattr(config.unet, name) != value:
+            flag = f"--unet.{name.replace('_', '-')} {value}"
+            raise ValueError(f"unet.{name} is {getattr(config.unet, name)}, the autoencoder and text need {value}: {flag}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    config = parse(TrainLDM, argv, default=DEFAULT, description=__doc__)
+    with errors_for_people():
+        train(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Train the VAE that compresses images to latents, and measure the statistics of those latents."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from ldm import folders, pictures
+from ldm.config import errors_for_people, parse
+from ldm.data import DataConfig, collate, open_dataset
+from ldm.data.order import first_samples, image_batches
+from ldm.keyed import Draws
+from ldm.pipeline import to_images
+from ldm.training.loop import Batch, Hooks, Player, TrainingConfig, fit, make_accelerator
+from ldm.vae import VAE, VAEConfig
+from ldm.vae.losses import VAELossConfig, psnr, ssim, vae_loss
+from ldm.vae.statistics import measure_latents
+
+DEFAULT = Path(__file__).parents[1] / "configs/shapes/vae.yaml"
+
+
+class TrainVAE(TrainingConfig):
+    """Settings of train_vae."""
+
+    run: Path = Path("runs/shapes/vae")
+    data: DataConfig = Field(default_factory=DataConfig)
+    vae: VAEConfig = Field(default_factory=VAEConfig)
+    loss: VAELossConfig = Field(default_factory=VAELossConfig)
+
+
+def train(config: TrainVAE) -> Path:
+    """Build the stage and run it; returns the model folder."""
+    side = config.vae.latent_size(config.data.size)
+    if config.data.channels != config.vae.image_channels:
+        raise ValueError(f"data.channels {config.data.channels} is not vae.image_channels {config.vae.image_channels}")
+    accelerator = make_accelerator(config)
+    data, held_out = (open_dataset(config.data, split, seed=config.seed) for split in ("train", "test"))
+    accelerator.print(data.describe())
+    vae = VAE(config.vae, gradient_checkpointing=config.gradient_checkpointing)
+    fixed = collate(first_samples(held_out, 64))["image"]
+    shape = (config.vae.latent_channels, side, side)
+
+    def loss(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        output, posterior = module(batch["image"], draws.normal("latent", shape))
+        return vae_loss(batch["image"], output, posterior, config.loss)
+
+    def reconstruct(images: Tensor) -> Tensor:
+        return vae.decode(vae.encode(images).mean).clamp(-1, 1)
+
+    def validate() -> dict[str, float]:
+        images = fixed.to(accelerator.device)
+        output = reconstruct(images)
+        quality = {"psnr": psnr(output, images), "ssim": ssim(output, images)}
+        return {f"validation_{name}": value.mean().item() for name, value in quality.items()}
+
+    def sample() -> Image.Image:
+        images = fixed[:32].to(accelerator.device)
+        pairs = torch.stack([images, reconstruct(images)], 1).flatten(0, 1)
+        return pictures.grid(to_images(pairs), columns=8)
+
+    def save_model(folder: Path) -> None:
+        measure_latents(vae, (images.to(accelerator.device) for images in image_batches(data, count=4096)))
+        digest = folders.save_weights(vae, folder / "vae.safetensors")
+        values = {"data": config.data.to_dict(), "vae": config.vae.to_dict(), "vae_sha256": digest}
+        folders.write_model(folder, "vae", values)
+
+    return fit(
+        config,
+        accelerator=accelerator,
+        players=[Player("vae", vae, loss)],
+        data=data,
+        collate=collate,
+        hooks=Hooks(validate=validate, sample=sample, save_model=save_model),
+        identity={"data": config.data.to_dict(), "vae": config.vae.to_dict()},
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    config = parse(TrainVAE, argv, default=DEFAULT, description=__doc__)
+    with errors_for_people():
+        train(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Paint pictures from prompts: numbered PNGs and a grid, each with what is needed to paint it again."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import Field
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from ldm import folders, pictures
+from ldm.config import ScriptConfig, errors_for_people, parse
+from ldm.diffusion.samplers import find_sampler
+from ldm.metadata import read_png, save_png
+from ldm.pipeline import Pipeline
+
+Painted = tuple[Image.Image, dict[str, Any]]
+
+
+class Txt2Img(ScriptConfig):
+    """Settings of txt2img."""
+
+    prompts: Positional[tuple[str, ...]] = ()
+    """what to paint; several prompts are painted one after the other"""
+    prompt_file: str | None = None
+    """file with a prompt on each line; `-` reads standard input"""
+    model: Path | None = None
+    """model folder; the newest finished one below runs/ when left out"""
+    out: Path = Path("outputs")
+    """folder for the pictures"""
+    negative_prompt: str = ""
+    steps: int = Field(30, ge=1)
+    guidance_scale: float | None = None
+    """1 is no guidance; the scale of the model's own sample grids when left out"""
+    sampler: str = "dpmpp_2m"
+    """ddpm, ddim, euler, heun or dpmpp_2m"""
+    eta: float = Field(0.0, ge=0, le=1)
+    """noise of the ddim sampler"""
+    seed: int = Field(0, ge=0)
+    """of the first picture; picture i has seed + i"""
+    num_images: int = Field(1, ge=1)
+    """pictures of each prompt"""
+    batch_size: int = Field(8, ge=1)
+    """pictures painted together"""
+    width: int | None = None
+    height: int | None = None
+    device: str | None = None
+    """cpu, cuda, mps; the best there is when left out"""
+    reproduce: Path | None = None
+    """paint this PNG once more, from its metadata"""
+
+
+def paint(config: Txt2Img) -> list[Path]:
+    """Paint, save and return the files; the grid is last when there are several pictures."""
+    find_sampler(config.sampler)
+    record = read_png(config.reproduce) if config.reproduce else None
+    prompts = [] if record else read_prompts(config)
+    pipeline = Pipeline.load(find_model(config, record), device=config.device or best_device())
+    assert pipeline.folder is not None
+    digest = folders.sha256(pipeline.folder / "unet.safetensors")
+    if record:
+        if record["model_hash"] != digest:
+            raise ValueError(f"{config.reproduce} was painted by another model ({record['model']}): name that with --model")
+        painted = [reproduce(pipeline, record)]
+    else:
+        painted = list(paint_all(pipeline, prompts, digest, config))
+    files = save_all(painted, config.out)
+    print(f"{len(painted)} painted: {files[0]}" + (f" ... {files[-1]}" if len(files) > 1 else ""))
+    return files
+
+
+def read_prompts(config: Txt2Img) -> list[str]:
+    """Prompts of the command line, then of the file; ValueError when there is none."""
+    prompts = list(config.prompts)
+    if config.prompt_file:
+        source = Path(config.prompt_file)
+        if config.prompt_file != "-" and not source.is_file():
+            raise ValueError(f"prompt file {source} does not exist")
+        text = sys.stdin.read() if config.prompt_file == "-" else source.read_text()
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"prompt file {source} is empty: write a prompt on each line")
+        prompts += lines
+    if not prompts:
+        raise ValueError('no prompt: say what to paint, as in `python scripts/txt2img.py "a small red circle"`')
+    return prompts
+
+
+def find_model(config: Txt2Img, record: dict[str, Any] | None) -> Path:
+    """The folder asked for, that of the picture to reproduce, or the newest."""
+    if config.model:
+        return config.model
+    if record:
+        return Path(record["model"])
+    return folders.newest("pipeline", Path("runs"), script="make demo")
+
+
+def best_device() -> str:
+    """cuda, mps or cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def paint_all(pipeline: Pipeline, prompts: list[str], digest: str, config: Txt2Img) -> Iterator[Painted]:
+    """Every picture with its record."""
+    for prompt in prompts:
+        if unknown := pipeline.unknown_words(prompt):
+            print(f"words that no caption of this model's training had: {', '.join(unknown)}", file=sys.stderr)
+    scale = config.guidance_scale
+    settings = {
+        "negative_prompt": config.negative_prompt,
+        "steps": config.steps,
+        "guidance_scale": pipeline.about.get("guidance_scale", 7.5) if scale is None else scale,
+        "sampler": config.sampler,
+        "eta": config.eta,
+        "width": config.width or pipeline.size,
+        "height": config.height or pipeline.size,
+    }
+    batches = range(0, config.num_images, config.batch_size)
+    with tqdm(total=len(prompts) * len(batches) * config.steps, unit="step", desc="painting") as bar:
+        for prompt in prompts:
+            for first in batches:
+                count = min(config.batch_size, config.num_images - first)
+                call = {"prompt": prompt, **settings, "seed": config.seed + first, "num_images": count}
+                for index, image in enumerate(pipeline(**call, on_step=lambda *_: bar.update())):
+                    yield image, {**call, "index": index, "model": str(pipeline.folder), "model_hash": digest}
+
+
+def reproduce(pipeline: Pipeline, record: dict[str, Any]) -> Painted:
+    """Paint the batch that a picture came from, since numbers differ in the last bit with its size, and pick it."""
+    call = {key: value for key, value in record.items() if key not in ("index", "model", "model_hash")}
+    return pipeline(**call)[record["index"]], record
+
+
+def save_all(painted: list[Painted], out: Path) -> list[Path]:
+    """Write numbered PNGs after those that are there, and a grid when there are several."""
+    out.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(path.stem) for path in out.glob("*.png") if path.stem.isdigit()), default=-1)
+    files = [out / f"{number + i:05d}.png" for i in range(len(painted))]
+    for file, (image, record) in zip(files, painted, strict=True):
+        save_png(file, image, record)
+    if len(painted) > 1:
+        files.append(out / f"grid-{number:05d}.png")
+        pictures.grid([image for image, _ in painted]).save(files[-1])
+    return files
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    config = parse(Txt2Img, argv, default=None, description=__doc__)
+    with errors_for_people():
+        paint(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Tiny recipes that all tests share: three stages that train in seconds."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("ACCELERATE_USE_CPU", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_clip
+import train_ldm
+import train_vae
+
+torch.set_num_threads(1)
+
+TINY: dict[str, list[str]] = {
+    "clip": "--steps 4 --batch-size 8 --warmup 1 --clip.width 32 --clip.layers 1 --clip.heads 2 --clip.embed-dim 16",
+    "vae": "--steps 4 --batch-size 8 --warmup 1 --vae.channels 32 --vae.latent-channels 4",
+    "ldm": "--steps 4 --batch-size 8 --warmup 1 --sample-steps 2 --unet.channels 32 --unet.heads 2 2 "
+    "--unet.in-channels 4 --unet.context-width 32 --unet.vector-width 16",
+}  # type: ignore[assignment]
+TINY = {stage: f"{flags} --data.size 16 --checkpoint-every 2 --log-every 1".split() for stage, flags in TINY.items()}  # type: ignore[attr-defined]
+MAIN: dict[str, Callable[[list[str]], None]] = {
+    "clip": train_clip.main,
+    "vae": train_vae.main,
+    "ldm": train_ldm.main,
+}
+
+
+def train(stage: str, run: Path, *flags: str) -> Path:
+    """Run a training script in this process on the tiny recipe; returns the model folder."""
+    MAIN[stage](["--run", str(run), *TINY[stage], *flags])
+    return run / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with finished clip, vae and ldm runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    for stage in ("clip", "vae", "ldm"):
+        train(stage, folder / stage)
+    return folder
+
+
+@pytest.fixture
+def tiny_model(tiny_runs: Path) -> Path:
+    """The model folder of the finished tiny pipeline."""
+    return tiny_runs / "ldm/model"

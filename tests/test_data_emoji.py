@@ -1,0 +1,165 @@
+"""Emoji: what the font lacks is left out, sequences are one picture, names are captions."""
+
+from pathlib import Path
+
+import emoji as emoji_names
+import matplotlib
+import numpy as np
+import pytest
+from PIL import features
+
+from ldm.data import DataConfig, emoji, open_dataset
+from ldm.data.order import Key
+
+FONT: Path | None
+try:
+    FONT = emoji.find_font()
+except ValueError:
+    FONT = None
+
+needs_font = pytest.mark.skipif(FONT is None, reason="no colour-emoji font on this machine")
+needs_raqm = pytest.mark.skipif(not features.check("raqm"), reason="Pillow found no libraqm, which joins sequences")
+UNJOINED = "🚀\u200d🚀"  # no emoji, so two pictures in any font
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return emoji.load("test", 24)
+
+
+def known(monkeypatch, *texts: str) -> dict[str, dict]:
+    """Let these be all the emoji that there are."""
+    entry = {"en": ":unknown_thing:", "status": emoji_names.STATUS["fully_qualified"]}
+    table = {text: emoji_names.EMOJI_DATA.get(text, entry) for text in texts}
+    monkeypatch.setattr(emoji.emoji, "EMOJI_DATA", table)
+    return table
+
+
+def drawn_in_both() -> set[str]:
+    assert FONT is not None
+    return {text for split in ("train", "test") for text, _ in emoji.drawable(FONT, split)}  # type: ignore[arg-type]
+
+
+@needs_font
+def test_rows_are_colour_drawings_on_white(rows):
+    assert set(rows.column_names) == {"image", "caption", "captions", "emoji"}
+    assert len(rows) > 20
+    colourful = 0
+    for row in rows:
+        image = row["image"]
+        assert image.size == (24, 24) and image.mode == "RGB"
+        assert np.asarray(image).std() > 3, row["caption"]
+        colourful += image.convert("HSV").getextrema()[1][1] > 100
+    assert colourful > 0.8 * len(rows)
+    assert sum(min(row["image"].getpixel((0, 0))) > 240 for row in rows) > 0.7 * len(rows)
+
+
+@needs_font
+def test_the_caption_is_the_name_and_comes_first(rows):
+    for row in rows:
+        assert row["caption"] == emoji.name_of(row["emoji"]) == row["captions"][0]
+        assert row["captions"] == emoji.wordings(row["emoji"])
+        assert not set("_:") & set(row["caption"])
+
+
+def test_names_and_wordings():
+    assert emoji.name_of("👨‍🚀") == "man astronaut"
+    assert emoji.wordings("😀")[:3] == ["grinning face", "grinning", "a drawing of grinning face"]
+    assert "de" not in emoji.wordings("🇩🇪") and "flag for Germany" in emoji.wordings("🇩🇪")
+    assert all(len(set(w)) == len(w) >= 4 for w in map(emoji.wordings, list(emoji_names.EMOJI_DATA)[:300]))
+
+
+@needs_font
+def test_the_splits_share_no_emoji(monkeypatch):
+    table = known(monkeypatch, *list(emoji_names.EMOJI_DATA)[:60])
+    parts = [{text for text, _ in emoji.drawable(FONT, split)} for split in ("train", "test")]  # type: ignore[arg-type]
+    assert all(parts) and not parts[0] & parts[1]
+    assert parts[0] | parts[1] <= set(table)
+
+
+@needs_font
+def test_what_the_font_lacks_is_left_out(monkeypatch):
+    known(monkeypatch, "😀", "🚀", emoji.ABSENT, "\U000ffffd", UNJOINED)
+    assert drawn_in_both() == {"😀", "🚀"}
+
+
+@needs_font
+@needs_raqm
+def test_a_sequence_is_one_picture(monkeypatch):
+    known(monkeypatch, "👨‍🚀", "👨", "🚀")
+    assert drawn_in_both() == {"👨‍🚀", "👨", "🚀"}
+    font = emoji.open_font(FONT)  # type: ignore[arg-type]
+    assert emoji.draw(font, "👨‍🚀") != emoji.draw(font, "👨")
+
+
+@needs_font
+def test_half_written_forms_do_not_double_the_pictures(monkeypatch):
+    half = [t for t, data in emoji_names.EMOJI_DATA.items() if data["status"] > emoji_names.STATUS["fully_qualified"]]
+    known(monkeypatch, "😀", "🚀", *half[:5])
+    assert drawn_in_both() == {"😀", "🚀"}
+
+
+@needs_font
+def test_drawings_are_centred_and_keep_their_aspect():
+    font = emoji.open_font(FONT)  # type: ignore[arg-type]
+    picture = np.asarray(emoji.draw(font, "🔴"))
+    assert picture.shape[0] == picture.shape[1]
+    ys, xs = np.nonzero(picture.min(-1) < 200)
+    assert abs(ys.mean() / len(picture) - 0.5) < 0.06 and abs(xs.mean() / len(picture) - 0.5) < 0.06
+    assert 0.9 < (np.ptp(xs) / np.ptp(ys)) < 1.1
+
+
+@needs_font
+def test_wordings_change_with_the_epoch_in_training_alone(monkeypatch):
+    known(monkeypatch, *list(emoji_names.EMOJI_DATA)[:60])
+    config = DataConfig(source="emoji", size=16)
+    train, test = (open_dataset(config, split, seed=3) for split in ("train", "test"))
+    worded = [train[Key(4, epoch, 0)]["caption"] for epoch in range(12)]
+    assert len(set(worded)) > 1 and set(worded) <= set(train.source.captions[4])
+    assert worded == [train.caption(Key(4, epoch, 7)) for epoch in range(12)]
+    assert {test[Key(0, epoch, 0)]["caption"] for epoch in range(8)} == {emoji.name_of(test.source.names[0])}
+    assert set(worded) < set(train.captions)
+    assert train.describe() == f"emoji: drawn with {FONT}; {len(train):,} in the train split"
+
+
+@needs_font
+def test_it_says_when_sequences_can_not_be_joined(monkeypatch):
+    known(monkeypatch, "😀", "🚀")
+    monkeypatch.setattr("ldm.data.features.check", lambda feature: False)
+    text = open_dataset(DataConfig(source="emoji", size=16), "train", seed=0).describe()
+    assert "without flags and other joined ones, as Pillow found no libraqm" in text
+
+
+def test_no_font(monkeypatch, tmp_path):
+    monkeypatch.setattr(emoji, "FONT_FOLDERS", (tmp_path, tmp_path / "missing"))
+    with pytest.raises(ValueError) as caught:
+        emoji.load("train", 16)
+    text = str(caught.value)
+    assert "no colour-emoji font found" in text and "apt install fonts-noto-color-emoji" in text
+    assert "macOS and Windows ship one" in text and "--data.font" in text and "\n" not in text
+
+
+def test_the_font_is_found_below_a_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(emoji, "FONT_FOLDERS", (tmp_path / "missing", tmp_path))
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "NotoColorEmoji.ttf").touch()
+    assert emoji.find_font() == tmp_path / "deep" / "NotoColorEmoji.ttf"
+
+
+def test_a_font_without_colour_and_a_file_that_is_none(tmp_path):
+    plain = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    assert plain.is_file()
+    (tmp_path / "a.ttf").write_text("no font")
+    for path in (plain, tmp_path / "a.ttf", tmp_path / "missing.ttf"):
+        with pytest.raises(
+            ValueError, match=f"{path.name}: not a font with colour emoji; name another with --data.font"
+        ):
+            emoji.load("train", 16, font=path)
+
+
+def test_messages(tmp_path):
+    with pytest.raises(ValueError, match="size 7 is too small to draw an emoji in: choose at least 8 pixels"):
+        emoji.load("train", 7)
+    if FONT is not None:
+        with pytest.raises(ValueError, match="split 'val' is unknown: choose train or test"):
+            emoji.load("val", 16)  # type: ignore[arg-type]
