@@ -43,7 +43,7 @@ Script = TypeVar("Script", bound=ScriptConfig)
 def parse(cls: type[Script], argv: Sequence[str] | None, *, default: Path | None, description: str) -> Script:
     """Read `--config FILE` (or `default`) and override it from the command line.
 
-    Exits with status 2 and a short message when a value is wrong; `--help` lists every flag.
+    Exits with a short message when a value is wrong; `--help` lists every flag.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -56,7 +56,9 @@ def latents(pipeline: Pipeline, images: Tensor, *, scale: int = 3) -> Image.Imag
     return grid(to_images(torch.stack(rows)), columns=2 + channels.shape[1], scale=scale)
 
 
-def guidance(pipeline: Pipeline, prompt: str, scales: Sequence[float], *, seeds: int = 6, scale: int = 3) -> Image.Image:
+def guidance(
+    pipeline: Pipeline, prompt: str, scales: Sequence[float], *, seeds: int = 6, scale: int = 3
+) -> Image.Image:
     """Each row paints the prompt with the same seeds under another guidance scale."""
     shape = pipeline.latent_shape(pipeline.size, pipeline.size)
     noise, names = initial_noise(shape, list(range(seeds))).to(pipeline.device), [prompt] * seeds

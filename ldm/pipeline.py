@@ -48,7 +48,9 @@ class Pipeline:
         values = folders.read_model(folder, "pipeline")
         vae = load_vae_weights(VAEConfig(**values["vae"]), folder / "vae.safetensors") if values["vae"] else None
         if vae is not None and folders.sha256(folder / "vae.safetensors") != values["vae_sha256"]:
-            raise ValueError(f"{folder}/vae.safetensors is not the VAE that this U-Net was trained on: put that one back")
+            raise ValueError(
+                f"{folder}/vae.safetensors is not the VAE that this U-Net was trained on: put that one back"
+            )
         with torch.device("meta"):
             unet = UNet(UNetConfig(**values["unet"]))
         folders.load_weights(unet, folder / "unet.safetensors")
@@ -200,7 +202,9 @@ class Pipeline:
         return classifier_free(plain, scale) if guided else plain
 
 
-def conditions(text: TextEncoder | None, states: TextStates | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def conditions(
+    text: TextEncoder | None, states: TextStates | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Context, mask and vector for the U-Net."""
     if text is None or states is None:
         return None, None, None

@@ -10,20 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm import folders
+from ldm import figures, folders
 from ldm.config import ScriptConfig, parse
 
 ROOT = Path(__file__).parents[1]
-PROMPTS = (
-    "a large red star in the center on a white background",
-    "a small blue ring in the top left corner on a yellow background",
-    "a large green triangle in the bottom right corner on a black background",
-    "a small white cross in the center on a purple background",
-    "a large orange circle in the top right corner on a blue background",
-    "a small black square in the bottom left corner on an orange background",
-    "a large purple ring in the center on a green background",
-    "a small yellow star in the bottom right corner on a red background",
-)
 
 
 class Demo(ScriptConfig):
@@ -39,10 +29,8 @@ def demo(config: Demo) -> None:
     seconds = {stage: train(stage, run) for stage, run in stages.items()}
     model = stages["ldm"] / "model"
     seconds["evaluate"] = call("evaluate.py", "--model", str(model))
-    seconds["txt2img"] = call("txt2img.py", PROMPTS[0], "--model", str(model), "--out", str(config.run / "pictures"))
-    start = time.perf_counter()
-    pictures(config.run, stages)
-    seconds["pictures"] = time.perf_counter() - start
+    seconds["figures"] = call("figures.py", "--model", str(model), "--out", str(config.run))
+    figures.loss_curves(list(stages.values()), config.run / "losses.png")
     write_report(config.run, stages, seconds)
 
 
@@ -66,20 +54,6 @@ def call(script: str, *arguments: str, launcher: Sequence[str] = ()) -> float:
     return time.perf_counter() - start
 
 
-def pictures(run: Path, stages: dict[str, Path]) -> None:
-    """The sample grid, the denoising steps and the loss curves."""
-    from ldm import figures
-    from ldm.pictures import captioned
-    from ldm.pipeline import Pipeline
-
-    pipeline = Pipeline.load(stages["ldm"] / "model")
-    scale = pipeline.about["guidance_scale"]
-    painted = [pipeline(prompt, guidance_scale=scale, seed=seed)[0] for seed, prompt in enumerate(PROMPTS)]
-    captioned(painted, PROMPTS, columns=4).save(run / "samples.png")
-    figures.denoising(pipeline, PROMPTS[:3]).save(run / "denoising.png")
-    figures.loss_curves(list(stages.values()), run / "losses.png")
-
-
 def write_report(run: Path, stages: dict[str, Path], seconds: dict[str, float]) -> None:
     """report.json and report.md with what was measured, and where everything is."""
     found = json.loads((stages["ldm"] / "evaluation.json").read_text())
@@ -97,7 +71,8 @@ def write_report(run: Path, stages: dict[str, Path], seconds: dict[str, float]) 
     }
     report_file.write_text(json.dumps(report, indent=2))
     rows = "\n".join(
-        f"| {name} | {m['value']:.3f} | {m['low']:.3f} to {m['high']:.3f} | {m['count']} |" for name, m in measures.items()
+        f"| {name} | {m['value']:.3f} | {m['low']:.3f} to {m['high']:.3f} | {m['count']} |"
+        for name, m in measures.items()
     )
     times = ", ".join(f"{name} {value:.0f} s" for name, value in spent.items())
     text = (

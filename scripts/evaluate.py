@@ -47,7 +47,9 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     if data.source == "shapes" and pipeline.text is not None:
         report |= prompt_accuracy(pipeline, folder, config)
     if not report:
-        raise ValueError(f"{folder} has neither a VAE nor prompts about shapes: there is nothing that evaluate can measure")
+        raise ValueError(
+            f"{folder} has neither a VAE nor prompts about shapes: there is nothing that evaluate can measure"
+        )
     settings = {"guidance_scale": guidance(pipeline, config), "steps": config.steps, "sampler": config.sampler}
     values = {"model": str(folder), **settings, **{name: e._asdict() for name, e in report.items()}}
     (folder.parent / "evaluation.json").write_text(json.dumps(values, indent=2))

@@ -28,7 +28,9 @@ class TrainCLIP(TrainingConfig):
 def train(config: TrainCLIP) -> Path:
     """Build the stage and run it; returns the model folder."""
     if config.accumulate > 1:
-        raise ValueError("accumulate: the contrastive loss compares all images of a batch; leave it at 1 for train_clip")
+        raise ValueError(
+            "accumulate: the contrastive loss compares all images of a batch; leave it at 1 for train_clip"
+        )
     accelerator = make_accelerator(config)
     data, held_out = (open_dataset(config.data, split, seed=config.seed) for split in ("train", "test"))
     accelerator.print(data.describe())

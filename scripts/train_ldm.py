@@ -157,7 +157,9 @@ def check_widths(config: TrainLDM, vae: VAE | None, text: TextEncoder | None) ->
     for name, value in wanted.items():
         if getattr(config.unet, name) != value:
             flag = f"--unet.{name.replace('_', '-')} {value}"
-            raise ValueError(f"unet.{name} is {getattr(config.unet, name)}, the autoencoder and text need {value}: {flag}")
+            raise ValueError(
+                f"unet.{name} is {getattr(config.unet, name)}, the autoencoder and text need {value}: {flag}"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

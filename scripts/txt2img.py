@@ -63,7 +63,9 @@ def paint(config: Txt2Img) -> list[Path]:
     digest = folders.sha256(pipeline.folder / "unet.safetensors")
     if record:
         if record["model_hash"] != digest:
-            raise ValueError(f"{config.reproduce} was painted by another model ({record['model']}): name that with --model")
+            raise ValueError(
+                f"{config.reproduce} was painted by another model ({record['model']}): name that with --model"
+            )
         painted = [reproduce(pipeline, record)]
     else:
         painted = list(paint_all(pipeline, prompts, digest, config))

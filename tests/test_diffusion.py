@@ -175,7 +175,9 @@ def test_every_sampler_makes_the_data_from_noise(config: ProcessConfig, name: st
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(4000, 1, generator=generator, dtype=torch.float64)
     fresh = lambda step: torch.randn(4000, 1, generator=generator, dtype=torch.float64)  # noqa: E731
-    found = run(SAMPLERS[name](gaussian_denoiser(process, 0.5, 0.4), process, z, times(100), eta=0.0, fresh_noise=fresh))
+    found = run(
+        SAMPLERS[name](gaussian_denoiser(process, 0.5, 0.4), process, z, times(100), eta=0.0, fresh_noise=fresh)
+    )
     assert found.mean().item() == pytest.approx(0.5, abs=0.05)
     assert found.std().item() == pytest.approx(0.4, abs=0.06)
 
@@ -190,7 +192,12 @@ def test_steps_asked_are_network_calls_made(name: str, calls: int) -> None:
         return torch.zeros_like(z)
 
     walk = SAMPLERS[name](
-        denoiser(network, process), process, torch.randn(2, 1, 2, 2), times(7), eta=0.0, fresh_noise=lambda i: torch.zeros(1)
+        denoiser(network, process),
+        process,
+        torch.randn(2, 1, 2, 2),
+        times(7),
+        eta=0.0,
+        fresh_noise=lambda i: torch.zeros(1),
     )
     assert len(list(walk)) == 7 and len(seen) == calls
     assert max(seen) == 999 and min(seen) >= 0
@@ -288,7 +295,5 @@ def test_samplers_agree_with_diffusers_on_equal_grids(prediction: str) -> None:
         sample = start.clone()
         for t in scheduler.timesteps:
             sample = scheduler.step(network(sample, t.expand(2).float()), t, sample, return_dict=False)[0]
-        ours = run(
-            SAMPLERS[name](denoiser(network, process), process, start, times(20), eta=0.0, fresh_noise=no_noise)
-        )
+        ours = run(SAMPLERS[name](denoiser(network, process), process, start, times(20), eta=0.0, fresh_noise=no_noise))
         torch.testing.assert_close(ours, sample, rtol=1e-4, atol=1e-4)

@@ -15,5 +15,7 @@ def test_three_stages_make_a_model_that_paints(tiny_runs: Path, tiny_model: Path
         assert (run / "config.yaml").is_file()
         assert any((run / "tensorboard").rglob("events*"))
     assert (tiny_runs / "ldm/samples/step-000004.png").is_file()
-    files = txt2img.paint(txt2img.Txt2Img(prompts=("a red circle",), model=tiny_model, out=tmp_path, num_images=2, steps=2))
+    files = txt2img.paint(
+        txt2img.Txt2Img(prompts=("a red circle",), model=tiny_model, out=tmp_path, num_images=2, steps=2)
+    )
     assert [file.name for file in files] == ["00000.png", "00001.png", "grid-00000.png"]

@@ -15,7 +15,12 @@ class LatentCache(Dataset[dict[str, Any]]):
     """The samples of a data set with the mean and log-variance of their latents in the place of the image."""
 
     def __init__(
-        self, data: Dataset[Any], encode: Callable[[Tensor], tuple[Tensor, Tensor]], *, device: torch.device, progress: bool
+        self,
+        data: Dataset[Any],
+        encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+        *,
+        device: torch.device,
+        progress: bool,
     ) -> None:
         """`encode` maps images (b, c, h, w) to mean and log-variance, each (b, c, h, w)."""
         means, logvars = [], []

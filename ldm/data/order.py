@@ -52,7 +52,15 @@ class Order(Sampler[list[Key]]):
     """
 
     def __init__(
-        self, size: int, *, seed: int, batch_size: int, start: int = 0, accumulate: int = 1, rank: int = 0, world: int = 1
+        self,
+        size: int,
+        *,
+        seed: int,
+        batch_size: int,
+        start: int = 0,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if size < 1:
             raise ValueError("the training set is empty")

@@ -153,9 +153,10 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, prompts: list[str]) -> TextStates:
-        """Encode prompts."""
-        ids = self.tokenize(prompts).to(self.tower.positional_embedding.device)
-        return self.tower(ids, layer=self.config.layer)
+        """Encode prompts, up to the end of the longest; what follows an end token is masked and changes nothing."""
+        ids = self.tokenize(prompts)
+        ids = ids[:, : int(ids.argmax(dim=1).max()) + 1]
+        return self.tower(ids.to(self.tower.positional_embedding.device), layer=self.config.layer)
 
     def save(self, folder: Path) -> str:
         """Copy a local tower to `folder` and return how to name it there; a public one is only named."""
@@ -189,7 +190,9 @@ def _find(source: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
 
     cfg = open_clip.get_model_config(source)
     if cfg is None:
-        raise ValueError(f"text.model {source!r} is no open_clip model; name one, `local-dir:FOLDER` or `hf-hub:ORG/NAME`")
+        raise ValueError(
+            f"text.model {source!r} is no open_clip model; name one, `local-dir:FOLDER` or `hf-hub:ORG/NAME`"
+        )
     tags = open_clip.list_pretrained_tags_by_model(source)
     if pretrained not in tags:
         raise ValueError(
@@ -213,7 +216,9 @@ def _load_weights(tower: TextTower, path: Path, source: str) -> None:
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     except SafetensorError as error:
-        raise ValueError(f"text tower {source}: {path.name} can not be read ({error}); save or fetch it again") from None
+        raise ValueError(
+            f"text tower {source}: {path.name} can not be read ({error}); save or fetch it again"
+        ) from None
     tensors = {name.removeprefix("text."): tensor.float() for name, tensor in tensors.items()}
     missing = [name for name in tower.state_dict() if name not in tensors]
     if missing:

@@ -32,7 +32,9 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, group in tensors.items():
-            save_file({key: t.detach().cpu().contiguous() for key, t in group.items()}, temporary / f"{name}.safetensors")
+            save_file(
+                {key: t.detach().cpu().contiguous() for key, t in group.items()}, temporary / f"{name}.safetensors"
+            )
         (temporary / "progress.json").write_text(json.dumps({"format": FORMAT, "step": step, **progress}, indent=2))
         for path in temporary.iterdir():
             _sync(path)
@@ -53,7 +55,9 @@ def load_checkpoint(path: Path, groups: list[str]) -> tuple[dict[str, Tensors], 
     """Tensors by group, and the progress; ValueError when the folder is no checkpoint of this kind of run."""
     progress_file = path / "progress.json"
     if not progress_file.is_file():
-        raise ValueError(f"{path} is no checkpoint (it has no progress.json); name a folder such as RUN/checkpoints/step-000500")
+        raise ValueError(
+            f"{path} is no checkpoint (it has no progress.json); name a folder such as RUN/checkpoints/step-000500"
+        )
     try:
         progress = json.loads(progress_file.read_text())
     except json.JSONDecodeError as error:

@@ -169,7 +169,12 @@ class Trainer:
     """The state of a run: prepared modules, optimizers, averages and the number of the next step."""
 
     def __init__(
-        self, config: TrainingConfig, accelerator: Accelerator, players: list[Player], hooks: Hooks, identity: dict[str, Any]
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        players: list[Player],
+        hooks: Hooks,
+        identity: dict[str, Any],
     ) -> None:
         self.config, self.accelerator, self.players, self.hooks = config, accelerator, players, hooks
         self.identity = {"seed": config.seed, "batch_size": config.batch_size, **identity}
@@ -211,7 +216,7 @@ class Trainer:
             self.logs.close()
 
     def _train_step(self, batches: Iterator[tuple[list[int], Batch]]) -> None:
-        rounds = [next(batches) for _ in range(self.config.accumulate)]
+        rounds = [_next(batches) for _ in range(self.config.accumulate)]
         self.report = {}
         for player in self.players:
             self._player_step(player, rounds)
@@ -320,7 +325,9 @@ class Trainer:
         if config.resume:
             self._restore(checkpoint.resolve(config.resume, self.folder))
         elif (found := checkpoint.latest(self.folder)) is not None:
-            raise ValueError(f"{config.run} already holds {found.name}: go on with --resume latest, or choose another --run")
+            raise ValueError(
+                f"{config.run} already holds {found.name}: go on with --resume latest, or choose another --run"
+            )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_yaml(config.run / "config.yaml", config)
@@ -332,9 +339,13 @@ class Trainer:
         for key, value in self.identity.items():
             before = progress["identity"].get(key)
             if before != value:
-                raise ValueError(f"{path} was made with {key} {before}, this run has {value}: resume with the same {key}")
+                raise ValueError(
+                    f"{path} was made with {key} {before}, this run has {value}: resume with the same {key}"
+                )
         if progress["step"] > self.config.steps:
-            raise ValueError(f"{path} is at step {progress['step']}, past the {self.config.steps} steps asked for (--steps)")
+            raise ValueError(
+                f"{path} is at step {progress['step']}, past the {self.config.steps} steps asked for (--steps)"
+            )
         for name, module in self.modules.items():
             _load_weights(module, tensors[name], path)
             checkpoint.restore_optimizer(self.optimizers[name], _trained(module), tensors[f"{name}_optimizer"])
@@ -369,13 +380,23 @@ class Trainer:
         return bool(self.accelerator.reduce(flag, "sum").item())
 
 
+def _next(batches: Iterator[tuple[list[int], Batch]]) -> tuple[list[int], Batch]:
+    """The next micro-batch; an error of a loading process comes without the traceback that torch wraps it in."""
+    try:
+        return next(batches)
+    except ValueError as error:
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+
+
 def _trained(module: nn.Module) -> list[str]:
     return [name for name, p in module.named_parameters() if p.requires_grad]
 
 
 def _load_weights(module: nn.Module, tensors: checkpoint.Tensors, path: Path) -> None:
     own = module.state_dict()
-    wrong = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape] + [n for n in tensors if n not in own]
+    wrong = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape] + [
+        n for n in tensors if n not in own
+    ]
     if wrong:
         raise ValueError(f"{path} holds another model: {len(wrong)} tensors differ, among them {', '.join(wrong[:5])}")
     module.load_state_dict(tensors)

@@ -1,0 +1,71 @@
+"""Estimates, the classifier and its refusal, and the evaluation script."""
+
+import json
+from pathlib import Path
+
+import evaluate
+import pytest
+import torch
+
+from ldm.data import shapes
+from ldm.evaluation import metrics
+from ldm.evaluation.classifier import ATTRIBUTES, AttributeClassifier, check_classifier, count_right, renders
+
+
+def test_wilsons_interval() -> None:
+    found = metrics.proportion(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
+    assert found.value == pytest.approx(81 / 263)
+    assert (found.low, found.high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
+    assert metrics.proportion(10, 10).high == 1.0 and metrics.proportion(10, 10).low < 1.0
+
+
+def test_interval_of_a_mean() -> None:
+    found = metrics.mean([1.0, 2.0, 3.0, 4.0])
+    half = 1.959964 * (5 / 3) ** 0.5 / 2
+    assert found == (2.5, pytest.approx(2.5 - half), pytest.approx(2.5 + half), 4)
+    with pytest.raises(ValueError, match="at least two samples"):
+        metrics.mean([1.0])
+
+
+def test_an_untrained_classifier_refuses_to_judge() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"reads only \d+ of 1008 real renders at 16 pixels, 99.5% are needed"):
+        check_classifier(AttributeClassifier().eval(), 16)
+
+
+def test_right_answers_are_counted_by_attribute() -> None:
+    scene = shapes.scenes("test")[0]
+    classifier = AttributeClassifier().eval()
+    with torch.no_grad():
+        for name, head in classifier.heads.items():
+            head.weight.zero_()  # type: ignore[operator]
+            head.bias.copy_(torch.eye(len(ATTRIBUTES[name]))[ATTRIBUTES[name].index(getattr(scene, name))])  # type: ignore[operator]
+    other = scene._replace(size="small" if scene.size == "large" else "large")
+    right = count_right(classifier, torch.zeros(3, 3, 16, 16), [scene, scene, other])
+    assert right == {"shape": 3, "color": 3, "background": 3, "position": 3, "size": 2, "all": 2}
+
+
+def test_renders_are_the_pictures_of_the_data_set() -> None:
+    images = renders(shapes.scenes("test")[:2], 16, seed=0)
+    assert images.shape == (2, 3, 16, 16) and images.min() >= -1 and images.max() <= 1
+
+
+def test_evaluate_reports_fidelity_and_prompt_accuracy(
+    tiny_runs: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the tiny model, with a classifier that need not prove itself: every figure with its count and interval."""
+    monkeypatch.setattr(evaluate, "train_classifier", lambda size: AttributeClassifier().eval())
+    monkeypatch.setattr(evaluate, "check_classifier", lambda model, size: 1.0)
+    evaluate.main(["--model", str(tiny_model), "--count", "6", "--steps", "2", "--batch-size", "4", "--device", "cpu"])
+    report = json.loads((tiny_runs / "ldm/evaluation.json").read_text())
+    names = ["VAE PSNR, dB", "VAE SSIM", *(f"prompt accuracy, {name}" for name in [*ATTRIBUTES, "all"])]
+    for name in names:
+        assert report[name]["count"] == 6 and report[name]["low"] <= report[name]["value"] <= report[name]["high"]
+    assert (tiny_runs / "classifier-16.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_classifier_reads_real_renders() -> None:
+    from ldm.evaluation.classifier import train_classifier
+
+    assert check_classifier(train_classifier(32), 32) >= 0.995

@@ -1,0 +1,150 @@
+"""The pipeline: seeds, batches, folders, sizes, messages."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.diffusion.samplers import Step
+from ldm.pipeline import Pipeline, initial_noise, to_images, words_of
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def test_the_seed_of_image_i_is_seed_plus_i(tiny_model: Path) -> None:
+    """And the batch around a picture changes nothing but, at most, the last bit of the arithmetic."""
+    pipeline = Pipeline.load(tiny_model)
+    together = pipeline("a red circle", seed=7, num_images=3, steps=4)
+    for i in range(3):
+        alone = pipeline("a red circle", seed=7 + i, steps=4)[0]
+        assert abs(pixels(alone) - pixels(together[i])).max() <= 1
+    assert abs(pixels(together[0]) - pixels(together[1])).max() > 1
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_fresh_noise_belongs_to_the_seed_too(tiny_model: Path, sampler: str) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    call = {"sampler": sampler, "eta": 1.0, "steps": 4}
+    alone = pipeline("a red circle", seed=8, **call)[0]  # type: ignore[arg-type]
+    second = pipeline("a red circle", seed=7, num_images=2, **call)[1]  # type: ignore[arg-type]
+    assert abs(pixels(alone) - pixels(second)).max() <= 1
+
+
+def test_the_first_noise_is_the_documented_one() -> None:
+    want = torch.randn(1, 4, 2, 2, generator=torch.Generator("cpu").manual_seed(12))
+    assert torch.equal(initial_noise((4, 2, 2), [11, 12])[1:], want)
+
+
+def test_seed_zero_is_a_seed(tiny_model: Path) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    one, two = (pipeline("a red circle", seed=0, steps=2)[0] for _ in range(2))
+    assert one.tobytes() == two.tobytes()
+
+
+def test_every_sampler_paints_and_on_step_sees_each_step(tiny_model: Path) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    for sampler in ("ddpm", "ddim", "euler", "heun", "dpmpp_2m"):
+        seen: list[tuple[int, Step]] = []
+        image = pipeline("a star", sampler=sampler, steps=3, on_step=lambda n, step, seen=seen: seen.append((n, step)))[
+            0
+        ]
+        assert [number for number, _ in seen] == [1, 2, 3]
+        assert all(step.z.shape == step.data.shape == (1, 4, 4, 4) for _, step in seen)
+        assert image.size == (16, 16)
+
+
+def test_guidance_and_negative_prompt_change_the_picture(tiny_runs: Path, tiny_model: Path) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    torch.manual_seed(0)
+    for parameter in pipeline.unet.parameters():  # four steps of training leave the text without a voice
+        parameter.add_(0.2 * torch.randn_like(parameter))
+    plain, guided, negative = (
+        pixels(pipeline("a red circle", steps=3, **call)[0])  # type: ignore[arg-type]
+        for call in (
+            {"guidance_scale": 1.0},
+            {"guidance_scale": 5.0},
+            {"guidance_scale": 5.0, "negative_prompt": "a star"},
+        )
+    )
+    assert (plain != guided).any() and (guided != negative).any()
+
+
+def test_other_sizes_work_where_the_factor_divides_them(tiny_model: Path) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    assert pipeline("a star", steps=1, width=24, height=32)[0].size == (24, 32)
+    with pytest.raises(ValueError, match="width 20 and height 16 must be multiples of 8 for this model"):
+        pipeline("a star", width=20)
+
+
+def test_bad_settings_are_told(tiny_model: Path) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
+        pipeline("a star", steps=0)
+    with pytest.raises(ValueError, match="sampler 'plms' is unknown"):
+        pipeline("a star", sampler="plms")
+    with pytest.raises(ValueError, match="eta must be between 0 and 1, not 2"):
+        pipeline("a star", eta=2)
+
+
+def test_saving_and_loading_keeps_every_bit(tiny_model: Path, tmp_path: Path) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    pipeline.save(tmp_path / "copy")
+    copy = Pipeline.load(tmp_path / "copy")
+    for name in ("unet.safetensors", "vae.safetensors", "words.txt", "model.json"):
+        assert (tmp_path / "copy" / name).read_bytes() == (tiny_model / name).read_bytes()
+    assert copy("a star", steps=2)[0].tobytes() == pipeline("a star", steps=2)[0].tobytes()
+
+
+def test_a_model_folder_explains_itself_and_can_be_moved(tiny_model: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(tiny_model, tmp_path / "moved")
+    values = json.loads((moved / "model.json").read_text())
+    assert values["process"]["prediction"] == "flow" and values["null_prompt"] == ""
+    assert values["text"]["model"] == "local-dir:text" and values["text"]["layer"] == "last"
+    assert values["about"]["data"]["source"] == "shapes"
+    assert len(values["vae_sha256"]) == 64
+    Pipeline.load(moved)("a star", steps=1)
+
+
+def test_another_vae_than_that_of_the_training_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    weights = bytearray((folder / "vae.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "vae.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match="is not the VAE that this U-Net was trained on"):
+        Pipeline.load(folder)
+
+
+def test_folders_that_are_none_or_not_whole_are_told(tiny_runs: Path, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is no model folder \(it has no model.json\)"):
+        Pipeline.load(tmp_path)
+    with pytest.raises(ValueError, match="holds a vae, a pipeline is needed"):
+        Pipeline.load(tiny_runs / "vae/model")
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    whole = (folder / "unet.safetensors").read_bytes()
+    (folder / "unet.safetensors").write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match=r"unet.safetensors is damaged"):
+        Pipeline.load(folder)
+    (folder / "unet.safetensors").unlink()
+    with pytest.raises(ValueError, match="unet.safetensors is missing"):
+        Pipeline.load(folder)
+    shutil.copy(folder / "vae.safetensors", folder / "unet.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit its model.json: \d+ tensors, among them"):
+        Pipeline.load(folder)
+
+
+def test_words_that_training_never_saw_are_named(tiny_model: Path) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    assert pipeline.unknown_words("A small red Circle, riding a horse!") == ["riding", "horse"]
+    assert words_of("Cat's-eye, O'Neill: 2 cats") == ["cat's-eye", "o'neill", "2", "cats"]
+
+
+def test_grey_and_colour_pixels_become_pictures() -> None:
+    grey = to_images(torch.tensor([-1.0, 0.0, 1.0, 2.0]).view(1, 1, 2, 2))[0]
+    assert grey.mode == "L" and list(grey.get_flattened_data()) == [0, 128, 255, 255]
+    assert to_images(torch.zeros(2, 3, 4, 5))[1].size == (5, 4)

@@ -1,0 +1,92 @@
+"""The house: imports run one way, every configuration file is read, large models build on the meta device."""
+
+import ast
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import train_clip
+import train_ldm
+import train_vae
+
+from ldm.config import ScriptConfig, read_yaml
+from ldm.unet import UNet
+from ldm.vae import VAE
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS: dict[str, type[ScriptConfig]] = {
+    "clip": train_clip.TrainCLIP,
+    "vae": train_vae.TrainVAE,
+    "ldm": train_ldm.TrainLDM,
+}
+# What each package may import of ldm, beside itself.
+ALLOWED = {
+    "config": set(),
+    "keyed": set(),
+    "nn": set(),
+    "folders": set(),
+    "data": {"config", "keyed"},
+    "vae": {"config", "nn"},
+    "unet": {"config", "nn"},
+    "text": {"config"},
+    "diffusion": {"config"},
+    "training": {"config", "keyed", "data"},
+    "evaluation": {"data", "keyed"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Second parts of all `ldm.*` imports in a file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "ldm" else {node.module}
+    return {name.split(".")[1] for name in found if name.startswith("ldm.")}
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_run_one_way(package: str) -> None:
+    files = list((ROOT / "ldm" / package).rglob("*.py")) or [ROOT / f"ldm/{package}.py"]
+    for file in files:
+        assert imported(file) <= ALLOWED[package] | {package}, file
+
+
+def test_diffusion_imports_torch_alone() -> None:
+    for file in (ROOT / "ldm/diffusion").glob("*.py"):
+        outside = {
+            name.split(".")[0]
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+        }
+        assert outside <= {"torch", "ldm", "pydantic", "math", "typing", "collections"}, file
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_every_configuration_file_is_read_and_its_models_build(path: Path) -> None:
+    stage = path.stem if path.stem in SCRIPTS else "ldm"
+    config = SCRIPTS[stage].from_dict(read_yaml(path), source=path.name)
+    with torch.device("meta"):
+        if isinstance(config, train_vae.TrainVAE):
+            VAE(config.vae)
+            config.vae.latent_size(config.data.size)
+        elif isinstance(config, train_clip.TrainCLIP):
+            open_clip.CLIP(**config.clip.architecture(config.data.size))
+        elif isinstance(config, train_ldm.TrainLDM):
+            UNet(config.unet)
+
+
+def test_the_text_width_of_public_towers_fits_their_networks() -> None:
+    for folder in ("sd15", "sd21", "images-256"):
+        config = train_ldm.TrainLDM.from_dict(read_yaml(ROOT / f"configs/{folder}/ldm.yaml"), source=folder)
+        assert open_clip.get_model_config(config.text.model)["text_cfg"]["width"] == config.unet.context_width
+        assert config.text.pretrained in open_clip.list_pretrained_tags_by_model(config.text.model)
+
+
+def test_no_file_names_a_machine_or_a_registry() -> None:
+    for file in ROOT.glob("requirements*.lock"):
+        for line in file.read_text().splitlines():
+            assert line.count("==") == 1 and "/" not in line and " " not in line, line

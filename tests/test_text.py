@@ -1,0 +1,128 @@
+"""The text tower: agreement with open_clip, freezing, masks, messages."""
+
+import json
+import logging
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ldm.text import TextConfig, TextEncoder
+from ldm.text.encoder import CONFIG_NAME, WEIGHTS_NAME
+
+PROMPTS = ["a red circle", "", "a very small blue ring in the top left corner, on white"]
+
+
+@pytest.fixture
+def folder(tiny_runs: Path) -> Path:
+    return tiny_runs / "clip/model"
+
+
+def load(folder: Path, **values: object) -> TextEncoder:
+    return TextEncoder.load(TextConfig(model=f"local-dir:{folder}", **values))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layer", ["last", "penultimate"])
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_states_are_those_of_open_clip(layer: str, quick_gelu: bool, tmp_path: Path) -> None:
+    """Random weights, two layers: token states, mask and pooled vector against open_clip's own model and loader."""
+    cfg = {
+        "embed_dim": 24,
+        "quick_gelu": quick_gelu,
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16},
+        "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    }
+    torch.manual_seed(0)
+    theirs = open_clip.CLIP(**cfg).eval()  # type: ignore[arg-type]
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": {}}))
+    save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, tmp_path / WEIGHTS_NAME)
+    ids = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(PROMPTS)
+    with torch.no_grad():
+        states = theirs.forward_intermediates(text=ids, normalize_intermediates=True, intermediates_only=True)
+        pooled = theirs.encode_text(ids)
+    ours = load(tmp_path, layer=layer)(PROMPTS)
+    want = states["text_intermediates"][-1 if layer == "last" else -2]
+    length = ours.tokens.shape[1]
+    torch.testing.assert_close(ours.tokens, want[:, :length], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.pooled, pooled, rtol=1e-5, atol=1e-5)
+    ends = (ids == 49407).int().argmax(1) + 1
+    assert ours.mask.sum(1).tolist() == ends.tolist() and length == ends.max()
+
+
+def test_open_clip_loads_what_train_clip_saved(folder: Path) -> None:
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}", require_pretrained=True)
+    saved = load_file(folder / WEIGHTS_NAME)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+    ids = open_clip.get_tokenizer(f"local-dir:{folder}")(["a red circle"])
+    torch.testing.assert_close(model.encode_text(ids), load(folder)(["a red circle"]).pooled, rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_means_frozen(folder: Path) -> None:
+    text = load(folder)
+    text.train()
+    assert not any(module.training for module in text.modules())
+    assert not any(p.requires_grad for p in text.parameters())
+    assert not text(PROMPTS).tokens.requires_grad
+
+
+def test_a_prompt_is_encoded_alike_in_every_company(folder: Path) -> None:
+    text = load(folder)
+    alone, together = text(PROMPTS[:1]), text(PROMPTS)
+    length = alone.tokens.shape[1]
+    torch.testing.assert_close(together.tokens[:1, :length], alone.tokens, rtol=0, atol=1e-6)
+    assert together.mask[0].sum() == alone.mask.sum()
+
+
+def test_a_cut_prompt_is_said_with_what_was_cut(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        load(folder).tokenize(["red " * 21 + "circle"])
+        assert not caplog.records
+        load(folder).tokenize(["red " * 22 + "circle", "a circle"])
+    assert [r.getMessage() for r in caplog.records] == ["prompt has 23 tokens, the limit is 22; ignored: 'circle'"]
+
+
+def test_a_tower_without_weights_is_an_error(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / CONFIG_NAME).write_text((folder / CONFIG_NAME).read_text())
+    with pytest.raises(ValueError, match=r"has no open_clip_model.safetensors: train one with .*train_clip.py"):
+        load(tmp_path)
+    tensors = load_file(folder / WEIGHTS_NAME)
+    del tensors["ln_final.weight"], tensors["text_projection"]
+    save_file(tensors, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(
+        ValueError, match="lacks 2 tensors: ln_final.weight, text_projection|lacks 2 tensors: text_projection"
+    ):
+        load(tmp_path)
+    (tmp_path / WEIGHTS_NAME).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="can not be read"):
+        load(tmp_path)
+
+
+def test_public_names_need_a_known_model_and_tag() -> None:
+    with pytest.raises(ValueError, match="'ViT-Z-99' is no open_clip model"):
+        TextEncoder.load(TextConfig(model="ViT-Z-99"))
+    with pytest.raises(ValueError, match="set text.pretrained to one of laion2b_s32b_b79k"):
+        TextEncoder.load(TextConfig(model="ViT-H-14"))
+
+
+def test_towers_of_another_kind_are_refused(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    (tmp_path / WEIGHTS_NAME).write_bytes((folder / WEIGHTS_NAME).read_bytes())
+    for change, message in (
+        ({"hf_model_name": "roberta-base"}, "is a Hugging Face transformer"),
+        ({"pool_type": "last"}, "has pool_type: 'last'; only 'argmax' can be read"),
+    ):
+        changed = {**config["model_cfg"], "text_cfg": {**config["model_cfg"]["text_cfg"], **change}}
+        (tmp_path / CONFIG_NAME).write_text(json.dumps({"model_cfg": changed}))
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+
+
+def test_the_public_towers_have_their_published_sizes() -> None:
+    from ldm.text.encoder import TextTower
+
+    for name, parameters in (("ViT-B-32", 63_428_096), ("ViT-H-14", 354_032_640)):
+        with torch.device("meta"):
+            tower = TextTower(open_clip.get_model_config(name))
+        assert sum(p.numel() for p in tower.parameters()) == parameters

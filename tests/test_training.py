@@ -1,0 +1,289 @@
+"""The loop's promises: resuming, accumulating, stopping, failing."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import train
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ldm.data.order import Key
+from ldm.keyed import Draws
+from ldm.training import checkpoint
+from ldm.training.ema import EMA
+from ldm.training.loop import Batch, Hooks, Player, Trainer, TrainingConfig, fit, learning_rate, make_accelerator
+
+STAGES = ("clip", "vae", "ldm")
+
+
+class Numbers(Dataset[dict[str, Tensor]]):
+    """A toy regression set."""
+
+    def __len__(self) -> int:
+        return 37
+
+    def __getitem__(self, key: Key) -> dict[str, Tensor]:
+        return {"x": torch.tensor([key.index / 37, 1.0])}
+
+
+def toy(config: TrainingConfig, *, poison: int | None = None, players: list[Player] | None = None) -> Path:
+    """Train a 2 -> 1 linear map with `fit`; at step `poison` its loss is NaN."""
+    accelerator = make_accelerator(config)
+    model = nn.Linear(2, 1)
+
+    def loss(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        error = module(batch["x"] + 0.01 * draws.normal("jitter", (2,))) - 3 * batch["x"][:, :1]
+        bad = float("nan") if poison is not None and draws.step + 1 == poison else 1.0
+        return {"loss": error.square().mean() * bad}
+
+    return fit(
+        config,
+        accelerator=accelerator,
+        players=players or [Player("toy", model, loss)],
+        data=Numbers(),
+        collate=torch.utils.data.default_collate,
+        hooks=Hooks(
+            validate=lambda: {"validation_w": model.weight.sum().item()},
+            sample=lambda: None,
+            save_model=lambda folder: None,
+        ),
+        identity={"model": "toy"},
+    )
+
+
+def toy_config(run: Path, **values: Any) -> TrainingConfig:
+    defaults = {"steps": 8, "batch_size": 12, "log_every": 1, "checkpoint_every": 3, "warmup": 2, "learning_rate": 0.1}
+    return TrainingConfig(run=run, **{**defaults, **values})
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def tensors_of(run: Path, step: int) -> dict[str, Tensor]:
+    folder = run / f"checkpoints/step-{step:06d}"
+    return {f"{file.stem}/{k}": t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ: {different[:5]}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resuming_twice_in_mid_epoch_changes_no_bit(stage: str, tiny_runs: Path, tmp_path: Path) -> None:
+    """Stopped after 1 and after 3 of 4 steps, and resumed, against the run that was never stopped."""
+    run = tmp_path / stage
+    for other in STAGES[: STAGES.index(stage)]:
+        (tmp_path / other).symlink_to(tiny_runs / other)
+    for stop in (1, 3):
+        stop_at(stop, stage, run, *(["--resume", "latest"] if stop > 1 else []))
+    train(stage, run, "--resume", "latest")
+    assert_same(tensors_of(tiny_runs / stage, 4), tensors_of(run, 4))
+    assert losses(run) == losses(tiny_runs / stage)
+
+
+def stop_at(step: int, stage: str, run: Path, *flags: str) -> None:
+    """Train until the loop has taken `step` steps, then send this process a SIGTERM."""
+    original = Trainer._after_step
+
+    def after(self: Trainer) -> None:
+        original(self)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(Trainer, "_after_step", after)
+        train(stage, run, *flags)
+    assert stopped.value.code == 128 + signal.SIGTERM
+
+
+def test_the_frozen_stages_are_not_changed_by_training(tiny_runs: Path) -> None:
+    before = load_file(tiny_runs / "clip/model/open_clip_model.safetensors")
+    after = load_file(tiny_runs / "ldm/model/text/open_clip_model.safetensors")
+    assert_same(before, after)
+    assert_same(load_file(tiny_runs / "vae/model/vae.safetensors"), load_file(tiny_runs / "ldm/model/vae.safetensors"))
+
+
+@pytest.mark.parametrize("stage", ["vae", "ldm"])
+def test_accumulation_equals_the_large_batch(stage: str, tiny_runs: Path, tmp_path: Path) -> None:
+    for other in STAGES[: STAGES.index(stage)]:
+        (tmp_path / other).symlink_to(tiny_runs / other)
+    train(stage, tmp_path / stage, "--accumulate", "4")
+    want, found = losses(tiny_runs / stage), losses(tmp_path / stage)
+    assert found.keys() == want.keys()
+    assert max(abs(found[step] / want[step] - 1) for step in want) < 1e-5
+
+
+def test_clip_refuses_accumulation_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="contrastive loss compares all images of a batch"):
+        train("clip", tmp_path / "clip", "--accumulate", "2")
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_last_good_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"not finite at step 5; the last good checkpoint is .*step-000003"):
+        toy(toy_config(tmp_path), poison=5)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_a_bad_step_between_two_log_lines_is_still_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not finite at step 2; there is no checkpoint yet"):
+        toy(toy_config(tmp_path, log_every=100), poison=2)
+
+
+def test_a_run_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
+    toy(toy_config(tmp_path))
+    with pytest.raises(
+        ValueError, match="already holds step-000008: go on with --resume latest, or choose another --run"
+    ):
+        toy(toy_config(tmp_path))
+
+
+def test_resume_needs_something_to_resume_from(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no checkpoint to resume from; start without --resume"):
+        toy(toy_config(tmp_path / "new", resume="latest"))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"other is no checkpoint \(it has no progress.json\)"):
+        toy(toy_config(tmp_path / "new", resume=str(tmp_path / "other")))
+
+
+def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
+    toy(toy_config(tmp_path / "a"))
+    saved = tmp_path / "a/checkpoints/step-000008"
+    with pytest.raises(ValueError, match="was made with seed 0, this run has 1: resume with the same seed"):
+        toy(toy_config(tmp_path / "b", seed=1, resume=str(saved)))
+    with pytest.raises(ValueError, match=r"is at step 8, past the 4 steps asked for \(--steps\)"):
+        toy(toy_config(tmp_path / "b", steps=4, resume=str(saved)))
+    progress = json.loads((saved / "progress.json").read_text())
+    (saved / "progress.json").write_text(json.dumps({**progress, "format": "other"}))
+    with pytest.raises(ValueError, match="was not written by this version of ldm"):
+        toy(toy_config(tmp_path / "b", resume=str(saved)))
+    (saved / "progress.json").write_text("{")
+    with pytest.raises(ValueError, match="progress.json is damaged"):
+        toy(toy_config(tmp_path / "b", resume=str(saved)))
+
+
+def test_a_truncated_checkpoint_is_told(tmp_path: Path) -> None:
+    toy(toy_config(tmp_path))
+    file = tmp_path / "checkpoints/step-000008/toy.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"toy.safetensors is damaged .* resume from another checkpoint"):
+        toy(toy_config(tmp_path, resume="latest"))
+
+
+def test_checkpoints_are_pruned_after_the_new_one_is_whole(tmp_path: Path) -> None:
+    toy(toy_config(tmp_path, steps=12, checkpoint_every=2, keep_checkpoints=3))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000008", "step-000010", "step-000012"]
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = checkpoint.save_file
+
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        if "step-000006" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(
+        ValueError, match=r"step 6 could not be written .*No space left.*step-000003 is whole: free some space"
+    ):
+        toy(toy_config(tmp_path))
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+    toy(toy_config(tmp_path, resume="latest"))
+    uninterrupted = tmp_path / "again"
+    toy(toy_config(uninterrupted))
+    assert_same(tensors_of(tmp_path, 8), tensors_of(uninterrupted, 8))
+
+
+def test_two_players_each_have_an_optimizer_and_leave_the_other_alone(tmp_path: Path) -> None:
+    """As a generator and a discriminator need it: each loss moves its own player only."""
+    maker, judge = nn.Linear(2, 2), nn.Linear(2, 1)
+    start = {name: t.clone() for name, t in judge.state_dict().items()}
+
+    def maker_loss(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        return {"loss": judge(module(batch["x"])).square().mean()}
+
+    def still(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        return {"loss": module(maker(batch["x"]).detach()).mean() * 0.0}
+
+    toy(toy_config(tmp_path), players=[Player("maker", maker, maker_loss), Player("judge", judge, still)])
+    assert_same(start, {name: t for name, t in judge.state_dict().items()})
+    assert {"maker", "judge", "maker_optimizer", "judge_optimizer", "maker_ema", "judge_ema"} == {
+        file.stem for file in (tmp_path / "checkpoints/step-000008").glob("*.safetensors")
+    }
+
+
+def test_learning_rate_is_a_function_of_the_step() -> None:
+    config = TrainingConfig(steps=110, warmup=10, learning_rate=2.0, decay="cosine")
+    assert learning_rate(config, 0) == pytest.approx(0.2)
+    assert learning_rate(config, 9) == learning_rate(config, 10) == pytest.approx(2.0)
+    assert learning_rate(config, 60) == pytest.approx(1.0)
+    assert learning_rate(config, 110) == pytest.approx(0.0, abs=1e-12)
+    linear = config.model_copy(update={"decay": "linear"})
+    assert learning_rate(linear, 35) == pytest.approx(1.5)
+    constant = config.model_copy(update={"decay": "constant"})
+    assert learning_rate(constant, 109) == 2.0
+
+
+def test_ema_warms_up_and_hands_the_weights_back() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    module.weight.data.fill_(0.0)
+    ema = EMA(module, 0.5)
+    module.weight.data.fill_(1.0)
+    want = 0.0
+    for step in range(6):
+        ema.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        want = decay * want + (1 - decay) * 1.0
+    assert ema.shadow["weight"].item() == pytest.approx(want)
+    module.weight.data.fill_(7.0)
+    with ema.applied():
+        assert module.weight.item() == pytest.approx(want)
+    assert module.weight.item() == 7.0
+
+
+def test_draws_do_not_depend_on_how_a_batch_is_cut() -> None:
+    cpu = torch.device("cpu")
+    whole = Draws(3, 5, range(6), 6, cpu)
+    parts = [Draws(3, 5, positions, 6, cpu) for positions in ([0, 1], [2, 3, 4], [5])]
+    assert torch.equal(whole.normal("noise", (2, 2)), torch.cat([p.normal("noise", (2, 2)) for p in parts]))
+    assert torch.equal(whole.uniform("time"), torch.cat([p.uniform("time") for p in parts]))
+    assert not torch.equal(whole.uniform("time"), whole.uniform("dropout"))
+    assert not torch.equal(whole.uniform("time"), Draws(3, 6, range(6), 6, cpu).uniform("time"))
+    many = Draws(0, 0, range(4000), 4000, cpu)
+    noise, uniform = many.normal("noise", (4,)), many.uniform("time")
+    assert abs(noise.mean().item()) < 0.03 and abs(noise.std().item() - 1) < 0.03
+    assert abs(uniform.mean().item() - 0.5) < 0.02
+    assert abs(torch.corrcoef(torch.stack([noise[:-1, 0], noise[1:, 0]]))[0, 1].item()) < 4 / math.sqrt(4000)
+
+
+def test_wandb_is_asked_for_only_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm.training.loop.is_wandb_available", lambda: False)
+    with pytest.raises(ValueError, match="wandb is not installed"):
+        make_accelerator(toy_config(tmp_path, trackers=("wandb",)))
+
+
+def test_gradients_are_clipped_and_reported(tmp_path: Path) -> None:
+    toy(toy_config(tmp_path, max_norm=1e-3, steps=1))
+    line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert line["gradient_norm"] > 1e-3  # before clipping
+    moments = load_file(tmp_path / "checkpoints/step-000001/toy_optimizer.safetensors")
+    first = torch.cat([t.flatten() for name, t in moments.items() if name.endswith("exp_avg")])
+    assert first.norm().item() == pytest.approx(1e-3 * (1 - 0.9), rel=1e-3)
+
+
+def test_the_accelerator_decides_the_device() -> None:
+    assert Accelerator().device.type == "cpu"

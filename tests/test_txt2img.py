@@ -1,0 +1,121 @@
+"""The painting script: files, metadata, reproduction, messages."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import txt2img
+from PIL import Image
+
+
+def paint(model: Path, out: Path, *flags: str) -> None:
+    txt2img.main([*flags, "--model", str(model), "--out", str(out), "--steps", "2", "--device", "cpu"])
+
+
+def test_pictures_are_numbered_after_those_that_are_there(tiny_model: Path, tmp_path: Path) -> None:
+    paint(tiny_model, tmp_path, "a red circle")
+    paint(tiny_model, tmp_path, "a red circle", "a blue star", "--num-images", "2", "--seed", "5")
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["00000.png", "00001.png", "00002.png", "00003.png", "00004.png", "grid-00001.png"]
+    assert "Seed: 6" in Image.open(tmp_path / "00004.png").text["parameters"]  # type: ignore[attr-defined]
+
+
+def test_metadata_is_conventional_and_complete(tiny_model: Path, tmp_path: Path) -> None:
+    paint(
+        tiny_model,
+        tmp_path,
+        "ein Stern, größer",
+        "--negative-prompt",
+        "blurry",
+        "--guidance-scale",
+        "4",
+        "--sampler",
+        "ddim",
+    )
+    text = Image.open(tmp_path / "00000.png").text  # type: ignore[attr-defined]
+    lines = text["parameters"].split("\n")
+    assert lines[:2] == ["ein Stern, größer", "Negative prompt: blurry"]
+    assert lines[2].startswith("Steps: 2, Sampler: DDIM, CFG scale: 4.0, Seed: 0, Size: 16x16, Model hash: ")
+    record = json.loads(text["ldm"])
+    assert record["version"] == 1 and record["prompt"] == "ein Stern, größer" and record["sampler"] == "ddim"
+    assert len(record["model_hash"]) == 64
+
+
+def test_values_with_commas_colons_or_lines_are_quoted() -> None:
+    from ldm.metadata import parameters
+
+    record = {"prompt": "p", "negative_prompt": "", "steps": 1, "sampler": "ddim", "guidance_scale": 1, "seed": 0}
+    text = parameters({**record, "index": 0, "model_hash": "ab", "model": 'a, b: "c"\n'}, (8, 8))
+    assert text.endswith('Model: "a, b: \\"c\\"\\n"')
+
+
+@pytest.mark.parametrize("flags", [[], ["--sampler", "ddpm"], ["--num-images", "3", "--batch-size", "2"]])
+def test_reproduce_makes_the_same_file(flags: list[str], tiny_model: Path, tmp_path: Path) -> None:
+    paint(tiny_model, tmp_path / "a", "a red circle", "--seed", "3", *flags)
+    for file in (tmp_path / "a").glob("0*.png"):
+        out = tmp_path / file.stem
+        txt2img.main(["--reproduce", str(file), "--out", str(out)])
+        assert (out / "00000.png").read_bytes() == file.read_bytes()
+
+
+def test_reproduce_needs_the_model_and_the_metadata(tiny_model: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.png"
+    Image.new("RGB", (8, 8)).save(plain)
+    with pytest.raises(SystemExit, match="lost its metadata: it can not be reproduced"):
+        paint(tiny_model, tmp_path, "--reproduce", str(plain))
+    with pytest.raises(SystemExit, match="no such picture"):
+        paint(tiny_model, tmp_path, "--reproduce", str(tmp_path / "none.png"))
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(SystemExit, match="is no PNG file that can be read"):
+        paint(tiny_model, tmp_path, "--reproduce", str(tmp_path / "text.png"))
+    paint(tiny_model, tmp_path / "out", "a star")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="was painted by another model"):
+        patch.setattr("ldm.folders.sha256", lambda path: "0" * 64)
+        patch.setattr("ldm.pipeline.Pipeline.load", lambda *a, **k: type("P", (), {"folder": tiny_model})())
+        paint(tiny_model, tmp_path, "--reproduce", str(tmp_path / "out/00000.png"))
+
+
+def test_prompts_from_a_file_and_from_standard_input(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n\n  a star \n")
+    paint(tiny_model, tmp_path / "a", "--prompt-file", str(tmp_path / "prompts.txt"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("a ring\n"))
+    paint(tiny_model, tmp_path / "b", "a cross", "--prompt-file", "-")
+
+    def prompts(folder: Path) -> list[str]:
+        records = [Image.open(p).text["ldm"] for p in sorted(folder.glob("0*.png"))]  # type: ignore[attr-defined]
+        return [json.loads(record)["prompt"] for record in records]
+
+    assert prompts(tmp_path / "a") == ["a red circle", "a star"]
+    assert prompts(tmp_path / "b") == ["a cross", "a ring"]
+
+
+def test_missing_and_empty_prompts_are_told(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(SystemExit, match="prompt file .*empty.txt is empty: write a prompt on each line"):
+        paint(tiny_model, tmp_path, "--prompt-file", str(tmp_path / "empty.txt"))
+    with pytest.raises(SystemExit, match="prompt file .*none.txt does not exist"):
+        paint(tiny_model, tmp_path, "--prompt-file", str(tmp_path / "none.txt"))
+    with pytest.raises(SystemExit, match="no prompt: say what to paint"):
+        paint(tiny_model, tmp_path)
+    with pytest.raises(SystemExit, match="sampler 'plms' is unknown: choose one of ddpm, ddim"):
+        paint(tiny_model, tmp_path, "a star", "--sampler", "plms")
+
+
+def test_unknown_words_are_named(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paint(tiny_model, tmp_path, "a cat astronaut")
+    assert "words that no caption of this model's training had: cat, astronaut" in capsys.readouterr().err
+
+
+def test_without_a_model_the_demo_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="no finished pipeline below runs: run `make demo` first, or name one"):
+        txt2img.main(["a star"])
+
+
+def test_steps_zero_is_told(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        txt2img.main(["a star", "--steps", "0"])
+    assert "greater than or equal to 1" in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""The U-Net: published sizes, structure, and agreement with diffusers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from ldm.config import read_yaml
+from ldm.unet import UNet, UNetConfig
+from ldm.unet.blocks import timestep_embedding
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SMALL = UNetConfig(
+    channels=32, multipliers=(1, 2), blocks=1, depths=(1, 1), heads=(2, 4), context_width=24, vector_width=10
+)
+
+
+def count(config: UNetConfig) -> tuple[int, int]:
+    with torch.device("meta"):
+        parameters = list(UNet(config).parameters())
+    return sum(p.numel() for p in parameters), len(parameters)
+
+
+def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
+    """A U-Net whose zero-initialised outputs are random too, so that its answer says something."""
+    torch.manual_seed(seed)
+    unet = UNet(config)
+    for parameter in unet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return unet.eval()
+
+
+def inputs(batch: int = 3, size: int = 8) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(batch, 4, size, size, generator=generator)
+    context = torch.randn(batch, 5, 24, generator=generator)
+    mask = torch.tensor([[True] * 3 + [False] * 2] * batch)
+    return z, torch.arange(batch) * 300.0, context, mask, torch.randn(batch, 10, generator=generator)
+
+
+@pytest.mark.parametrize(("folder", "parameters", "tensors"), [("sd15", 859_520_964, 686), ("sd21", 865_910_724, 686)])
+def test_stable_diffusion_networks_are_two_yaml_files(folder: str, parameters: int, tensors: int) -> None:
+    assert count(UNetConfig(**read_yaml(CONFIGS / folder / "ldm.yaml")["unet"])) == (parameters, tensors)
+
+
+def test_the_sdxl_network_can_be_expressed() -> None:
+    xl = UNetConfig(
+        multipliers=(1, 2, 4),
+        depths=(0, 2, 10),
+        middle_depth=10,
+        heads=(5, 10, 20),
+        context_width=2048,
+        vector_width=2816,
+    )
+    assert count(xl) == (2_567_463_684, 1680)
+
+
+def test_a_new_network_answers_zero() -> None:
+    assert not UNet(SMALL)(*inputs()).any()
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    unet = random_unet(SMALL)
+    unet(*inputs()).square().mean().backward()
+    assert not [name for name, p in unet.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_batch_items_do_not_see_each_other() -> None:
+    unet, arguments = random_unet(SMALL), inputs()
+    whole = unet(*arguments)
+    for i in range(3):
+        torch.testing.assert_close(unet(*(a[i : i + 1] for a in arguments)), whole[i : i + 1], rtol=0, atol=2e-6)
+
+
+def test_masked_context_has_no_effect_and_the_rest_has() -> None:
+    unet, (z, t, context, mask, vector) = random_unet(SMALL), inputs()
+    answer = unet(z, t, context, mask, vector)
+    padded = context.clone()
+    padded[:, 3:] = 1e3
+    torch.testing.assert_close(unet(z, t, padded, mask, vector), answer)
+    torch.testing.assert_close(unet(z, t, context[:, :3], mask[:, :3], vector), answer, rtol=0, atol=2e-6)
+    seen = context.clone()
+    seen[:, 2] += 1
+    assert (unet(z, t, seen, mask, vector) - answer).abs().max() > 1e-4
+    assert (unet(z, t, context, mask, vector + 1) - answer).abs().max() > 1e-4
+    assert (unet(z, t + 100, context, mask, vector) - answer).abs().max() > 1e-4
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    plain, saving = random_unet(SMALL), random_unet(SMALL)
+    saving.gradient_checkpointing = True
+    for unet in (plain, saving):
+        unet(*inputs()).square().mean().backward()
+    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+
+
+def test_patches_and_no_text() -> None:
+    config = UNetConfig(in_channels=3, patch=2, channels=32, multipliers=(1,), depths=(1,), heads=(2,), context_width=0)
+    assert random_unet(config)(torch.randn(2, 3, 6, 10), torch.tensor([1.0, 2.0])).shape == (2, 3, 6, 10)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"heads": (3, 4)}, "3 heads do not divide a width of 32"),
+        ({"channels": 40, "heads": (2, 4)}, "width of 40, which 32 normalization groups do not divide"),
+        ({"depths": (1, 1, 1)}, "depths has 3 entries for 2 levels"),
+    ],
+)
+def test_bad_sizes_are_told(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        UNetConfig(**{**SMALL.to_dict(), **values})
+
+
+def test_bad_inputs_are_told() -> None:
+    unet, (z, t, context, mask, vector) = UNet(SMALL), inputs()
+    with pytest.raises(ValueError, match=r"input of \(8, 7\) is not a multiple of 2"):
+        unet(z[..., :7], t, context, mask, vector)
+    with pytest.raises(ValueError, match="takes 4 channels, not 3"):
+        unet(z[:, :3], t, context, mask, vector)
+    with pytest.raises(ValueError, match="takes a context of width 24 .* got none"):
+        unet(z, t, None, None, vector)
+    with pytest.raises(ValueError, match="takes a vector of width 10 .* got width 9"):
+        unet(z, t, context, mask, vector[:, :9])
+
+
+def test_the_timestep_embedding_is_diffusers() -> None:
+    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    t = torch.tensor([0.0, 1.0, 500.0, 999.0])
+    theirs = embeddings.get_timestep_embedding(t, 64, flip_sin_to_cos=True, downscale_freq_shift=0)
+    assert torch.equal(timestep_embedding(t, 64), theirs)
+
+
+def test_the_network_is_diffusers_network() -> None:
+    """Equal weights, given in the order of construction of each part, give equal answers."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=24, attention_head_dim=(2, 4),
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        use_linear_projection=True, norm_num_groups=32,
+    ).eval()  # fmt: skip
+    ours = random_unet(SMALL.model_copy(update={"vector_width": 0}))
+    own = ours.state_dict()
+    theirs.load_state_dict({name: own[ours_name(name)] for name in theirs.state_dict()})
+    z, t, context, mask, _ = inputs()
+    with torch.no_grad():
+        want = theirs(z, t, context, encoder_attention_mask=mask).sample
+        torch.testing.assert_close(ours(z, t, context, mask), want, rtol=1e-4, atol=1e-5)
+
+
+def ours_name(name: str) -> str:
+    """Our name of a parameter of diffusers' U-Net with two levels and one block in each."""
+    pairs = {
+        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+        "conv_norm_out": "norm_out", "down_blocks.": "down.", "up_blocks.": "up.",
+        "down.0.downsamplers.0": "downsample.0", "up.0.upsamplers.0": "upsample.0",
+        "mid_block.resnets.0": "middle.0.residual", "mid_block.attentions.0": "middle.0.transformer",
+        "mid_block.resnets.1": "middle.1.residual", "conv_shortcut": "shortcut", "time_emb_proj": "time_proj",
+        "transformer_blocks": "blocks", "attn1": "self_attention", "attn2": "cross_attention",
+        "to_out.0": "to_out", "ff.net.0": "feed_forward.0", "ff.net.2": "feed_forward.1",
+    }  # fmt: skip
+    for old, new in pairs.items():
+        name = name.replace(old, new)
+    for kind, part in (("resnets", "residual"), ("attentions", "transformer")):
+        pieces = name.split(f".{kind}.")
+        if len(pieces) == 2:
+            index, rest = pieces[1].split(".", 1)
+            name = f"{pieces[0]}.{index}.{part}.{rest}"
+    return name

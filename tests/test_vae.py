@@ -1,0 +1,158 @@
+"""The VAE: published size, structure, losses, and agreement with diffusers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from ldm.config import read_yaml
+from ldm.vae import VAE, Posterior, VAEConfig
+from ldm.vae.losses import VAELossConfig, psnr, ssim, vae_loss
+from ldm.vae.statistics import measure_latents
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SMALL = VAEConfig(channels=32, multipliers=(1, 2), blocks=1, latent_channels=3)
+PATCHED = VAEConfig(patch=4, channels=32, multipliers=(1,), blocks=1, attention=False, latent_channels=12)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def test_the_stable_diffusion_vae_is_a_yaml_file() -> None:
+    with torch.device("meta"):
+        vae = VAE(VAEConfig(**read_yaml(CONFIGS / "sd15/vae.yaml")["vae"]))
+    parameters = list(vae.parameters())
+    assert (sum(p.numel() for p in parameters), len(parameters)) == (83_653_863, 248)
+    assert sum(p.numel() for p in vae.encoder.parameters()) == 34_163_592
+    assert vae.config.factor == 8
+
+
+@pytest.mark.parametrize("config", [SMALL, PATCHED])
+def test_shapes_of_latents_and_images(config: VAEConfig) -> None:
+    vae = VAE(config)
+    posterior = vae.encode(torch.rand(2, 3, 16, 24))
+    side = 16 // config.factor, 24 // config.factor
+    assert posterior.mean.shape == posterior.logvar.shape == (2, config.latent_channels, *side)
+    assert vae.decode(posterior.mean).shape == (2, 3, 16, 24)
+
+
+def test_sizes_that_the_factor_does_not_divide_are_told() -> None:
+    with pytest.raises(ValueError, match="image size 18 is not a multiple of 4, the VAE's factor"):
+        VAE(PATCHED).encode(torch.zeros(1, 3, 16, 18))
+    with pytest.raises(ValidationError, match="width of 40, which 32 normalization groups do not divide"):
+        VAEConfig(channels=40)
+
+
+def test_kl_and_sampling_are_those_of_a_gaussian() -> None:
+    mean, logvar = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
+    posterior = Posterior(mean, logvar)
+    ours = torch.distributions.Normal(mean, (logvar / 2).exp())
+    want = torch.distributions.kl_divergence(ours, torch.distributions.Normal(0.0, 1.0)).flatten(1).sum(1)
+    torch.testing.assert_close(posterior.kl(), want)
+    samples = Posterior(mean[:1], logvar[:1]).sample(torch.randn(50_000, 3, 2, 2))
+    torch.testing.assert_close(samples.mean(0), mean[0], rtol=0, atol=0.05)
+    torch.testing.assert_close(samples.std(0), (logvar[0] / 2).exp(), rtol=0.03, atol=0)
+
+
+def test_batch_items_do_not_see_each_other() -> None:
+    vae, images = VAE(SMALL).eval(), torch.rand(3, 3, 16, 16)
+    whole = vae.encode(images).mean
+    torch.testing.assert_close(vae.encode(images[1:2]).mean, whole[1:2], rtol=0, atol=2e-6)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    plain = VAE(SMALL)
+    saving = VAE(SMALL, gradient_checkpointing=True)
+    saving.load_state_dict(plain.state_dict())
+    images, noise = torch.rand(2, 3, 16, 16), torch.randn(2, 3, 8, 8)
+    for vae in (plain, saving):
+        vae(images, noise)[0].square().mean().backward()
+    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+
+
+def test_the_linear_path_starts_at_the_principal_components() -> None:
+    """After `fit` the mean reconstruction is the best rank-12 projection of the patches, found here by SVD."""
+    images = torch.rand(8, 3, 16, 16)
+    vae = VAE(PATCHED)
+    assert vae.linear is not None
+    vae.linear.fit(images)
+    patches = torch.nn.functional.pixel_unshuffle(images, 4).permute(0, 2, 3, 1).reshape(-1, 48).double()
+    centered = patches - patches.mean(0)
+    _, _, right = torch.linalg.svd(centered, full_matrices=False)
+    lost = (centered - centered @ right[:12].mT @ right[:12]).square().mean()
+    with torch.no_grad():
+        found = (vae.decode(vae.encode(images).mean) - images).square().mean()
+    assert found.item() == pytest.approx(lost.item(), rel=1e-3)
+
+
+def test_latent_statistics_standardize() -> None:
+    vae = VAE(PATCHED)
+    assert vae.linear is not None
+    images = torch.rand(64, 3, 16, 16)
+    vae.linear.fit(images)
+    measure_latents(vae, images.split(16))
+    with torch.no_grad():
+        posterior = vae.encode(images)
+        standard = vae.standardize(posterior.sample(torch.randn_like(posterior.mean)))
+    torch.testing.assert_close(standard.mean((0, 2, 3)), torch.zeros(12), rtol=0, atol=0.1)
+    torch.testing.assert_close(standard.std((0, 2, 3)), torch.ones(12), rtol=0.05, atol=0)
+    torch.testing.assert_close(vae.unstandardize(vae.standardize(posterior.mean)), posterior.mean)
+
+
+def test_the_loss_is_the_sum_of_its_terms() -> None:
+    images, output = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    posterior = Posterior(torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8))
+    terms = vae_loss(images, output, posterior, VAELossConfig(structure=0.5, kl=0.01))
+    kl = posterior.kl().mean() / (3 * 16 * 16)
+    want = (images - output).abs().mean() + 0.5 * (1 - ssim(output, images).mean()) + 0.01 * kl
+    torch.testing.assert_close(terms["loss"], want)
+    assert vae_loss(images, images, posterior, VAELossConfig(kl=0))["loss"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_ssim_and_psnr_are_torchmetrics() -> None:
+    image = pytest.importorskip("torchmetrics.functional.image")
+    x = torch.rand(3, 3, 24, 20) * 2 - 1
+    y = (x + 0.3 * torch.randn_like(x)).clamp(-1, 1)
+    # torchmetrics pads by reflection and then cuts the border off: the inner windows are those of Wang et al.
+    theirs = image.structural_similarity_index_measure(x, y, data_range=2.0, reduction="none")
+    torch.testing.assert_close(ssim(x, y), theirs, rtol=1e-3, atol=1e-4)
+    want = [image.peak_signal_noise_ratio(a, b, data_range=2.0).item() for a, b in zip(x, y, strict=True)]
+    torch.testing.assert_close(psnr(x, y), torch.tensor(want))
+    with pytest.raises(ValueError, match="at least 11 pixels a side"):
+        ssim(x[..., :8, :8], y[..., :8, :8])
+
+
+def test_the_network_is_diffusers_network() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(32, 64), layers_per_block=1, latent_channels=3, norm_num_groups=32,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()  # fmt: skip
+    ours = VAE(SMALL).eval()
+    own = ours.state_dict()
+    theirs.load_state_dict({name: own[ours_name(name)] for name in theirs.state_dict()})
+    images, latents = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        want = theirs.encode(images).latent_dist
+        torch.testing.assert_close(ours.encode(images).mean, want.mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.encode(images).logvar, want.logvar, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.decode(latents), theirs.decode(latents).sample, rtol=1e-4, atol=1e-5)
+
+
+def ours_name(name: str) -> str:
+    """Our name of a parameter of diffusers' VAE with two levels and one block in each of the encoder's."""
+    pairs = {
+        "conv_norm_out": "norm_out", "conv_shortcut": "shortcut", "mid_block.resnets.0": "middle.0",
+        "mid_block.attentions.0.group_norm": "middle.1.norm", "mid_block.attentions.0": "middle.1",
+        "mid_block.resnets.1": "middle.2", "to_out.0": "to_out",
+        "encoder.down_blocks.0.downsamplers.0": "encoder.levels.0.1",
+        "decoder.up_blocks.0.upsamplers.0": "decoder.levels.0.2",
+        "down_blocks.": "levels.", "up_blocks.": "levels.", "resnets.": "",
+    }  # fmt: skip
+    for old, new in pairs.items():
+        name = name.replace(old, new)
+    return name
