@@ -45,7 +45,7 @@ def denoising(
 
 @torch.no_grad()
 def latents(pipeline: Pipeline, images: Tensor, *, scale: int = 3) -> Image.Image:
-    """Each row is an image, its reconstruction, and the channels of its latent in grey, enlarged to the image's size."""
+    """Each row is an image, its reconstruction, and the channels of its latent in grey, enlarged."""
     assert pipeline.vae is not None, "a model in pixels has no latents"
     mean = pipeline.vae.encode(images).mean
     standard = pipeline.vae.standardize(mean)

@@ -35,5 +35,5 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: f
     rows = [""]
     for word in text.split():
         longer = f"{rows[-1]} {word}".strip()
-        rows = rows[:-1] + [longer] if font.getlength(longer) <= width else [*rows, word]
+        rows = [*rows[:-1], longer] if font.getlength(longer) <= width else [*rows, word]
     return "\n".join(rows[:lines])

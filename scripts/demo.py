@@ -76,7 +76,8 @@ def write_report(run: Path, stages: dict[str, Path], seconds: dict[str, float]) 
     )
     times = ", ".join(f"{name} {value:.0f} s" for name, value in spent.items())
     text = (
-        f"# Demo\n\n![samples](samples.png)\n\n| measure | value | 95 % interval | samples |\n|---|---|---|---|\n{rows}\n\n"
+        "# Demo\n\n![samples](samples.png)\n\n"
+        f"| measure | value | 95 % interval | samples |\n|---|---|---|---|\n{rows}\n\n"
         f"{report['total_minutes']} minutes ({times}); peak memory {report['peak_memory_gib']} GiB.\n\n"
         "Denoising, step by step: what the sampler holds, and its guess of the end.\n\n![denoising](denoising.png)\n\n"
         "![losses](losses.png)\n"

@@ -10,7 +10,6 @@ from ldm.data.order import image_batches
 from ldm.pictures import captioned
 from ldm.pipeline import Pipeline
 
-
 PROMPTS = (
     "a large red star in the center on a white background",
     "a small blue ring in the top left corner on a yellow background",

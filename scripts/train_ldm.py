@@ -34,7 +34,7 @@ class TrainLDM(TrainingConfig):
     run: Path = Path("runs/shapes/ldm")
     data: DataConfig = Field(default_factory=DataConfig)
     autoencoder: str = "latest"
-    """model folder of a train_vae run; `latest`: the newest finished one beside this run; `none`: diffusion in pixels"""
+    """model folder of a train_vae run; `latest`: the newest finished one beside this run; `none`: work in pixels"""
     text: TextConfig = Field(default_factory=TextConfig)
     unet: UNetConfig = Field(default_factory=UNetConfig)
     process: ProcessConfig = Field(default_factory=ProcessConfig)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 import train_clip
 import train_ldm
 import train_vae

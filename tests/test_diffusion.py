@@ -1,5 +1,6 @@
 """The mathematics of diffusion, against closed forms and published numbers."""
 
+import itertools
 import math
 
 import pytest
@@ -159,7 +160,7 @@ def test_order_of_convergence(name: str, order: int, path: str) -> None:
         grid = torch.linspace(start, end, steps + 1, dtype=torch.float64)
         found = run(SAMPLERS[name](denoise, process, mean_a + std_a * standard, grid, eta=0.0, fresh_noise=no_noise))
         errors.append((found - exact).abs().max().item())
-    rates = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    rates = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert min(rates) > order - 0.25, f"errors {errors}"
 
 

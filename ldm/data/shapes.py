@@ -117,7 +117,7 @@ def _split(name: str, combos: list, split: Split) -> tuple:
 def load(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> "datasets.Dataset":
     """The `shapes` set as a `datasets.Dataset`: image (size x size, RGB), caption and the five attributes.
 
-    Row i depends on (split, size, seed, i) alone. Without `count` there are three rows for each combination of attributes.
+    Row i depends on (split, size, seed, i) alone. Without `count` there are three rows for each combination.
     """
     return _dataset(scenes(split), captions, _draw_scene, split, size, count, seed)
 
@@ -210,8 +210,10 @@ def _corners(turns: Sequence[float], radii: Sequence[float]) -> np.ndarray:
 _TRIANGLE = _corners([0, 1 / 3, 2 / 3], [1.08] * 3) + np.array([0, 0.16])
 _STAR = _corners([i / 10 for i in range(10)], [1.08, 0.45] * 5)
 _CROSS = np.array(
-    [(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)]
-    + [(0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)]
+    [
+        *[(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)],
+        *[(0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)],
+    ]
 )
 _DISTANCE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": lambda x, y: np.hypot(x, y) - 0.95,

@@ -100,7 +100,7 @@ class Process:
         return (alpha * z_t - sigma * prediction) / (alpha**2 + sigma**2)
 
     def weight(self, t: Tensor) -> Tensor:
-        """Factor of the squared error at t: 1, or min-SNR-gamma (Hang et al. 2023, equation 5) in terms of the target."""
+        """Factor of the target's squared error at t: 1, or that of min-SNR-gamma (Hang et al. 2023, equation 5)."""
         gamma = self.config.min_snr_gamma
         if gamma is None:
             return torch.ones_like(t)

@@ -1,5 +1,6 @@
 """From noise to data: each sampler is a generator of steps over a Denoiser; the caller owns the loop."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -119,7 +120,7 @@ def run(steps: Iterator[Step]) -> Tensor:
 
 def _pairs(times: Tensor, like: Tensor) -> list[tuple[Tensor, Tensor]]:
     times = times.to(like)
-    return list(zip(times[:-1], times[1:], strict=True))
+    return list(itertools.pairwise(times))
 
 
 def _noise(process: Process, z: Tensor, data: Tensor, t: Tensor) -> Tensor:

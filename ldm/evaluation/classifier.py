@@ -86,8 +86,8 @@ def check_classifier(model: AttributeClassifier, size: int) -> float:
     right = count_right(model, renders(scenes, size, seed=keyed.key("held-out renders")), scenes)["all"]
     if right < REQUIRED * len(scenes):
         raise ValueError(
-            f"the classifier reads only {right} of {len(scenes)} real renders at {size} pixels, {REQUIRED:.1%} are needed "
-            "to score generated ones: delete its file to train it again"
+            f"the classifier reads only {right} of {len(scenes)} real renders at {size} pixels, "
+            f"{REQUIRED:.1%} are needed to score generated ones: delete its file to train it again"
         )
     return right / len(scenes)
 

@@ -29,8 +29,8 @@ class TextConfig(Config):
     """Which tower, and what to take from it."""
 
     model: str = "latest"
-    """`local-dir:FOLDER`, an open_clip name such as ViT-H-14, `hf-hub:ORG/NAME`; `latest`: the newest finished train_clip
-    run beside this one; `none`: no text"""
+    """`local-dir:FOLDER`, an open_clip name such as ViT-H-14, `hf-hub:ORG/NAME`; `latest`: the newest finished
+    train_clip run beside this one; `none`: no text"""
     pretrained: str | None = None
     """open_clip's tag of the weights, such as laion2b_s32b_b79k, when `model` is an open_clip name"""
     layer: Literal["last", "penultimate"] = "last"

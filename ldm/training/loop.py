@@ -69,8 +69,8 @@ class TrainingConfig(ScriptConfig):
 class Player:
     """A module, with an optimizer of its own, and the loss that this optimizer minimizes.
 
-    `loss(module, batch, draws)` returns scalar tensors by name and minimizes "loss". It is given the prepared module and
-    must call it through its forward. A VAE has one player; with a discriminator there are two, stepped in their order.
+    `loss(module, batch, draws)` returns scalar tensors by name and minimizes "loss". It is given the prepared module
+    and must call it through its forward. A VAE has one player; with a discriminator there are two, stepped in turn.
     """
 
     name: str

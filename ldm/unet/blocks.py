@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.nn import group_norm, zero_
+from ldm.nn import zero_
 
 
 def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
@@ -19,6 +19,14 @@ def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
     frequency = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
     angle = timestep.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def group_norm(channels: int, *, eps: float) -> nn.GroupNorm:
+    """GroupNorm with 32 groups, as in Stable Diffusion, or groups of 8 channels where the layer is narrow.
+
+    In groups of one or two channels the norm would take away most of the time embedding, which is one number a channel.
+    """
+    return nn.GroupNorm(min(32, channels // 8), channels, eps=eps)
 
 
 class ResidualBlock(nn.Module):

@@ -6,8 +6,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ldm.config import Config
-from ldm.nn import Upsample, check_widths, group_norm, run_block, zero_
-from ldm.unet.blocks import Downsample, ResidualBlock, SpatialTransformer, timestep_embedding
+from ldm.nn import Upsample, check_widths, run_block, zero_
+from ldm.unet.blocks import Downsample, group_norm, ResidualBlock, SpatialTransformer, timestep_embedding
 
 
 class UNetConfig(Config):
@@ -34,7 +34,7 @@ class UNetConfig(Config):
     vector_width: int = Field(0, ge=0)
     """width of a pooled text vector that is added to the time embedding; 0 means none"""
     coordinates: bool = False
-    """tell each place where it is, by two more input channels with x and y (Liu et al. 2018); small sets gain from it"""
+    """tell each place where it is, by two more input channels with x and y (Liu et al. 2018)"""
 
     @model_validator(mode="after")
     def _check(self) -> "UNetConfig":
