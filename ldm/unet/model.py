@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ldm.config import Config
 from ldm.nn import Upsample, check_widths, run_block, zero_
-from ldm.unet.blocks import Downsample, group_norm, ResidualBlock, SpatialTransformer, timestep_embedding
+from ldm.unet.blocks import Downsample, ResidualBlock, SpatialTransformer, group_norm, timestep_embedding
 
 
 class UNetConfig(Config):
