@@ -50,7 +50,7 @@ def train(config: TrainCLIP) -> Path:
         clip.save(folder)
         folders.write_model(folder, "text tower", {"data": config.data.source})
 
-    return fit(
+    model = fit(
         config,
         accelerator=accelerator,
         players=[Player("clip", clip, loss)],
@@ -59,6 +59,8 @@ def train(config: TrainCLIP) -> Path:
         hooks=Hooks(validate=validate, sample=lambda: None, save_model=save_model),
         identity={"data": config.data.to_dict(), "clip": config.clip.to_dict()},
     )
+    accelerator.print(data.report())
+    return model
 
 
 def main(argv: Sequence[str] | None = None) -> None:

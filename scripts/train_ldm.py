@@ -115,7 +115,7 @@ def train(config: TrainLDM) -> Path:
         return pictures.captioned(to_images(pipeline.decode(z)), prompts, columns=8)
 
     identity = {"data": config.data, "unet": config.unet, "process": config.process}
-    return fit(
+    model = fit(
         config,
         accelerator=accelerator,
         players=[Player("unet", unet, loss)],
@@ -124,6 +124,8 @@ def train(config: TrainLDM) -> Path:
         hooks=Hooks(validate=validate, sample=sample, save_model=pipeline.save),
         identity={name: part.to_dict() for name, part in identity.items()} | {"vae_sha256": vae_hash},
     )
+    accelerator.print(data.report())
+    return model
 
 
 def load_autoencoder(config: TrainLDM) -> tuple[VAE | None, str | None]:

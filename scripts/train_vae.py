@@ -40,6 +40,8 @@ def train(config: TrainVAE) -> Path:
     data, held_out = (open_dataset(config.data, split, seed=config.seed) for split in ("train", "test"))
     accelerator.print(data.describe())
     vae = VAE(config.vae, gradient_checkpointing=config.gradient_checkpointing)
+    if vae.linear is not None:  # a resumed run overwrites this with what it had learned
+        vae.linear.fit(torch.cat(list(image_batches(data, count=2048))))
     fixed = collate(first_samples(held_out, 64))["image"]
     shape = (config.vae.latent_channels, side, side)
 
@@ -67,7 +69,7 @@ def train(config: TrainVAE) -> Path:
         values = {"data": config.data.to_dict(), "vae": config.vae.to_dict(), "vae_sha256": digest}
         folders.write_model(folder, "vae", values)
 
-    return fit(
+    model = fit(
         config,
         accelerator=accelerator,
         players=[Player("vae", vae, loss)],
@@ -76,6 +78,8 @@ def train(config: TrainVAE) -> Path:
         hooks=Hooks(validate=validate, sample=sample, save_model=save_model),
         identity={"data": config.data.to_dict(), "vae": config.vae.to_dict()},
     )
+    accelerator.print(data.report())
+    return model
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -104,7 +104,7 @@ def test_saving_and_loading_keeps_every_bit(tiny_model: Path, tmp_path: Path) ->
 def test_a_model_folder_explains_itself_and_can_be_moved(tiny_model: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(tiny_model, tmp_path / "moved")
     values = json.loads((moved / "model.json").read_text())
-    assert values["process"]["prediction"] == "flow" and values["null_prompt"] == ""
+    assert values["process"]["path"] == "flow" and values["null_prompt"] == ""
     assert values["text"]["model"] == "local-dir:text" and values["text"]["layer"] == "last"
     assert values["about"]["data"]["source"] == "shapes"
     assert len(values["vae_sha256"]) == 64

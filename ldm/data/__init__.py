@@ -86,6 +86,13 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         bad = self._bad.nonzero().flatten().tolist()
         return [f"{self.source.names[index]}: {self._error(index) or 'readable by now'}" for index in bad]
 
+    def report(self) -> str:
+        """How many images could not be read, and which: for the end of a run."""
+        bad = self.unreadable
+        if not bad:
+            return "every image could be read"
+        return "\n".join([f"{len(bad)} images could not be read and were replaced by others:", *bad])
+
     def describe(self) -> str:
         """One line on what was found."""
         split = "train" if self.training else "test"

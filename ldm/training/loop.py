@@ -181,7 +181,7 @@ class Trainer:
         self.folder = config.run / "checkpoints"
         self.step = 0
         for player in players:
-            player.module.to(accelerator.device)
+            player.module.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.modules = {p.name: p.module for p in players}
         self.optimizers = {p.name: accelerator.prepare_optimizer(self._optimizer(p.module)) for p in players}
         self.ema = {p.name: EMA(p.module, config.ema) for p in players}
