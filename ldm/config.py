@@ -1,6 +1,7 @@
 """Configuration: frozen pydantic classes, values from a YAML file, overrides from the command line."""
 
 import difflib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import Any, Self, TypeVar, get_args
 import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")  # tyro shows pydantic's text for a wrong flag
 
 
 class Config(BaseModel):

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ldm.diffusion.process import Process
+from ldm.diffusion.samplers import Step
 from ldm.pictures import grid
 from ldm.pipeline import Pipeline, initial_noise, to_images
 
@@ -27,20 +28,18 @@ def denoising(
     pipeline: Pipeline, prompts: Sequence[str], *, steps: int = 30, shown: int = 9, scale: int = 3, seed: int = 0
 ) -> Image.Image:
     """Two rows for each prompt: what the sampler holds, decoded, and the denoiser's guess of the end, step by step."""
-    kept = {round(1 + i * (steps - 1) / (shown - 1)) for i in range(shown)}
+    shown_steps = [round(i * (steps - 1) / (shown - 1)) for i in range(shown)]
+    guidance_scale = pipeline.about.get("guidance_scale", 7.5)
     rows = []
     for prompt in prompts:
-        states: list[Tensor] = []
-        guesses: list[Tensor] = []
+        walk: list[Step] = []
 
-        def keep(number: int, step: object, states: list = states, guesses: list = guesses) -> None:  # type: ignore[type-arg]
-            if number in kept:
-                states.append(step.z)  # type: ignore[attr-defined]
-                guesses.append(step.data)  # type: ignore[attr-defined]
+        def keep(number: int, step: Step, walk: list[Step] = walk) -> None:
+            walk.append(step)
 
-        pipeline(prompt, steps=steps, guidance_scale=pipeline.about.get("guidance_scale", 7.5), seed=seed, on_step=keep)
-        rows += [torch.cat(states), torch.cat(guesses)]
-    return grid(to_images(pipeline.decode(torch.cat(rows))), columns=len(kept), scale=scale)
+        pipeline(prompt, steps=steps, guidance_scale=guidance_scale, seed=seed, on_step=keep)
+        rows += [walk[i].z for i in shown_steps] + [walk[i].data for i in shown_steps]
+    return grid(to_images(pipeline.decode(torch.cat(rows))), columns=shown, scale=scale)
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def write_report(run: Path, stages: dict[str, Path], seconds: dict[str, float]) 
     }
     report_file.write_text(json.dumps(report, indent=2))
     rows = "\n".join(
-        f"| {name} | {m['value']:.3f} | {m['low']:.3f} to {m['high']:.3f} | {m['count']} |"
+        f"| {name} | {m['value']:.3f} | {m['low']:.3f} to {m['high']:.3f} | {m['samples']} |"
         for name, m in measures.items()
     )
     times = ", ".join(f"{name} {value:.0f} s" for name, value in spent.items())
@@ -86,7 +86,7 @@ def write_report(run: Path, stages: dict[str, Path], seconds: dict[str, float]) 
     model = stages["ldm"] / "model"
     print(
         f"\nall five attributes right: {measures['prompt accuracy, all']['value']:.1%} of "
-        f"{measures['prompt accuracy, all']['count']} unseen captions, after {report['total_minutes']} minutes\n"
+        f"{measures['prompt accuracy, all']['samples']} unseen captions, after {report['total_minutes']} minutes\n"
         f"report:    {run}/report.md\nsamples:   {run}/samples.png\ndenoising: {run}/denoising.png\n"
         f"losses:    {run}/losses.png\nmodel:     {model}\n\ntry next:\n"
         f'  .venv/bin/python scripts/txt2img.py "a large blue star in the center on a red background" --model {model}\n'

@@ -132,7 +132,7 @@ def table(report: dict[str, metrics.Estimate]) -> str:
     """One line for each measure, with its 95 % confidence interval."""
     width = max(len(name) for name in report)
     return "\n".join(
-        f"{name:{width}}  {e.value:8.3f}  [{e.low:.3f}, {e.high:.3f}]  n = {e.count}" for name, e in report.items()
+        f"{name:{width}}  {e.value:8.3f}  [{e.low:.3f}, {e.high:.3f}]  n = {e.samples}" for name, e in report.items()
     )
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from ldm import folders
@@ -21,8 +20,8 @@ class TrainCLIP(TrainingConfig):
     """Settings of train_clip."""
 
     run: Path = Path("runs/shapes/clip")
-    data: DataConfig = Field(default_factory=DataConfig)
-    clip: CLIPConfig = Field(default_factory=CLIPConfig)
+    data: DataConfig = DataConfig()
+    clip: CLIPConfig = CLIPConfig()
 
 
 def train(config: TrainCLIP) -> Path:

@@ -32,12 +32,12 @@ class TrainLDM(TrainingConfig):
     """Settings of train_ldm."""
 
     run: Path = Path("runs/shapes/ldm")
-    data: DataConfig = Field(default_factory=DataConfig)
+    data: DataConfig = DataConfig()
     autoencoder: str = "latest"
     """model folder of a train_vae run; `latest`: the newest finished one beside this run; `none`: work in pixels"""
-    text: TextConfig = Field(default_factory=TextConfig)
-    unet: UNetConfig = Field(default_factory=UNetConfig)
-    process: ProcessConfig = Field(default_factory=ProcessConfig)
+    text: TextConfig = TextConfig()
+    unet: UNetConfig = UNetConfig()
+    process: ProcessConfig = ProcessConfig()
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """share of captions that are replaced by "", so that guidance has something to compare with"""
     cache_latents: bool = False

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor, nn
 
 from ldm import folders, pictures
@@ -26,9 +25,9 @@ class TrainVAE(TrainingConfig):
     """Settings of train_vae."""
 
     run: Path = Path("runs/shapes/vae")
-    data: DataConfig = Field(default_factory=DataConfig)
-    vae: VAEConfig = Field(default_factory=VAEConfig)
-    loss: VAELossConfig = Field(default_factory=VAELossConfig)
+    data: DataConfig = DataConfig()
+    vae: VAEConfig = VAEConfig()
+    loss: VAELossConfig = VAELossConfig()
 
 
 def train(config: TrainVAE) -> Path:

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 
 from ldm import folders, pictures
 from ldm.config import ScriptConfig, errors_for_people, parse
-from ldm.diffusion.samplers import find_sampler
+from ldm.diffusion.samplers import Step, find_sampler
 from ldm.metadata import read_png, save_png
 from ldm.pipeline import Pipeline
 
@@ -124,11 +124,15 @@ def paint_all(pipeline: Pipeline, prompts: list[str], digest: str, config: Txt2I
     }
     batches = range(0, config.num_images, config.batch_size)
     with tqdm(total=len(prompts) * len(batches) * config.steps, unit="step", desc="painting") as bar:
+
+        def tick(number: int, step: Step) -> None:
+            bar.update()
+
         for prompt in prompts:
             for first in batches:
                 count = min(config.batch_size, config.num_images - first)
-                call = {"prompt": prompt, **settings, "seed": config.seed + first, "num_images": count}
-                for index, image in enumerate(pipeline(**call, on_step=lambda *_: bar.update())):
+                call: dict[str, Any] = {"prompt": prompt, **settings, "seed": config.seed + first, "num_images": count}
+                for index, image in enumerate(pipeline(**call, on_step=tick)):
                     yield image, {**call, "index": index, "model": str(pipeline.folder), "model_hash": digest}
 
 

@@ -16,13 +16,13 @@ import train_vae
 
 torch.set_num_threads(1)
 
-TINY: dict[str, list[str]] = {
-    "clip": "--steps 4 --batch-size 8 --warmup 1 --clip.width 32 --clip.layers 1 --clip.heads 2 --clip.embed-dim 16",
-    "vae": "--steps 4 --batch-size 8 --warmup 1 --vae.channels 32 --vae.latent-channels 4",
-    "ldm": "--steps 4 --batch-size 8 --warmup 1 --sample-steps 2 --unet.channels 32 --unet.multipliers 1 2 --unet.depths 0 1 --unet.heads 2 2 "
+COMMON = "--steps 4 --batch-size 8 --warmup 1 --data.size 16 --checkpoint-every 2 --log-every 1"
+TINY = {
+    "clip": "--clip.width 32 --clip.layers 1 --clip.heads 2 --clip.embed-dim 16",
+    "vae": "--vae.channels 32 --vae.latent-channels 4",
+    "ldm": "--sample-steps 2 --unet.channels 32 --unet.multipliers 1 2 --unet.depths 0 1 --unet.heads 2 2 "
     "--unet.in-channels 4 --unet.context-width 32 --unet.vector-width 16",
-}  # type: ignore[assignment]
-TINY = {stage: f"{flags} --data.size 16 --checkpoint-every 2 --log-every 1".split() for stage, flags in TINY.items()}  # type: ignore[attr-defined]
+}
 MAIN: dict[str, Callable[[list[str]], None]] = {
     "clip": train_clip.main,
     "vae": train_vae.main,
@@ -32,7 +32,7 @@ MAIN: dict[str, Callable[[list[str]], None]] = {
 
 def train(stage: str, run: Path, *flags: str) -> Path:
     """Run a training script in this process on the tiny recipe; returns the model folder."""
-    MAIN[stage](["--run", str(run), *TINY[stage], *flags])
+    MAIN[stage](["--run", str(run), *COMMON.split(), *TINY[stage].split(), *flags])
     return run / "model"
 
 

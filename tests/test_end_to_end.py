@@ -1,9 +1,19 @@
 """The scripts, one after the other, as a person runs them."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import txt2img
+from conftest import train
+from test_training import losses
+
+from ldm.pipeline import Pipeline
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_three_stages_make_a_model_that_paints(tiny_runs: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -19,3 +29,73 @@ def test_three_stages_make_a_model_that_paints(tiny_runs: Path, tiny_model: Path
         txt2img.Txt2Img(prompts=("a red circle",), model=tiny_model, out=tmp_path, num_images=2, steps=2)
     )
     assert [file.name for file in files] == ["00000.png", "00001.png", "grid-00000.png"]
+
+
+def test_diffusion_in_pixels_without_text_and_in_grey(tmp_path: Path) -> None:
+    """`autoencoder: none` and `text: none` are the DDPM of the lesson, here on one channel."""
+    flags = "--autoencoder none --text.model none --unet.in-channels 1 --unet.context-width 0 --unet.vector-width 0"
+    linear = "--process.path linear --process.prediction epsilon --data.channels 1"
+    model = train("ldm", tmp_path / "pixels", *flags.split(), *linear.split())
+    pipeline = Pipeline.load(model)
+    assert pipeline.vae is None and pipeline.text is None
+    image = pipeline("", steps=3, sampler="ddpm")[0]
+    assert image.mode == "L" and image.size == (16, 16)
+
+
+def test_grey_latents(tiny_runs: Path, tmp_path: Path) -> None:
+    """A one-channel VAE below a U-Net, as for medical images."""
+    shutil.copytree(tiny_runs / "clip", tmp_path / "clip")
+    train("vae", tmp_path / "vae", "--data.channels", "1", "--vae.image-channels", "1")
+    model = train("ldm", tmp_path / "ldm", "--data.channels", "1")
+    assert Pipeline.load(model)("a star", steps=2)[0].mode == "L"
+
+
+def test_the_latent_cache_changes_nothing(tiny_runs: Path, tmp_path: Path) -> None:
+    for stage in ("clip", "vae"):
+        shutil.copytree(tiny_runs / stage, tmp_path / stage)
+    train("ldm", tmp_path / "ldm", "--no-cache-latents")
+    want, found = losses(tiny_runs / "ldm"), losses(tmp_path / "ldm")
+    assert max(abs(found[step] / want[step] - 1) for step in want) < 1e-5
+
+
+def test_widths_that_do_not_fit_name_the_flag(tiny_runs: Path, tmp_path: Path) -> None:
+    for stage in ("clip", "vae"):
+        shutil.copytree(tiny_runs / stage, tmp_path / stage)
+    with pytest.raises(SystemExit, match=r"unet.in_channels is 5, .* need 4: --unet.in-channels 4"):
+        train("ldm", tmp_path / "ldm", "--unet.in-channels", "5")
+    with pytest.raises(SystemExit, match=r"unet.vector_width is 16, .* need 0: --unet.vector-width 0"):
+        train("ldm", tmp_path / "ldm", "--text.no-pooled")
+    with pytest.raises(SystemExit, match="image size 18 is not a multiple of 4, the VAE's factor"):
+        train("vae", tmp_path / "other", "--data.size", "18")
+    with pytest.raises(SystemExit, match=r"data.channels 1 is not vae.image_channels 3"):
+        train("vae", tmp_path / "other", "--data.channels", "1")
+
+
+def test_missing_stages_name_the_script_that_makes_them(tmp_path: Path) -> None:
+    vae = r"no finished vae below .*: run `accelerate launch scripts/train_vae.py` first"
+    with pytest.raises(SystemExit, match=vae):
+        train("ldm", tmp_path / "ldm")
+    with pytest.raises(SystemExit, match=r"no finished text tower below .*train_clip.py` first"):
+        train("ldm", tmp_path / "ldm", "--autoencoder", "none", "--unet.in-channels", "3")
+
+
+def test_resuming_on_another_vae_is_refused(tiny_runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_runs, tmp_path / "runs")
+    train("vae", tmp_path / "runs/vae2", "--seed", "1")
+    with pytest.raises(SystemExit, match="was made with vae_sha256 .* resume with the same vae_sha256"):
+        flags = ["--resume", "latest", "--autoencoder", str(tmp_path / "runs/vae2/model")]
+        train("ldm", tmp_path / "runs/ldm", *flags)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme(tmp_path: Path) -> None:
+    """Through `accelerate launch`, in processes of their own, with every stage shortened."""
+    short = {"clip": 2, "vae": 2, "ldm": 2}
+    for stage, steps in short.items():
+        run = str(tmp_path / stage)
+        command = ["-m", "accelerate.commands.launch", f"scripts/train_{stage}.py", "--run", run, "--steps", str(steps)]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    model = ["--model", str(tmp_path / "ldm/model"), "--steps", "2"]
+    out = ["--out", str(tmp_path / "out")]
+    subprocess.run([sys.executable, "scripts/txt2img.py", "a cat astronaut", *model, *out], cwd=ROOT, check=True)
+    assert (tmp_path / "out/00000.png").is_file()

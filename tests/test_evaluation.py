@@ -60,7 +60,7 @@ def test_evaluate_reports_fidelity_and_prompt_accuracy(
     report = json.loads((tiny_runs / "ldm/evaluation.json").read_text())
     names = ["VAE PSNR, dB", "VAE SSIM", *(f"prompt accuracy, {name}" for name in [*ATTRIBUTES, "all"])]
     for name in names:
-        assert report[name]["count"] == 6 and report[name]["low"] <= report[name]["value"] <= report[name]["high"]
+        assert report[name]["samples"] == 6 and report[name]["low"] <= report[name]["value"] <= report[name]["high"]
     assert (tiny_runs / "classifier-16.safetensors").is_file()
 
 

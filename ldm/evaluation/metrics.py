@@ -13,7 +13,7 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
-    count: int
+    samples: int
 
 
 def proportion(successes: int, count: int) -> Estimate:

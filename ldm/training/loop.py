@@ -152,7 +152,7 @@ class KeyedDataset(Dataset[tuple[Key, Any]]):
         self.data = data
 
     def __getitem__(self, key: Key) -> tuple[Key, Any]:
-        return key, self.data[key]  # type: ignore[index]
+        return key, self.data[key]
 
 
 class KeyedCollate:

@@ -1,5 +1,7 @@
 """The U-Net with cross-attention (Rombach et al. 2022, section 3.3), up to the exact Stable Diffusion ones."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -146,7 +148,7 @@ class UNet(nn.Module):
         h = self.conv_in(with_coordinates(h) if self.config.coordinates else h)
         skips = [h]
         for level, blocks in enumerate(self.down):
-            for block in blocks:
+            for block in cast(nn.ModuleList, blocks):
                 h = self._run(block, h, time, context, mask)
                 skips.append(h)
             if level < len(self.downsample):
@@ -159,7 +161,7 @@ class UNet(nn.Module):
 
         # Decoder.
         for level, blocks in enumerate(self.up):
-            for block in blocks:
+            for block in cast(nn.ModuleList, blocks):
                 h = self._run(block, torch.cat([h, skips.pop()], dim=1), time, context, mask)
             if level < len(self.upsample):
                 h = self.upsample[level](h)
