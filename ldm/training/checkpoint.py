@@ -104,11 +104,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> Ten
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Tensors) -> None:
     """The inverse of `optimizer_tensors`."""
     index = {name: i for i, name in enumerate(names)}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, field = key.rsplit("/", 1)
         if name not in index:
             raise ValueError(f"the checkpoint has optimizer state of {name}, which this model has not")
+        parameter = parameters[index[name]]
+        if value.shape == parameter.shape:  # fused optimizers walk through memory: the layouts must be the same
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(index[name], {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
