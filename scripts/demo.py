@@ -90,7 +90,7 @@ def write_report(run: Path, stages: dict[str, Path], seconds: dict[str, float]) 
         f"report:    {run}/report.md\nsamples:   {run}/samples.png\ndenoising: {run}/denoising.png\n"
         f"losses:    {run}/losses.png\nmodel:     {model}\n\ntry next:\n"
         f'  .venv/bin/python scripts/txt2img.py "a large blue star in the center on a red background" --model {model}\n'
-        "  .venv/bin/accelerate launch scripts/train_vae.py --config configs/emoji/vae.yaml"
+        "  .venv/bin/accelerate launch scripts/train_clip.py --config configs/emoji-cpu/clip.yaml"
     )
 
 
