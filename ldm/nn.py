@@ -14,11 +14,6 @@ def zero_(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
     return layer
 
 
-def group_norm(channels: int, *, eps: float) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, as in Stable Diffusion."""
-    return nn.GroupNorm(32, channels, eps=eps)
-
-
 def check_widths(widths: tuple[int, ...], *, name: str) -> None:
     """ValueError unless GroupNorm's 32 groups divide every width."""
     for width in widths:

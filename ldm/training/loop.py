@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, is_wandb_available, set_seed
+from accelerate.utils import is_wandb_available, set_seed
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
@@ -91,11 +91,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """accelerate's engine, with precision and devices as `accelerate launch` was told."""
     if "wandb" in config.trackers and not is_wandb_available():
         raise ValueError("trackers: wandb is not installed; `pip install wandb` or leave it out")
-    accelerator = Accelerator(
-        log_with=list(config.trackers),
-        project_dir=config.run,
-        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
-    )
+    accelerator = Accelerator(log_with=list(config.trackers), project_dir=config.run)
     set_seed(config.seed)  # initial weights; every later draw is keyed
     return accelerator
 

@@ -4,7 +4,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.nn import group_norm
+
+def group_norm(channels: int, *, eps: float) -> nn.GroupNorm:
+    """GroupNorm with 32 groups, as in Stable Diffusion."""
+    return nn.GroupNorm(32, channels, eps=eps)
 
 
 class ResidualBlock(nn.Module):

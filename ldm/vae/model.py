@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ldm.config import Config
-from ldm.nn import Upsample, check_widths, group_norm, run_block, zero_
-from ldm.vae.blocks import Downsample, ResidualBlock, middle
+from ldm.nn import Upsample, check_widths, run_block, zero_
+from ldm.vae.blocks import Downsample, ResidualBlock, group_norm, middle
 
 
 class VAEConfig(Config):
