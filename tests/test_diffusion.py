@@ -89,9 +89,13 @@ def test_discrete_timesteps_are_the_indices_of_the_betas() -> None:
 
 @pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
 @pytest.mark.parametrize("path", ["cosine", "flow"])
-def test_min_snr_is_the_same_objective_for_every_prediction(path: str, prediction: str) -> None:
-    """Weight x squared error of the target equals min(SNR, gamma) x squared error of the data."""
-    process = Process(ProcessConfig(path=path, prediction=prediction, min_snr_gamma=5))  # type: ignore[arg-type]
+@pytest.mark.parametrize(("floor", "gamma"), [(None, 5.0), (1.0, None), (1.0, 5.0)])
+def test_clamped_snr_is_the_same_objective_for_every_prediction(
+    path: str, prediction: str, floor: float | None, gamma: float | None
+) -> None:
+    """Weight x squared error of the target equals clamped SNR x squared error of the data."""
+    config = ProcessConfig(path=path, prediction=prediction, min_snr_gamma=gamma, snr_floor=floor)  # type: ignore[arg-type]
+    process = Process(config)
     t = double(0.05, 0.2, 0.5, 0.8, 0.95)
     generator = torch.Generator().manual_seed(0)
     z, noise, guess = torch.randn(3, 5, 1, 2, 2, generator=generator, dtype=torch.float64)
@@ -99,13 +103,18 @@ def test_min_snr_is_the_same_objective_for_every_prediction(path: str, predictio
     error_in_data = (process.to_data(guess, z_t, t) - z).square().flatten(1).mean(1)
     error_in_target = (guess - target).square().flatten(1).mean(1)
     snr = (process.alpha(t) / process.sigma(t)) ** 2
-    torch.testing.assert_close(process.weight(t) * error_in_target, snr.clamp_max(5) * error_in_data)
+    torch.testing.assert_close(process.weight(t) * error_in_target, snr.clamp(floor, gamma) * error_in_data)
 
 
-def test_min_snr_is_finite_where_the_signal_is_zero() -> None:
+def test_clamped_snr_is_finite_where_the_signal_is_zero() -> None:
     for prediction in ("v", "x0", "flow"):
-        config = ProcessConfig(prediction=prediction, zero_terminal_snr=True, min_snr_gamma=5)  # type: ignore[arg-type]
+        config = ProcessConfig(prediction=prediction, zero_terminal_snr=True, min_snr_gamma=5, snr_floor=1)  # type: ignore[arg-type]
         assert Process(config).weight(double(0.0, 0.001, 1.0)).isfinite().all()
+
+
+def test_snr_floor_above_its_cap_is_refused() -> None:
+    with pytest.raises(ValueError, match="snr_floor 6 is above min_snr_gamma 5"):
+        ProcessConfig(snr_floor=6, min_snr_gamma=5)
 
 
 @pytest.mark.parametrize("path", ["flow", "linear"])

@@ -134,15 +134,18 @@ def test_the_timestep_embedding_is_diffusers() -> None:
     assert torch.equal(timestep_embedding(t, 64), theirs)
 
 
-def test_the_network_is_diffusers_network() -> None:
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_the_network_is_diffusers_network(scale_shift: bool) -> None:
     """Equal weights give equal answers; 256 channels, as narrower layers have smaller norm groups than diffusers'."""
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.UNet2DConditionModel(
         block_out_channels=(256, 256), layers_per_block=1, cross_attention_dim=24, attention_head_dim=(2, 4),
         down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
         use_linear_projection=True, norm_num_groups=32,
+        resnet_time_scale_shift="scale_shift" if scale_shift else "default",
     ).eval()  # fmt: skip
-    ours = random_unet(SMALL.model_copy(update={"channels": 256, "multipliers": (1, 1), "vector_width": 0}))
+    update = {"channels": 256, "multipliers": (1, 1), "vector_width": 0, "scale_shift": scale_shift}
+    ours = random_unet(SMALL.model_copy(update=update))
     own = ours.state_dict()
     theirs.load_state_dict({name: own[ours_name(name)] for name in theirs.state_dict()})
     z, t, context, mask, _ = inputs()

@@ -26,7 +26,9 @@ class ProcessConfig(Config):
     prediction: Prediction = "epsilon"
     """what the network guesses: the noise, v (Salimans and Ho 2022), the data, or noise - data"""
     min_snr_gamma: float | None = Field(None, gt=0)
-    """clamp the weight of nearly clean samples (Hang et al. 2023); 5 is usual"""
+    """weigh the error in the data by the signal-to-noise ratio, at most by this (Hang et al. 2023); 5 is usual"""
+    snr_floor: float | None = Field(None, gt=0)
+    """weigh the error in the data by the signal-to-noise ratio, at least by this (Salimans and Ho 2022); 1 is usual"""
     times: Literal["uniform", "stratified", "logit_normal"] = "uniform"
     """how t is drawn; stratified spreads one batch evenly over [0, 1]"""
 
@@ -34,6 +36,8 @@ class ProcessConfig(Config):
     def _check(self) -> "ProcessConfig":
         if self.zero_terminal_snr and self.path == "flow":
             raise ValueError("zero_terminal_snr: the flow path ends in pure noise already; leave it off")
+        if self.snr_floor and self.min_snr_gamma and self.snr_floor > self.min_snr_gamma:
+            raise ValueError(f"snr_floor {self.snr_floor:g} is above min_snr_gamma {self.min_snr_gamma:g}: lower it")
         if self.prediction == "epsilon" and (self.zero_terminal_snr or self.path == "flow"):
             raise ValueError(
                 "prediction epsilon says nothing about the data where the signal is zero, as it is at t = 1 here: "
@@ -100,15 +104,18 @@ class Process:
         return (alpha * z_t - sigma * prediction) / (alpha**2 + sigma**2)
 
     def weight(self, t: Tensor) -> Tensor:
-        """Factor of the target's squared error at t: 1, or that of min-SNR-gamma (Hang et al. 2023, equation 5)."""
-        gamma = self.config.min_snr_gamma
-        if gamma is None:
+        """Factor of the target's squared error at t: 1, or what gives the error in the data the weight of a clamped SNR.
+
+        Source: min-SNR-gamma (Hang et al. 2023, equation 5), truncated SNR (Salimans and Ho 2022, section 4).
+        """
+        floor, gamma = self.config.snr_floor, self.config.min_snr_gamma
+        if floor is None and gamma is None:
             return torch.ones_like(t)
         alpha, sigma = self.alpha(t), self.sigma(t)
         snr = (alpha / sigma.clamp_min(1e-6)) ** 2
         if self.config.prediction == "epsilon":
-            return (gamma / snr).clamp_max(1)
-        of_data = snr.clamp_max(gamma)  # weight of the error in the data
+            return snr.clamp(floor, gamma) / snr
+        of_data = snr.clamp(floor, gamma)  # weight of the error in the data
         if self.config.prediction == "x0":
             return of_data
         if self.config.prediction == "flow":

@@ -30,13 +30,17 @@ def group_norm(channels: int, *, eps: float) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Two GroupNorm -> SiLU -> 3x3 convolutions, with the time embedding added between them."""
+    """Two GroupNorm -> SiLU -> 3x3 convolutions, with the time embedding between them.
 
-    def __init__(self, channels_in: int, channels_out: int, *, time_width: int) -> None:
+    It is added, or with `scale_shift` scales and shifts what the second norm gives (Dhariwal and Nichol 2021, section 3).
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, *, time_width: int, scale_shift: bool = False) -> None:
         super().__init__()
+        self.scale_shift = scale_shift
         self.norm1 = group_norm(channels_in, eps=1e-5)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.time_proj = nn.Linear(time_width, channels_out)
+        self.time_proj = nn.Linear(time_width, (2 if scale_shift else 1) * channels_out)
         self.norm2 = group_norm(channels_out, eps=1e-5)
         self.conv2 = zero_(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         same = channels_in == channels_out
@@ -44,9 +48,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_proj(F.silu(time))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.shortcut(x) + h
+        embedded = self.time_proj(F.silu(time))[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = embedded.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + embedded)
+        return self.shortcut(x) + self.conv2(F.silu(h))
 
 
 class Attention(nn.Module):

@@ -35,6 +35,8 @@ class UNetConfig(Config):
     """width of the text states that cross-attention reads; 0 means no text"""
     vector_width: int = Field(0, ge=0)
     """width of a pooled text vector that is added to the time embedding; 0 means none"""
+    scale_shift: bool = False
+    """let the time embedding scale and shift normed features, as in ADM, instead of adding it, as in Stable Diffusion"""
     coordinates: bool = False
     """tell each place where it is, by two more input channels with x and y (Liu et al. 2018)"""
 
@@ -66,7 +68,9 @@ class Block(nn.Module):
     def __init__(self, channels_in: int, level: int, config: UNetConfig, *, depth: int) -> None:
         super().__init__()
         width = config.widths[level]
-        self.residual = ResidualBlock(channels_in, width, time_width=4 * config.channels)
+        self.residual = ResidualBlock(
+            channels_in, width, time_width=4 * config.channels, scale_shift=config.scale_shift
+        )
         self.transformer = None
         if depth:
             heads, context_width = config.heads[level], config.context_width
