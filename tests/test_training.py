@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.order import Key
 from ldm.keyed import Draws
-from ldm.training import checkpoint
+from ldm.training import checkpoint, loop
 from ldm.training.ema import EMA
 from ldm.training.loop import Batch, Hooks, Player, Trainer, TrainingConfig, fit, learning_rate, make_accelerator
 
@@ -291,3 +291,22 @@ def test_gradients_are_clipped_and_reported(tmp_path: Path) -> None:
 
 def test_the_accelerator_decides_the_device() -> None:
     assert Accelerator().device.type == "cpu"
+
+
+def test_accelerate_launch_leaves_all_cores_to_a_run_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sets OMP_NUM_THREADS=1; what a person asked for stays."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    loop._share_cores()
+    assert threads == []
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    loop._share_cores()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    loop._share_cores()
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    loop._share_cores()
+    assert threads == [6, 3]

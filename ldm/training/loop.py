@@ -1,6 +1,7 @@
 """The one training loop: given players, batches and a loss for each player, it steps, logs, saves and resumes."""
 
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -93,7 +94,17 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         raise ValueError("trackers: wandb is not installed; `pip install wandb` or leave it out")
     accelerator = Accelerator(log_with=list(config.trackers), project_dir=config.run)
     set_seed(config.seed)  # initial weights; every later draw is keyed
+    if accelerator.device.type == "cpu":
+        _share_cores()
     return accelerator
+
+
+def _share_cores() -> None:
+    """Undo the one thread a process that `accelerate launch` sets where it finds no GPU: share out all cores."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
