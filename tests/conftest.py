@@ -20,8 +20,8 @@ COMMON = "--steps 4 --batch-size 8 --warmup 1 --data.size 16 --checkpoint-every 
 TINY = {
     "clip": "--clip.context-length 24 --clip.width 32 --clip.layers 1 --clip.heads 2 --clip.embed-dim 16",
     "vae": "--vae.channels 32 --vae.latent-channels 4",
-    "ldm": "--sample-steps 2 --unet.channels 32 --unet.multipliers 1 2 --unet.depths 0 1 --unet.heads 2 2 "
-    "--unet.in-channels 4 --unet.context-width 32 --unet.vector-width 16",
+    "ldm": "--sample-steps 2 --unet.patch 1 --unet.channels 32 --unet.multipliers 1 2 --unet.depths 0 1 "
+    "--unet.heads 2 2 --unet.in-channels 4 --unet.context-width 32 --unet.vector-width 16",
 }
 MAIN: dict[str, Callable[[list[str]], None]] = {
     "clip": train_clip.main,

@@ -105,7 +105,7 @@ def test_a_model_folder_explains_itself_and_can_be_moved(tiny_model: Path, tmp_p
     moved = shutil.copytree(tiny_model, tmp_path / "moved")
     values = json.loads((moved / "model.json").read_text())
     assert values["process"]["path"] == "flow" and values["null_prompt"] == ""
-    assert values["text"]["model"] == "local-dir:text" and values["text"]["layer"] == "last"
+    assert values["text"]["model"] == "local-dir:text" and values["text"]["layer"] == "penultimate"
     assert values["about"]["data"]["source"] == "shapes"
     assert len(values["vae_sha256"]) == 64
     Pipeline.load(moved)("a star", steps=1)

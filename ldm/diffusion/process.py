@@ -104,7 +104,7 @@ class Process:
         return (alpha * z_t - sigma * prediction) / (alpha**2 + sigma**2)
 
     def weight(self, t: Tensor) -> Tensor:
-        """Factor of the target's squared error at t: 1, or what gives the error in the data the weight of a clamped SNR.
+        """Factor of the target's squared error at t: 1, or so that the error in the data weighs a clamped SNR.
 
         Source: min-SNR-gamma (Hang et al. 2023, equation 5), truncated SNR (Salimans and Ho 2022, section 4).
         """

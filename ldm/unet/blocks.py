@@ -32,7 +32,8 @@ def group_norm(channels: int, *, eps: float) -> nn.GroupNorm:
 class ResidualBlock(nn.Module):
     """Two GroupNorm -> SiLU -> 3x3 convolutions, with the time embedding between them.
 
-    It is added, or with `scale_shift` scales and shifts what the second norm gives (Dhariwal and Nichol 2021, section 3).
+    It is added, or with `scale_shift` it scales and shifts what the second norm gives (Dhariwal and Nichol 2021,
+    section 3).
     """
 
     def __init__(self, channels_in: int, channels_out: int, *, time_width: int, scale_shift: bool = False) -> None:

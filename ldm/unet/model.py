@@ -36,7 +36,7 @@ class UNetConfig(Config):
     vector_width: int = Field(0, ge=0)
     """width of a pooled text vector that is added to the time embedding; 0 means none"""
     scale_shift: bool = False
-    """let the time embedding scale and shift normed features, as in ADM, instead of adding it, as in Stable Diffusion"""
+    """let the time embedding scale and shift normed features, as in ADM; Stable Diffusion adds it"""
     coordinates: bool = False
     """tell each place where it is, by two more input channels with x and y (Liu et al. 2018)"""
 
