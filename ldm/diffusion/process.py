@@ -113,9 +113,9 @@ class Process:
             return torch.ones_like(t)
         alpha, sigma = self.alpha(t), self.sigma(t)
         snr = (alpha / sigma.clamp_min(1e-6)) ** 2
-        if self.config.prediction == "epsilon":
-            return snr.clamp(floor, gamma) / snr
         of_data = snr.clamp(floor, gamma)  # weight of the error in the data
+        if self.config.prediction == "epsilon":
+            return of_data / snr
         if self.config.prediction == "x0":
             return of_data
         if self.config.prediction == "flow":

@@ -36,7 +36,7 @@ class ResidualBlock(nn.Module):
     section 3).
     """
 
-    def __init__(self, channels_in: int, channels_out: int, *, time_width: int, scale_shift: bool = False) -> None:
+    def __init__(self, channels_in: int, channels_out: int, *, time_width: int, scale_shift: bool) -> None:
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = group_norm(channels_in, eps=1e-5)
