@@ -1,13 +1,8 @@
 """Model folders: a model.json that explains the weights beside it, and how the newest finished one is found."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 FORMAT = "ldm-model-1"
 
@@ -39,31 +34,3 @@ def newest(kind: str, root: Path, *, script: str) -> Path:
     if not found:
         raise ValueError(f"no finished {kind} below {root}: run `{script}` first, or name one")
     return max(found, key=lambda path: path.stat().st_mtime).parent
-
-
-def save_weights(module: nn.Module, path: Path) -> str:
-    """Write a module's weights and return the file's SHA-256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, path)
-    return sha256(path)
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Fill a module, which may be on the meta device, from a file; ValueError names what does not fit."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: the model folder is not whole, copy it again")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); copy it again") from None
-    own = module.state_dict()
-    wrong = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
-    if wrong:
-        raise ValueError(f"{path} does not fit its model.json: {len(wrong)} tensors, among them {', '.join(wrong[:5])}")
-    module.load_state_dict(tensors, assign=True)
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

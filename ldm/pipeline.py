@@ -15,6 +15,7 @@ from ldm.diffusion.samplers import Step, find_sampler
 from ldm.text import TextConfig, TextEncoder, TextStates
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
+from ldm.weights import load_weights, save_weights, sha256
 
 OnStep = Callable[[int, Step], None]
 
@@ -47,13 +48,13 @@ class Pipeline:
         folder = Path(folder)
         values = folders.read_model(folder, "pipeline")
         vae = load_vae_weights(VAEConfig(**values["vae"]), folder / "vae.safetensors") if values["vae"] else None
-        if vae is not None and folders.sha256(folder / "vae.safetensors") != values["vae_sha256"]:
+        if vae is not None and sha256(folder / "vae.safetensors") != values["vae_sha256"]:
             raise ValueError(
                 f"{folder}/vae.safetensors is not the VAE that this U-Net was trained on: put that one back"
             )
         with torch.device("meta"):
             unet = UNet(UNetConfig(**values["unet"]))
-        folders.load_weights(unet, folder / "unet.safetensors")
+        load_weights(unet, folder / "unet.safetensors")
         pipeline = cls(
             unet,
             Process(ProcessConfig(**values["process"])),
@@ -70,7 +71,7 @@ class Pipeline:
         """Write a model folder that explains itself."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        folders.save_weights(self.unet, folder / "unet.safetensors")
+        save_weights(self.unet, folder / "unet.safetensors")
         (folder / "words.txt").write_text("\n".join(sorted(self.words)))
         text = self.text and self.text.config.to_dict() | {"model": self.text.save(folder / "text")}
         values = {
@@ -80,7 +81,7 @@ class Pipeline:
             "process": self.process.config.to_dict(),
             "unet": self.unet.config.to_dict(),
             "vae": self.vae and self.vae.config.to_dict(),
-            "vae_sha256": self.vae and folders.save_weights(self.vae, folder / "vae.safetensors"),
+            "vae_sha256": self.vae and save_weights(self.vae, folder / "vae.safetensors"),
             "text": text,
         }
         folders.write_model(folder, "pipeline", values)
@@ -89,7 +90,7 @@ class Pipeline:
         """Move the networks and return self."""
         for module in (self.unet, self.vae, self.text):
             if module is not None:
-                module.requires_grad_(False).eval().to(device)
+                module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     @property
@@ -238,7 +239,7 @@ def load_vae_weights(config: VAEConfig, path: Path) -> VAE:
     """A frozen VAE from its weights file."""
     with torch.device("meta"):
         vae = VAE(config)
-    folders.load_weights(vae, path)
+    load_weights(vae, path)
     return vae.requires_grad_(False).eval()
 
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm import figures, folders
+from ldm import figures
 from ldm.config import ScriptConfig, parse
+from ldm.weights import sha256
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,7 +68,7 @@ def write_report(run: Path, stages: dict[str, Path], seconds: dict[str, float]) 
         "peak_memory_gib": round(peak_memory_gib(), 2),
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "measures": measures,
-        "model_hash": folders.sha256(stages["ldm"] / "model/unet.safetensors")[:10],
+        "model_hash": sha256(stages["ldm"] / "model/unet.safetensors")[:10],
     }
     report_file.write_text(json.dumps(report, indent=2))
     rows = "\n".join(

@@ -18,6 +18,7 @@ from ldm.evaluation import metrics
 from ldm.evaluation.classifier import AttributeClassifier, check_classifier, count_right, train_classifier
 from ldm.pipeline import Pipeline, initial_noise
 from ldm.vae.losses import psnr, ssim
+from ldm.weights import load_weights, save_weights
 
 
 class Evaluate(ScriptConfig):
@@ -117,12 +118,12 @@ def load_classifier(path: Path, size: int) -> AttributeClassifier:
     """The classifier of this picture size, trained at the first call; it must prove itself every time."""
     if path.is_file():
         classifier = AttributeClassifier()
-        folders.load_weights(classifier, path)
+        load_weights(classifier, path)
         classifier.eval()
     else:
         print(f"training the classifier that reads shapes at {size} pixels, once, into {path}")
         classifier = train_classifier(size)
-        folders.save_weights(classifier, path)
+        save_weights(classifier, path)
     share = check_classifier(classifier, size)
     print(f"the classifier reads {share:.1%} of held-out real renders without a mistake")
     return classifier

@@ -16,13 +16,14 @@ from ldm.data import DataConfig, collate, open_dataset
 from ldm.data.cache import LatentCache
 from ldm.data.order import first_samples
 from ldm.diffusion.process import Process, ProcessConfig
-from ldm.folders import newest, sha256
+from ldm.folders import newest
 from ldm.keyed import Draws, generator
 from ldm.pipeline import Pipeline, conditions, initial_noise, load_vae, to_images, words_of
 from ldm.text import TextConfig, TextEncoder
 from ldm.training.loop import Batch, Hooks, Player, TrainingConfig, fit, make_accelerator
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, Posterior
+from ldm.weights import sha256
 
 DEFAULT = Path(__file__).parents[1] / "configs/shapes/ldm.yaml"
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -114,7 +115,13 @@ def train(config: TrainLDM) -> Path:
         z = pipeline.sample(noise, prompts, [""] * len(seeds), seeds=seeds, steps=steps, guidance_scale=scale)
         return pictures.captioned(to_images(pipeline.decode(z)), prompts, columns=8)
 
-    identity = {"data": config.data, "unet": config.unet, "process": config.process}
+    parts = {"data": config.data, "unet": config.unet, "process": config.process}
+    identity: dict[str, Any] = {name: part.to_dict() for name, part in parts.items()} | {"vae_sha256": vae_hash}
+    if text:
+        identity |= {
+            "text": {"layer": config.text.layer, "pooled": config.text.pooled},
+            "text_sha256": sha256(text.weights),
+        }
     model = fit(
         config,
         accelerator=accelerator,
@@ -122,7 +129,7 @@ def train(config: TrainLDM) -> Path:
         data=source,
         collate=collate,
         hooks=Hooks(validate=validate, sample=sample, save_model=pipeline.save),
-        identity={name: part.to_dict() for name, part in identity.items()} | {"vae_sha256": vae_hash},
+        identity=identity,
     )
     accelerator.print(data.report())
     return model

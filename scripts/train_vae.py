@@ -17,6 +17,7 @@ from ldm.training.loop import Batch, Hooks, Player, TrainingConfig, fit, make_ac
 from ldm.vae import VAE, VAEConfig
 from ldm.vae.losses import VAELossConfig, psnr, ssim, vae_loss
 from ldm.vae.statistics import measure_latents
+from ldm.weights import save_weights
 
 DEFAULT = Path(__file__).parents[1] / "configs/shapes/vae.yaml"
 
@@ -64,7 +65,7 @@ def train(config: TrainVAE) -> Path:
 
     def save_model(folder: Path) -> None:
         measure_latents(vae, (images.to(accelerator.device) for images in image_batches(data, count=4096)))
-        digest = folders.save_weights(vae, folder / "vae.safetensors")
+        digest = save_weights(vae, folder / "vae.safetensors")
         values = {"data": config.data.to_dict(), "vae": config.vae.to_dict(), "vae_sha256": digest}
         folders.write_model(folder, "vae", values)
 

@@ -16,6 +16,7 @@ from ldm.config import ScriptConfig, errors_for_people, parse
 from ldm.diffusion.samplers import Step, find_sampler
 from ldm.metadata import read_png, save_png
 from ldm.pipeline import Pipeline
+from ldm.weights import sha256
 
 Painted = tuple[Image.Image, dict[str, Any]]
 
@@ -60,7 +61,7 @@ def paint(config: Txt2Img) -> list[Path]:
     prompts = [] if record else read_prompts(config)
     pipeline = Pipeline.load(find_model(config, record), device=config.device or best_device())
     assert pipeline.folder is not None
-    digest = folders.sha256(pipeline.folder / "unet.safetensors")
+    digest = sha256(pipeline.folder / "unet.safetensors")
     if record:
         if record["model_hash"] != digest:
             raise ValueError(

@@ -79,12 +79,16 @@ def test_missing_stages_name_the_script_that_makes_them(tmp_path: Path) -> None:
         train("ldm", tmp_path / "ldm", "--autoencoder", "none", "--unet.in-channels", "3")
 
 
-def test_resuming_on_another_vae_is_refused(tiny_runs: Path, tmp_path: Path) -> None:
+def test_resuming_on_another_vae_or_text_is_refused(tiny_runs: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_runs, tmp_path / "runs")
-    train("vae", tmp_path / "runs/vae2", "--seed", "1")
-    with pytest.raises(SystemExit, match="was made with vae_sha256 .* resume with the same vae_sha256"):
-        flags = ["--resume", "latest", "--autoencoder", str(tmp_path / "runs/vae2/model")]
-        train("ldm", tmp_path / "runs/ldm", *flags)
+    clip, vae = (train(stage, tmp_path / f"other/{stage}", "--seed", "1") for stage in ("clip", "vae"))
+    for key, flags in {
+        "vae_sha256": ["--autoencoder", str(vae)],
+        "text_sha256": ["--text.model", f"local-dir:{clip}"],
+        "layer": ["--text.layer", "last"],
+    }.items():
+        with pytest.raises(SystemExit, match=f"was made with {key} .* resume with the same {key}"):
+            train("ldm", tmp_path / "runs/ldm", "--resume", "latest", *flags)
 
 
 @pytest.mark.slow

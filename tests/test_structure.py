@@ -25,13 +25,14 @@ ALLOWED = {
     "config": set(),
     "keyed": set(),
     "nn": set(),
+    "weights": set(),
     "folders": set(),
     "data": {"config", "keyed"},
     "vae": {"config", "nn"},
     "unet": {"config", "nn"},
     "text": {"config"},
     "diffusion": {"config"},
-    "training": {"config", "keyed", "data"},
+    "training": {"config", "keyed", "data", "weights"},
     "evaluation": {"data", "keyed"},
 }
 

@@ -35,9 +35,13 @@ class Numbers(Dataset[dict[str, Tensor]]):
         return {"x": torch.tensor([key.index / 37, 1.0])}
 
 
-def toy(config: TrainingConfig, *, poison: int | None = None, players: list[Player] | None = None) -> Path:
-    """Train a 2 -> 1 linear map with `fit`; at step `poison` its loss is NaN."""
+def toy(
+    config: TrainingConfig, *, poison: int | None = None, players: list[Player] | None = None, fp16: bool = False
+) -> Path:
+    """Train a 2 -> 1 linear map with `fit`; at step `poison` its loss is NaN; `fp16` scales the loss as fp16 does."""
     accelerator = make_accelerator(config)
+    if fp16:
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
     model = nn.Linear(2, 1)
 
     def loss(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -111,6 +115,16 @@ def stop_at(step: int, stage: str, run: Path, *flags: str) -> None:
         patch.setattr(Trainer, "_after_step", after)
         train(stage, run, *flags)
     assert stopped.value.code == 128 + signal.SIGTERM
+
+
+def test_the_loss_scale_of_fp16_is_resumed(tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    toy(toy_config(whole, keep_checkpoints=3), fp16=True)
+    shutil.copytree(whole / "checkpoints/step-000003", run / "checkpoints/step-000003")
+    toy(toy_config(run, resume="latest"), fp16=True)
+    scales = [json.loads((r / "checkpoints/step-000008/progress.json").read_text())["scaler"] for r in (whole, run)]
+    assert scales[0] == scales[1] and scales[0]["scale"] == 4.0 * 2**4  # doubled after every second step
+    assert_same(tensors_of(whole, 8), tensors_of(run, 8))
 
 
 def test_the_frozen_stages_are_not_changed_by_training(tiny_runs: Path) -> None:

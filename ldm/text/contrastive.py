@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.config import Config
-from ldm.text.encoder import CONFIG_NAME, WEIGHTS_NAME
+from ldm.text.encoder import CONFIG_NAME, WEIGHTS_NAME, make_tokenizer
 
 
 class CLIPConfig(Config):
@@ -51,7 +51,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.model = open_clip.CLIP(**architecture, output_dict=True)
-        self.tokenizer = open_clip.SimpleTokenizer(context_length=architecture["text_cfg"]["context_length"])
+        self.tokenizer = make_tokenizer(architecture["text_cfg"]["context_length"])
 
     def forward(self, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """(b, 1 or 3, h, w) and (b, length) -> image_features, text_features (b, embed_dim), logit_scale."""

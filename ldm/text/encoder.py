@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import sys
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
@@ -105,9 +106,10 @@ class TextTower(nn.Module):
 class TextEncoder(nn.Module):
     """Tokenizer and frozen tower: always in eval mode, without gradients."""
 
-    def __init__(self, tower: TextTower, tokenizer: Any, config: TextConfig, *, source: str) -> None:
+    def __init__(self, tower: TextTower, tokenizer: Any, config: TextConfig, *, source: str, weights: Path) -> None:
         super().__init__()
-        self.tower, self.tokenizer, self.config, self.source = tower, tokenizer, config, source
+        self.tower, self.tokenizer, self.config = tower, tokenizer, config
+        self.source, self.weights = source, weights  # how it is named, and the file it was read from
         self.requires_grad_(False).eval()
 
     @classmethod
@@ -120,10 +122,8 @@ class TextEncoder(nn.Module):
             tower = TextTower(cfg)
         _load_weights(tower, weights, source)
         text = cfg["text_cfg"]
-        tokenizer = _tokenizer_module().SimpleTokenizer(
-            context_length=tower.length, **(text.get("tokenizer_kwargs") or {})
-        )
-        return cls(tower, tokenizer, config, source=source)
+        tokenizer = make_tokenizer(tower.length, **(text.get("tokenizer_kwargs") or {}))
+        return cls(tower, tokenizer, config, source=source, weights=weights)
 
     @property
     def width(self) -> int:
@@ -224,6 +224,13 @@ def _load_weights(tower: TextTower, path: Path, source: str) -> None:
     if missing:
         raise ValueError(f"text tower {source}: {path.name} lacks {len(missing)} tensors: {', '.join(missing[:5])}")
     tower.load_state_dict({name: tensors[name] for name in tower.state_dict()}, assign=True)
+
+
+def make_tokenizer(length: int, **settings: Any) -> Any:
+    """open_clip's tokenizer for `length` tokens. It keeps what it encoded: training sees every caption many times."""
+    tokenizer = _tokenizer_module().SimpleTokenizer(context_length=length, **settings)
+    tokenizer.encode = lru_cache(2**16)(tokenizer.encode)
+    return tokenizer
 
 
 def _tokenizer_module() -> ModuleType:

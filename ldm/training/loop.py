@@ -24,6 +24,7 @@ from ldm.keyed import Draws
 from ldm.training import checkpoint
 from ldm.training.ema import EMA
 from ldm.training.logs import Logs
+from ldm.weights import fill
 
 Batch = Mapping[str, Any]
 
@@ -322,8 +323,10 @@ class Trainer:
                 tensors[name] = module.state_dict()
                 tensors[f"{name}_ema"] = self.ema[name].shadow
                 tensors[f"{name}_optimizer"] = checkpoint.optimizer_tensors(self.optimizers[name], _trained(module))
-            keep = self.config.keep_checkpoints
-            checkpoint.save_checkpoint(self.folder, self.step, tensors, {"identity": self.identity}, keep=keep)
+            progress: dict[str, Any] = {"identity": self.identity}
+            if self.accelerator.scaler is not None:  # fp16
+                progress["scaler"] = self.accelerator.scaler.state_dict()
+            checkpoint.save_checkpoint(self.folder, self.step, tensors, progress, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
         self.logs.restart_clock(self.step)
 
@@ -354,10 +357,12 @@ class Trainer:
                 f"{path} is at step {progress['step']}, past the {self.config.steps} steps asked for (--steps)"
             )
         for name, module in self.modules.items():
-            _load_weights(module, tensors[name], path)
+            fill(module, tensors[name], path)
             checkpoint.restore_optimizer(self.optimizers[name], _trained(module), tensors[f"{name}_optimizer"])
             for key, value in tensors[f"{name}_ema"].items():
                 self.ema[name].shadow[key].copy_(value)
+        if self.accelerator.scaler is not None and "scaler" in progress:
+            self.accelerator.scaler.load_state_dict(progress["scaler"])
         self.step = progress["step"]
 
     # Signals.
@@ -397,16 +402,6 @@ def _next(batches: Iterator[tuple[list[int], Batch]]) -> tuple[list[int], Batch]
 
 def _trained(module: nn.Module) -> list[str]:
     return [name for name, p in module.named_parameters() if p.requires_grad]
-
-
-def _load_weights(module: nn.Module, tensors: checkpoint.Tensors, path: Path) -> None:
-    own = module.state_dict()
-    wrong = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape] + [
-        n for n in tensors if n not in own
-    ]
-    if wrong:
-        raise ValueError(f"{path} holds another model: {len(wrong)} tensors differ, among them {', '.join(wrong[:5])}")
-    module.load_state_dict(tensors)
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

@@ -1,0 +1,46 @@
+"""A module's tensors and files of them: written, hashed, read back and checked."""
+
+import hashlib
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def save_weights(module: nn.Module, path: Path) -> str:
+    """Write a module's weights and return the file's SHA-256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, path)
+    return sha256(path)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fill a module, which may be on the meta device, from a file; ValueError names what does not fit."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the model folder is not whole, copy it again")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again") from None
+    fill(module, tensors, path, assign=True)
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path, *, assign: bool = False) -> None:
+    """Give a module exactly these tensors; with `assign` they become its own instead of being copied.
+
+    ValueError names the tensors that are missing, foreign or of another shape.
+    """
+    own = module.state_dict()
+    wrong = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
+    if wrong:
+        raise ValueError(
+            f"{source} holds another model: {len(wrong)} tensors differ, among them {', '.join(wrong[:5])}"
+        )
+    module.load_state_dict(tensors, assign=assign)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
