@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -208,14 +209,17 @@ def test_a_full_disk_keeps_the_old_checkpoint_whole(tmp_path: Path, monkeypatch:
     original = checkpoint.save_file
 
     def full(tensors: dict[str, Tensor], path: Path) -> None:
-        if "step-000006" in str(path):
-            path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        original(tensors, path)
+        """Let the system refuse to write more than 64 bytes of the checkpoint of step 6."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64 if "step-000006" in str(path) else soft, hard))
+        try:
+            original(tensors, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(
-        ValueError, match=r"step 6 could not be written .*No space left.*step-000003 is whole: free some space"
+        ValueError, match=r"step 6 could not be written .*File too large.*step-000003 is whole: free some space"
     ):
         toy(toy_config(tmp_path))
     monkeypatch.undo()

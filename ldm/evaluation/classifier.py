@@ -65,7 +65,7 @@ def train_classifier(size: int, *, steps: int = 300, batch_size: int = 96, seed:
         chosen = torch.randint(len(scenes), (batch_size,), generator=keyed.generator(seed, "classifier", step)).tolist()
         batch = [scenes[i] for i in chosen]
         images = renders(batch, size, seed=keyed.key(seed, "renders", step))
-        # Reading must survive what a VAE does to a picture: a little noise and blur.
+        # Reading must survive small faults of a VAE and of diffusion: a little noise.
         noise = torch.randn(images.shape, generator=keyed.generator(seed, "blur", step))
         images = images + 0.1 * torch.rand(len(images), 1, 1, 1, generator=keyed.generator(step)) * noise
         loss = sum(
