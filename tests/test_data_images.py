@@ -528,7 +528,7 @@ def test_drawn_sets(monkeypatch, source):
         data.describe()
         == {
             "shapes": "shapes: procedural scenes; 6 in the test split",
-            "pairs": "pairs: procedural scenes of two objects; 6 in the test split",
+            "pairs": "pairs: scenes of two objects; 6 in the test split",
         }[source]
     )
     assert list(data.captions) == rows["caption"][:]

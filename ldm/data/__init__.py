@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from PIL import features
+from PIL import Image, features
 from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["CaptionedImages", "DataConfig", "collate", "open_dataset"]
 
 TRIES = 32  # images that are tried before a data set counts as unreadable
+KEPT = 2**28  # bytes of decoded pictures of a drawn set that are kept in memory
 
 
 class DataConfig(Config):
@@ -98,13 +99,16 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         split = "train" if self.training else "test"
         return f"{self.source.description}; {len(self):,} in the {split} split"
 
-    def _decode(self, index: int) -> Any:
-        return decode(self.source.images[index], channels=self.config.channels, side=self.config.size)
+    def _decode(self, index: int) -> Image.Image:
+        image = self.source.images[index]
+        if isinstance(image, Image.Image):
+            return image
+        return decode(image, channels=self.config.channels, side=self.config.size)
 
     def _draw(self, stream: str, key: Key) -> int:
         return keyed.key(self.seed, stream, key.epoch, key.index)
 
-    def _cut(self, image: Any, key: Key) -> Tensor:
+    def _cut(self, image: Image.Image, key: Key) -> Tensor:
         square = image.width == image.height
         offset = self._draw("crop", key) if self.training and not square else None
         pixels = to_tensor(image, self.config.size, offset=offset)
@@ -165,8 +169,8 @@ def open_dataset(config: DataConfig, split: Split, *, seed: int) -> CaptionedIma
     """
     check_split(split)
     drawn: dict[str, Callable[[], Source]] = {
-        "shapes": lambda: _scenes(shapes.load(split, config.size), "shapes: procedural scenes"),
-        "pairs": lambda: _scenes(shapes.load_pairs(split, config.size), "pairs: procedural scenes of two objects"),
+        "shapes": lambda: _scenes(shapes.load(split, config.size), config, "shapes: procedural scenes"),
+        "pairs": lambda: _scenes(shapes.load_pairs(split, config.size), config, "pairs: scenes of two objects"),
         "emoji": lambda: _emoji(config, split),
     }
     source = drawn[config.source]() if config.source in drawn else open_images(config.source, split)
@@ -175,18 +179,21 @@ def open_dataset(config: DataConfig, split: Split, *, seed: int) -> CaptionedIma
     return CaptionedImages(source, config, split, seed=seed)
 
 
-def _scenes(rows: "datasets.Dataset", description: str) -> Source:
+def _scenes(rows: "datasets.Dataset", config: DataConfig, description: str) -> Source:
     names = [f"row {index}" for index in range(len(rows))]
-    return Source(names, _encoded(rows), rows["caption"][:], description)
+    return Source(names, _pictures(rows, config), rows["caption"][:], description)
 
 
 def _emoji(config: DataConfig, split: Split) -> Source:
     font = config.font or emoji.find_font()
     rows = emoji.load(split, config.size, font=font)
     lacking = "" if features.check("raqm") else ", without flags and other joined ones, as Pillow found no libraqm"
-    return Source(rows["emoji"][:], _encoded(rows), rows["captions"][:], f"emoji: drawn with {font}{lacking}")
+    return Source(rows["emoji"][:], _pictures(rows, config), rows["captions"][:], f"emoji: drawn with {font}{lacking}")
 
 
-def _encoded(rows: "datasets.Dataset") -> list[Encoded]:
-    """The bytes of all images, in memory: drawn sets are small, and a table's row costs more time than its decoding."""
-    return [image["bytes"] for image in rows.data.column("image").to_pylist()]
+def _pictures(rows: "datasets.Dataset", config: DataConfig) -> list[Encoded] | list[Image.Image]:
+    """All pictures of a drawn set, in memory; decoded once for all where there is room."""
+    encoded: list[Encoded] = [image["bytes"] for image in rows.data.column("image").to_pylist()]
+    if len(encoded) * config.channels * config.size**2 > KEPT:
+        return encoded
+    return [decode(data, channels=config.channels) for data in encoded]

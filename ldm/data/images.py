@@ -35,10 +35,10 @@ Captions = Sequence[str | list[str]]
 
 @dataclass(frozen=True)
 class Source:
-    """The items of one split, not yet decoded. All sequences are of one length."""
+    """The items of one split; images are encoded, or pictures that were drawn. All sequences are of one length."""
 
     names: Sequence[str]
-    images: Sequence[Encoded]
+    images: Sequence[Encoded | Image.Image]
     captions: Captions  # one wording, or several, for each item
     description: str
 
