@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.diffusion.process import Process
 from ldm.diffusion.samplers import Step
-from ldm.pictures import grid
+from ldm.pictures import grid, wrap
 from ldm.pipeline import Pipeline, initial_noise, to_images
 
 
@@ -71,13 +71,21 @@ def guidance(
     return labelled(grid(rows, columns=seeds, scale=scale), [f"scale {value:g}" for value in scales])
 
 
+def prompts(pipeline: Pipeline, texts: Sequence[str], *, seeds: int = 4, scale: int = 3) -> Image.Image:
+    """Each row paints a prompt with the seeds 0, 1, ... under the guidance that suits the model."""
+    guidance_scale = pipeline.about.get("guidance_scale", 7.5)
+    rows = [image for text in texts for image in pipeline(text, guidance_scale=guidance_scale, num_images=seeds)]
+    return labelled(grid(rows, columns=seeds, scale=scale), texts, width=160)
+
+
 def labelled(sheet: Image.Image, labels: Sequence[str], *, width: int = 70) -> Image.Image:
     """A grid with a label left of each row."""
     wide = Image.new("RGB", (sheet.width + width, sheet.height), "white")
     wide.paste(sheet, (width, 0))
     draw, font = ImageDraw.Draw(wide), ImageFont.load_default(size=13)
     for row, label in enumerate(labels):
-        draw.text((4, (row + 0.5) * sheet.height / len(labels)), label, font=font, fill="black", anchor="lm")
+        middle = (4, (row + 0.5) * sheet.height / len(labels))
+        draw.text(middle, wrap(label, font, width - 8), font=font, fill="black", anchor="lm")
     return wide
 
 

@@ -23,14 +23,14 @@ def captioned(images: Sequence[Image.Image], captions: Sequence[str], *, columns
     font = ImageFont.load_default(size=11)
     cells = []
     for image, caption in zip(images, captions, strict=True):
-        cell = Image.new("RGB", (side, side + 44), "white")
+        cell = Image.new("RGB", (side, side + 58), "white")
         cell.paste(image.convert("RGB").resize((side, side), Image.Resampling.NEAREST))
         ImageDraw.Draw(cell).text((1, side + 2), wrap(caption, font, side - 2), font=font, fill="black", spacing=1)
         cells.append(cell)
     return grid(cells, columns=columns, gap=8)
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, lines: int = 3) -> str:
+def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, lines: int = 4) -> str:
     """Break text into at most `lines` lines that are no wider than `width` pixels."""
     rows = [""]
     for word in text.split():

@@ -28,13 +28,18 @@ class Figures(ScriptConfig):
     model: Path | None = None
     """model folder; the newest finished one below runs/ when left out"""
     out: Path = Path("docs/pictures")
+    prompts: tuple[str, ...] = ()
+    """draw these alone, one a row with the seeds 0 to 3, as prompts.png"""
 
 
 def draw(config: Figures) -> None:
-    """Write samples, noising, denoising, latents and guidance as PNG files."""
+    """Write samples, noising, denoising, latents and guidance as PNG files, or prompts alone."""
     folder = config.model or folders.newest("pipeline", Path("runs"), script="make demo")
     pipeline = Pipeline.load(folder)
     config.out.mkdir(parents=True, exist_ok=True)
+    if config.prompts:
+        figures.prompts(pipeline, config.prompts).save(config.out / "prompts.png")
+        return
     held_out = open_dataset(DataConfig(**pipeline.about["data"]), "test", seed=0)
     images = next(image_batches(held_out, count=3))
     scale = pipeline.about["guidance_scale"]
