@@ -118,10 +118,7 @@ def train(config: TrainLDM) -> Path:
     parts = {"data": config.data, "unet": config.unet, "process": config.process}
     identity: dict[str, Any] = {name: part.to_dict() for name, part in parts.items()} | {"vae_sha256": vae_hash}
     if text:
-        identity |= {
-            "text": {"layer": config.text.layer, "pooled": config.text.pooled},
-            "text_sha256": sha256(text.weights),
-        }
+        identity |= {"text_sha256": sha256(text.weights), "layer": config.text.layer, "pooled": config.text.pooled}
     model = fit(
         config,
         accelerator=accelerator,

@@ -23,7 +23,7 @@ def proportion(successes: int, count: int) -> Estimate:
     share, z2 = successes / count, Z95**2
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return Estimate(share, min(share, middle - half), max(share, middle + half), count)
+    return Estimate(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)), count)
 
 
 def mean(values: Sequence[float]) -> Estimate:
