@@ -80,8 +80,8 @@ def read_prompts(config: Txt2Img) -> list[str]:
     prompts = list(config.prompts)
     if config.prompt_file:
         source = Path(config.prompt_file)
-        if config.prompt_file != "-" and not source.is_file():
-            raise ValueError(f"prompt file {source} does not exist")
+        if config.prompt_file != "-" and (source.is_dir() or not source.exists()):
+            raise ValueError(f"prompt file {source} does not exist: name a text file with a prompt on each line")
         text = sys.stdin.read() if config.prompt_file == "-" else source.read_text()
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
