@@ -62,10 +62,10 @@ def parse(cls: type[Script], argv: Sequence[str] | None, *, default: Path | None
 
 @contextmanager
 def errors_for_people() -> Iterator[None]:
-    """Turn a ValueError, which says what is wrong and what to do, into a short message and exit status 1."""
+    """Turn a ValueError, which says what is wrong and what to do, or a failing disk into a short message, status 1."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(_exit_message(str(error))) from None
 
 

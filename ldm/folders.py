@@ -19,7 +19,7 @@ def read_model(folder: Path, kind: str) -> dict[str, Any]:
     path = folder / "model.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no model folder (it has no model.json); name RUN/model of a finished run")
-    values = json.loads(path.read_text())
+    values = _values(path)
     if values.get("format") != FORMAT or values.get("kind") != kind:
         raise ValueError(f"{folder} holds a {values.get('kind', 'foreign model')}, a {kind} is needed")
     return values
@@ -29,8 +29,15 @@ def newest(kind: str, root: Path, *, script: str) -> Path:
     """The model folder of this kind below `root` that was finished last; ValueError names the script that makes one."""
     found = []
     for path in root.glob("**/model/model.json"):
-        if json.loads(path.read_text()).get("kind") == kind:
+        if _values(path).get("kind") == kind:
             found.append(path)
     if not found:
         raise ValueError(f"no finished {kind} below {root}: run `{script}` first, or name one")
     return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def _values(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged: copy the model folder again, or remove it") from None

@@ -125,7 +125,7 @@ class Pipeline:
             on_step: called after each step with its number, from 1, and the sampler's `Step`.
         ValueError: an unknown sampler, no step, a size that the networks can not make.
         """
-        shape = self.latent_shape(width or self.size, height or self.size)
+        shape = self.latent_shape(self.size if width is None else width, self.size if height is None else height)
         seeds = [seed + i for i in range(num_images)]
         noise = initial_noise(shape, seeds).to(self.device)
         result = self.sample(

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 
 def save_weights(module: nn.Module, path: Path) -> str:
-    """Write a module's weights and return the file's SHA-256."""
+    """Write a module's weights beside, put them in the place of what was there, and return the file's SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, path)
+    temporary = path.with_name(f".{path.name}")
+    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, temporary)
+    temporary.replace(path)
     return sha256(path)
 
 

@@ -65,7 +65,7 @@ def write_report(run: Path, stages: dict[str, Path], seconds: dict[str, float]) 
     report: dict[str, Any] = {
         "seconds": spent,
         "total_minutes": round(sum(spent.values()) / 60, 2),
-        "peak_memory_gib": round(peak_memory_gib(), 2),
+        "peak_memory_gib": max(round(peak_memory_gib(), 2), before.get("peak_memory_gib", 0.0)),
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "measures": measures,
         "model_hash": sha256(stages["ldm"] / "model/unet.safetensors")[:10],

@@ -45,7 +45,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     report: dict[str, metrics.Estimate] = {}
     if pipeline.vae is not None:
         report |= vae_fidelity(pipeline, data, config)
-    if data.source == "shapes" and pipeline.text is not None:
+    if data.source == "shapes" and data.channels == 3 and pipeline.text is not None:
         report |= prompt_accuracy(pipeline, folder, config)
     if not report:
         raise ValueError(

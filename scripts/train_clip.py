@@ -49,17 +49,18 @@ def train(config: TrainCLIP) -> Path:
         clip.save(folder)
         folders.write_model(folder, "text tower", {"data": config.data.source})
 
-    model = fit(
-        config,
-        accelerator=accelerator,
-        players=[Player("clip", clip, loss)],
-        data=data,
-        collate=collate,
-        hooks=Hooks(validate=validate, sample=lambda: None, save_model=save_model),
-        identity={"data": config.data.to_dict(), "clip": config.clip.to_dict()},
-    )
-    accelerator.print(data.report())
-    return model
+    try:
+        return fit(
+            config,
+            accelerator=accelerator,
+            players=[Player("clip", clip, loss)],
+            data=data,
+            collate=collate,
+            hooks=Hooks(validate=validate, sample=lambda: None, save_model=save_model),
+            identity={"data": config.data.identity(), "clip": config.clip.to_dict()},
+        )
+    finally:
+        accelerator.print(data.report())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

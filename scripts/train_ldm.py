@@ -42,7 +42,7 @@ class TrainLDM(TrainingConfig):
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """share of captions that are replaced by "", so that guidance has something to compare with"""
     cache_latents: bool = False
-    """encode each image once, before training, and keep its latent in memory; not with crops or flips"""
+    """encode each image once, before training, and keep its latent in memory: with one crop, and without flips"""
     sample_prompts: tuple[str, ...] = ()
     """prompts of the sample grid; captions of held-out images when empty"""
     sample_steps: int = Field(30, ge=1)
@@ -52,12 +52,16 @@ class TrainLDM(TrainingConfig):
 
 def train(config: TrainLDM) -> Path:
     """Build the stage and run it; returns the model folder."""
+    if config.cache_latents and config.data.flip:
+        raise ValueError("data.flip: cached latents can not be mirrored; add --no-cache-latents, or --data.no-flip")
     accelerator = make_accelerator(config)
     device = accelerator.device
     data, held_out = (open_dataset(config.data, split, seed=config.seed) for split in ("train", "test"))
     accelerator.print(data.describe())
-    vae, vae_hash = load_autoencoder(config)
+    vae_folder = find_autoencoder(config)
+    vae = load_vae(vae_folder) if vae_folder else None
     text = load_text(config)
+    accelerator.print(f"autoencoder: {vae_folder or 'none'}; text: {text.source if text else 'none'}")
     check_widths(config, vae, text)
     unet = UNet(config.unet, gradient_checkpointing=config.gradient_checkpointing)
     process = Process(config.process)
@@ -71,6 +75,9 @@ def train(config: TrainLDM) -> Path:
     fixed = collate(first_samples(held_out, 64))
     source: Dataset[Any] = data
     if config.cache_latents and vae:
+        accelerator.print(
+            "latents: encoded once, with one crop of each image (--no-cache-latents: a new one each time)"
+        )
         source = LatentCache(data, vae.encode, device=device, progress=accelerator.is_main_process)
 
     def latents(batch: Batch, noise: Tensor) -> Tensor:
@@ -115,31 +122,32 @@ def train(config: TrainLDM) -> Path:
         z = pipeline.sample(noise, prompts, [""] * len(seeds), seeds=seeds, steps=steps, guidance_scale=scale)
         return pictures.captioned(to_images(pipeline.decode(z)), prompts, columns=8)
 
-    parts = {"data": config.data, "unet": config.unet, "process": config.process}
-    identity: dict[str, Any] = {name: part.to_dict() for name, part in parts.items()} | {"vae_sha256": vae_hash}
+    identity: dict[str, Any] = {"data": config.data.identity()}
+    identity |= {"unet": config.unet.to_dict(), "process": config.process.to_dict()}
+    identity["vae_sha256"] = sha256(vae_folder / "vae.safetensors") if vae_folder else None
     if text:
         identity |= {"text_sha256": sha256(text.weights), "layer": config.text.layer, "pooled": config.text.pooled}
-    model = fit(
-        config,
-        accelerator=accelerator,
-        players=[Player("unet", unet, loss)],
-        data=source,
-        collate=collate,
-        hooks=Hooks(validate=validate, sample=sample, save_model=pipeline.save),
-        identity=identity,
-    )
-    accelerator.print(data.report())
-    return model
+    try:
+        return fit(
+            config,
+            accelerator=accelerator,
+            players=[Player("unet", unet, loss)],
+            data=source,
+            collate=collate,
+            hooks=Hooks(validate=validate, sample=sample, save_model=pipeline.save),
+            identity=identity,
+        )
+    finally:
+        accelerator.print(data.report())
 
 
-def load_autoencoder(config: TrainLDM) -> tuple[VAE | None, str | None]:
-    """The frozen VAE and the hash of its weights; None for diffusion in pixels."""
+def find_autoencoder(config: TrainLDM) -> Path | None:
+    """The model folder of the VAE; None for diffusion in pixels."""
     if config.autoencoder == "none":
-        return None, None
-    folder = Path(config.autoencoder)
+        return None
     if config.autoencoder == "latest":
-        folder = newest("vae", config.run.parent, script="accelerate launch scripts/train_vae.py")
-    return load_vae(folder), sha256(folder / "vae.safetensors")
+        return newest("vae", config.run.parent, script="accelerate launch scripts/train_vae.py")
+    return Path(config.autoencoder)
 
 
 def load_text(config: TrainLDM) -> TextEncoder | None:

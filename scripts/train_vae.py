@@ -69,17 +69,18 @@ def train(config: TrainVAE) -> Path:
         values = {"data": config.data.to_dict(), "vae": config.vae.to_dict(), "vae_sha256": digest}
         folders.write_model(folder, "vae", values)
 
-    model = fit(
-        config,
-        accelerator=accelerator,
-        players=[Player("vae", vae, loss)],
-        data=data,
-        collate=collate,
-        hooks=Hooks(validate=validate, sample=sample, save_model=save_model),
-        identity={"data": config.data.to_dict(), "vae": config.vae.to_dict()},
-    )
-    accelerator.print(data.report())
-    return model
+    try:
+        return fit(
+            config,
+            accelerator=accelerator,
+            players=[Player("vae", vae, loss)],
+            data=data,
+            collate=collate,
+            hooks=Hooks(validate=validate, sample=sample, save_model=save_model),
+            identity={"data": config.data.identity(), "vae": config.vae.to_dict()},
+        )
+    finally:
+        accelerator.print(data.report())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

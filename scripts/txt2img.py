@@ -1,4 +1,4 @@
-"""Paint pictures from prompts: numbered PNGs and a grid, each with what is needed to paint it again."""
+"""Paint pictures from prompts: numbered PNGs, each with what is needed to paint it again, and a grid."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -46,8 +46,8 @@ class Txt2Img(ScriptConfig):
     """pictures of each prompt"""
     batch_size: int = Field(8, ge=1)
     """pictures painted together"""
-    width: int | None = None
-    height: int | None = None
+    width: int | None = Field(None, ge=1)
+    height: int | None = Field(None, ge=1)
     device: str | None = None
     """cpu, cuda, mps; the best there is when left out"""
     reproduce: Path | None = None

@@ -91,6 +91,11 @@ def test_resuming_on_another_vae_or_text_is_refused(tiny_runs: Path, tmp_path: P
             train("ldm", tmp_path / "runs/ldm", "--resume", "latest", *flags)
 
 
+def test_cached_latents_can_not_be_mirrored(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="cached latents can not be mirrored; add --no-cache-latents"):
+        train("ldm", tmp_path / "ldm", "--data.flip", "--cache-latents")
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_readme(tmp_path: Path) -> None:
     """Through `accelerate launch`, in processes of their own, with every stage shortened."""

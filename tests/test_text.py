@@ -126,3 +126,16 @@ def test_the_public_towers_have_their_published_sizes() -> None:
         with torch.device("meta"):
             tower = TextTower(open_clip.get_model_config(name))
         assert sum(p.numel() for p in tower.parameters()) == parameters
+
+
+def test_a_short_prompt_of_many_tokens_is_told_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Tokens are pieces of bytes: fourteen characters can be thirty-eight tokens."""
+    text = load(folder)
+    for _ in range(2):
+        text.tokenize(["猫宇航员在月球上骑马跳舞唱歌"])
+    assert [record.message.split(";")[0] for record in caplog.records] == ["prompt has 38 tokens, the limit is 22"]
+
+
+def test_a_hub_out_of_reach_is_told() -> None:
+    with pytest.raises(ValueError, match=r"text tower hf-hub:nobody/nothing can not be fetched .*local-dir:FOLDER"):
+        TextEncoder.load(TextConfig(model="hf-hub:nobody/nothing"))

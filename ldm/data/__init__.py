@@ -43,6 +43,10 @@ class DataConfig(Config):
     max_unreadable: float = Field(0.01, ge=0, le=1)
     """share of images that may be unreadable, each replaced by another one, before training stops"""
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the samples, which a resumed run must not change."""
+        return self.model_dump(mode="json", exclude={"max_unreadable"})
+
 
 class CaptionedImages(Dataset[dict[str, Any]]):
     """Images as float32 tensors (c, size, size) in [-1, 1], with a caption each.

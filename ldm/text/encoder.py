@@ -116,7 +116,13 @@ class TextEncoder(nn.Module):
     def load(cls, config: TextConfig, *, source: str | None = None) -> "TextEncoder":
         """Build the tower that `config` names and load its weights; ValueError when there are none."""
         source = source or config.model
-        cfg, weights = _find(source, config.pretrained)
+        try:
+            cfg, weights = _find(source, config.pretrained)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"text tower {source} can not be fetched ({reason}); is the hub reached, or name a `local-dir:FOLDER`"
+            ) from None
         _check_supported(cfg, source)
         with torch.device("meta"):
             tower = TextTower(cfg)
@@ -141,14 +147,6 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts -> (b, length) ids. A prompt over the limit is cut, and the log says where."""
-        room = self.tower.length - 2  # start and end token
-        for prompt in prompts:
-            if len(prompt) <= room:  # a token has at least one character
-                continue
-            ids = self.tokenizer.encode(prompt)
-            if len(ids) > room:
-                rest = self.tokenizer.decode(ids[room:]).strip()
-                log.warning("prompt has %d tokens, the limit is %d; ignored: %r", len(ids), room, rest)
         return self.tokenizer(prompts)
 
     @torch.no_grad()
@@ -227,9 +225,22 @@ def _load_weights(tower: TextTower, path: Path, source: str) -> None:
 
 
 def make_tokenizer(length: int, **settings: Any) -> Any:
-    """open_clip's tokenizer for `length` tokens. It keeps what it encoded: training sees every caption many times."""
+    """open_clip's tokenizer for `length` tokens.
+
+    It keeps what it encoded, since training sees every caption many times, and tells once what it must cut off.
+    """
     tokenizer = _tokenizer_module().SimpleTokenizer(context_length=length, **settings)
-    tokenizer.encode = lru_cache(2**16)(tokenizer.encode)
+    encode, room = tokenizer.encode, length - 2  # start and end token
+
+    @lru_cache(2**16)
+    def encode_once(prompt: str) -> list[int]:
+        ids = encode(prompt)
+        if len(ids) > room:
+            rest = tokenizer.decode(ids[room:]).strip()
+            log.warning("prompt has %d tokens, the limit is %d; ignored: %r", len(ids), room, rest)
+        return ids
+
+    tokenizer.encode = encode_once
     return tokenizer
 
 
