@@ -119,7 +119,7 @@ class TextEncoder(nn.Module):
         try:
             cfg, weights = _find(source, config.pretrained)
         except OSError as error:
-            reason = str(error).splitlines()[0]
+            reason = " ".join(str(error).split())
             raise ValueError(
                 f"text tower {source} can not be fetched ({reason}); is the hub reached, or name a `local-dir:FOLDER`"
             ) from None
