@@ -60,7 +60,7 @@ def write_report(run: Path, stages: dict[str, Path], seconds: dict[str, float]) 
     found = json.loads((stages["ldm"] / "evaluation.json").read_text())
     report_file = run / "report.json"
     before = json.loads(report_file.read_text()) if report_file.is_file() else {"seconds": {}}
-    spent = {name: round(value or before["seconds"].get(name, 0.0), 1) for name, value in seconds.items()}
+    spent = {name: round(max(value, before["seconds"].get(name, 0.0)), 1) for name, value in seconds.items()}
     measures = {name: value for name, value in found.items() if isinstance(value, dict)}
     report: dict[str, Any] = {
         "seconds": spent,
