@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from ldm.config import Config
 
 FORMAT = "ldm-model-1"
+Card = TypeVar("Card", bound=Config)
 
 
 def write_model(folder: Path, kind: str, values: dict[str, Any]) -> None:
@@ -14,15 +17,15 @@ def write_model(folder: Path, kind: str, values: dict[str, Any]) -> None:
     temporary.rename(folder / "model.json")
 
 
-def read_model(folder: Path, kind: str) -> dict[str, Any]:
-    """What model.json says; ValueError when the folder is missing or holds something else."""
+def read_model(folder: Path, kind: str, card: type[Card]) -> Card:
+    """What model.json says; ValueError when the folder is missing, holds something else or is of another version."""
     path = folder / "model.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no model folder (it has no model.json); name RUN/model of a finished run")
     values = _values(path)
     if values.get("format") != FORMAT or values.get("kind") != kind:
         raise ValueError(f"{folder} holds a {values.get('kind', 'foreign model')}, a {kind} is needed")
-    return values
+    return card.from_dict({k: v for k, v in values.items() if k not in ("format", "kind")}, source=str(path))
 
 
 def newest(kind: str, root: Path, *, script: str) -> Path:

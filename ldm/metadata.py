@@ -2,24 +2,51 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from pydantic import ValidationError
 
-CHUNK, VERSION = "ldm", 1
+from ldm.config import Config
+
+CHUNK = "ldm"
 SAMPLER_NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}
 
 
-def save_png(path: Path, image: Image.Image, record: dict[str, Any]) -> None:
-    """Write a picture with its record: prompt, negative_prompt, steps, sampler, guidance_scale, seed, index, ..."""
+class Record(Config):
+    """The call of the pipeline that painted a picture, which picture of its batch it is, and the model."""
+
+    version: Literal[1] = 1
+    prompt: str
+    negative_prompt: str
+    steps: int
+    guidance_scale: float
+    sampler: str
+    eta: float
+    width: int
+    height: int
+    seed: int
+    num_images: int
+    index: int
+    model: str
+    model_hash: str
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """The arguments of the pipeline."""
+        return self.model_dump(exclude={"version", "index", "model", "model_hash"})
+
+
+def save_png(path: Path, image: Image.Image, record: Record) -> None:
+    """Write a picture with its record."""
     info = PngInfo()
-    info.add_itxt("parameters", parameters(record, image.size))
-    info.add_itxt(CHUNK, json.dumps({"version": VERSION, **record}, ensure_ascii=False, sort_keys=True))
+    info.add_itxt("parameters", parameters(record))
+    info.add_itxt(CHUNK, json.dumps(record.to_dict(), ensure_ascii=False, sort_keys=True))
     image.save(path, pnginfo=info)
 
 
-def read_png(path: Path) -> dict[str, Any]:
+def read_png(path: Path) -> Record:
     """The record of a picture that `save_png` wrote; ValueError when there is none."""
     if not path.is_file():
         raise ValueError(f"{path}: no such picture")
@@ -30,26 +57,26 @@ def read_png(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no PNG file that can be read") from None
     if text is None:
         raise ValueError(f"{path} was not painted by txt2img, or lost its metadata: it can not be reproduced")
-    record = json.loads(text)
-    if record.pop("version") != VERSION:
-        raise ValueError(f"{path} was painted by another version of ldm: it can not be reproduced")
-    return record
+    try:
+        return Record.model_validate_json(text)
+    except ValidationError:
+        raise ValueError(f"{path} was painted by another version of ldm: it can not be reproduced") from None
 
 
-def parameters(record: dict[str, Any], size: tuple[int, int]) -> str:
+def parameters(record: Record) -> str:
     """The text that other image tools read: prompt, negative prompt, then settings."""
     settings = {
-        "Steps": record["steps"],
-        "Sampler": SAMPLER_NAMES[record["sampler"]],
-        "CFG scale": record["guidance_scale"],
-        "Seed": record["seed"] + record["index"],
-        "Size": f"{size[0]}x{size[1]}",
-        "Model hash": record["model_hash"][:10],
-        "Model": record["model"],
+        "Steps": record.steps,
+        "Sampler": SAMPLER_NAMES[record.sampler],
+        "CFG scale": record.guidance_scale,
+        "Seed": record.seed + record.index,
+        "Size": f"{record.width}x{record.height}",
+        "Model hash": record.model_hash[:10],
+        "Model": record.model,
     }
-    lines = [record["prompt"]]
-    if record["negative_prompt"]:
-        lines.append(f"Negative prompt: {record['negative_prompt']}")
+    lines = [record.prompt]
+    if record.negative_prompt:
+        lines.append(f"Negative prompt: {record.negative_prompt}")
     return "\n".join([*lines, ", ".join(f"{key}: {_quote(str(value))}" for key, value in settings.items())])
 
 

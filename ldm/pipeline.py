@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ldm import folders, keyed
+from ldm.config import Config
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.process import Process, ProcessConfig, denoiser, times
 from ldm.diffusion.samplers import Step, find_sampler
@@ -18,6 +19,27 @@ from ldm.vae import VAE, VAEConfig
 from ldm.weights import load_weights, save_weights, sha256
 
 OnStep = Callable[[int, Step], None]
+
+
+class PipelineCard(Config):
+    """The model.json of a pipeline."""
+
+    size: int
+    about: dict[str, Any]
+    null_prompt: Literal[""]
+    process: ProcessConfig
+    unet: UNetConfig
+    vae: VAEConfig | None
+    vae_sha256: str | None
+    text: TextConfig | None
+
+
+class VAECard(Config):
+    """The model.json of a VAE."""
+
+    data: dict[str, Any]
+    vae: VAEConfig
+    vae_sha256: str
 
 
 class Pipeline:
@@ -46,23 +68,23 @@ class Pipeline:
     def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> "Pipeline":
         """Read a model folder; ValueError when it is none, not whole, or its VAE is not the one of the training."""
         folder = Path(folder)
-        values = folders.read_model(folder, "pipeline")
-        vae = load_vae_weights(VAEConfig(**values["vae"]), folder / "vae.safetensors") if values["vae"] else None
-        if vae is not None and sha256(folder / "vae.safetensors") != values["vae_sha256"]:
+        card = folders.read_model(folder, "pipeline", PipelineCard)
+        vae = load_vae_weights(card.vae, folder / "vae.safetensors") if card.vae else None
+        if vae is not None and sha256(folder / "vae.safetensors") != card.vae_sha256:
             raise ValueError(
                 f"{folder}/vae.safetensors is not the VAE that this U-Net was trained on: put that one back"
             )
         with torch.device("meta"):
-            unet = UNet(UNetConfig(**values["unet"]))
+            unet = UNet(card.unet)
         load_weights(unet, folder / "unet.safetensors")
         pipeline = cls(
             unet,
-            Process(ProcessConfig(**values["process"])),
+            Process(card.process),
             vae=vae,
-            text=_load_text(values["text"], folder),
-            size=values["size"],
+            text=_load_text(card.text, folder),
+            size=card.size,
             words=(folder / "words.txt").read_text().split(),
-            about=values["about"],
+            about=card.about,
         )
         pipeline.folder = folder
         return pipeline.to(device)
@@ -231,8 +253,7 @@ def words_of(text: str) -> list[str]:
 
 def load_vae(folder: Path) -> VAE:
     """The VAE of a finished train_vae run, frozen."""
-    values = folders.read_model(folder, "vae")
-    return load_vae_weights(VAEConfig(**values["vae"]), folder / "vae.safetensors")
+    return load_vae_weights(folders.read_model(folder, "vae", VAECard).vae, folder / "vae.safetensors")
 
 
 def load_vae_weights(config: VAEConfig, path: Path) -> VAE:
@@ -243,10 +264,10 @@ def load_vae_weights(config: VAEConfig, path: Path) -> VAE:
     return vae.requires_grad_(False).eval()
 
 
-def _load_text(values: dict[str, Any] | None, folder: Path) -> TextEncoder | None:
-    if values is None:
+def _load_text(config: TextConfig | None, folder: Path) -> TextEncoder | None:
+    if config is None:
         return None
-    source = str(values["model"])
+    source = config.model
     if source.startswith("local-dir:"):
         source = f"local-dir:{folder / source.removeprefix('local-dir:')}"
-    return TextEncoder.load(TextConfig(**values), source=source)
+    return TextEncoder.load(config, source=source)

@@ -9,11 +9,18 @@ from torch import Tensor, nn
 
 
 def save_weights(module: nn.Module, path: Path) -> str:
-    """Write a module's weights beside, put them in the place of what was there, and return the file's SHA-256."""
+    """Write a module's weights beside, put them in the place of what was there, and return the file's SHA-256.
+
+    ValueError when that fails, for example on a full disk; what was there before is whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, temporary)
-    temporary.replace(path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"{path} could not be written ({error}): free some space and try again") from None
     return sha256(path)
 
 

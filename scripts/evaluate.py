@@ -15,7 +15,7 @@ from ldm.config import ScriptConfig, errors_for_people, parse
 from ldm.data import DataConfig, open_dataset, shapes
 from ldm.data.order import image_batches
 from ldm.evaluation import metrics
-from ldm.evaluation.classifier import AttributeClassifier, check_classifier, count_right, train_classifier
+from ldm.evaluation.classifier import RECIPE, AttributeClassifier, check_classifier, count_right, train_classifier
 from ldm.pipeline import Pipeline, initial_noise
 from ldm.vae.losses import psnr, ssim
 from ldm.weights import load_weights, save_weights
@@ -74,7 +74,7 @@ def vae_fidelity(pipeline: Pipeline, data: DataConfig, config: Evaluate) -> dict
 
 def prompt_accuracy(pipeline: Pipeline, folder: Path, config: Evaluate) -> dict[str, metrics.Estimate]:
     """Share of pictures, painted under captions of unseen combinations, that show each attribute and all five."""
-    classifier = load_classifier(folder.parent.parent / f"classifier-{pipeline.size}.safetensors", pipeline.size)
+    classifier = load_classifier(folder.parent.parent, pipeline.size)
     scenes = shapes.scenes("test")
     chosen = [scenes[i * len(scenes) // config.count % len(scenes)] for i in range(config.count)]
     captions = [shapes.captions(scene)[i % len(shapes.captions(scene))] for i, scene in enumerate(chosen)]
@@ -114,8 +114,9 @@ def quantized(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round() / 127.5 - 1
 
 
-def load_classifier(path: Path, size: int) -> AttributeClassifier:
+def load_classifier(folder: Path, size: int) -> AttributeClassifier:
     """The classifier of this picture size, trained at the first call; it must prove itself every time."""
+    path = folder / f"classifier-{RECIPE}-{size}.safetensors"
     if path.is_file():
         classifier = AttributeClassifier()
         load_weights(classifier, path)

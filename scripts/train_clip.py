@@ -60,7 +60,7 @@ def train(config: TrainCLIP) -> Path:
             identity={"data": config.data.identity(), "clip": config.clip.to_dict()},
         )
     finally:
-        accelerator.print(data.report())
+        accelerator.print(f"{data.report()}\n{held_out.report()}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

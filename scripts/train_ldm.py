@@ -138,7 +138,7 @@ def train(config: TrainLDM) -> Path:
             identity=identity,
         )
     finally:
-        accelerator.print(data.report())
+        accelerator.print(f"{data.report()}\n{held_out.report()}")
 
 
 def find_autoencoder(config: TrainLDM) -> Path | None:

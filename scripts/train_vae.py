@@ -80,7 +80,7 @@ def train(config: TrainVAE) -> Path:
             identity={"data": config.data.identity(), "vae": config.vae.to_dict()},
         )
     finally:
-        accelerator.print(data.report())
+        accelerator.print(f"{data.report()}\n{held_out.report()}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,11 +14,12 @@ from tyro.conf import Positional
 from ldm import folders, pictures
 from ldm.config import ScriptConfig, errors_for_people, parse
 from ldm.diffusion.samplers import Step, find_sampler
-from ldm.metadata import read_png, save_png
+from ldm.metadata import Record, read_png, save_png
 from ldm.pipeline import Pipeline
 from ldm.weights import sha256
 
-Painted = tuple[Image.Image, dict[str, Any]]
+Painted = tuple[Image.Image, Record]
+BESIDE_REPRODUCE = {"reproduce", "model", "out", "device", "config"}
 
 
 class Txt2Img(ScriptConfig):
@@ -57,15 +58,15 @@ class Txt2Img(ScriptConfig):
 def paint(config: Txt2Img) -> list[Path]:
     """Paint, save and return the files; the grid is last when there are several pictures."""
     find_sampler(config.sampler)
-    record = read_png(config.reproduce) if config.reproduce else None
+    record = read_record(config) if config.reproduce else None
     prompts = [] if record else read_prompts(config)
     pipeline = Pipeline.load(find_model(config, record), device=config.device or best_device())
     assert pipeline.folder is not None
     digest = sha256(pipeline.folder / "unet.safetensors")
     if record:
-        if record["model_hash"] != digest:
+        if record.model_hash != digest:
             raise ValueError(
-                f"{config.reproduce} was painted by another model ({record['model']}): name that with --model"
+                f"{config.reproduce} was painted by another model ({record.model}): name that with --model"
             )
         painted = [reproduce(pipeline, record)]
     else:
@@ -73,6 +74,16 @@ def paint(config: Txt2Img) -> list[Path]:
     files = save_all(painted, config.out)
     print(f"{len(painted)} painted: {files[0]}" + (f" ... {files[-1]}" if len(files) > 1 else ""))
     return files
+
+
+def read_record(config: Txt2Img) -> Record:
+    """That of the picture to reproduce; ValueError when other settings are asked for too."""
+    assert config.reproduce is not None
+    defaults = Txt2Img()
+    for name in Txt2Img.model_fields.keys() - BESIDE_REPRODUCE:
+        if getattr(config, name) != getattr(defaults, name):
+            raise ValueError(f"--reproduce takes all settings from {config.reproduce}: leave out {name}")
+    return read_png(config.reproduce)
 
 
 def read_prompts(config: Txt2Img) -> list[str]:
@@ -92,12 +103,12 @@ def read_prompts(config: Txt2Img) -> list[str]:
     return prompts
 
 
-def find_model(config: Txt2Img, record: dict[str, Any] | None) -> Path:
+def find_model(config: Txt2Img, record: Record | None) -> Path:
     """The folder asked for, that of the picture to reproduce, or the newest."""
     if config.model:
         return config.model
     if record:
-        return Path(record["model"])
+        return Path(record.model)
     return folders.newest("pipeline", Path("runs"), script="make demo")
 
 
@@ -134,13 +145,12 @@ def paint_all(pipeline: Pipeline, prompts: list[str], digest: str, config: Txt2I
                 count = min(config.batch_size, config.num_images - first)
                 call: dict[str, Any] = {"prompt": prompt, **settings, "seed": config.seed + first, "num_images": count}
                 for index, image in enumerate(pipeline(**call, on_step=tick)):
-                    yield image, {**call, "index": index, "model": str(pipeline.folder), "model_hash": digest}
+                    yield image, Record(**call, index=index, model=str(pipeline.folder), model_hash=digest)
 
 
-def reproduce(pipeline: Pipeline, record: dict[str, Any]) -> Painted:
+def reproduce(pipeline: Pipeline, record: Record) -> Painted:
     """Paint the batch that a picture came from, since numbers differ in the last bit with its size, and pick it."""
-    call = {key: value for key, value in record.items() if key not in ("index", "model", "model_hash")}
-    return pipeline(**call)[record["index"]], record
+    return pipeline(**record.call)[record.index], record
 
 
 def save_all(painted: list[Painted], out: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import train_clip
 from pydantic import Field, ValidationError
 
 from ldm.config import Config, ScriptConfig, errors_for_people, parse, read_yaml, write_yaml
@@ -166,3 +167,8 @@ def test_errors_for_people():
     assert caught.value.__suppress_context__
     with pytest.raises(KeyError), errors_for_people():
         raise KeyError("a fault of the program keeps its traceback")
+
+
+def test_the_font_has_a_short_flag() -> None:
+    config = parse(train_clip.TrainCLIP, ["--font", "a.ttf", "--data.source", "emoji"], default=None, description="")
+    assert config.data.font == Path("a.ttf")

@@ -9,7 +9,7 @@ import torch
 
 from ldm.data import shapes
 from ldm.evaluation import metrics
-from ldm.evaluation.classifier import ATTRIBUTES, AttributeClassifier, check_classifier, count_right, renders
+from ldm.evaluation.classifier import ATTRIBUTES, RECIPE, AttributeClassifier, check_classifier, count_right, renders
 
 
 def test_wilsons_interval() -> None:
@@ -61,7 +61,7 @@ def test_evaluate_reports_fidelity_and_prompt_accuracy(
     names = ["VAE PSNR, dB", "VAE SSIM", *(f"prompt accuracy, {name}" for name in [*ATTRIBUTES, "all"])]
     for name in names:
         assert report[name]["samples"] == 6 and report[name]["low"] <= report[name]["value"] <= report[name]["high"]
-    assert (tiny_runs / "classifier-16.safetensors").is_file()
+    assert (tiny_runs / f"classifier-{RECIPE}-16.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -133,6 +133,12 @@ def test_folders_that_are_none_or_not_whole_are_told(tiny_runs: Path, tiny_model
     (folder / "unet.safetensors").unlink()
     with pytest.raises(ValueError, match="unet.safetensors is missing"):
         Pipeline.load(folder)
+    values = json.loads((folder / "model.json").read_text())
+    del values["size"]
+    (folder / "model.json").write_text(json.dumps(values | {"colour": 1}))
+    with pytest.raises(ValueError, match=r"model.json: size: Field required(.|\n)*colour: unknown key"):
+        Pipeline.load(folder)
+    shutil.copy(tiny_model / "model.json", folder / "model.json")
     shutil.copy(folder / "vae.safetensors", folder / "unet.safetensors")
     with pytest.raises(ValueError, match=r"holds another model: \d+ tensors differ, among them"):
         Pipeline.load(folder)

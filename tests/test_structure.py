@@ -26,7 +26,7 @@ ALLOWED = {
     "keyed": set(),
     "nn": set(),
     "weights": set(),
-    "folders": set(),
+    "folders": {"config"},
     "data": {"config", "keyed"},
     "vae": {"config", "nn"},
     "unet": {"config", "nn"},

@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ldm.keyed import Draws
 from ldm.training import checkpoint, loop
 from ldm.training.ema import EMA
 from ldm.training.loop import Batch, Hooks, Player, Trainer, TrainingConfig, fit, learning_rate, make_accelerator
+from ldm.weights import save_weights
 
 STAGES = ("clip", "vae", "ldm")
 
@@ -96,6 +99,18 @@ def test_resuming_twice_in_mid_epoch_changes_no_bit(stage: str, tiny_runs: Path,
     train(stage, run, "--resume", "latest")
     assert_same(tensors_of(tiny_runs / stage, 4), tensors_of(run, 4))
     assert losses(run) == losses(tiny_runs / stage)
+
+
+def test_the_log_of_a_killed_run_goes_back_to_its_checkpoint(tmp_path: Path) -> None:
+    toy(toy_config(tmp_path / "whole"))
+    toy(toy_config(tmp_path / "killed", steps=8))
+    shutil.rmtree(tmp_path / "killed/checkpoints/step-000008")
+    with (tmp_path / "killed/log.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    toy(toy_config(tmp_path / "killed", resume="latest"))
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "killed")]
+    steps = [[json.loads(line)["step"] for line in log] for log in logs]
+    assert steps[0] == steps[1]
 
 
 def copy_stages_before(stage: str, runs: Path, target: Path) -> None:
@@ -209,13 +224,8 @@ def test_a_full_disk_keeps_the_old_checkpoint_whole(tmp_path: Path, monkeypatch:
     original = checkpoint.save_file
 
     def full(tensors: dict[str, Tensor], path: Path) -> None:
-        """Let the system refuse to write more than 64 bytes of the checkpoint of step 6."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64 if "step-000006" in str(path) else soft, hard))
-        try:
+        with full_disk() if "step-000006" in str(path) else nullcontext():
             original(tensors, path)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(
@@ -228,6 +238,25 @@ def test_a_full_disk_keeps_the_old_checkpoint_whole(tmp_path: Path, monkeypatch:
     uninterrupted = tmp_path / "again"
     toy(toy_config(uninterrupted))
     assert_same(tensors_of(tmp_path, 8), tensors_of(uninterrupted, 8))
+
+
+def test_a_full_disk_keeps_the_old_weights_whole(tmp_path: Path) -> None:
+    save_weights(nn.Linear(2, 1), tmp_path / "w.safetensors")
+    before = (tmp_path / "w.safetensors").read_bytes()
+    with full_disk(), pytest.raises(ValueError, match="w.safetensors could not be written .* free some space"):
+        save_weights(nn.Linear(20, 1), tmp_path / "w.safetensors")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("w.safetensors", before)]
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Let the system refuse to write more than 64 bytes to a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_two_players_each_have_an_optimizer_and_leave_the_other_alone(tmp_path: Path) -> None:
@@ -296,6 +325,15 @@ def test_wandb_is_asked_for_only_where_it_is_installed(tmp_path: Path, monkeypat
     monkeypatch.setattr("ldm.training.loop.is_wandb_available", lambda: False)
     with pytest.raises(ValueError, match="wandb is not installed"):
         make_accelerator(toy_config(tmp_path, trackers=("wandb",)))
+
+
+def test_trackers_are_told_the_project_and_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, project, **more: told.update(more, project=project))
+    toy(toy_config(tmp_path))
+    assert told["project"] == "ldm"
+    assert told["init_kwargs"]["wandb"]["name"] == str(tmp_path)
+    assert told["init_kwargs"]["wandb"]["config"]["learning_rate"] == 0.1
 
 
 def test_gradients_are_clipped_and_reported(tmp_path: Path) -> None:

@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 import txt2img
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ldm.metadata import CHUNK, Record, parameters
 
 
 def paint(model: Path, out: Path, *flags: str) -> None:
     txt2img.main([*flags, "--model", str(model), "--out", str(out), "--steps", "2", "--device", "cpu"])
+
+
+def reproduce(picture: Path, *flags: str) -> None:
+    txt2img.main(["--reproduce", str(picture), "--out", str(picture.parent / "again"), *flags])
 
 
 def test_pictures_are_numbered_after_those_that_are_there(tiny_model: Path, tmp_path: Path) -> None:
@@ -43,10 +50,9 @@ def test_metadata_is_conventional_and_complete(tiny_model: Path, tmp_path: Path)
 
 
 def test_values_with_commas_colons_or_lines_are_quoted() -> None:
-    from ldm.metadata import parameters
-
-    record = {"prompt": "p", "negative_prompt": "", "steps": 1, "sampler": "ddim", "guidance_scale": 1, "seed": 0}
-    text = parameters({**record, "index": 0, "model_hash": "ab", "model": 'a, b: "c"\n'}, (8, 8))
+    size = {"width": 8, "height": 8, "num_images": 1, "index": 0}
+    call = {"prompt": "p", "negative_prompt": "", "steps": 1, "sampler": "ddim", "guidance_scale": 1, "seed": 0}
+    text = parameters(Record(**call, **size, eta=0, model_hash="ab", model='a, b: "c"\n'))
     assert text.endswith('Model: "a, b: \\"c\\"\\n"')
 
 
@@ -63,17 +69,34 @@ def test_reproduce_needs_the_model_and_the_metadata(tiny_model: Path, tmp_path: 
     plain = tmp_path / "plain.png"
     Image.new("RGB", (8, 8)).save(plain)
     with pytest.raises(SystemExit, match="lost its metadata: it can not be reproduced"):
-        paint(tiny_model, tmp_path, "--reproduce", str(plain))
+        reproduce(plain)
     with pytest.raises(SystemExit, match="no such picture"):
-        paint(tiny_model, tmp_path, "--reproduce", str(tmp_path / "none.png"))
+        reproduce(tmp_path / "none.png")
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(SystemExit, match="is no PNG file that can be read"):
-        paint(tiny_model, tmp_path, "--reproduce", str(tmp_path / "text.png"))
+        reproduce(tmp_path / "text.png")
     paint(tiny_model, tmp_path / "out", "a star")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="was painted by another model"):
         patch.setattr("txt2img.sha256", lambda path: "0" * 64)
         patch.setattr("ldm.pipeline.Pipeline.load", lambda *a, **k: type("P", (), {"folder": tiny_model})())
-        paint(tiny_model, tmp_path, "--reproduce", str(tmp_path / "out/00000.png"))
+        reproduce(tmp_path / "out/00000.png")
+
+
+def test_reproduce_takes_no_other_settings(tiny_model: Path, tmp_path: Path) -> None:
+    paint(tiny_model, tmp_path, "a star")
+    with pytest.raises(SystemExit, match="--reproduce takes all settings from .*00000.png: leave out steps"):
+        reproduce(tmp_path / "00000.png", "--steps", "3")
+    with pytest.raises(SystemExit, match="leave out prompts"):
+        reproduce(tmp_path / "00000.png", "a red circle")
+
+
+def test_records_of_another_version_are_told(tmp_path: Path) -> None:
+    for number, text in enumerate(["{", "[]", '{"version": 1, "prompt": "a star"}', '{"version": 2}']):
+        info = PngInfo()
+        info.add_itxt(CHUNK, text)
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png", pnginfo=info)
+        with pytest.raises(SystemExit, match="was painted by another version of ldm"):
+            reproduce(tmp_path / f"{number}.png")
 
 
 def test_prompts_from_a_file_and_from_standard_input(

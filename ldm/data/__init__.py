@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from PIL import Image, features
@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data import default_collate as collate
+from tyro.conf import arg
 
 from ldm import keyed
 from ldm.config import Config
@@ -38,7 +39,7 @@ class DataConfig(Config):
     """3 for colour, 1 for grey"""
     flip: bool = False
     """mirror every second training image at random; off because it also mirrors writing, left and right"""
-    font: Path | None = None
+    font: Annotated[Path | None, arg(aliases=["--font"])] = None
     """colour-emoji font file for source emoji; found by itself when left out"""
     max_unreadable: float = Field(0.01, ge=0, le=1)
     """share of images that may be unreadable, each replaced by another one, before training stops"""
@@ -57,7 +58,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
 
     def __init__(self, source: Source, config: DataConfig, split: Split, *, seed: int) -> None:
         self.source, self.config, self.seed = source, config, seed
-        self.training = split == "train"
+        self._split, self.training = split, split == "train"
         # In shared memory, so that the main process sees what its loading processes met.
         self._bad = torch.zeros(len(source.images), dtype=torch.bool).share_memory_()
         self._check_readable()
@@ -94,14 +95,14 @@ class CaptionedImages(Dataset[dict[str, Any]]):
     def report(self) -> str:
         """How many images could not be read, and which: for the end of a run."""
         bad = self.unreadable
-        if not bad:
-            return "every image could be read"
-        return "\n".join([f"{len(bad)} images could not be read and were replaced by others:", *bad])
+        found = (
+            f"{len(bad)} images could not be read and were replaced by others:" if bad else "every image could be read"
+        )
+        return "\n".join([f"{self._split} split: {found}", *bad])
 
     def describe(self) -> str:
         """One line on what was found."""
-        split = "train" if self.training else "test"
-        return f"{self.source.description}; {len(self):,} in the {split} split"
+        return f"{self.source.description}; {len(self):,} in the {self._split} split"
 
     def _decode(self, index: int) -> Image.Image:
         image = self.source.images[index]

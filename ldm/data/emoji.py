@@ -37,7 +37,7 @@ def find_font() -> Path:
                 return found[0]
     raise ValueError(
         "no colour-emoji font found: on Linux `apt install fonts-noto-color-emoji`; macOS and Windows ship one; "
-        "else name a font file with --data.font"
+        "else name a font file with --font"
     )
 
 
@@ -50,7 +50,7 @@ def open_font(path: Path) -> ImageFont.FreeTypeFont:
             continue
         if draw(font, "😀").convert("HSV").getextrema()[1] != (0, 0):  # some saturation
             return font
-    raise ValueError(f"{path}: not a font with colour emoji; name another with --data.font, or leave it out")
+    raise ValueError(f"{path}: not a font with colour emoji; name another with --font, or leave it out")
 
 
 def draw(font: ImageFont.FreeTypeFont, text: str) -> Image.Image:

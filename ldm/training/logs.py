@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import IO
 
 from accelerate import Accelerator
 from PIL import Image
@@ -15,7 +16,7 @@ class Logs:
     def __init__(self, run: Path, accelerator: Accelerator, *, steps: int, start: int) -> None:
         self.run, self.accelerator, self.main = run, accelerator, accelerator.is_main_process
         self.bar = tqdm(total=steps, initial=start, disable=not self.main, desc=run.name, unit="step", mininterval=1.0)
-        self.file = (run / "log.jsonl").open("a") if self.main else None
+        self.file = _open_log(run / "log.jsonl", start) if self.main else None
         self.clock, self.clock_step = time.perf_counter(), start
 
     def step(self, step: int) -> None:
@@ -59,6 +60,20 @@ class Logs:
         if self.file:
             self.file.close()
         self.accelerator.end_training()
+
+
+def _open_log(path: Path, start: int) -> IO[str]:
+    """The log of a run that goes on after step `start`, without what a killed run wrote past its checkpoint."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            step = json.loads(line)["step"]
+        except ValueError:  # a line that was cut in the middle
+            continue
+        if step <= start:
+            kept.append(line + "\n")
+    path.write_text("".join(kept))
+    return path.open("a")
 
 
 def _round(value: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_wandb_available, set_seed
+from accelerate.utils import ProjectConfiguration, is_wandb_available, set_seed
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
@@ -93,7 +93,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """accelerate's engine, with precision and devices as `accelerate launch` was told."""
     if "wandb" in config.trackers and not is_wandb_available():
         raise ValueError("trackers: wandb is not installed; `pip install wandb` or leave it out")
-    accelerator = Accelerator(log_with=list(config.trackers), project_dir=config.run)
+    folders = ProjectConfiguration(str(config.run), logging_dir=str(config.run / "tensorboard"))
+    accelerator = Accelerator(log_with=list(config.trackers), project_config=folders)
     set_seed(config.seed)  # initial weights; every later draw is keyed
     if accelerator.device.type == "cpu":
         _share_cores()
@@ -341,7 +342,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_yaml(config.run / "config.yaml", config)
-        self.accelerator.init_trackers("tensorboard")
+        settings = {
+            "tensorboard": {"purge_step": self.step + 1},  # what a run that was killed told past its checkpoint
+            "wandb": {"name": str(config.run), "config": config.to_dict()},
+        }
+        self.accelerator.init_trackers("ldm", init_kwargs=settings)
 
     def _restore(self, path: Path) -> None:
         groups = [group for name in self.modules for group in (name, f"{name}_ema", f"{name}_optimizer")]

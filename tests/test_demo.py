@@ -1,0 +1,55 @@
+"""The demo: what is finished is reused, what was stopped goes on, and the report tells the whole."""
+
+import json
+import shutil
+from pathlib import Path
+
+import demo
+import pytest
+from conftest import train
+from PIL import Image
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Run the tiny recipes instead of the demo's, note the training scripts and their flags, and evaluate nothing."""
+    noted = []
+
+    def call(script: str, *arguments: str, launcher: tuple[str, ...] = ()) -> float:
+        if script.startswith("train_"):
+            run, flags = Path(arguments[1]), arguments[2:]
+            noted.append(" ".join([script, *flags]))
+            train(script.removeprefix("train_").removesuffix(".py"), run, *flags)
+        elif script == "evaluate.py":
+            measure = {"value": 0.9, "low": 0.8, "high": 1.0, "samples": 7}
+            path = Path(arguments[1]).parent / "evaluation.json"
+            path.write_text(json.dumps({"model": "m", "prompt accuracy, all": measure}))
+        return 60.0
+
+    monkeypatch.setattr(demo, "call", call)
+    return noted
+
+
+def test_a_second_demo_goes_on_or_reuses(calls: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["--run", str(tmp_path)]
+    demo.main(run)
+    assert calls == ["train_clip.py", "train_vae.py", "train_ldm.py"]
+    text = capsys.readouterr().out
+    assert "90.0% of 7 unseen captions" in text and f"samples:   {tmp_path}/samples.png" in text and "try next" in text
+    assert Image.open(tmp_path / "losses.png").size[0] > 100
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["total_minutes"] == 5
+
+    demo.main(run)
+    assert len(calls) == 3
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+
+    shutil.rmtree(tmp_path / "ldm/model")
+    shutil.rmtree(tmp_path / "ldm/checkpoints/step-000004")
+    demo.main(run)
+    assert calls[3:] == ["train_ldm.py --resume latest"]
+
+
+def test_a_stage_that_fails_stops_the_demo(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"evaluate.py stopped with status 1; `make demo` goes on from there"):
+        demo.call("evaluate.py", "--model", str(tmp_path))
