@@ -11,7 +11,19 @@ from pydantic import ValidationError
 from ldm.config import Config
 
 CHUNK = "ldm"
-SAMPLER_NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}
+SAMPLER_NAMES = {
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "dpmpp_sde": "DPM++ SDE",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+}
 
 
 class Record(Config):
@@ -23,7 +35,8 @@ class Record(Config):
     steps: int
     guidance_scale: float
     sampler: str
-    eta: float
+    eta: float | None
+    grid: str = "trailing"
     width: int
     height: int
     seed: int

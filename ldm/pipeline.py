@@ -1,6 +1,6 @@
 """Prompt -> context -> guided denoiser -> sampler -> decoded image."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ldm import folders, keyed
 from ldm.config import Config
+from ldm.diffusion.grids import times
 from ldm.diffusion.guidance import classifier_free
-from ldm.diffusion.process import Process, ProcessConfig, denoiser, times
+from ldm.diffusion.process import Process, ProcessConfig, denoiser
 from ldm.diffusion.samplers import Step, find_sampler
 from ldm.text import TextConfig, TextEncoder, TextStates
 from ldm.unet import UNet, UNetConfig
@@ -131,7 +132,8 @@ class Pipeline:
         steps: int = 30,
         guidance_scale: float = 7.5,
         sampler: str = "dpmpp_2m",
-        eta: float = 0.0,
+        eta: float | None = None,
+        grid: str | Sequence[float] = "trailing",
         seed: int = 0,
         num_images: int = 1,
         width: int | None = None,
@@ -142,10 +144,12 @@ class Pipeline:
 
         Args:
             guidance_scale: 1 follows the prompt without guidance; the negative prompt is then not used.
-            eta: noise of the ddim sampler, from 0 (none) to 1.
+            eta: fresh noise in each step, from 0 (none) to 1; the sampler's own when left out.
+            grid: the times of the steps, by name or as a list of `steps` falling times in (0, 1].
             width, height: in pixels; the size of the training images when left out.
             on_step: called after each step with its number, from 1, and the sampler's `Step`.
-        ValueError: an unknown sampler, no step, a size that the networks can not make.
+        ValueError: an unknown sampler or grid, one that the process can not carry, no step, a size that the networks
+        can not make.
         """
         shape = self.latent_shape(self.size if width is None else width, self.size if height is None else height)
         seeds = [seed + i for i in range(num_images)]
@@ -159,6 +163,7 @@ class Pipeline:
             guidance_scale=guidance_scale,
             sampler=sampler,
             eta=eta,
+            grid=grid,
             on_step=on_step,
         )
         return to_images(self.decode(result))
@@ -173,24 +178,21 @@ class Pipeline:
         steps: int,
         guidance_scale: float,
         sampler: str = "dpmpp_2m",
-        eta: float = 0.0,
+        eta: float | None = None,
+        grid: str | Sequence[float] = "trailing",
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Denoise a batch (b, c, h, w) of standard normal noise to standardized latents, each under its own prompt."""
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be between 0 and 1, not {eta}")
-        grid = times(steps)
-        walk = find_sampler(sampler)
+        walk = find_sampler(sampler, eta)
+        own_times = times(self.process, steps, grid)
         denoise = self._denoiser(prompts, negative_prompts, guidance_scale)
 
-        def fresh_noise(step: int) -> Tensor:
-            draws = [torch.randn(noise.shape[1:], generator=keyed.generator(s, "sampler", step)) for s in seeds]
+        def fresh_noise(number: int) -> Tensor:
+            draws = [torch.randn(noise.shape[1:], generator=keyed.generator(s, "sampler", number)) for s in seeds]
             return torch.stack(draws).to(noise)
 
         z = noise
-        for number, step in enumerate(
-            walk(denoise, self.process, noise, grid, eta=eta, fresh_noise=fresh_noise), start=1
-        ):
+        for number, step in enumerate(walk(denoise, self.process, noise, own_times, fresh_noise=fresh_noise), start=1):
             z = step.z
             if on_step:
                 on_step(number, step)

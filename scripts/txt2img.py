@@ -38,9 +38,11 @@ class Txt2Img(ScriptConfig):
     guidance_scale: float | None = None
     """1 is no guidance; the scale of the model's own sample grids when left out"""
     sampler: str = "dpmpp_2m"
-    """ddpm, ddim, euler, heun or dpmpp_2m"""
-    eta: float = Field(0.0, ge=0, le=1)
-    """noise of the ddim sampler"""
+    """ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde, unipc or lcm"""
+    eta: float | None = Field(None, ge=0, le=1)
+    """fresh noise in each step; the sampler's own when left out"""
+    grid: str = "trailing"
+    """times of the steps: trailing, leading, linspace, karras, exponential, log_snr or beta"""
     seed: int = Field(0, ge=0)
     """of the first picture; picture i has seed + i"""
     num_images: int = Field(1, ge=1)
@@ -57,7 +59,7 @@ class Txt2Img(ScriptConfig):
 
 def paint(config: Txt2Img) -> list[Path]:
     """Paint, save and return the files; the grid is last when there are several pictures."""
-    find_sampler(config.sampler)
+    find_sampler(config.sampler, config.eta)
     record = read_record(config) if config.reproduce else None
     prompts = [] if record else read_prompts(config)
     pipeline = Pipeline.load(find_model(config, record), device=config.device or best_device())
@@ -131,6 +133,7 @@ def paint_all(pipeline: Pipeline, prompts: list[str], digest: str, config: Txt2I
         "guidance_scale": pipeline.about.get("guidance_scale", 7.5) if scale is None else scale,
         "sampler": config.sampler,
         "eta": config.eta,
+        "grid": config.grid,
         "width": config.width or pipeline.size,
         "height": config.height or pipeline.size,
     }

@@ -1,20 +1,21 @@
 """The mathematics of diffusion, against closed forms and published numbers."""
 
-import itertools
-import math
-
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.config import Config
 from ldm.diffusion.guidance import classifier_free
-from ldm.diffusion.process import Process, ProcessConfig, denoiser, times
-from ldm.diffusion.samplers import SAMPLERS, find_sampler, run
+from ldm.diffusion.process import Process, ProcessConfig
 
 VALID = [
-    ProcessConfig(path=path, prediction=prediction, zero_terminal_snr=zero)  # type: ignore[arg-type]
+    ProcessConfig(
+        path=path,  # type: ignore[arg-type]
+        prediction=prediction,  # type: ignore[arg-type]
+        zero_terminal_snr=zero,
+        times="log_normal" if path == "edm" else "uniform",
+    )
     for path in ("linear", "scaled_linear", "cosine", "flow")
     for prediction in ("epsilon", "v", "x0", "flow")
     for zero in (False, True)
@@ -81,7 +82,7 @@ def test_float32_times_hit_the_same_grid_points_as_float64() -> None:
 
 
 def test_discrete_timesteps_are_the_indices_of_the_betas() -> None:
-    grid = times(20)[:-1]
+    grid = torch.linspace(1, 0.05, 20, dtype=torch.float64)
     steps = Process(ProcessConfig()).timestep(grid).round().long().tolist()
     assert steps == list(range(999, 0, -50))
     assert Process(ProcessConfig(path="flow", prediction="flow")).timestep(double(0.5)).item() == 500
@@ -110,6 +111,32 @@ def test_clamped_snr_is_finite_where_the_signal_is_zero() -> None:
     for prediction in ("v", "x0", "flow"):
         config = ProcessConfig(prediction=prediction, zero_terminal_snr=True, min_snr_gamma=5, snr_floor=1)  # type: ignore[arg-type]
         assert Process(config).weight(double(0.0, 0.001, 1.0)).isfinite().all()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0", "flow"])
+def test_soft_min_snr_and_p2_are_the_same_objective_for_every_prediction(prediction: str) -> None:
+    """Crowson et al. 2024: SNR g / (SNR + g) of the data's error; Choi et al. 2022: (1 + SNR)^-g of the noise's."""
+    t = double(0.05, 0.5, 0.95)
+    generator = torch.Generator().manual_seed(0)
+    z, noise, guess = torch.randn(3, 3, 1, 2, 2, generator=generator, dtype=torch.float64)
+    for weighting, of_data in {
+        "soft_min_snr_gamma": lambda snr: 5 * snr / (snr + 5),
+        "p2_gamma": lambda snr: snr * (1 + snr) ** -5,
+    }.items():
+        values = {"path": "cosine", "prediction": prediction, weighting: 5}
+        process = Process(ProcessConfig.from_dict(values, source="test"))
+        z_t, target = process.mix(z, noise, t), process.target(z, noise, t)
+        error_in_data = (process.to_data(guess, z_t, t) - z).square().flatten(1).mean(1)
+        error_in_target = (guess - target).square().flatten(1).mean(1)
+        snr = (process.alpha(t) / process.sigma(t)) ** 2
+        torch.testing.assert_close(process.weight(t) * error_in_target, of_data(snr) * error_in_data)
+
+
+def test_edm_draws_its_noise_log_normally() -> None:
+    process = Process(ProcessConfig(path="edm", prediction="v", times="log_normal", log_normal=(-1.0, 0.8)))
+    u = torch.rand(50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sigma = process.noise_level(process.draw_times(u, torch.arange(50_000), 50_000)).log()
+    assert sigma.mean().item() == pytest.approx(-1.0, abs=0.02) and sigma.std().item() == pytest.approx(0.8, abs=0.02)
 
 
 def test_snr_floor_above_its_cap_is_refused() -> None:
@@ -146,118 +173,6 @@ def test_logit_normal_times_have_the_right_distribution() -> None:
     assert logit.mean().item() == pytest.approx(0, abs=0.02) and logit.std().item() == pytest.approx(1, abs=0.02)
 
 
-# Samplers.
-
-
-@pytest.mark.parametrize("path", ["scaled_linear", "flow"])
-@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
-def test_order_of_convergence(name: str, order: int, path: str) -> None:
-    """On Gaussian data the exact solution is known; halving the step divides the error by 2 ** order."""
-    process = Process(ProcessConfig(path=path, prediction="v"))  # type: ignore[arg-type]
-    mean, std, start, end = 0.7, 0.3, 0.9, 0.3
-    denoise = gaussian_denoiser(process, mean, std)
-
-    def marginal(t: float) -> tuple[float, float]:
-        alpha, sigma = process.alpha(double(t)).item(), process.sigma(double(t)).item()
-        return alpha * mean, math.sqrt(alpha**2 * std**2 + sigma**2)
-
-    (mean_a, std_a), (mean_b, std_b) = marginal(start), marginal(end)
-    standard = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    exact = mean_b + std_b * standard
-    errors = []
-    for steps in (20, 40, 80):
-        grid = torch.linspace(start, end, steps + 1, dtype=torch.float64)
-        found = run(SAMPLERS[name](denoise, process, mean_a + std_a * standard, grid, eta=0.0, fresh_noise=no_noise))
-        errors.append((found - exact).abs().max().item())
-    rates = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
-    assert min(rates) > order - 0.25, f"errors {errors}"
-
-
-def no_noise(step: int) -> torch.Tensor:
-    raise AssertionError("a deterministic sampler asked for noise")
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-@every_process
-def test_every_sampler_makes_the_data_from_noise(config: ProcessConfig, name: str) -> None:
-    """From pure noise down to t = 0 on every path: the moments of the data come out."""
-    process = Process(config)
-    generator = torch.Generator().manual_seed(1)
-    z = torch.randn(4000, 1, generator=generator, dtype=torch.float64)
-    fresh = lambda step: torch.randn(4000, 1, generator=generator, dtype=torch.float64)  # noqa: E731
-    found = run(
-        SAMPLERS[name](gaussian_denoiser(process, 0.5, 0.4), process, z, times(100), eta=0.0, fresh_noise=fresh)
-    )
-    assert found.mean().item() == pytest.approx(0.5, abs=0.05)
-    assert found.std().item() == pytest.approx(0.4, abs=0.06)
-
-
-@pytest.mark.parametrize(("name", "calls"), [("ddpm", 7), ("ddim", 7), ("euler", 7), ("heun", 13), ("dpmpp_2m", 7)])
-def test_steps_asked_are_network_calls_made(name: str, calls: int) -> None:
-    process = Process(ProcessConfig(prediction="v"))
-    seen = []
-
-    def network(z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        seen.append(timestep[0].item())
-        return torch.zeros_like(z)
-
-    walk = SAMPLERS[name](
-        denoiser(network, process),
-        process,
-        torch.randn(2, 1, 2, 2),
-        times(7),
-        eta=0.0,
-        fresh_noise=lambda i: torch.zeros(1),
-    )
-    assert len(list(walk)) == 7 and len(seen) == calls
-    assert max(seen) == 999 and min(seen) >= 0
-
-
-def test_ddim_with_eta_one_is_ddpm_and_euler_is_ddim() -> None:
-    process = Process(ProcessConfig(path="cosine", prediction="v"))
-    denoise, z = gaussian_denoiser(process, 0.2, 0.5), torch.randn(6, 1, dtype=torch.float64)
-    fresh = lambda i: torch.full((6, 1), 0.1 * i, dtype=torch.float64)  # noqa: E731
-    results = {
-        (name, eta): run(SAMPLERS[name](denoise, process, z, times(9), eta=eta, fresh_noise=fresh))
-        for name, eta in (("ddim", 0.0), ("euler", 0.0), ("ddim", 1.0), ("ddpm", 0.0))
-    }
-    torch.testing.assert_close(results["euler", 0.0], results["ddim", 0.0])
-    torch.testing.assert_close(results["ddpm", 0.0], results["ddim", 1.0])
-    assert (results["ddim", 0.0] - results["ddim", 1.0]).abs().max() > 1e-2
-
-
-def test_ddpm_step_is_the_posterior_of_ho_et_al() -> None:
-    """Equation 7: mean and variance of q(x_{t-1} | x_t, x_0), for neighbouring steps of the linear schedule."""
-    process = Process(ProcessConfig(path="linear"))
-    t, s = double(0.5), double(0.499)
-    bar_t, bar_s = process.alpha(t) ** 2, process.alpha(s) ** 2
-    beta = 1 - bar_t / bar_s
-    z, data = double(0.8)[:, None], double(-0.3)[:, None]
-    mean = (bar_s.sqrt() * beta * data + (1 - beta).sqrt() * (1 - bar_s) * z) / (1 - bar_t)
-    std = (beta * (1 - bar_s) / (1 - bar_t)).sqrt()
-    grid = torch.cat([t, s])
-    for noise in (0.0, 1.0):
-        fresh = lambda i, noise=noise: double(noise)[:, None]  # noqa: E731
-        found = run(SAMPLERS["ddpm"](lambda *_: data, process, z, grid, eta=0.0, fresh_noise=fresh))
-        torch.testing.assert_close(found, mean + noise * std)
-
-
-@given(st.integers(1, 50))
-@settings(max_examples=20)
-def test_times_fall_to_zero(steps: int) -> None:
-    grid = times(steps)
-    assert len(grid) == steps + 1 and grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
-
-
-def test_bad_input_is_told() -> None:
-    with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
-        times(0)
-    with pytest.raises(ValueError, match="sampler 'plms' is unknown: choose one of ddpm, ddim, euler, heun, dpmpp_2m"):
-        find_sampler("plms")
-    with pytest.raises(ValueError, match="flow path ends in pure noise already"):
-        ProcessConfig(path="flow", prediction="v", zero_terminal_snr=True)
-
-
 # Guidance.
 
 
@@ -279,31 +194,3 @@ def test_schedules_agree_with_diffusers() -> None:
         theirs = diffusers.DDPMScheduler(beta_schedule=schedule, beta_start=start, beta_end=end).alphas_cumprod.double()
         ours = Process(ProcessConfig(path=path)).alpha(grid) ** 2  # type: ignore[arg-type]
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=4.8e-7)
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_samplers_agree_with_diffusers_on_equal_grids(prediction: str) -> None:
-    """Same betas, times, noise and network answers: DDIM and DPM++ 2M take the same path to 1e-4 in float32."""
-    diffusers = pytest.importorskip("diffusers")
-    common = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": prediction}
-    theirs = {
-        "ddim": diffusers.DDIMScheduler(
-            **common, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
-        ),
-        "dpmpp_2m": diffusers.DPMSolverMultistepScheduler(
-            **common, timestep_spacing="trailing", final_sigmas_type="zero", lower_order_final=True
-        ),
-    }
-    process = Process(ProcessConfig(prediction="epsilon" if prediction == "epsilon" else "v"))
-
-    def network(z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(z) * 0.7 + (timestep / 1000).view(-1, 1, 1, 1) * 0.1
-
-    start = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    for name, scheduler in theirs.items():
-        scheduler.set_timesteps(20)
-        sample = start.clone()
-        for t in scheduler.timesteps:
-            sample = scheduler.step(network(sample, t.expand(2).float()), t, sample, return_dict=False)[0]
-        ours = run(SAMPLERS[name](denoiser(network, process), process, start, times(20), eta=0.0, fresh_noise=no_noise))
-        torch.testing.assert_close(ours, sample, rtol=1e-4, atol=1e-4)

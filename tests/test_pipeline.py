@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.diffusion.samplers import Step
+from ldm.diffusion.samplers import SAMPLERS, Step
 from ldm.pipeline import Pipeline, initial_noise, to_images, words_of
 
 
@@ -27,7 +27,7 @@ def test_the_seed_of_image_i_is_seed_plus_i(tiny_model: Path) -> None:
     assert abs(pixels(together[0]) - pixels(together[1])).max() > 1
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", [name for name, (_, eta) in SAMPLERS.items() if eta is not None])
 def test_fresh_noise_belongs_to_the_seed_too(tiny_model: Path, sampler: str) -> None:
     pipeline = Pipeline.load(tiny_model)
     call = {"sampler": sampler, "eta": 1.0, "steps": 4}
@@ -49,7 +49,7 @@ def test_seed_zero_is_a_seed(tiny_model: Path) -> None:
 
 def test_every_sampler_paints_and_on_step_sees_each_step(tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
-    for sampler in ("ddpm", "ddim", "euler", "heun", "dpmpp_2m"):
+    for sampler in SAMPLERS:
         seen: list[tuple[int, Step]] = []
         image = pipeline("a star", sampler=sampler, steps=3, on_step=lambda n, step, seen=seen: seen.append((n, step)))[
             0

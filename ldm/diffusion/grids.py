@@ -1,0 +1,98 @@
+"""Time grids: at which times a sampler asks the network. Each is data: N + 1 falling times that end in 0."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.process import STEPS, Process
+
+
+def trailing(process: Process, steps: int) -> Tensor:
+    """Evenly from 1 to 0: the whole path, whatever the number of steps (Lin et al. 2024, table 2)."""
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+
+def leading(process: Process, steps: int) -> Tensor:
+    """Every floor(1000 / N)th discrete step, from the second: Stable Diffusion's own. It leaves out t = 1."""
+    if not process.discrete:
+        raise ValueError("grid leading starts short of t = 1, where a continuous path has its noise: choose trailing")
+    if steps > STEPS:
+        raise ValueError(f"grid leading has at most {STEPS} steps, not {steps}")
+    index = torch.arange(steps, dtype=torch.float64).flip(0) * (STEPS // steps) + 1
+    return _ended((index + 1).clamp_max(STEPS) / STEPS)
+
+
+def linspace(process: Process, steps: int) -> Tensor:
+    """Evenly from 1 to the least noise that training saw, then 0."""
+    return _ended(torch.linspace(1, process.least_time, steps, dtype=torch.float64))
+
+
+def karras(process: Process, steps: int, *, rho: float = 7) -> Tensor:
+    """Evenly in the 7th root of sigma / alpha (Karras et al. 2022, equation 5)."""
+    high, low = _levels(process, "karras")
+    roots = torch.linspace(high ** (1 / rho), low ** (1 / rho), steps, dtype=torch.float64)
+    return _ended(process.time_of(roots**rho))
+
+
+def exponential(process: Process, steps: int) -> Tensor:
+    """Evenly in the logarithm of sigma / alpha, so in log SNR (Lu et al. 2022, section 5)."""
+    high, low = _levels(process, "exponential and log_snr")
+    return _ended(process.time_of(torch.linspace(math.log(high), math.log(low), steps, dtype=torch.float64).exp()))
+
+
+def beta(process: Process, steps: int, *, shape: float = 0.6) -> Tensor:
+    """Quantiles of the Beta(0.6, 0.6) distribution: dense at both ends (Lee et al. 2024)."""
+    angle = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)
+    density = (angle.sin() * angle.cos()) ** (2 * shape - 1)  # of the angle, where the time is its sine squared
+    share = torch.cumulative_trapezoid(density, angle)
+    share = torch.cat([share.new_zeros(1), share / share[-1]])
+    wanted = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    above = torch.searchsorted(share, wanted).clamp(1, len(share) - 1)
+    place = (wanted - share[above - 1]) / (share[above] - share[above - 1])
+    return torch.lerp(angle[above - 1], angle[above], place).sin() ** 2
+
+
+GRIDS: dict[str, Callable[[Process, int], Tensor]] = {
+    "trailing": trailing,
+    "leading": leading,
+    "linspace": linspace,
+    "karras": karras,
+    "exponential": exponential,
+    "log_snr": exponential,
+    "beta": beta,
+}
+
+
+def times(process: Process, steps: int, grid: str | Sequence[float] = "trailing") -> Tensor:
+    """`steps` + 1 falling times that end in 0, float64: a grid by name, or a list of `steps` times of one's own.
+
+    ValueError: no step, an unknown grid, one that the process cannot carry, times that do not fall within (0, 1].
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    if isinstance(grid, str):
+        if grid not in GRIDS:
+            raise ValueError(f"grid {grid!r} is unknown: choose one of {', '.join(GRIDS)}")
+        return GRIDS[grid](process, steps)
+    own = torch.tensor(list(grid), dtype=torch.float64)
+    if len(own) != steps:
+        raise ValueError(f"{steps} steps need as many times, not {len(own)}")
+    if not ((own > 0) & (own <= 1)).all() or not (own.diff() < 0).all():
+        raise ValueError("the times of a grid must fall, and lie above 0 and at most at 1; the last step to 0 is added")
+    return _ended(own)
+
+
+def _levels(process: Process, name: str) -> tuple[float, float]:
+    """sigma / alpha at t = 1 and at the least time."""
+    high, low = (process.noise_level(torch.tensor(t, dtype=torch.float64)).item() for t in (1.0, process.least_time))
+    if math.isinf(high):
+        raise ValueError(
+            f"grid {name}: sigma / alpha has no end where the path has no signal, as here at t = 1: choose trailing"
+        )
+    return high, low
+
+
+def _ended(times: Tensor) -> Tensor:
+    return torch.cat([times, times.new_zeros(1)])
