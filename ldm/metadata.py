@@ -9,6 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import ValidationError
 
 from ldm.config import Config
+from ldm.diffusion.guidance import GuidanceConfig
 
 CHUNK = "ldm"
 SAMPLER_NAMES = {
@@ -34,6 +35,7 @@ class Record(Config):
     negative_prompt: str
     steps: int
     guidance_scale: float
+    guidance: GuidanceConfig = GuidanceConfig()
     sampler: str
     eta: float | None
     grid: str = "trailing"
@@ -48,7 +50,8 @@ class Record(Config):
     @property
     def call(self) -> dict[str, Any]:
         """The arguments of the pipeline."""
-        return self.model_dump(exclude={"version", "index", "model", "model_hash"})
+        beside = {"version", "index", "model", "model_hash"}
+        return {name: getattr(self, name) for name in Record.model_fields if name not in beside}
 
 
 def save_png(path: Path, image: Image.Image, record: Record) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm import folders, keyed
 from ldm.config import Config
 from ldm.diffusion.grids import times
-from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.guidance import Denoiser, GuidanceConfig, autoguided, doubled, guide, within
 from ldm.diffusion.process import Process, ProcessConfig, denoiser
 from ldm.diffusion.samplers import Step, find_sampler
 from ldm.text import TextConfig, TextEncoder, TextStates
@@ -20,6 +20,7 @@ from ldm.vae import VAE, VAEConfig
 from ldm.weights import load_weights, save_weights, sha256
 
 OnStep = Callable[[int, Step], None]
+PLAIN = GuidanceConfig()
 
 
 class PipelineCard(Config):
@@ -62,6 +63,7 @@ class Pipeline:
         self.words = frozenset(words)  # of the training captions
         self.about = about or {}  # what else the model folder tells: the data, the guidance that suits the model
         self.folder: Path | None = None
+        self.weaker: UNet | None = None  # for autoguidance: another network for the same text, latents and process
 
     # Folders.
 
@@ -109,9 +111,21 @@ class Pipeline:
         }
         folders.write_model(folder, "pipeline", values)
 
+    def guided_by(self, weaker: "Pipeline") -> "Pipeline":
+        """Let a weaker model of the same kind be what guidance goes away from (Karras et al. 2024); returns self.
+
+        ValueError when it has other latents, another text tower or another process.
+        """
+        for name in ("process", "text", "vae"):
+            own, other = (getattr(pipeline, name) for pipeline in (self, weaker))
+            if (own and own.config) != (other and other.config):
+                raise ValueError(f"{weaker.folder} can not guide {self.folder}: its {name} is another")
+        self.weaker = weaker.unet
+        return self.to(self.device)
+
     def to(self, device: str | torch.device) -> "Pipeline":
         """Move the networks and return self."""
-        for module in (self.unet, self.vae, self.text):
+        for module in (self.unet, self.vae, self.text, self.weaker):
             if module is not None:
                 module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
@@ -131,6 +145,7 @@ class Pipeline:
         negative_prompt: str = "",
         steps: int = 30,
         guidance_scale: float = 7.5,
+        guidance: GuidanceConfig = PLAIN,
         sampler: str = "dpmpp_2m",
         eta: float | None = None,
         grid: str | Sequence[float] = "trailing",
@@ -144,6 +159,7 @@ class Pipeline:
 
         Args:
             guidance_scale: 1 follows the prompt without guidance; the negative prompt is then not used.
+            guidance: how the scale is applied.
             eta: fresh noise in each step, from 0 (none) to 1; the sampler's own when left out.
             grid: the times of the steps, by name or as a list of `steps` falling times in (0, 1].
             width, height: in pixels; the size of the training images when left out.
@@ -161,6 +177,7 @@ class Pipeline:
             seeds=seeds,
             steps=steps,
             guidance_scale=guidance_scale,
+            guidance=guidance,
             sampler=sampler,
             eta=eta,
             grid=grid,
@@ -177,6 +194,7 @@ class Pipeline:
         seeds: list[int],
         steps: int,
         guidance_scale: float,
+        guidance: GuidanceConfig = PLAIN,
         sampler: str = "dpmpp_2m",
         eta: float | None = None,
         grid: str | Sequence[float] = "trailing",
@@ -185,7 +203,7 @@ class Pipeline:
         """Denoise a batch (b, c, h, w) of standard normal noise to standardized latents, each under its own prompt."""
         walk = find_sampler(sampler, eta)
         own_times = times(self.process, steps, grid)
-        denoise = self._denoiser(prompts, negative_prompts, guidance_scale)
+        denoise = self._denoiser(prompts, negative_prompts, guidance_scale, guidance)
 
         def fresh_noise(number: int) -> Tensor:
             draws = [torch.randn(noise.shape[1:], generator=keyed.generator(s, "sampler", number)) for s in seeds]
@@ -216,15 +234,26 @@ class Pipeline:
         """Words of a prompt that no training caption had."""
         return [word for word in words_of(prompt) if word not in self.words]
 
-    def _denoiser(self, prompts: list[str], negative: list[str], scale: float) -> Callable[[Tensor, Tensor], Tensor]:
-        guided = scale != 1 and self.text is not None
-        states = self.text(prompts + negative if guided else prompts) if self.text else None
+    def _denoiser(self, prompts: list[str], negative: list[str], scale: float, guidance: GuidanceConfig) -> Denoiser:
+        plain = self._answers(self.unet, prompts)
+        if scale == 1 or (self.text is None and self.weaker is None):
+            return plain
+        if guidance.rule == "zero_star" and self.process.config.path != "flow":
+            raise ValueError(f"guidance zero_star is for the flow path, this model's is {self.process.config.path}")
+        if self.weaker is not None:
+            pair = autoguided(plain, self._answers(self.weaker, prompts))
+        else:
+            pair = doubled(self._answers(self.unet, prompts + negative))
+        return within(guidance.interval, guide(pair, guidance.make_rule(scale)), plain)
+
+    def _answers(self, unet: UNet, prompts: list[str]) -> Denoiser:
+        """The Denoiser of one network under these prompts, which are encoded once."""
+        states = self.text(prompts) if self.text else None
 
         def network(z_t: Tensor, timestep: Tensor) -> Tensor:
-            return self.unet(z_t, timestep, *conditions(self.text, states))
+            return unet(z_t, timestep, *conditions(self.text, states))
 
-        plain = denoiser(network, self.process)
-        return classifier_free(plain, scale) if guided else plain
+        return denoiser(network, self.process)
 
 
 def conditions(

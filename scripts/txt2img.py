@@ -13,6 +13,7 @@ from tyro.conf import Positional
 
 from ldm import folders, pictures
 from ldm.config import ScriptConfig, errors_for_people, parse
+from ldm.diffusion.guidance import GuidanceConfig
 from ldm.diffusion.samplers import Step, find_sampler
 from ldm.metadata import Record, read_png, save_png
 from ldm.pipeline import Pipeline
@@ -37,6 +38,7 @@ class Txt2Img(ScriptConfig):
     steps: int = Field(30, ge=1)
     guidance_scale: float | None = None
     """1 is no guidance; the scale of the model's own sample grids when left out"""
+    guidance: GuidanceConfig = GuidanceConfig()
     sampler: str = "dpmpp_2m"
     """ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde, unipc or lcm"""
     eta: float | None = Field(None, ge=0, le=1)
@@ -131,6 +133,7 @@ def paint_all(pipeline: Pipeline, prompts: list[str], digest: str, config: Txt2I
         "negative_prompt": config.negative_prompt,
         "steps": config.steps,
         "guidance_scale": pipeline.about.get("guidance_scale", 7.5) if scale is None else scale,
+        "guidance": config.guidance,
         "sampler": config.sampler,
         "eta": config.eta,
         "grid": config.grid,

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.config import Config
-from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.process import Process, ProcessConfig
 
 VALID = [
@@ -171,19 +170,6 @@ def test_logit_normal_times_have_the_right_distribution() -> None:
     t = process.draw_times(torch.rand(50_000, generator=torch.Generator().manual_seed(0)), torch.arange(50_000), 50_000)
     logit = torch.log(t / (1 - t))
     assert logit.mean().item() == pytest.approx(0, abs=0.02) and logit.std().item() == pytest.approx(1, abs=0.02)
-
-
-# Guidance.
-
-
-def test_guidance_extrapolates_between_the_two_answers() -> None:
-    def both(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        assert len(z) == len(t) == 4
-        return torch.cat([torch.full((2, 1), 3.0), torch.full((2, 1), 1.0)])
-
-    z, t = torch.zeros(2, 1), torch.zeros(2)
-    for scale, value in ((0.0, 1.0), (1.0, 3.0), (7.5, 16.0)):
-        assert classifier_free(both, scale)(z, t).tolist() == [[value], [value]]
 
 
 def test_schedules_agree_with_diffusers() -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.diffusion.guidance import GuidanceConfig
+from ldm.diffusion.process import Process, ProcessConfig
 from ldm.diffusion.samplers import SAMPLERS, Step
 from ldm.pipeline import Pipeline, initial_noise, to_images, words_of
 
@@ -154,3 +156,40 @@ def test_grey_and_colour_pixels_become_pictures() -> None:
     grey = to_images(torch.tensor([-1.0, 0.0, 1.0, 2.0]).view(1, 1, 2, 2))[0]
     assert grey.mode == "L" and list(grey.get_flattened_data()) == [0, 128, 255, 255]
     assert to_images(torch.zeros(2, 3, 4, 5))[1].size == (5, 4)
+
+
+def test_guidance_rules_compose_in_the_pipeline(tiny_model: Path) -> None:
+    """Each changes the picture; scale 1 is no guidance under any rule; an empty interval is no guidance."""
+    pipeline = Pipeline.load(tiny_model)
+    call = {"seed": 3, "steps": 4, "guidance_scale": 6.0}
+    plain = pipeline("a red circle", seed=3, steps=4, guidance_scale=1)[0]
+    seen = {pipeline("a red circle", **call)[0].tobytes(), plain.tobytes()}  # type: ignore[arg-type]
+    for values in (
+        {"rule": "apg"},
+        {"rule": "apg", "apg_momentum": -0.5},
+        {"rule": "zero_star"},
+        {"rescale": 0.7},
+        {"interval": (0.3, 0.7)},
+    ):
+        guidance = GuidanceConfig(**values)  # type: ignore[arg-type]
+        seen.add(pipeline("a red circle", guidance=guidance, **call)[0].tobytes())  # type: ignore[arg-type]
+    assert len(seen) == 7
+    nowhere = GuidanceConfig(interval=(0.0, 0.0))
+    assert pipeline("a red circle", guidance=nowhere, **call)[0].tobytes() == plain.tobytes()  # type: ignore[arg-type]
+
+
+def test_autoguidance_goes_away_from_the_weaker_model(tiny_model: Path) -> None:
+    pipeline, weaker = Pipeline.load(tiny_model), Pipeline.load(tiny_model)
+    plain = pipeline("a red circle", steps=3, guidance_scale=1)[0]
+    same = pipeline.guided_by(weaker)("a red circle", steps=3, guidance_scale=4)[0]
+    assert abs(pixels(same) - pixels(plain)).max() <= 1  # both answers are the same
+    with torch.no_grad():
+        for parameter in weaker.unet.parameters():
+            parameter.mul_(0.9)
+    assert abs(pixels(pipeline("a red circle", steps=3, guidance_scale=4)[0]) - pixels(plain)).max() > 1
+    weaker.process = Process(ProcessConfig(prediction="v"))
+    with pytest.raises(ValueError, match="can not guide .* its process is another"):
+        pipeline.guided_by(weaker)
+    pipeline.weaker, pipeline.process = None, weaker.process
+    with pytest.raises(ValueError, match="guidance zero_star is for the flow path, this model's is scaled_linear"):
+        pipeline("a star", steps=1, guidance=GuidanceConfig(rule="zero_star"))

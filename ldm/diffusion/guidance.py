@@ -1,21 +1,173 @@
-"""Guidance rules: a Denoiser in, a Denoiser out, so that they compose."""
+"""Guidance: from two answers, one that is wanted and one to go away from, to a Denoiser.
+
+A `Pair` gives both answers, a `Rule` makes one of them; `guide` puts them together and `within` limits the result to an
+interval of time. All answers are guesses of the data, so rules and samplers compose, whatever the network predicts.
+"""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from ldm.config import Config
+
 Denoiser = Callable[[Tensor, Tensor], Tensor]
+Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(z_t, t) -> the answer under the prompt, and the reference: without it, under the negative one, of a weaker model."""
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(answer, reference, z_t, t) -> guided answer."""
 
 
-def classifier_free(denoiser: Denoiser, scale: float) -> Denoiser:
-    """Go from the unconditional answer through the conditional one and `scale` times as far (Ho and Salimans 2022).
+class GuidanceConfig(Config):
+    """How the scale is applied."""
 
-    `denoiser` is asked for a doubled batch, whose first half it answers under the prompt and whose second half without.
+    rule: Literal["classifier_free", "apg", "zero_star"] = "classifier_free"
+    """the plain rule; APG, which keeps colours from saturating; or CFG-Zero*, for models on the flow path"""
+    rescale: float = Field(0.0, ge=0, le=1)
+    """share by which the result gets the deviation of the answer without guidance; 0.7 is usual"""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """times t, from 0 (data) to 1 (noise), between which there is guidance"""
+    apg_parallel: float = Field(0.0, ge=0, le=1)
+    """share of the push along the answer that APG keeps"""
+    apg_radius: float | None = Field(None, gt=0)
+    """longest push of APG in an image"""
+    apg_momentum: float = Field(0.0, gt=-1, lt=1)
+    """what APG takes over of the pushes before; the paper has -0.5"""
+
+    def make_rule(self, scale: float) -> "Rule":
+        """A rule for one run of a sampler."""
+        rules: dict[str, Callable[[], Rule]] = {
+            "classifier_free": lambda: classifier_free(scale),
+            "apg": lambda: adaptive_projected(
+                scale, parallel=self.apg_parallel, radius=self.apg_radius, momentum=self.apg_momentum
+            ),
+            "zero_star": lambda: zero_star(scale),
+        }
+        rule = rules[self.rule]()
+        return rescaled(rule, self.rescale) if self.rescale else rule
+
+
+# Pairs.
+
+
+def doubled(denoiser: Denoiser) -> Pair:
+    """One call with a doubled batch: its first half is answered under the prompt, its second half is the reference."""
+
+    def pair(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        answer, reference = denoiser(torch.cat([z_t, z_t]), torch.cat([t, t])).chunk(2)
+        return answer, reference
+
+    return pair
+
+
+def autoguided(denoiser: Denoiser, weaker: Denoiser) -> Pair:
+    """The reference is a smaller or less trained model under the same prompt (Karras et al. 2024)."""
+    return lambda z_t, t: (denoiser(z_t, t), weaker(z_t, t))
+
+
+def composed(denoiser: Denoiser, weights: list[float]) -> Pair:
+    """Several prompts at once: the reference and the weighted sum of what each prompt adds (Liu et al. 2022, eq. 11).
+
+    `denoiser` is asked for len(weights) + 1 batches in one; the last one is the reference.
     """
 
-    def guided(z_t: Tensor, t: Tensor) -> Tensor:
-        conditional, unconditional = denoiser(torch.cat([z_t, z_t]), torch.cat([t, t])).chunk(2)
-        return torch.lerp(unconditional, conditional, scale)
+    def pair(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        count = len(weights) + 1
+        *answers, reference = denoiser(z_t.repeat(count, *[1] * (z_t.ndim - 1)), t.repeat(count)).chunk(count)
+        return reference + sum(w * (a - reference) for w, a in zip(weights, answers, strict=True)), reference
+
+    return pair
+
+
+# Rules.
+
+
+def classifier_free(scale: float) -> Rule:
+    """From the reference through the answer and `scale` times as far (Ho and Salimans 2022, equation 6)."""
+    return lambda answer, reference, z_t, t: torch.lerp(reference, answer, scale)
+
+
+def rescaled(rule: Rule, share: float) -> Rule:
+    """Give the result the deviation of the answer, by this share (Lin et al. 2024, equations 15, 16; of data)."""
+
+    def guided(answer: Tensor, reference: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        result = rule(answer, reference, z_t, t)
+        matched = result * _deviation(answer) / _deviation(result).clamp_min(1e-12)
+        return torch.lerp(result, matched, share)
 
     return guided
+
+
+def adaptive_projected(
+    scale: float, *, parallel: float = 0.0, radius: float | None = None, momentum: float = 0.0
+) -> Rule:
+    """APG (Sadat et al. 2024, algorithm 1): less of what only makes the answer larger, so that colours do not saturate.
+
+    `parallel` is the share of the push along the answer that is kept, `radius` limits the push's length in an image,
+    `momentum` (negative in the paper) adds the pushes of the steps before, so a rule serves one run of a sampler.
+    """
+    before: Tensor | float = 0.0
+
+    def guided(answer: Tensor, reference: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        nonlocal before
+        push = before = answer - reference + momentum * before
+        if radius is not None:
+            push = push * (radius / _norm(push).clamp_min(1e-12)).clamp_max(1)
+        direction = answer / _norm(answer).clamp_min(1e-12)
+        along = _dot(push, direction) * direction
+        return answer + (scale - 1) * (push - along + parallel * along)
+
+    return guided
+
+
+def zero_star(scale: float, *, silent: int = 1) -> Rule:
+    """CFG-Zero* (Fan et al. 2025) for the flow path: the reference's velocity is fitted to the answer's first.
+
+    The first `silent` calls move nothing, since the velocity of an unsure network is worse than none there.
+    """
+    calls = 0
+
+    def guided(answer: Tensor, reference: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls <= silent:
+            return z_t
+        answer, reference = z_t - answer, z_t - reference  # t times the velocities
+        fitted = reference * (_dot(answer, reference) / _dot(reference, reference).clamp_min(1e-12))
+        return z_t - torch.lerp(fitted, answer, scale)
+
+    return guided
+
+
+# Denoisers.
+
+
+def guide(pair: Pair, rule: Rule) -> Denoiser:
+    """The Denoiser that a rule makes of both answers."""
+
+    def guided(z_t: Tensor, t: Tensor) -> Tensor:
+        answer, reference = pair(z_t, t)
+        return rule(answer, reference, z_t, t)
+
+    return guided
+
+
+def within(interval: tuple[float, float], guided: Denoiser, plain: Denoiser) -> Denoiser:
+    """Guidance at times inside the interval alone, elsewhere the cheaper plain answer (Kynkaanniemi et al. 2024)."""
+    low, high = interval
+    return lambda z_t, t: (guided if low <= t[0].item() <= high else plain)(z_t, t)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Of each item, kept as (b, 1, ...)."""
+    return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
+
+
+def _norm(a: Tensor) -> Tensor:
+    return _dot(a, a).sqrt()
+
+
+def _deviation(a: Tensor) -> Tensor:
+    return a.std(dim=tuple(range(1, a.ndim)), keepdim=True)
