@@ -1,5 +1,7 @@
 """Layers that the VAE and the U-Net share."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ def check_widths(widths: tuple[int, ...], *, name: str) -> None:
             raise ValueError(f"{name} gives a width of {width}, which 32 normalization groups do not divide")
 
 
-def run_block(block: nn.Module, *inputs: Tensor | None, recompute: bool) -> Tensor:
+def run_block(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
     """Call a block; with `recompute` its activations are not kept for the backward pass but computed again."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)

@@ -1,5 +1,6 @@
 """Prompt -> context -> guided denoiser -> sampler -> decoded image."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +12,22 @@ from torch import Tensor
 from ldm import folders, keyed
 from ldm.config import Config
 from ldm.diffusion.grids import times
-from ldm.diffusion.guidance import Denoiser, GuidanceConfig, autoguided, doubled, guide, within
+from ldm.diffusion.guidance import (
+    Denoiser,
+    GuidanceConfig,
+    Pair,
+    autoguided,
+    classifier_free,
+    composed,
+    doubled,
+    guide,
+    within,
+)
 from ldm.diffusion.process import Process, ProcessConfig, denoiser
 from ldm.diffusion.samplers import Step, find_sampler
 from ldm.text import TextConfig, TextEncoder, TextStates
-from ldm.unet import UNet, UNetConfig
+from ldm.text.prompts import Part, plain, split
+from ldm.unet import KeptContext, UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
 from ldm.weights import load_weights, save_weights, sha256
 
@@ -232,26 +244,41 @@ class Pipeline:
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of a prompt that no training caption had."""
-        return [word for word in words_of(prompt) if word not in self.words]
+        return [word for word in words_of(plain(prompt)) if word not in self.words]
 
     def _denoiser(self, prompts: list[str], negative: list[str], scale: float, guidance: GuidanceConfig) -> Denoiser:
-        plain = self._answers(self.unet, prompts)
-        if scale == 1 or (self.text is None and self.weaker is None):
-            return plain
+        several = self.text is not None and any(len(split(prompt)) > 1 for prompt in prompts)
+        if several and self.weaker is not None:
+            raise ValueError("AND goes with a negative prompt, not with autoguidance: choose one")
         if guidance.rule == "zero_star" and self.process.config.path != "flow":
             raise ValueError(f"guidance zero_star is for the flow path, this model's is {self.process.config.path}")
-        if self.weaker is not None:
-            pair = autoguided(plain, self._answers(self.weaker, prompts))
+        if several:
+            pair = self._composed(prompts, negative)
+            alone = guide(pair, classifier_free(1.0))
         else:
-            pair = doubled(self._answers(self.unet, prompts + negative))
-        return within(guidance.interval, guide(pair, guidance.make_rule(scale)), plain)
+            alone = self._answers(self.unet, prompts)
+            if scale == 1 or (self.text is None and self.weaker is None):
+                return alone
+            if self.weaker is not None:
+                pair = autoguided(alone, self._answers(self.weaker, prompts))
+            else:
+                pair = doubled(self._answers(self.unet, prompts + negative))
+        return within(guidance.interval, guide(pair, guidance.make_rule(scale)), alone)
+
+    def _composed(self, prompts: list[str], negative: list[str]) -> Pair:
+        """Several prompts for each image; where one has fewer than others, empty ones that weigh nothing follow."""
+        rounds = list(itertools.zip_longest(*map(split, prompts), fillvalue=Part("", 0.0)))
+        weights = torch.tensor([[part.weight for part in parts] for parts in rounds], device=self.device)
+        return composed(self._answers(self.unet, [part.text for parts in rounds for part in parts] + negative), weights)
 
     def _answers(self, unet: UNet, prompts: list[str]) -> Denoiser:
         """The Denoiser of one network under these prompts, which are encoded once."""
-        states = self.text(prompts) if self.text else None
+        states = self.text.prompt_states(prompts) if self.text else None
+        context, mask, vector = conditions(self.text, states)
+        kept = None if context is None else KeptContext(context)
 
         def network(z_t: Tensor, timestep: Tensor) -> Tensor:
-            return unet(z_t, timestep, *conditions(self.text, states))
+            return unet(z_t, timestep[:1], kept, mask, vector)
 
         return denoiser(network, self.process)
 

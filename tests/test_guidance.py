@@ -61,7 +61,9 @@ def test_pairs() -> None:
 
     answer, reference = g.doubled(denoise)(Z, T)
     assert torch.equal(answer, Z) and torch.equal(reference, Z + 1)
-    answer, reference = g.composed(denoise, [0.5, 2.0])(Z, T)  # Z, Z + 1 and the reference Z + 2
+    answer, reference = g.composed(denoise, torch.tensor([[0.5, 0.5], [2.0, 2.0]]))(
+        Z, T
+    )  # Z, Z + 1 and the reference Z + 2
     torch.testing.assert_close(answer, Z + 2 - 0.5 * 2 - 2.0 * 1)
     assert torch.equal(reference, Z + 2)
     answer, reference = g.autoguided(denoise, lambda z, t: 0 * z)(Z, T)
@@ -70,7 +72,9 @@ def test_pairs() -> None:
 
 def test_one_prompt_composed_is_one_prompt() -> None:
     denoise = lambda z, t: torch.cat([ANSWER, REFERENCE])  # noqa: E731
-    one, other = (g.guide(pair, g.classifier_free(4.0)) for pair in (g.doubled(denoise), g.composed(denoise, [1.0])))
+    one, other = (
+        g.guide(pair, g.classifier_free(4.0)) for pair in (g.doubled(denoise), g.composed(denoise, torch.ones(1, 2)))
+    )
     torch.testing.assert_close(one(Z, T), other(Z, T))
 
 
@@ -83,7 +87,7 @@ def test_outside_the_interval_the_plain_answer_is_asked_alone() -> None:
 def test_all_compose() -> None:
     """Any pair under any rule, rescaled, within an interval, is still a Denoiser."""
     denoise = lambda z, t: torch.tanh(z)  # noqa: E731
-    for pair in (g.doubled(denoise), g.composed(denoise, [1.0, 0.5]), g.autoguided(denoise, denoise)):
+    for pair in (g.doubled(denoise), g.composed(denoise, torch.ones(2, 2)), g.autoguided(denoise, denoise)):
         for rule in RULES.values():
             result = g.within((0.0, 1.0), g.guide(pair, g.rescaled(rule, 0.5)), denoise)(Z, T)
             assert result.shape == Z.shape and result.isfinite().all()

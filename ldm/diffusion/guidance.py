@@ -67,16 +67,18 @@ def autoguided(denoiser: Denoiser, weaker: Denoiser) -> Pair:
     return lambda z_t, t: (denoiser(z_t, t), weaker(z_t, t))
 
 
-def composed(denoiser: Denoiser, weights: list[float]) -> Pair:
+def composed(denoiser: Denoiser, weights: Tensor) -> Pair:
     """Several prompts at once: the reference and the weighted sum of what each prompt adds (Liu et al. 2022, eq. 11).
 
-    `denoiser` is asked for len(weights) + 1 batches in one; the last one is the reference.
+    `denoiser` is asked for n + 1 batches in one, the last of which is the reference; `weights` is (n, b).
     """
 
     def pair(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         count = len(weights) + 1
         *answers, reference = denoiser(z_t.repeat(count, *[1] * (z_t.ndim - 1)), t.repeat(count)).chunk(count)
-        return reference + sum(w * (a - reference) for w, a in zip(weights, answers, strict=True)), reference
+        shape = (-1, *[1] * (z_t.ndim - 1))
+        added = [w.to(a).reshape(shape) * (a - reference) for w, a in zip(weights, answers, strict=True)]
+        return reference + torch.stack(added).sum(0), reference
 
     return pair
 

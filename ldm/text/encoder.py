@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.config import Config
+from ldm.text.prompts import parse
 
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
 LOCAL, HUB = "local-dir:", "hf-hub:"
+PIECES = 20  # of a long prompt, at most
 # Settings of open_clip's text towers that this one does not have; any other value than these is refused.
 PLAIN = {"embed_cls": False, "no_causal_mask": False, "pool_type": "argmax", "proj_type": "linear", "proj_bias": False}
 
@@ -156,6 +158,39 @@ class TextEncoder(nn.Module):
         ids = ids[:, : int(ids.argmax(dim=1).max()) + 1]
         return self.tower(ids.to(self.tower.positional_embedding.device), layer=self.config.layer)
 
+    @torch.no_grad()
+    def prompt_states(self, prompts: list[str]) -> TextStates:
+        """Encode prompts as a person writes them: parts may be weighted, and there is no limit of tokens.
+
+        What is over the limit is encoded by itself, and its states follow the others. A weight multiplies the states
+        of its tokens; the pooled vector is that of the first piece, without weights. ValueError: see `parse`; a prompt
+        of more than 20 pieces.
+        """
+        room = self.tower.length - 2
+        pieces = [self._pieces(prompt, room) for prompt in prompts]
+        start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
+        rows = [[(start, 1.0), *piece, (end, 1.0)] for own in pieces for piece in own]
+        longest = max(map(len, rows))
+        padded = torch.tensor([row + [(0, 1.0)] * (longest - len(row)) for row in rows], dtype=torch.float64)
+        ids, weights = padded[..., 0].long(), padded[..., 1]
+        device = self.tower.positional_embedding.device
+        found = self.tower(ids.to(device), layer=self.config.layer)
+        tokens = found.tokens * weights.to(found.tokens)[..., None]
+        counts = [len(own) for own in pieces]
+        firsts = [sum(counts[:i]) for i in range(len(counts))]
+        return TextStates(
+            nn.utils.rnn.pad_sequence([t.flatten(0, 1) for t in tokens.split(counts)], batch_first=True),
+            nn.utils.rnn.pad_sequence([m.flatten() for m in found.mask.split(counts)], batch_first=True),
+            found.pooled[firsts],
+        )
+
+    def _pieces(self, prompt: str, room: int) -> list[list[tuple[int, float]]]:
+        """(token, weight) of a prompt, `room` at a time; one empty piece when it says nothing."""
+        tokens = [(token, part.weight) for part in parse(prompt) for token in self.tokenizer.encode_all(part.text)]
+        if len(tokens) > PIECES * room:
+            raise ValueError(f"prompt has {len(tokens):,} tokens, at most {PIECES * room:,} can be read: shorten it")
+        return [tokens[i : i + room] for i in range(0, len(tokens), room)] or [[]]
+
     def save(self, folder: Path) -> str:
         """Copy a local tower to `folder` and return how to name it there; a public one is only named."""
         if not self.source.startswith(LOCAL):
@@ -230,11 +265,12 @@ def make_tokenizer(length: int, **settings: Any) -> Any:
     It keeps what it encoded, since training sees every caption many times, and tells once what it must cut off.
     """
     tokenizer = _tokenizer_module().SimpleTokenizer(context_length=length, **settings)
-    encode, room = tokenizer.encode, length - 2  # start and end token
+    room = length - 2  # start and end token
+    tokenizer.encode_all = tokenizer.encode
 
     @lru_cache(2**16)
     def encode_once(prompt: str) -> list[int]:
-        ids = encode(prompt)
+        ids = tokenizer.encode_all(prompt)
         if len(ids) > room:
             rest = tokenizer.decode(ids[room:]).strip()
             log.warning("prompt has %d tokens, the limit is %d; ignored: %r", len(ids), room, rest)

@@ -69,16 +69,40 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width or channels, channels, bias=False)
         self.to_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: "Context | None" = None, mask: Tensor | None = None) -> Tensor:
         """`mask` (b, m) is True where the context may be looked at."""
-        context = x if context is None else context
-        q, k, v = (
-            rearrange(t, "b n (heads d) -> b heads n d", heads=self.heads)
-            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+        k, v = (
+            context.read_by(self)
+            if isinstance(context, KeptContext)
+            else self.keys_values(x if context is None else context)
         )
         mask = None if mask is None else mask[:, None, None, :]
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        h = F.scaled_dot_product_attention(self._by_head(self.to_q(x)), k, v, attn_mask=mask)
         return self.to_out(rearrange(h, "b heads n d -> b n (heads d)"))
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, heads, m, d) each."""
+        return self._by_head(self.to_k(context)), self._by_head(self.to_v(context))
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (heads d) -> b heads n d", heads=self.heads)
+
+
+class KeptContext:
+    """A context (b, m, d) whose keys and values are computed once and kept: for sampling, where no step changes it."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.states, self.shape = states, states.shape
+        self._read: dict[Attention, tuple[Tensor, Tensor]] = {}
+
+    def read_by(self, attention: Attention) -> tuple[Tensor, Tensor]:
+        """Keys and values of one attention."""
+        if attention not in self._read:
+            self._read[attention] = attention.keys_values(self.states)
+        return self._read[attention]
+
+
+Context = Tensor | KeptContext
 
 
 class GEGLU(nn.Module):
@@ -106,7 +130,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.feed_forward = nn.Sequential(GEGLU(channels, 4 * channels), nn.Linear(4 * channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None, mask: Tensor | None) -> Tensor:
         x = x + self.self_attention(self.norm1(x))
         if context is not None:
             x = x + self.cross_attention(self.norm2(x), context, mask)
@@ -125,7 +149,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = zero_(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None, mask: Tensor | None) -> Tensor:
         h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
         for block in self.blocks:
             h = block(h, context, mask)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ldm.config import Config
 from ldm.nn import Upsample, check_widths, run_block, zero_
-from ldm.unet.blocks import Downsample, ResidualBlock, SpatialTransformer, group_norm, timestep_embedding
+from ldm.unet.blocks import Context, Downsample, ResidualBlock, SpatialTransformer, group_norm, timestep_embedding
 
 
 class UNetConfig(Config):
@@ -76,7 +76,7 @@ class Block(nn.Module):
             heads, context_width = config.heads[level], config.context_width
             self.transformer = SpatialTransformer(width, depth=depth, heads=heads, context_width=context_width)
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, context: Context | None, mask: Tensor | None) -> Tensor:
         x = self.residual(x, time)
         return x if self.transformer is None else self.transformer(x, context, mask)
 
@@ -137,11 +137,14 @@ class UNet(nn.Module):
         self,
         z: Tensor,
         timestep: Tensor,
-        context: Tensor | None = None,
+        context: Context | None = None,
         mask: Tensor | None = None,
         vector: Tensor | None = None,
     ) -> Tensor:
-        """(b, c, h, w), (b,) [, (b, n, context_width), (b, n) bool, (b, vector_width)] -> (b, c, h, w)."""
+        """(b, c, h, w), (b,) [, (b, n, context_width), (b, n) bool, (b, vector_width)] -> (b, c, h, w).
+
+        A timestep of shape (1,) is that of all.
+        """
         self._check_inputs(z, context, vector)
         time = self.time_embed(timestep_embedding(timestep, self.config.channels).to(z.dtype))
         if vector is not None:
@@ -171,10 +174,10 @@ class UNet(nn.Module):
                 h = self.upsample[level](h)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch)
 
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(self, block: nn.Module, *inputs: Context | None) -> Tensor:
         return run_block(block, *inputs, recompute=self.gradient_checkpointing)
 
-    def _check_inputs(self, z: Tensor, context: Tensor | None, vector: Tensor | None) -> None:
+    def _check_inputs(self, z: Tensor, context: Context | None, vector: Tensor | None) -> None:
         config = self.config
         if z.shape[1] != config.in_channels:
             raise ValueError(f"the U-Net takes {config.in_channels} channels, not {z.shape[1]}")

@@ -1,0 +1,131 @@
+"""The signs in a prompt: weights, AND, long prompts, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldm.pipeline import Pipeline
+from ldm.text import TextConfig, TextEncoder
+from ldm.text.prompts import Part, parse, plain, split
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("a cat", [("a cat", 1)]),
+        ("", [("", 1)]),
+        ("a (red) cat", [("a ", 1), ("red", 1.1), (" cat", 1)]),
+        ("a (red:1.3) cat", [("a ", 1), ("red", 1.3), (" cat", 1)]),
+        ("a ((red)) [cat]", [("a ", 1), ("red", 1.21), (" ", 1), ("cat", 1 / 1.1)]),
+        ("(a (red:0.5) cat)", [("a ", 1.1), ("red", 0.55), (" cat", 1.1)]),
+        (r"a \(red\) cat", [("a (red) cat", 1)]),
+        (r"a\b", [(r"a\b", 1)]),
+        ("a (red cat", [("a ", 1), ("red cat", 1.1)]),
+        ("red) cat: 3", [("red) cat: 3", 1)]),
+        ("[red:2]", [("red:2", 1 / 1.1)]),
+        ("(red:-.5)", [("red", -0.5)]),
+        ("()", [("", 1)]),
+    ],
+)
+def test_weights(prompt: str, parts: list[tuple[str, float]]) -> None:
+    found = parse(prompt)
+    assert [part.text for part in found] == [text for text, _ in parts]
+    assert [part.weight for part in found] == pytest.approx([weight for _, weight in parts])
+
+
+@given(st.text(alphabet="a() [:1.]\\2", max_size=30))
+def test_every_text_is_a_prompt(text: str) -> None:
+    """Nothing but signs is lost, and nothing is added."""
+    assert all(part.weight != 0 or ":" in text for part in parse(text))
+    assert len("".join(part.text for part in parse(text))) <= len(text)
+    assert parse(text.translate({ord(c): f"\\{c}" for c in "()[]\\"})) == [Part(text, 1.0)]
+
+
+def test_and_joins_prompts() -> None:
+    assert split("a cat") == [("a cat", 1.0)]
+    assert split("a cat AND a dog :0.5 AND SAND") == [("a cat", 1.0), ("a dog", 0.5), ("SAND", 1.0)]
+    assert split("a clock: 3") == [("a clock: 3", 1.0)]
+    assert plain("a (red:1.3) cat AND [dog] :2").split() == ["a", "red", "cat", "dog"]
+
+
+@pytest.fixture
+def text(tiny_runs: Path) -> TextEncoder:
+    return TextEncoder.load(TextConfig(model=f"local-dir:{tiny_runs}/clip/model"))  # 24 tokens, 22 of them free
+
+
+def test_a_prompt_without_signs_is_encoded_as_in_training(text: TextEncoder) -> None:
+    prompts = ["a red circle", "", "a very small blue ring in the corner"]
+    for ours, theirs in zip(text.prompt_states(prompts), text(prompts), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_weights_multiply_the_states_of_their_words(text: TextEncoder) -> None:
+    states, weighted = (text.prompt_states([p]).tokens[0] for p in ("a red circle", "a (red:1.5) circle"))
+    ratio = (weighted / states).mean(1)
+    torch.testing.assert_close(ratio, torch.tensor([1, 1, 1.5, 1, 1.0]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_long_prompt_is_encoded_in_pieces(text: TextEncoder) -> None:
+    long = "red " * 22 + "circle"
+    states = text.prompt_states([long, "a star"])
+    pieces = text.prompt_states(["red " * 22, "circle"])
+    torch.testing.assert_close(states.tokens[0, :24], pieces.tokens[0])
+    torch.testing.assert_close(states.tokens[0, 24:27], pieces.tokens[1, :3])
+    assert states.mask.sum(1).tolist() == [24 + 3, 4]
+    alone = text.prompt_states(["a star"])
+    torch.testing.assert_close(states.tokens[1, :4], alone.tokens[0])
+    torch.testing.assert_close(states.pooled, torch.cat([pieces.pooled[:1], alone.pooled]))
+
+
+def test_prompts_that_can_not_be_read_are_told(text: TextEncoder) -> None:
+    for token in ("<end_of_text>", "<start_of_text>"):
+        with pytest.raises(ValueError, match=f"prompt has {token} in it, which the text tower takes for its own"):
+            text.prompt_states([f"a cat {token} a dog"])
+    with pytest.raises(ValueError, match="prompt has 10,000 tokens, at most 440 can be read: shorten it"):
+        text.prompt_states(["red " * 10_000])
+
+
+# In the pipeline.
+
+
+def pixels(pipeline: Pipeline, prompt: str, **more: object) -> np.ndarray:
+    image = pipeline(prompt, seed=3, steps=4, guidance_scale=6.0, **more)[0]  # type: ignore[arg-type]
+    return np.asarray(image, dtype=int)
+
+
+def test_the_pipeline_reads_the_signs(tiny_model: Path) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    alone = pixels(pipeline, "a red circle")
+    assert abs(pixels(pipeline, "a red circle AND a blue star :0") - alone).max() <= 1
+    assert abs(pixels(pipeline, "a red circle :0.5 AND a red circle :0.5") - alone).max() <= 1
+    assert abs(pixels(pipeline, "a red circle AND a blue star") - alone).max() > 1
+    assert abs(pixels(pipeline, "a (red:90) circle") - alone).max() > 1
+    assert pipeline.unknown_words("a (red:1.3) zebra AND [circle]") == ["zebra"]
+    with pytest.raises(ValueError, match="AND goes with a negative prompt, not with autoguidance"):
+        pixels(pipeline.guided_by(Pipeline.load(tiny_model)), "a star AND a ring")
+
+
+def test_prompts_joined_and_alone_share_a_batch(tiny_model: Path) -> None:
+    """Each image of a mixed batch is that of its own prompt."""
+    pipeline = Pipeline.load(tiny_model)
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    prompts = ["a red circle AND a blue star", "a ring"]
+    call = {"seeds": [0, 1], "steps": 3, "guidance_scale": 3.0}
+    with torch.no_grad():
+        both = pipeline.sample(noise, prompts, [""] * 2, **call)  # type: ignore[arg-type]
+        for i in range(2):
+            one = pipeline.sample(noise[i : i + 1], prompts[i : i + 1], [""], **{**call, "seeds": [i]})  # type: ignore[arg-type]
+            torch.testing.assert_close(both[i : i + 1], one, rtol=1e-4, atol=1e-4)
+
+
+def test_the_text_is_read_once_for_all_steps(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    attention = next(m for name, m in pipeline.unet.named_modules() if name.endswith("cross_attention"))
+    calls = []
+    attention.to_k.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    pipeline("a star", steps=5)
+    assert len(calls) == 1
