@@ -3,8 +3,9 @@
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,14 +22,16 @@ from ldm.diffusion.guidance import (
     composed,
     doubled,
     guide,
+    known,
     within,
 )
 from ldm.diffusion.process import Process, ProcessConfig, denoiser
-from ldm.diffusion.samplers import Step, find_sampler
+from ldm.diffusion.samplers import Step, find_sampler, invert, run
 from ldm.text import TextConfig, TextEncoder, TextStates
 from ldm.text.prompts import Part, plain, split
 from ldm.unet import KeptContext, UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
+from ldm.vae.tiling import tiled_decode
 from ldm.weights import load_weights, save_weights, sha256
 
 OnStep = Callable[[int, Step], None]
@@ -54,6 +57,14 @@ class VAECard(Config):
     data: dict[str, Any]
     vae: VAEConfig
     vae_sha256: str
+
+
+class Source(NamedTuple):
+    """What painting starts from, instead of noise alone."""
+
+    latents: Tensor  # (1, c, h, w), standardized
+    strength: float  # share of the way that is walked: 0 changes nothing, 1 everything
+    mask: Tensor | None  # (1, 1, h, w), 1 where it is painted, 0 where the source stays
 
 
 class Pipeline:
@@ -165,6 +176,10 @@ class Pipeline:
         num_images: int = 1,
         width: int | None = None,
         height: int | None = None,
+        image: Image.Image | None = None,
+        strength: float = 0.75,
+        mask: Image.Image | None = None,
+        variation: tuple[int, float] | None = None,
         on_step: OnStep | None = None,
     ) -> list[Image.Image]:
         """Paint `num_images` pictures of one prompt with the seeds seed, seed + 1, ...
@@ -174,14 +189,29 @@ class Pipeline:
             guidance: how the scale is applied.
             eta: fresh noise in each step, from 0 (none) to 1; the sampler's own when left out.
             grid: the times of the steps, by name or as a list of `steps` falling times in (0, 1].
-            width, height: in pixels; the size of the training images when left out.
+            width, height: in pixels; those of `image`, or of the training images, when left out.
+            image: a picture to start from, instead of noise alone.
+            strength: how much of `image` is painted anew, from 0 to 1.
+            mask: a picture of the same size: what is white there is painted, what is black stays.
+            variation: a second seed and how far, from 0 to 1, the first noise goes towards its own.
             on_step: called after each step with its number, from 1, and the sampler's `Step`.
         ValueError: an unknown sampler or grid, one that the process can not carry, no step, a size that the networks
-        can not make.
+        can not make or that differs between the pictures, a strength or variation outside 0 to 1.
         """
-        shape = self.latent_shape(self.size if width is None else width, self.size if height is None else height)
+        usual = image.size if image else (self.size, self.size)
+        size = (usual[0] if width is None else width, usual[1] if height is None else height)
+        shape = self.latent_shape(*size)
+        if image and size != image.size:
+            raise ValueError(f"the image is {usual[0]}x{usual[1]}: resize it, or leave out width and height")
+        if mask and (image is None or mask.size != size):
+            raise ValueError(f"mask is {mask.size[0]}x{mask.size[1]}: it needs an image of the same size")
         seeds = [seed + i for i in range(num_images)]
-        noise = initial_noise(shape, seeds).to(self.device)
+        noise = initial_noise(shape, seeds)
+        if variation:
+            other, share = variation
+            noise = between(noise, initial_noise(shape, [other + i for i in range(num_images)]), share)
+        noise = noise.to(self.device)
+        source = self.source(image, strength, mask) if image else None
         result = self.sample(
             noise,
             [prompt] * num_images,
@@ -193,10 +223,36 @@ class Pipeline:
             sampler=sampler,
             eta=eta,
             grid=grid,
+            source=source,
             on_step=on_step,
         )
-        return to_images(self.decode(result))
+        painted = to_images(self.decode(result))
+        if image is None or mask is None:
+            return painted
+        return [Image.composite(new, image.convert(new.mode), mask.convert("L")) for new in painted]
 
+    def source(self, image: Image.Image, strength: float, mask: Image.Image | None = None) -> Source:
+        """What `sample` needs of a picture, and of a mask of the same size."""
+        factor = self.vae.config.factor if self.vae else 1
+        pixels = from_image(image, self.vae.config.image_channels if self.vae else self.unet.config.in_channels)
+        painted = None
+        if mask is not None:
+            painted = torch.nn.functional.max_pool2d((from_image(mask, 1) + 1) / 2, factor).ceil().to(self.device)
+        return Source(self.encode(pixels.to(self.device)), strength, painted)
+
+    @torch.no_grad()
+    def invert(
+        self, image: Image.Image, prompt: str, *, steps: int = 10, grid: str | Sequence[float] = "trailing"
+    ) -> Tensor:
+        """The noise (1, c, h, w) of which `sample` makes the picture again, with euler, this prompt and no guidance.
+
+        The demo's model misses its own reconstruction by 34 dB, whatever the steps. Few are better: the network is
+        unsure where there is little noise, and each step there adds to the deviation of the noise that is found.
+        """
+        latents, own_times = self.source(image, 1.0).latents, times(self.process, steps, grid)
+        return run(invert(self._answers(self.unet, [prompt]), self.process, latents, own_times))
+
+    @torch.no_grad()
     def sample(
         self,
         noise: Tensor,
@@ -210,6 +266,7 @@ class Pipeline:
         sampler: str = "dpmpp_2m",
         eta: float | None = None,
         grid: str | Sequence[float] = "trailing",
+        source: Source | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Denoise a batch (b, c, h, w) of standard normal noise to standardized latents, each under its own prompt."""
@@ -222,17 +279,38 @@ class Pipeline:
             return torch.stack(draws).to(noise)
 
         z = noise
-        for number, step in enumerate(walk(denoise, self.process, noise, own_times, fresh_noise=fresh_noise), start=1):
+        if source is not None:
+            if not 0 <= source.strength <= 1:
+                raise ValueError(f"strength must be between 0 and 1, not {source.strength}")
+            own_times = own_times[steps - round(steps * source.strength) :]
+            if len(own_times) == 1:
+                return source.latents.expand_as(noise)
+            z = self.process.mix(source.latents.expand_as(noise), noise, own_times[0])
+            if source.mask is not None:
+                denoise = known(denoise, source.latents, source.mask)
+        for number, step in enumerate(walk(denoise, self.process, z, own_times, fresh_noise=fresh_noise), start=1):
             z = step.z
             if on_step:
                 on_step(number, step)
         return z
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Standardized latents -> pixels in [-1, 1]; the identity without a VAE."""
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels in [-1, 1] -> standardized latents (the mean of each); the identity without a VAE."""
+        return pixels if self.vae is None else self.vae.standardize(self.vae.encode(pixels).mean)
+
+    def decode(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
+        """Standardized latents -> pixels in [-1, 1]; the identity without a VAE.
+
+        With `tile` latents larger than that on a side are decoded in tiles, a quarter of which overlaps.
+        """
         if self.vae is None:
             return latents.clamp(-1, 1)
-        return self.vae.decode(self.vae.unstandardize(latents)).clamp(-1, 1)
+        latents, decode = self.vae.unstandardize(latents), self.vae.decode
+        if tile is None or max(latents.shape[-2:]) <= tile:
+            return decode(latents).clamp(-1, 1)
+        factor = self.vae.config.factor
+        return tiled_decode(decode, latents, factor=factor, tile=tile, overlap=max(tile // 4, 1)).clamp(-1, 1)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(c, h, w) of what is denoised; ValueError when the networks can not make this size."""
@@ -295,6 +373,23 @@ def conditions(
 def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Tensor:
     """The noise that each image starts from, (b, *shape) float32, the same on every device."""
     return torch.cat([torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+
+
+def between(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Spherical interpolation (Shoemake 1985) of noises (n, c, h, w), each item by itself, which keeps their norm."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"a variation goes from 0 to 1 of the way to the other noise, not {share}")
+    norms = [x.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1) for x in (a, b)]
+    angle = ((a / norms[0]) * (b / norms[1])).flatten(1).sum(1).clamp(-1, 1).acos().reshape(-1, 1, 1, 1)
+    if (angle.sin() < 1e-6).any():  # the same noise twice
+        return torch.lerp(a, b, share)
+    return (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
+
+
+def from_image(image: Image.Image, channels: int) -> Tensor:
+    """A picture -> (1, channels, h, w) in [-1, 1]; 1 channel is grey, 3 are red, green and blue."""
+    pixels = torch.from_numpy(np.array(image.convert("L" if channels == 1 else "RGB")).reshape(*image.size[::-1], -1))
+    return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

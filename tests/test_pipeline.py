@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.data import shapes
 from ldm.diffusion.guidance import GuidanceConfig
 from ldm.diffusion.process import Process, ProcessConfig
 from ldm.diffusion.samplers import SAMPLERS, Step
-from ldm.pipeline import Pipeline, initial_noise, to_images, words_of
+from ldm.pipeline import Pipeline, between, initial_noise, to_images, words_of
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -193,3 +194,110 @@ def test_autoguidance_goes_away_from_the_weaker_model(tiny_model: Path) -> None:
     pipeline.weaker, pipeline.process = None, weaker.process
     with pytest.raises(ValueError, match="guidance zero_star is for the flow path, this model's is scaled_linear"):
         pipeline("a star", steps=1, guidance=GuidanceConfig(rule="zero_star"))
+
+
+# From a picture.
+
+
+def a_picture(size: int = 16) -> Image.Image:
+    return shapes.render(shapes.scenes("train")[0], size, seed=1)
+
+
+def test_strength_goes_from_the_picture_to_another(tiny_model: Path) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    image = a_picture()
+    far = []
+    kept = to_images(pipeline.decode(pipeline.source(image, 0.0).latents))[0]
+    for strength in (0.0, 0.3, 1.0):
+        steps: list[int] = []
+        found = pipeline(
+            "a star", image=image, strength=strength, steps=10, on_step=lambda n, step, steps=steps: steps.append(n)
+        )[0]
+        assert len(steps) == round(10 * strength)
+        far.append(abs(pixels(found) - pixels(kept)).mean())
+    assert far[0] == 0 and 0 < far[1] < far[2]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "ddpm", "unipc"])
+def test_inpainting_keeps_what_the_mask_does_not_cover(sampler: str, tiny_model: Path) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    image, mask = a_picture(), Image.new("L", (16, 16))
+    mask.paste(255, (8, 0, 16, 16))
+    call = {"image": image, "strength": 1.0, "steps": 4, "sampler": sampler}
+    found = pixels(pipeline("a star", mask=mask, **call)[0])  # type: ignore[arg-type]
+    assert (found[:, :8] == pixels(image)[:, :8]).all() and (found[:, 8:] != pixels(image)[:, 8:]).any()
+    white = pixels(pipeline("a star", mask=Image.new("L", (16, 16), 255), **call)[0])  # type: ignore[arg-type]
+    assert abs(white - pixels(pipeline("a star", **call)[0])).max() <= 1  # type: ignore[arg-type]
+    black = pixels(pipeline("a star", mask=Image.new("L", (16, 16), 0), **call)[0])  # type: ignore[arg-type]
+    assert (black == pixels(image)).all()
+
+
+def test_known_latents_arrive_unchanged(tiny_model: Path) -> None:
+    """The part that the mask leaves is the source's own, for every sampler, not only after pasting."""
+    pipeline = Pipeline.load(tiny_model)
+    source = pipeline.source(a_picture(), 1.0, Image.new("L", (16, 16)))
+    noise = initial_noise((4, 4, 4), [0])
+    for sampler in SAMPLERS:
+        with torch.no_grad():
+            call = {"seeds": [0], "steps": 3, "guidance_scale": 2.0, "sampler": sampler}
+            found = pipeline.sample(noise, ["a star"], [""], source=source, **call)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, source.latents, rtol=1e-5, atol=1e-5)
+
+
+def test_variations_lie_between_two_seeds(tiny_model: Path) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    one, two = (pixels(pipeline("a star", seed=seed, steps=2)[0]) for seed in (1, 2))
+    for share, want in ((0.0, one), (1.0, two)):
+        found = pixels(pipeline("a star", seed=1, variation=(2, share), steps=2)[0])
+        assert abs(found - want).max() <= 1
+    a, b = initial_noise((4, 8, 8), [1, 2]).split(1)
+    assert between(a, b, 0.5).std().item() == pytest.approx(1, abs=0.1)
+    torch.testing.assert_close(between(a, a, 0.3), a)
+
+
+def test_inversion_gives_the_picture_back(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the best network for normal latents, on the flow path; more steps miss less."""
+    pipeline = Pipeline.load(tiny_model)
+
+    def best(z: torch.Tensor, timestep: torch.Tensor, *_: object) -> torch.Tensor:
+        sigma = timestep.view(-1, 1, 1, 1) / 1000
+        return (1 - sigma) * z / ((1 - sigma) ** 2 + sigma**2)
+
+    monkeypatch.setattr(pipeline.unet, "forward", best)
+    latents = pipeline.source(a_picture(), 1.0).latents
+    errors = []
+    for steps in (10, 160):
+        noise = pipeline.invert(a_picture(), "a star", steps=steps)
+        call = {"seeds": [0], "steps": steps, "guidance_scale": 1, "sampler": "euler"}
+        again = pipeline.sample(noise, ["a star"], [""], **call)  # type: ignore[arg-type]
+        errors.append((again - latents).abs().mean().item())
+    assert errors[0] < 0.3 and errors[1] < 0.2 * errors[0], errors
+
+
+def test_bad_pictures_are_told(tiny_model: Path) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    for message, call in {
+        "strength must be between 0 and 1, not 1.5": {"image": a_picture(), "strength": 1.5},
+        "mask is 8x8: it needs an image of the same size": {"image": a_picture(), "mask": Image.new("L", (8, 8))},
+        "mask is 16x16: it needs an image": {"mask": Image.new("L", (16, 16))},
+        "the image is 16x16: resize it, or leave out": {"image": a_picture(), "width": 24},
+        "width 18 and height 18 must be multiples": {"image": a_picture(18)},
+        "a variation goes from 0 to 1": {"variation": (1, 2.0)},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            pipeline("a star", steps=1, **call)  # type: ignore[arg-type]
+
+
+def test_tiles_are_decoded_without_seams(tiny_model: Path) -> None:
+    """Against the whole: no pixel is far off, and the borders of tiles are not worse than other places."""
+    pipeline = Pipeline.load(tiny_model)
+    latents = torch.nn.functional.interpolate(initial_noise((4, 6, 6), [3]), scale_factor=4, mode="bilinear")
+    with torch.no_grad():
+        whole, tiled = pipeline.decode(latents), pipeline.decode(latents, tile=8)
+    assert tiled.shape == whole.shape == (1, 3, 96, 96)
+    difference = (whole - tiled).abs()
+    assert difference.max() < 0.25
+    jumps = (tiled - whole).diff(dim=-1).abs().mean((0, 1, 2))
+    assert jumps.max() < 4 * jumps.mean() + 1e-3
+    with torch.no_grad():
+        assert torch.equal(pipeline.decode(latents, tile=24), whole)

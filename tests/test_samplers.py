@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ldm.diffusion.grids import GRIDS, times
 from ldm.diffusion.process import Process, ProcessConfig, denoiser
-from ldm.diffusion.samplers import SAMPLERS, Sampler, find_sampler, run
+from ldm.diffusion.samplers import SAMPLERS, Sampler, find_sampler, invert, run
 from ldm.evaluation.mixture import Mixture
 
 PATHS = ["linear", "scaled_linear", "cosine", "flow", "edm"]
@@ -144,6 +144,19 @@ def test_zero_terminal_snr_is_carried(path: str, name: str) -> None:
     assert found.isfinite().all()
     if name != "lcm":
         assert (found - exact).abs().max() < 0.12
+
+
+@every_path
+def test_inversion_undoes_euler(path: str) -> None:
+    """Down with euler and up again: what is missed falls with the steps, as the order of both says."""
+    process = process_of(path)
+    z = torch.linspace(-1.5, 1.5, 9, dtype=torch.float64)[:, None]
+    errors = []
+    for steps in (50, 200, 800):
+        grid = times(process, steps, "linspace")
+        data = run(find_sampler("euler")(DATA.denoiser(process), process, z, grid, fresh_noise=no_noise))
+        errors.append((run(invert(DATA.denoiser(process), process, data, grid)) - z).abs().max().item())
+    assert errors[0] < 0.4 and errors[2] < 0.04 and errors[0] > 2 * errors[1] > 4 * errors[2], errors
 
 
 def test_ddpm_and_euler_ancestral_are_ddim_with_all_its_noise() -> None:

@@ -162,6 +162,11 @@ def within(interval: tuple[float, float], guided: Denoiser, plain: Denoiser) -> 
     return lambda z_t, t: (guided if low <= t[0].item() <= high else plain)(z_t, t)
 
 
+def known(denoiser: Denoiser, data: Tensor, mask: Tensor) -> Denoiser:
+    """Where `mask` is 0 the data are known: inpainting with any model, sampler and guidance."""
+    return lambda z_t, t: torch.lerp(data, denoiser(z_t, t), mask)
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Of each item, kept as (b, 1, ...)."""
     return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)

@@ -183,6 +183,20 @@ def lcm(denoiser: Denoiser, process: Process, z: Tensor, times: Tensor, *, fresh
         yield Step(z, data)
 
 
+def invert(denoiser: Denoiser, process: Process, data: Tensor, times: Tensor) -> Iterator[Step]:
+    """From data back to the noise that `euler` would make them of, over the same falling `times`. N - 1 calls.
+
+    DDIM inversion (Song et al. 2021, section 4.3): each step takes its slope at the end that is known, so the way back
+    is as exact as an Euler step is. The first one, to the least noise, adds none.
+    """
+    z = process.alpha(times[-2]) * data
+    yield Step(z, data)
+    for t, s in itertools.pairwise(times[:-1].flip(0)):
+        guess = denoiser(z, t.expand(len(z)))
+        z = process.alpha(s) * guess + process.sigma(s) / process.sigma(t) * (z - process.alpha(t) * guess)
+        yield Step(z, guess)
+
+
 SAMPLERS: dict[str, tuple[Callable[..., Iterator[Step]], float | None]] = {
     "ddpm": (ddim, 1.0),
     "ddim": (ddim, 0.0),

@@ -1,0 +1,45 @@
+"""Decoding a large latent tile by tile, so that memory does not grow with the picture."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def tiled_decode(
+    decode: Callable[[Tensor], Tensor], latents: Tensor, *, factor: int, tile: int, overlap: int
+) -> Tensor:
+    """`decode` on tiles of `tile` x `tile` latents, which overlap by `overlap` and fade into each other there.
+
+    (b, c, h, w) -> (b, c, factor h, factor w). A decoder that looks farther than the overlap, or takes norms over the
+    whole picture, gives slightly other tiles; fading leaves no seam. ValueError: no room for the overlap.
+    """
+    if not 0 < overlap < tile:
+        raise ValueError(f"overlap {overlap} must be above 0 and below the tile's {tile} latents")
+    height, width = latents.shape[-2:]
+    result: Tensor | None = None
+    total = latents.new_zeros(1, 1, factor * height, factor * width)
+    for top in _starts(height, tile, overlap):
+        for left in _starts(width, tile, overlap):
+            piece = decode(latents[..., top : top + tile, left : left + tile])
+            if result is None:
+                result = piece.new_zeros(*piece.shape[:2], factor * height, factor * width)
+            weight = _ramp(piece.shape[-2], factor * overlap)[:, None] * _ramp(piece.shape[-1], factor * overlap)
+            rows = slice(factor * top, factor * top + piece.shape[-2])
+            columns = slice(factor * left, factor * left + piece.shape[-1])
+            result[..., rows, columns] += weight.to(piece) * piece
+            total[..., rows, columns] += weight.to(total)
+    assert result is not None
+    return result / total
+
+
+def _starts(side: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin, so that the last one ends with the side."""
+    last = max(side - tile, 0)
+    return [*range(0, last, tile - overlap), last]
+
+
+def _ramp(length: int, overlap: int) -> Tensor:
+    """Rises from both ends over `overlap` pixels, never to 0."""
+    from_start = torch.arange(1, length + 1)
+    return torch.minimum(from_start, from_start.flip(0)).clamp_max(overlap) / overlap
