@@ -9,7 +9,10 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import ValidationError
 
 from ldm.config import Config
+from ldm.data.images import decode
 from ldm.diffusion.guidance import GuidanceConfig
+from ldm.pictures import extended
+from ldm.weights import sha256
 
 CHUNK = "ldm"
 SAMPLER_NAMES = {
@@ -25,6 +28,35 @@ SAMPLER_NAMES = {
     "unipc": "UniPC",
     "lcm": "LCM",
 }
+
+
+class SourceRecord(Config):
+    """The picture that another one was painted from."""
+
+    image: str
+    image_hash: str
+    strength: float
+    mask: str | None = None
+    mask_hash: str | None = None
+    extend: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """The arguments of the pipeline; ValueError when a file is another than it was."""
+        image = self._open(self.image, self.image_hash)
+        mask = self._open(self.mask, self.mask_hash).convert("L") if self.mask else None
+        if any(self.extend):
+            image, mask = extended(image, mask, self.extend)
+        return {"image": image, "mask": mask, "strength": self.strength}
+
+    @staticmethod
+    def _open(path: str, digest: str | None) -> Image.Image:
+        if not Path(path).is_file() or sha256(Path(path)) != digest:
+            raise ValueError(f"{path} is not the picture that this was painted from: put that one back")
+        try:
+            return decode(Path(path).read_bytes(), channels=3)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 class Record(Config):
@@ -44,14 +76,17 @@ class Record(Config):
     seed: int
     num_images: int
     index: int
+    variation: tuple[int, float] | None = None
+    source: SourceRecord | None = None
     model: str
     model_hash: str
 
     @property
     def call(self) -> dict[str, Any]:
         """The arguments of the pipeline."""
-        beside = {"version", "index", "model", "model_hash"}
-        return {name: getattr(self, name) for name in Record.model_fields if name not in beside}
+        beside = {"version", "index", "source", "model", "model_hash"}
+        call = {name: getattr(self, name) for name in Record.model_fields if name not in beside}
+        return call | self.source.call if self.source else call
 
 
 def save_png(path: Path, image: Image.Image, record: Record) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 
@@ -16,6 +17,18 @@ def grid(images: Sequence[Image.Image], *, columns: int | None = None, scale: in
         place = (i % columns * width, i // columns * height)
         sheet.paste(image.convert("RGB").resize((width - gap, height - gap), Image.Resampling.NEAREST), place)
     return sheet
+
+
+def extended(
+    image: Image.Image, mask: Image.Image | None, edges: tuple[int, int, int, int]
+) -> tuple[Image.Image, Image.Image]:
+    """A picture with its outermost pixels repeated beyond the left, top, right and bottom edge, and a mask of these."""
+    left, top, right, bottom = edges
+    rows = np.pad(np.asarray(image), ((top, bottom), (left, right), (0, 0)), mode="edge")
+    inner = Image.new("L", image.size) if mask is None else mask
+    outer = Image.new("L", (image.width + left + right, image.height + top + bottom), 255)
+    outer.paste(inner, (left, top))
+    return Image.fromarray(rows), outer
 
 
 def captioned(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int, side: int = 128) -> Image.Image:

@@ -15,7 +15,7 @@ from ldm import folders, pictures
 from ldm.config import ScriptConfig, errors_for_people, parse
 from ldm.diffusion.guidance import GuidanceConfig
 from ldm.diffusion.samplers import Step, find_sampler
-from ldm.metadata import Record, read_png, save_png
+from ldm.metadata import Record, SourceRecord, read_png, save_png
 from ldm.pipeline import Pipeline
 from ldm.weights import sha256
 
@@ -53,13 +53,15 @@ class Txt2Img(ScriptConfig):
     """pictures painted together"""
     width: int | None = Field(None, ge=1)
     height: int | None = Field(None, ge=1)
+    variation: tuple[int, float] | None = None
+    """a second seed, and how far from 0 to 1 the first noise goes towards its own"""
     device: str | None = None
     """cpu, cuda, mps; the best there is when left out"""
     reproduce: Path | None = None
     """paint this PNG once more, from its metadata"""
 
 
-def paint(config: Txt2Img) -> list[Path]:
+def paint(config: Txt2Img, source: SourceRecord | None = None) -> list[Path]:
     """Paint, save and return the files; the grid is last when there are several pictures."""
     find_sampler(config.sampler, config.eta)
     record = read_record(config) if config.reproduce else None
@@ -74,7 +76,7 @@ def paint(config: Txt2Img) -> list[Path]:
             )
         painted = [reproduce(pipeline, record)]
     else:
-        painted = list(paint_all(pipeline, prompts, digest, config))
+        painted = list(paint_all(pipeline, prompts, digest, config, source))
     files = save_all(painted, config.out)
     print(f"{len(painted)} painted: {files[0]}" + (f" ... {files[-1]}" if len(files) > 1 else ""))
     return files
@@ -102,6 +104,8 @@ def read_prompts(config: Txt2Img) -> list[str]:
         if not lines:
             raise ValueError(f"prompt file {source} is empty: write a prompt on each line")
         prompts += lines
+    if any(not prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt is empty: say what to paint, or leave it out")
     if not prompts:
         raise ValueError('no prompt: say what to paint, as in `python scripts/txt2img.py "a small red circle"`')
     return prompts
@@ -123,12 +127,16 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def paint_all(pipeline: Pipeline, prompts: list[str], digest: str, config: Txt2Img) -> Iterator[Painted]:
+def paint_all(
+    pipeline: Pipeline, prompts: list[str], digest: str, config: Txt2Img, source: SourceRecord | None
+) -> Iterator[Painted]:
     """Every picture with its record."""
     for prompt in prompts:
         if unknown := pipeline.unknown_words(prompt):
             print(f"words that no caption of this model's training had: {', '.join(unknown)}", file=sys.stderr)
     scale = config.guidance_scale
+    start = source.call if source else {}
+    size = start["image"].size if source else (pipeline.size, pipeline.size)
     settings = {
         "negative_prompt": config.negative_prompt,
         "steps": config.steps,
@@ -137,8 +145,9 @@ def paint_all(pipeline: Pipeline, prompts: list[str], digest: str, config: Txt2I
         "sampler": config.sampler,
         "eta": config.eta,
         "grid": config.grid,
-        "width": config.width or pipeline.size,
-        "height": config.height or pipeline.size,
+        "width": config.width or size[0],
+        "height": config.height or size[1],
+        "variation": config.variation,
     }
     batches = range(0, config.num_images, config.batch_size)
     with tqdm(total=len(prompts) * len(batches) * config.steps, unit="step", desc="painting") as bar:
@@ -150,8 +159,9 @@ def paint_all(pipeline: Pipeline, prompts: list[str], digest: str, config: Txt2I
             for first in batches:
                 count = min(config.batch_size, config.num_images - first)
                 call: dict[str, Any] = {"prompt": prompt, **settings, "seed": config.seed + first, "num_images": count}
-                for index, image in enumerate(pipeline(**call, on_step=tick)):
-                    yield image, Record(**call, index=index, model=str(pipeline.folder), model_hash=digest)
+                for index, image in enumerate(pipeline(**call, **start, on_step=tick)):
+                    about = {"index": index, "source": source, "model": str(pipeline.folder), "model_hash": digest}
+                    yield image, Record(**call, **about)
 
 
 def reproduce(pipeline: Pipeline, record: Record) -> Painted:

@@ -301,3 +301,13 @@ def test_tiles_are_decoded_without_seams(tiny_model: Path) -> None:
     assert jumps.max() < 4 * jumps.mean() + 1e-3
     with torch.no_grad():
         assert torch.equal(pipeline.decode(latents, tile=24), whole)
+
+
+def test_previews_look_like_the_picture(tiny_model: Path) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    latents = pipeline.source(a_picture(32), 1.0).latents
+    whole = to_images(pipeline.decode(latents))[0].resize((8, 8), Image.Resampling.BOX)
+    preview = pipeline.preview(latents)[0]
+    assert preview.size == (8, 8)
+    error = pixels(preview) - pixels(whole)
+    assert (error**2).mean() < 0.1 * pixels(whole).var()

@@ -123,6 +123,8 @@ def test_missing_and_empty_prompts_are_told(tiny_model: Path, tmp_path: Path) ->
         paint(tiny_model, tmp_path, "--prompt-file", str(tmp_path / "none.txt"))
     with pytest.raises(SystemExit, match="no prompt: say what to paint"):
         paint(tiny_model, tmp_path)
+    with pytest.raises(SystemExit, match="a prompt is empty: say what to paint"):
+        paint(tiny_model, tmp_path, "a star", " ")
     with pytest.raises(SystemExit, match="sampler 'plms' is unknown: choose one of ddpm, ddim"):
         paint(tiny_model, tmp_path, "a star", "--sampler", "plms")
 

@@ -1,0 +1,52 @@
+"""Paint from a picture: change it, fill what a mask covers, or continue it beyond its edges."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+from txt2img import Txt2Img, paint
+
+from ldm.config import errors_for_people, parse
+from ldm.metadata import SourceRecord
+from ldm.weights import sha256
+
+
+class Img2Img(Txt2Img):
+    """Settings of img2img."""
+
+    image: Path | None = None
+    """the picture to start from"""
+    strength: float = Field(0.75, ge=0, le=1)
+    """how much of it is painted anew; 1 under a mask forgets what was there"""
+    mask: Path | None = None
+    """a picture of the same size: what is white is painted, what is black stays"""
+    extend: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """pixels to paint beyond the left, top, right and bottom edge"""
+
+
+def source_of(config: Img2Img) -> SourceRecord:
+    """What the flags say of the picture; ValueError when there is none."""
+    for name, path in (("image", config.image), ("mask", config.mask)):
+        if path is not None and not path.is_file():
+            raise ValueError(f"{name} {path} does not exist")
+    if config.image is None:
+        raise ValueError("no picture: name one with --image, or paint from a prompt alone with txt2img.py")
+    return SourceRecord(
+        image=str(config.image),
+        image_hash=sha256(config.image),
+        strength=config.strength,
+        mask=config.mask and str(config.mask),
+        mask_hash=config.mask and sha256(config.mask),
+        extend=config.extend,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    config = parse(Img2Img, argv, default=None, description=__doc__)
+    with errors_for_people():
+        paint(config, None if config.reproduce else source_of(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Painting from pictures, through the script: files, reproduction, messages."""
+
+from pathlib import Path
+
+import img2img
+import numpy as np
+import pytest
+import txt2img
+from PIL import Image
+
+from ldm.data import shapes
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    shapes.render(shapes.scenes("train")[0], 16, seed=1).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def paint(model: Path, out: Path, *flags: str) -> np.ndarray:
+    img2img.main([*flags, "--model", str(model), "--out", str(out), "--steps", "3", "--device", "cpu"])
+    return np.asarray(Image.open(out / "00000.png"), dtype=int)
+
+
+def test_strength_mask_and_edges(tiny_model: Path, picture: Path, tmp_path: Path) -> None:
+    original = np.asarray(Image.open(picture), dtype=int)
+    flags = ["a star", "--image", str(picture)]
+    changed = paint(tiny_model, tmp_path / "a", *flags)
+    assert changed.shape == original.shape and (changed != original).any()
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 16, 4))
+    mask.save(tmp_path / "mask.png")
+    filled = paint(tiny_model, tmp_path / "b", *flags, "--mask", str(tmp_path / "mask.png"), "--strength", "1")
+    assert (filled[4:] == original[4:]).all() and (filled[:4] != original[:4]).any()
+    wider = paint(tiny_model, tmp_path / "c", *flags, "--extend", "8", "0", "0", "16")
+    assert wider.shape == (32, 24, 3) and (wider[:16, 8:] == original).all()
+    assert len(np.unique(wider[16:].reshape(-1, 3), axis=0)) > 10
+
+
+def test_reproduce_needs_the_same_picture(tiny_model: Path, picture: Path, tmp_path: Path) -> None:
+    paint(tiny_model, tmp_path / "a", "a star", "--image", str(picture), "--extend", "8", "0", "0", "0")
+    again = ["--reproduce", str(tmp_path / "a/00000.png"), "--out", str(tmp_path / "b")]
+    txt2img.main(again)
+    assert (tmp_path / "a/00000.png").read_bytes() == (tmp_path / "b/00000.png").read_bytes()
+    Image.new("RGB", (16, 16)).save(picture)
+    with pytest.raises(SystemExit, match="picture.png is not the picture that this was painted from"):
+        txt2img.main(again)
+
+
+def test_bad_input_is_told(tiny_model: Path, picture: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no picture: name one with --image"):
+        paint(tiny_model, tmp_path, "a star")
+    with pytest.raises(SystemExit, match="image .*none.png does not exist"):
+        paint(tiny_model, tmp_path, "a star", "--image", str(tmp_path / "none.png"))
+    Image.new("L", (8, 8)).save(tmp_path / "mask.png")
+    with pytest.raises(SystemExit, match="mask is 8x8: it needs an image of the same size"):
+        paint(tiny_model, tmp_path, "a star", "--image", str(picture), "--mask", str(tmp_path / "mask.png"))
+    with pytest.raises(SystemExit, match="width 17 and height 16 must be multiples of"):
+        paint(tiny_model, tmp_path, "a star", "--image", str(picture), "--extend", "1", "0", "0", "0")
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(SystemExit, match="text.png: "):
+        paint(tiny_model, tmp_path, "a star", "--image", str(tmp_path / "text.png"))
