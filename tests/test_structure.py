@@ -34,6 +34,7 @@ ALLOWED = {
     "diffusion": {"config"},
     "training": {"config", "keyed", "data", "weights"},
     "evaluation": {"data", "diffusion", "keyed"},
+    "interop": {"unet", "vae"},
 }
 
 

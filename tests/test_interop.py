@@ -1,0 +1,181 @@
+"""The Stable Diffusion family: names, counts, and the same outputs as diffusers from the same weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm.config import read_yaml
+from ldm.interop import names
+from ldm.unet import UNet, UNetConfig
+from ldm.vae import VAE, VAEConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Every tensor random, so that nothing is zero by design."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            scale = 0.3 if parameter.ndim == 1 else 1 / parameter[0].numel() ** 0.5
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+            if parameter.ndim == 1:
+                parameter.add_(0.5)
+    return module.eval()
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    """To 1e-4 of the largest value."""
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+CONFIGS = {
+    "sd1": UNetConfig(channels=256, multipliers=(1, 1, 1), depths=(1, 1, 0), heads=(8, 8, 8), context_width=24),
+    "sd2": UNetConfig(channels=256, multipliers=(1, 1, 2), depths=(1, 1, 0), heads=(4, 4, 8), context_width=32),
+    "sdxl": UNetConfig(
+        channels=256, multipliers=(1, 1, 2), depths=(0, 1, 2), middle_depth=2, heads=(4, 4, 8), context_width=32,
+        vector_width=40,
+    ),
+}  # fmt: skip
+
+
+SDXL = {"multipliers": (1, 2, 4), "depths": (0, 2, 10), "middle_depth": 10, "heads": (5, 10, 20)}
+SDXL |= {"context_width": 2048, "vector_width": 2816}  # type: ignore[dict-item]
+
+
+def their_unet(kind: str) -> nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    config = CONFIGS[kind]
+    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.depths]
+    more = {}
+    if kind == "sdxl":  # 8 = the width of each embedded size, 6 of them; the pooled text has the rest
+        more = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 40,
+        }
+    return randomized(
+        diffusers.UNet2DConditionModel(
+            block_out_channels=config.widths,
+            down_block_types=down,
+            up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
+            cross_attention_dim=config.context_width,
+            attention_head_dim=config.heads,
+            transformer_layers_per_block=tuple(max(depth, 1) for depth in config.depths),
+            use_linear_projection=kind != "sd1",
+            layers_per_block=config.blocks,
+            **more,
+        )
+    )
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_unet_answers_as_that_of_diffusers(kind: str) -> None:
+    config, theirs = CONFIGS[kind], their_unet(kind)
+    ours = UNet(config).eval()
+    ours.load_state_dict(names.renamed(theirs.state_dict(), ours.state_dict(), names.unet_in_diffusers(config)))
+    generator = torch.Generator().manual_seed(1)
+    z, t = torch.randn(2, 4, 8, 12, generator=generator), torch.tensor([7.0, 801.0])
+    context = torch.randn(2, 5, config.context_width, generator=generator)
+    with torch.no_grad():
+        if kind == "sdxl":
+            pooled, sizes = torch.randn(2, 16, generator=generator), torch.rand(2, 6, generator=generator) * 1000
+            added = {"text_embeds": pooled, "time_ids": sizes}
+            want = theirs(z, t, context, added_cond_kwargs=added).sample
+            from ldm.unet.blocks import timestep_embedding
+
+            vector = torch.cat([pooled, timestep_embedding(sizes.flatten(), 4).reshape(2, -1)], dim=1)
+            close(ours(z, t, context, vector=vector), want)
+        else:
+            close(ours(z, t, context), theirs(z, t, context).sample)
+
+
+def test_vae_encodes_and_decodes_as_that_of_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    config = VAEConfig(channels=64, multipliers=(1, 2, 2))
+    theirs = randomized(
+        diffusers.AutoencoderKL(
+            block_out_channels=config.widths,
+            down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3,
+            layers_per_block=config.blocks,
+        )
+    )
+    ours = VAE(config).eval()
+    own = {name: tensor for name, tensor in ours.state_dict().items() if not name.startswith("latent_")}
+    found = names.renamed(theirs.state_dict(), own, names.vae_in_diffusers(config))
+    ours.load_state_dict(found, strict=False)
+    pixels, latents = torch.rand(1, 3, 24, 16) * 2 - 1, torch.randn(1, 4, 6, 4)
+    with torch.no_grad():
+        close(ours.encode(pixels).mean, theirs.encode(pixels).latent_dist.mean)
+        close(ours.decode(latents), theirs.decode(latents).sample)
+
+
+@pytest.mark.parametrize("folder", ["sd15", "sd21"])
+def test_names_in_compvis_files(folder: str) -> None:
+    """686 and 248 different names; some of them where the published files have them."""
+    config = UNetConfig(**read_yaml(ROOT / f"configs/{folder}/ldm.yaml")["unet"])
+    vae_config = VAEConfig(**read_yaml(ROOT / "configs/sd15/vae.yaml")["vae"])
+    with torch.device("meta"):
+        unet, vae = UNet(config).state_dict(), VAE(vae_config).state_dict()
+    found = {names.unet_in_compvis(config)(name) for name in unet}
+    assert len(found) == len(unet) == 686
+    assert {
+        "time_embed.0.weight",
+        "input_blocks.0.0.weight",
+        "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+        "input_blocks.3.0.op.weight",
+        "input_blocks.11.0.out_layers.3.bias",
+        "middle_block.1.proj_in.weight",
+        "middle_block.2.emb_layers.1.weight",
+        "output_blocks.2.1.conv.weight",
+        "output_blocks.5.2.conv.weight",
+        "output_blocks.8.2.conv.bias",
+        "output_blocks.11.1.transformer_blocks.0.ff.net.0.proj.weight",
+        "output_blocks.0.0.skip_connection.weight",
+        "out.0.weight",
+        "out.2.bias",
+    } <= found
+    found = {names.vae_in_compvis(vae_config)(name) for name in vae if not name.startswith("latent_")}
+    assert len(found) == 248
+    assert {
+        "encoder.down.1.block.0.nin_shortcut.weight",
+        "encoder.down.2.downsample.conv.bias",
+        "encoder.mid.attn_1.proj_out.weight",
+        "decoder.mid.block_2.conv1.weight",
+        "decoder.up.0.block.2.conv2.bias",
+        "decoder.up.3.upsample.conv.weight",
+        "decoder.norm_out.weight",
+        "post_quant_conv.weight",
+    } <= found
+
+
+def test_the_sizes_of_the_family() -> None:
+    """Parameters and tensors of the published networks, on the meta device."""
+    for values, parameters, tensors in (
+        (read_yaml(ROOT / "configs/sd15/ldm.yaml")["unet"], 859_520_964, 686),
+        (read_yaml(ROOT / "configs/sd21/ldm.yaml")["unet"], 865_910_724, 686),
+        (SDXL, 2_567_463_684, 1_680),
+    ):
+        with torch.device("meta"):
+            state = UNet(UNetConfig(**values))  # type: ignore[arg-type].state_dict()
+        assert (sum(t.numel() for t in state.values()), len(state)) == (parameters, tensors)
+
+
+def test_tensors_that_do_not_fit_are_named() -> None:
+    config = CONFIGS["sd1"]
+    with torch.device("meta"):
+        own = UNet(config).state_dict()
+    rename = names.unet_in_diffusers(config)
+    theirs = {rename(name): torch.zeros(tensor.shape) for name, tensor in own.items()}
+    for change, message in (
+        ({"conv_in.bias": None, "conv_out.bias": None}, "2 tensors are missing: conv_in.bias, conv_out.bias"),
+        ({f"lora.{i}": torch.zeros(1) for i in range(7)}, "7 tensors are extra: lora.0, .*lora.4$"),
+        ({"conv_in.bias": torch.zeros(3)}, r"1 tensors have another shape: conv_in.bias is \(3,\), not \(256,\)"),
+        ({"conv_in.bias": torch.full((256,), torch.nan)}, "1 tensors hold NaN or infinite numbers: conv_in.bias"),
+    ):
+        changed = {name: t for name, t in (theirs | change).items() if t is not None}
+        with pytest.raises(ValueError, match=message):
+            names.renamed(changed, own, rename)
