@@ -126,7 +126,7 @@ def train(config: TrainLDM) -> Path:
     identity |= {"unet": config.unet.to_dict(), "process": config.process.to_dict()}
     identity["vae_sha256"] = sha256(vae_folder / "vae.safetensors") if vae_folder else None
     if text:
-        identity |= {"text_sha256": sha256(text.weights), "layer": config.text.layer, "pooled": config.text.pooled}
+        identity |= {"text_sha256": sha256(text.weights), **config.text.identity()}
     try:
         return fit(
             config,

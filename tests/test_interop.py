@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ldm.config import read_yaml
 from ldm.interop import names
+from ldm.text import TextConfig, TextEncoder
+from ldm.text.encoder import TextTower, make_tokenizer
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
 
@@ -160,7 +162,7 @@ def test_the_sizes_of_the_family() -> None:
         (SDXL, 2_567_463_684, 1_680),
     ):
         with torch.device("meta"):
-            state = UNet(UNetConfig(**values))  # type: ignore[arg-type].state_dict()
+            state = UNet(UNetConfig(**values)).state_dict()  # type: ignore[arg-type]
         assert (sum(t.numel() for t in state.values()), len(state)) == (parameters, tensors)
 
 
@@ -179,3 +181,41 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         changed = {name: t for name, t in (theirs | change).items() if t is not None}
         with pytest.raises(ValueError, match=message):
             names.renamed(changed, own, rename)
+
+
+@pytest.mark.parametrize(("act", "projected"), [("quick_gelu", False), ("gelu", True)])
+def test_text_states_are_those_of_transformers(act: str, projected: bool) -> None:
+    """Padded as Stable Diffusion 1 and 2 do, last and penultimate layer, with and without the final norm."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 49408, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3}
+    ends = {"eos_token_id": 49407, "bos_token_id": 49406, "projection_dim": 20}
+    config = transformers.CLIPTextConfig(
+        num_attention_heads=2, max_position_embeddings=16, hidden_act=act, **sizes, **ends
+    )
+    cls = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    theirs = randomized(cls(config))
+    text = {"context_length": 16, "width": 32, "heads": 2, "layers": 3}
+    tower = TextTower({"embed_dim": 20 if projected else 32, "quick_gelu": act == "quick_gelu", "text_cfg": text})
+    tower.load_state_dict(names.text_from_transformers(theirs.state_dict()))
+    for padding in (49407, 0):
+        for layer, index in (("last", -1), ("penultimate", -2)):
+            encoder = TextEncoder(
+                tower,
+                make_tokenizer(16),
+                TextConfig(layer=layer, padding=padding),  # type: ignore[arg-type]
+                source="random",
+                weights=Path(),
+            )
+            prompts = ["a red circle", ""]
+            ids = encoder.tokenize(prompts)
+            ids = torch.where(torch.arange(16) > (ids == 49407).int().argmax(1)[:, None], padding, ids)
+            with torch.no_grad():
+                want = theirs(ids, output_hidden_states=True)
+                hidden = tower.ln_final(want.hidden_states[index])
+            for states in (encoder(prompts), encoder.prompt_states(prompts)):
+                assert states.mask is None and states.tokens.shape == (2, 16, 32)
+                close(states.tokens, hidden)
+            if projected:
+                close(encoder(prompts).pooled, want.text_embeds)
+            raw = encoder.tower(ids, layer=layer, normalize=False).tokens
+            close(raw, want.hidden_states[index])

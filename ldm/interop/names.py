@@ -7,6 +7,7 @@ so tensors are only renamed; a 1x1 convolution over there may be a matrix here.
 import re
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ldm.unet import UNetConfig
@@ -21,6 +22,17 @@ TRANSFORMER = {
     r"\bto_out\.": "to_out.0.",
     r"\bfeed_forward\.0\.": "ff.net.0.",
     r"\bfeed_forward\.1\.": "ff.net.2.",
+}
+FROM_TRANSFORMERS = {
+    r"^embeddings\.token_embedding\.": "token_embedding.",
+    r"^embeddings\.position_embedding\.weight": "positional_embedding",
+    r"^encoder\.layers\.": "transformer.resblocks.",
+    r"\.self_attn\.q_proj\.": ".attn.in_proj_",
+    r"\.self_attn\.out_proj\.": ".attn.out_proj.",
+    r"\.layer_norm([12])\.": r".ln_\1.",
+    r"\.fc1\.": ".c_fc.",
+    r"\.fc2\.": ".c_proj.",
+    r"^final_layer_norm\.": "ln_final.",
 }
 DIFFUSERS_RESIDUAL = {r"\btime_proj\.": "time_emb_proj.", r"\bshortcut\.": "conv_shortcut."}
 COMPVIS_RESIDUAL = {
@@ -132,6 +144,28 @@ def vae_in_compvis(config: VAEConfig) -> Rename:
         return name
 
     return rename
+
+
+def text_from_transformers(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a transformers CLIP text model under open_clip's names, which are ours.
+
+    Where there is no projection of the pooled vector, as in Stable Diffusion 1 and 2, it is the identity.
+    """
+    theirs = {name.removeprefix("text_model."): tensor for name, tensor in theirs.items()}
+    theirs = {name: tensor for name, tensor in theirs.items() if not name.endswith("position_ids")}
+    own: dict[str, Tensor] = {}
+    for name, tensor in theirs.items():
+        if ".self_attn." in name and "out_proj" not in name:
+            continue
+        if name == "text_projection.weight":
+            own["text_projection"] = tensor.T
+        else:
+            own[_replaced(name, FROM_TRANSFORMERS)] = tensor
+    for name in [name for name in theirs if ".self_attn.q_proj." in name]:
+        joined = torch.cat([theirs[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"])
+        own[_replaced(name, FROM_TRANSFORMERS)] = joined
+    own.setdefault("text_projection", torch.eye(own["ln_final.weight"].shape[0]))
+    return own
 
 
 def renamed(theirs: dict[str, Tensor], own: dict[str, Tensor], rename: Rename) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -38,15 +40,24 @@ class TextConfig(Config):
     """open_clip's tag of the weights, such as laion2b_s32b_b79k, when `model` is an open_clip name"""
     layer: Literal["last", "penultimate"] = "last"
     """whose token states condition the U-Net; Stable Diffusion 2 takes the penultimate"""
+    normalize: bool = True
+    """put the states through the tower's final layer norm; Stable Diffusion XL does not"""
+    padding: int | None = Field(None, ge=0)
+    """token that fills prompts up to the limit and is seen by the U-Net, as in Stable Diffusion: 49407 in 1, 0 in 2;
+    left out, prompts end where they end"""
     pooled: bool = False
     """also condition on the pooled vector, added to the time embedding"""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the states beside the weights."""
+        return self.model_dump(exclude={"model", "pretrained"})
 
 
 class TextStates(NamedTuple):
     """What a tower says of a batch of prompts."""
 
-    tokens: Tensor  # (b, length, width), after the final layer norm
-    mask: Tensor  # (b, length) bool, True up to and with the end token
+    tokens: Tensor  # (b, length, width)
+    mask: Tensor | None  # (b, length) bool, True up to and with the end token; None where all are seen
     pooled: Tensor  # (b, embed_dim), CLIP's text feature, not normalized
 
 
@@ -92,8 +103,8 @@ class TextTower(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, cfg["embed_dim"]))
 
-    def forward(self, ids: Tensor, *, layer: str = "last") -> TextStates:
-        """(b, length) token ids -> states of `layer`, mask and pooled vector."""
+    def forward(self, ids: Tensor, *, layer: str = "last", normalize: bool = True) -> TextStates:
+        """(b, length) token ids -> states of `layer`, after the final layer norm or before, mask and pooled vector."""
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         blocks = cast(nn.ModuleList, self.transformer["resblocks"])
         for block in blocks[:-1]:
@@ -102,7 +113,8 @@ class TextTower(nn.Module):
         end = ids.argmax(dim=1)  # the end token has the largest id
         mask = torch.arange(ids.shape[1], device=ids.device) <= end[:, None]
         pooled = self.ln_final(last)[torch.arange(len(ids)), end] @ self.text_projection
-        return TextStates(self.ln_final(last if layer == "last" else x), mask, pooled)
+        states = last if layer == "last" else x
+        return TextStates(self.ln_final(states) if normalize else states, mask, pooled)
 
 
 class TextEncoder(nn.Module):
@@ -153,10 +165,17 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, prompts: list[str]) -> TextStates:
-        """Encode prompts, up to the end of the longest; what follows an end token is masked and changes nothing."""
+        """Encode prompts, up to the end of the longest; what follows an end token is masked and changes nothing.
+
+        With `padding` they are filled up to the limit instead, and there is no mask.
+        """
         ids = self.tokenize(prompts)
-        ids = ids[:, : int(ids.argmax(dim=1).max()) + 1]
-        return self.tower(ids.to(self.tower.positional_embedding.device), layer=self.config.layer)
+        end = ids.argmax(dim=1, keepdim=True)
+        if self.config.padding is None:
+            ids = ids[:, : int(end.max()) + 1]
+        else:
+            ids = torch.where(torch.arange(ids.shape[1]) > end, self.config.padding, ids)
+        return self._states(ids.to(self._device))
 
     @torch.no_grad()
     def prompt_states(self, prompts: list[str]) -> TextStates:
@@ -166,26 +185,34 @@ class TextEncoder(nn.Module):
         of its tokens; the pooled vector is that of the first piece, without weights. ValueError: see `parse`; a prompt
         of more than 20 pieces.
         """
-        room = self.tower.length - 2
-        pieces = [self._pieces(prompt, room) for prompt in prompts]
+        pieces = [self._pieces(prompt) for prompt in prompts]
+        count = max(map(len, pieces))
         start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
-        rows = [[(start, 1.0), *piece, (end, 1.0)] for own in pieces for piece in own]
-        longest = max(map(len, rows))
-        padded = torch.tensor([row + [(0, 1.0)] * (longest - len(row)) for row in rows], dtype=torch.float64)
-        ids, weights = padded[..., 0].long(), padded[..., 1]
-        device = self.tower.positional_embedding.device
-        found = self.tower(ids.to(device), layer=self.config.layer)
-        tokens = found.tokens * weights.to(found.tokens)[..., None]
-        counts = [len(own) for own in pieces]
-        firsts = [sum(counts[:i]) for i in range(len(counts))]
-        return TextStates(
-            nn.utils.rnn.pad_sequence([t.flatten(0, 1) for t in tokens.split(counts)], batch_first=True),
-            nn.utils.rnn.pad_sequence([m.flatten() for m in found.mask.split(counts)], batch_first=True),
-            found.pooled[firsts],
-        )
+        filled = [own + [[]] * (count - len(own)) for own in pieces]
+        rows = [[(start, 1.0), *piece, (end, 1.0)] for own in filled for piece in own]
+        length = max(map(len, rows)) if self.config.padding is None else self.tower.length
+        padded = [row + [(self.config.padding or 0, 1.0)] * (length - len(row)) for row in rows]
+        ids, weights = torch.tensor(padded, dtype=torch.float64).to(self._device, torch.float32).unbind(-1)
+        states = self._states(ids.long())
+        tokens = rearrange(states.tokens * weights[..., None], "(b n) l w -> b (n l) w", n=count)
+        if states.mask is None:
+            return TextStates(tokens, None, states.pooled[::count])
+        used = torch.tensor([i < len(own) for own in pieces for i in range(count)], device=self._device)
+        mask = rearrange(states.mask & used[:, None], "(b n) l -> b (n l)", n=count)
+        return TextStates(tokens, mask, states.pooled[::count])
 
-    def _pieces(self, prompt: str, room: int) -> list[list[tuple[int, float]]]:
-        """(token, weight) of a prompt, `room` at a time; one empty piece when it says nothing."""
+    @property
+    def _device(self) -> torch.device:
+        return self.tower.positional_embedding.device
+
+    def _states(self, ids: Tensor) -> TextStates:
+        """What the tower says of ids (b, length), as this configuration wants it."""
+        states = self.tower(ids, layer=self.config.layer, normalize=self.config.normalize)
+        return states if self.config.padding is None else states._replace(mask=None)
+
+    def _pieces(self, prompt: str) -> list[list[tuple[int, float]]]:
+        """(token, weight) of a prompt, as many at a time as the tower has room for; one empty piece for no words."""
+        room = self.tower.length - 2
         tokens = [(token, part.weight) for part in parse(prompt) for token in self.tokenizer.encode_all(part.text)]
         if len(tokens) > PIECES * room:
             raise ValueError(f"prompt has {len(tokens):,} tokens, at most {PIECES * room:,} can be read: shorten it")
