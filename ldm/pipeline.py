@@ -27,6 +27,7 @@ from ldm.diffusion.guidance import (
 )
 from ldm.diffusion.process import Process, ProcessConfig, denoiser
 from ldm.diffusion.samplers import Step, find_sampler, invert, run
+from ldm.interop import diffusers
 from ldm.text import TextConfig, TextEncoder, TextStates
 from ldm.text.prompts import Part, plain, split
 from ldm.unet import KeptContext, UNet, UNetConfig
@@ -93,8 +94,16 @@ class Pipeline:
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> "Pipeline":
-        """Read a model folder; ValueError when it is none, not whole, or its VAE is not the one of the training."""
+        """Read a model folder, ours or one of diffusers.
+
+        ValueError when it is none, not whole, or its VAE is not the one of the training.
+        """
         folder = Path(folder)
+        if diffusers.is_folder(folder):
+            parts = diffusers.read(folder)
+            pipeline = cls(parts.unet, parts.process, vae=parts.vae, text=parts.text, size=parts.size, words=[])
+            pipeline.folder = folder
+            return pipeline.to(device)
         card = folders.read_model(folder, "pipeline", PipelineCard)
         vae = load_vae_weights(card.vae, folder / "vae.safetensors") if card.vae else None
         if vae is not None and sha256(folder / "vae.safetensors") != card.vae_sha256:

@@ -1,13 +1,17 @@
 """The Stable Diffusion family: names, counts, and the same outputs as diffusers from the same weights."""
 
+import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ldm.config import read_yaml
 from ldm.interop import names
+from ldm.pipeline import Pipeline, initial_noise
 from ldm.text import TextConfig, TextEncoder
 from ldm.text.encoder import TextTower, make_tokenizer
 from ldm.unet import UNet, UNetConfig
@@ -219,3 +223,108 @@ def test_text_states_are_those_of_transformers(act: str, projected: bool) -> Non
                 close(encoder(prompts).pooled, want.text_embeds)
             raw = encoder.tower(ids, layer=layer, normalize=False).tokens
             close(raw, want.hidden_states[index])
+
+
+# Whole pipelines.
+
+
+@pytest.fixture(scope="module")
+def their_folder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders that diffusers wrote, by kind: random weights, reduced width, the tokens of open_clip's tokenizer."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    words = tmp_path_factory.mktemp("words")
+    tokenizer = make_tokenizer(16)
+    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {special.get(token, token): number for token, number in tokenizer.encoder.items()}
+    (words / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
+    (words / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges))
+    folders = {}
+    for kind, prediction in (("sd1", "epsilon"), ("sd2", "v_prediction")):
+        config = CONFIGS[kind]
+        text = transformers.CLIPTextConfig(
+            vocab_size=49408, hidden_size=config.context_width, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=16, hidden_act="quick_gelu" if kind == "sd1" else "gelu",
+            eos_token_id=49407, bos_token_id=49406, pad_token_id=49407 if kind == "sd1" else 0,
+        )  # fmt: skip
+        pad = "<|endoftext|>" if kind == "sd1" else "!"
+        files = (str(words / "vocab.json"), str(words / "merges.txt"))
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(64, 64, 64),
+            down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3,
+            layers_per_block=1,
+            scaling_factor=0.18215,
+        )
+        unet = their_unet(kind)
+        unet.register_to_config(sample_size=8)
+        pipeline = diffusers.StableDiffusionPipeline(
+            vae=randomized(vae, 1),
+            text_encoder=randomized(transformers.CLIPTextModel(text), 2),
+            tokenizer=transformers.CLIPTokenizer(*files, pad_token=pad, model_max_length=16),
+            unet=unet,
+            scheduler=diffusers.DDIMScheduler(
+                beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction,
+                timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False,
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+        )  # fmt: skip
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        pipeline.save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
+def test_pipelines_paint_as_those_of_diffusers(kind: str, sampler: str, their_folder: dict[str, Path]) -> None:
+    """From a folder that diffusers wrote, with the same first noise: no pixel differs by more than 2 of 255."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(their_folder[kind])
+    theirs.set_progress_bar_config(disable=True)
+    cls, more = {
+        "ddim": (diffusers.DDIMScheduler, {}),
+        "euler": (diffusers.EulerDiscreteScheduler, {}),
+        "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {"final_sigmas_type": "zero"}),
+    }[sampler]
+    theirs.scheduler = cls.from_config(theirs.scheduler.config, **more)
+    ours = Pipeline.load(their_folder[kind])
+    noise = initial_noise((4, 8, 8), [5])
+    call = {"num_inference_steps": 10, "guidance_scale": 3.0, "negative_prompt": "a dog"}
+    if sampler == "euler":  # theirs starts from sqrt(sigma^2 + 1) times the noise: exactly ours over alpha
+        theirs.scheduler.set_timesteps(10)
+    want = theirs("A cat, (astronaut)!".replace("(", "").replace(")", ""), latents=noise, **call).images[0]
+    found = ours("A cat, astronaut!", negative_prompt="a dog", steps=10, guidance_scale=3.0, sampler=sampler, seed=5)[0]
+    assert found.size == want.size == (32, 32) and np.asarray(want).std() > 10
+    assert abs(np.asarray(found, dtype=int) - np.asarray(want, dtype=int)).max() <= 2
+
+
+def test_folders_that_can_not_be_read_are_told(their_folder: dict[str, Path], tmp_path: Path) -> None:
+    for change, message in (
+        ({"unet/config.json": {"act_fn": "gelu"}}, "unet/config.json: act_fn is 'gelu'; only 'silu' is known here"),
+        ({"model_index.json": {"_class_name": "FluxPipeline"}}, "holds a FluxPipeline; only a StableDiffusionPipeline"),
+        ({"scheduler/scheduler_config.json": {"beta_start": 0.5}}, "betas of scaled_linear from 0.5 are not known"),
+        ({"vae/diffusion_pytorch_model.safetensors": None}, "vae has no diffusion_pytorch_model.safetensors"),
+        ({"vae/config.json": None}, "vae/config.json is missing: the diffusers folder is not whole"),
+    ):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(their_folder["sd1"], folder)
+        for name, values in change.items():
+            if values is None:
+                (folder / name).unlink()
+            else:
+                (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+        with pytest.raises(ValueError, match=message):
+            Pipeline.load(folder)
+
+
+def test_variants_and_shards_are_read(their_folder: dict[str, Path], tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(their_folder["sd1"])
+    pipeline.save_pretrained(tmp_path / "shards", max_shard_size="10MB")
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    assert len(list((tmp_path / "shards/unet").glob("*.safetensors"))) > 1
+    want = Pipeline.load(their_folder["sd1"]).unet.state_dict()
+    for folder, tolerance in (("shards", 0.0), ("half", 1e-2)):
+        found = Pipeline.load(tmp_path / folder).unet.state_dict()
+        assert max((want[name] - found[name]).abs().max().item() for name in want) <= tolerance

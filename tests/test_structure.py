@@ -34,7 +34,7 @@ ALLOWED = {
     "diffusion": {"config"},
     "training": {"config", "keyed", "data", "weights"},
     "evaluation": {"data", "diffusion", "keyed"},
-    "interop": {"unet", "vae"},
+    "interop": {"diffusion", "text", "unet", "vae"},
 }
 
 
