@@ -29,6 +29,7 @@ STEPS = (8, 16, 32, 64, 128, 256)
 PATHS = ("linear", "scaled_linear", "cosine", "flow", "edm")
 SAME = {"ddpm": "ddim", "euler_ancestral": "ddim", "dpmpp_2m_sde": "dpmpp_2m", "log_snr": "exponential"}
 BEST = {"linear": "karras", "scaled_linear": "karras", "cosine": "trailing", "flow": "trailing", "edm": "karras"}
+MARK = "<!-- measured -->"
 DATA = Mixture()
 
 
@@ -109,7 +110,7 @@ def draw(errors: dict[str, list[float]], file: Path) -> None:
 
 
 def main() -> None:
-    """Measure, draw and print the tables."""
+    """Measure, draw, and write the tables."""
     pairs = list(itertools.product(PATHS, ("epsilon", "v", "x0", "flow")))
     found: dict[str, dict[str, list[float]]] = {"errors": {}, "moments": {}}
     with ProcessPoolExecutor() as pool:
@@ -122,12 +123,18 @@ def main() -> None:
     about = {"machine": platform.machine(), "torch": torch.__version__, "steps": STEPS}
     (results / "samplers.json").write_text(json.dumps({**about, **rounded}, indent=0))
     draw(found["errors"], ROOT / "docs/pictures/samplers-error.png")
-    print(tables(found))
+    document = ROOT / "docs/samplers.md"
+    document.write_text(document.read_text().split(MARK)[0] + f"{MARK}\n\n{tables(found)}\n")
 
 
 def tables(found: dict[str, dict[str, list[float]]]) -> str:
-    """Markdown: the errors at 8, 32 and 128 steps, the largest over the predictions, and the moments."""
-    lines = ["| path | grid | sampler | " + " | ".join(map(str, STEPS)) + " |", "|---" * (3 + len(STEPS)) + "|"]
+    """Markdown: the errors, the largest over the predictions, and what the moments are off by."""
+    lines = [
+        "## Errors, by steps",
+        "",
+        "| path | grid | sampler | " + " | ".join(map(str, STEPS)) + " |",
+        "|---" * (3 + len(STEPS)) + "|",
+    ]
     merged: dict[tuple[str, str, str], list[float]] = {}
     for key, values in found["errors"].items():
         path, _, grid, sampler = key.split()
@@ -135,7 +142,9 @@ def tables(found: dict[str, dict[str, list[float]]]) -> str:
         merged[path, grid, sampler] = [max(pair) for pair in zip(before, values, strict=True)]
     for (path, grid, sampler), values in merged.items():
         lines.append(f"| {path} | {grid} | {sampler} | " + " | ".join(f"{v:.1e}" for v in values) + " |")
-    lines += ["", "| path | sampler | mean | second moment | third moment |", "|---|---|---|---|---|"]
+    lines += ["", "## Moments of 20,000 samples with all the noise: eta 1, 250 steps of `trailing`", ""]
+    lines += ["The data have mean 0.070, second moment 0.986 and third 0.124; the table tells what is off.", ""]
+    lines += ["| path | sampler | mean | second moment | third moment |", "|---|---|---|---|---|"]
     for key, values in found["moments"].items():
         path, sampler = key.split()
         lines.append(f"| {path} | {sampler} | " + " | ".join(f"{v:+.3f}" for v in values) + " |")
