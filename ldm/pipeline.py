@@ -27,7 +27,8 @@ from ldm.diffusion.guidance import (
 )
 from ldm.diffusion.process import Process, ProcessConfig, denoiser
 from ldm.diffusion.samplers import Step, find_sampler, invert, run
-from ldm.interop import diffusers
+from ldm.interop import compvis, diffusers
+from ldm.interop.parts import Parts
 from ldm.text import TextConfig, TextEncoder, TextStates
 from ldm.text.prompts import Part, plain, split
 from ldm.unet import KeptContext, UNet, UNetConfig
@@ -94,16 +95,14 @@ class Pipeline:
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> "Pipeline":
-        """Read a model folder, ours or one of diffusers.
+        """Read a model: a folder, ours or one of diffusers, or a single CompVis file.
 
         ValueError when it is none, not whole, or its VAE is not the one of the training.
         """
         folder = Path(folder)
-        if diffusers.is_folder(folder):
-            parts = diffusers.read(folder)
-            pipeline = cls(parts.unet, parts.process, vae=parts.vae, text=parts.text, size=parts.size, words=[])
-            pipeline.folder = folder
-            return pipeline.to(device)
+        if folder.is_file() or diffusers.is_folder(folder):
+            parts = compvis.read(folder) if folder.is_file() else diffusers.read(folder)
+            return cls.of(parts, folder).to(device)
         card = folders.read_model(folder, "pipeline", PipelineCard)
         vae = load_vae_weights(card.vae, folder / "vae.safetensors") if card.vae else None
         if vae is not None and sha256(folder / "vae.safetensors") != card.vae_sha256:
@@ -124,6 +123,13 @@ class Pipeline:
         )
         pipeline.folder = folder
         return pipeline.to(device)
+
+    @classmethod
+    def of(cls, parts: Parts, source: Path) -> "Pipeline":
+        """A pipeline of the parts that were read from another format."""
+        pipeline = cls(parts.unet, parts.process, vae=parts.vae, text=parts.text, size=parts.size, words=[])
+        pipeline.folder = source
+        return pipeline.to("cpu")
 
     def save(self, folder: str | Path) -> None:
         """Write a model folder that explains itself."""

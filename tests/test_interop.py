@@ -1,16 +1,23 @@
 """The Stable Diffusion family: names, counts, and the same outputs as diffusers from the same weights."""
 
+import itertools
 import json
+import pickle
 import shutil
+import warnings
 from pathlib import Path
 
+import convert
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.config import read_yaml
-from ldm.interop import names
+from ldm.interop import compvis, names
+from ldm.interop.diffusers import write
+from ldm.interop.parts import Parts
 from ldm.pipeline import Pipeline, initial_noise
 from ldm.text import TextConfig, TextEncoder
 from ldm.text.encoder import TextTower, make_tokenizer
@@ -328,3 +335,155 @@ def test_variants_and_shards_are_read(their_folder: dict[str, Path], tmp_path: P
     for folder, tolerance in (("shards", 0.0), ("half", 1e-2)):
         found = Pipeline.load(tmp_path / folder).unet.state_dict()
         assert max((want[name] - found[name]).abs().max().item() for name in want) <= tolerance
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_a_folder_of_ours_loads_in_diffusers(
+    kind: str, their_folder: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With no warning, and it gives the same picture; also where the latents have statistics of their own."""
+    diffusers = pytest.importorskip("diffusers")
+    ours = Pipeline.load(their_folder[kind])
+    assert ours.vae is not None and ours.text is not None
+    ours.vae.latent_std.copy_(torch.tensor([0.5, 2.0, 1.0, 3.0]))
+    ours.vae.latent_mean.copy_(torch.tensor([0.1, -1.0, 0.0, 2.0]))
+    if kind == "sd2":
+        ours.text.config = ours.text.config.model_copy(update={"layer": "penultimate"})
+    write(parts_of(ours), tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert not [w for w in caught if "deprecat" not in str(w.message).lower()] and not caplog.records
+    theirs.set_progress_bar_config(disable=True)
+    noise = initial_noise((4, 8, 8), [5])
+    want = theirs("a cat", latents=noise, num_inference_steps=5, guidance_scale=3.0).images[0]
+    for pipeline in (ours, Pipeline.load(tmp_path)):
+        found = pipeline("a cat", steps=5, guidance_scale=3.0, sampler="ddim", seed=5)[0]
+        assert abs(np.asarray(found, dtype=int) - np.asarray(want, dtype=int)).max() <= 2
+
+
+def parts_of(pipeline: Pipeline) -> Parts:
+    assert pipeline.vae is not None and pipeline.text is not None
+    return Parts(pipeline.unet, pipeline.process, pipeline.vae, pipeline.text, pipeline.size)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_single_files_keep_the_pictures(kind: str, their_folder: dict[str, Path], tmp_path: Path) -> None:
+    """Diffusers folder -> CompVis file -> our pipeline: the same picture; heads and layers are seen from shapes."""
+    ours, file = Pipeline.load(their_folder[kind]), tmp_path / "model.safetensors"
+    compvis.write(parts_of(ours), file)
+    tensors = load_file(file)
+    square = tensors["model.diffusion_model.input_blocks.1.1.proj_in.weight"].ndim == 4
+    assert square == (kind == "sd1")
+    found = Pipeline.load(file)
+    assert found.text is not None and ours.text is not None
+    for block in found.text.tower.blocks:
+        block.heads = ours.text.tower.blocks[0].heads  # of width 64 in the family, and only here not
+    found.process = ours.process  # v can not be seen in a network that was never trained
+    a, b = (p("a cat", steps=4, sampler="ddim", seed=5, width=32, height=32)[0] for p in (ours, found))
+    assert found.unet.config == ours.unet.config
+    assert abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_single_files_are_understood_by_diffusers(kind: str, their_folder: dict[str, Path], tmp_path: Path) -> None:
+    """Its own conversion of U-Net and VAE gives the tensors that it wrote itself."""
+    utilities = pytest.importorskip("diffusers.loaders.single_file_utils")
+    compvis.write(parts_of(Pipeline.load(their_folder[kind])), tmp_path / "model.safetensors")
+    file = load_file(tmp_path / "model.safetensors")
+    for part, translate in (
+        ("unet", utilities.convert_ldm_unet_checkpoint),
+        ("vae", utilities.convert_ldm_vae_checkpoint),
+    ):
+        config = json.loads((their_folder[kind] / part / "config.json").read_text())
+        want = load_file(their_folder[kind] / part / "diffusion_pytorch_model.safetensors")
+        found = translate(dict(file), config)
+        assert found.keys() == want.keys()
+        for name, tensor in want.items():
+            torch.testing.assert_close(found[name].reshape(tensor.shape), tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_averaged_weights_are_read_on_request(their_folder: dict[str, Path], tmp_path: Path) -> None:
+    compvis.write(parts_of(Pipeline.load(their_folder["sd1"])), tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    for name in list(tensors):
+        if name.startswith("model.diffusion_model."):
+            short = name.removeprefix("model.diffusion_model.").replace(".", "")
+            tensors["model_ema.diffusion_model" + short] = tensors[name] * 2
+    save_file(tensors, tmp_path / "b.safetensors")
+    usual, averaged = (compvis.read(tmp_path / "b.safetensors", ema=ema).unet.conv_in.weight for ema in (False, True))
+    torch.testing.assert_close(averaged, 2 * usual)
+    with pytest.raises(ValueError, match="has no averaged weights of .* tensors, such as"):
+        compvis.read(tmp_path / "a.safetensors", ema=True)
+
+
+def test_files_that_can_not_be_read_are_told(their_folder: dict[str, Path], tmp_path: Path) -> None:
+    compvis.write(parts_of(Pipeline.load(their_folder["sd1"])), tmp_path / "whole.safetensors")
+    tensors = load_file(tmp_path / "whole.safetensors")
+    bias = "model.diffusion_model.out.2.bias"
+    for change, message in (
+        ({bias: None}, "1 tensors are missing: out.2.bias"),
+        ({bias: torch.zeros(7)}, r"have another shape: out.2.bias is \(7,\), not \(4,\)"),
+        ({bias: torch.full((4,), torch.inf)}, "hold NaN or infinite numbers: out.2.bias"),
+        ({"model.diffusion_model.lora.up": torch.zeros(1)}, "1 tensors are extra: lora.up"),
+        ({"conditioner.embedders.0.x": torch.zeros(1)}, "is a Stable Diffusion XL file; only 1 and 2"),
+        ({name: None for name in tensors if name.startswith("first_stage")}, "is no Stable Diffusion file: it has"),
+        ({name: None for name in tensors if name.startswith("cond_stage")}, "has no text tower: neither"),
+    ):
+        file = tmp_path / "changed.safetensors"
+        save_file({name: tensor for name, tensor in (tensors | change).items() if tensor is not None}, file)
+        with pytest.raises(ValueError, match=message):
+            Pipeline.load(file)
+    for content in (b"", b"not a file", (tmp_path / "whole.safetensors").read_bytes()[:5000], b"\xff" * 64):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="changed.safetensors is damaged or no safetensors file"):
+            Pipeline.load(file)
+
+
+def test_what_a_format_can_not_hold_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    ours = Pipeline.load(tiny_model)
+    wrong = "unet.coordinates, unet.vector_width, vae.patch, process.path, text.padding"
+    message = f"can not hold this model: {wrong} stand in the way"
+    for target in (write, compvis.write):
+        with pytest.raises(ValueError, match=message):
+            target(parts_of(ours), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# The script.
+
+
+def test_convert_goes_around(their_folder: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """diffusers -> ours -> diffusers -> ours: each step is compared, and says so."""
+    places = [their_folder["sd2"], tmp_path / "ours", tmp_path / "theirs", tmp_path / "again"]
+    for (source, target), to in zip(itertools.pairwise(places), ("ldm", "diffusers", "ldm"), strict=True):
+        convert.main([str(source), str(target), "--to", to])
+    told = capsys.readouterr().out
+    assert "theirs: written as diffusers, read back; the same picture differs by " in told and told.count("\n") == 3
+    assert (tmp_path / "ours/text/open_clip_model.safetensors").is_file()
+    with pytest.raises(SystemExit, match="again is there already: remove it"):
+        convert.main([str(places[2]), str(places[3])])
+
+
+def test_pickles_are_read_by_convert_alone_and_never_run(
+    their_folder: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compvis.write(parts_of(Pipeline.load(their_folder["sd1"])), tmp_path / "a.safetensors")
+    torch.save({"state_dict": load_file(tmp_path / "a.safetensors"), "step": 3}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"a.ckpt is a pickle, which can hold code: `python scripts/convert.py`"):
+        Pipeline.load(tmp_path / "a.ckpt")
+    parts = compvis.read(tmp_path / "a.ckpt", pickles=True)
+    want = compvis.read(tmp_path / "a.safetensors").unet.state_dict()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in parts.unet.state_dict().items())
+
+    class Hostile:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "ran",))
+
+    for content in (Hostile(), {"state_dict": {"x": Hostile()}}):
+        torch.save(content, tmp_path / "bad.ckpt")
+        with pytest.raises(SystemExit, match="bad.ckpt can not be read without running code of it"):
+            convert.main([str(tmp_path / "bad.ckpt"), str(tmp_path / "out")])
+        (tmp_path / "bad.ckpt").write_bytes(pickle.dumps(content))
+        with pytest.raises(SystemExit, match="bad.ckpt can not be read without running code of it"):
+            convert.main([str(tmp_path / "bad.ckpt"), str(tmp_path / "out")])
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()

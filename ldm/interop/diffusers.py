@@ -1,21 +1,22 @@
-"""Folders of diffusers' StableDiffusionPipeline: read."""
+"""Folders of diffusers' StableDiffusionPipeline: read and written."""
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ldm.diffusion.process import Process, ProcessConfig
 from ldm.interop import names
+from ldm.interop.parts import Parts, check_foldable, checked, fill, folded, network_of, read_file
 from ldm.text import TextConfig, TextEncoder
-from ldm.text.encoder import TextTower, make_tokenizer
+from ldm.text.encoder import CONVERTED, TextTower, make_tokenizer
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
 
+WEIGHTS, PYTORCH = "diffusion_pytorch_model", {"format": "pt"}
 BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}
 PADDING = {"<|endoftext|>": 49407, "!": 0}
 # Settings that our networks have no other value of; what a file leaves out is the first.
@@ -37,14 +38,7 @@ UNET_FIXED: dict[str, tuple[Any, ...]] = {
 VAE_FIXED: dict[str, tuple[Any, ...]] = {"act_fn": ("silu",), "norm_num_groups": (32,), "use_quant_conv": (True,)}
 
 
-class Parts(NamedTuple):
-    """What a pipeline is made of."""
-
-    unet: UNet
-    process: Process
-    vae: VAE
-    text: TextEncoder
-    size: int
+SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
 
 
 def is_folder(path: Path) -> bool:
@@ -58,14 +52,136 @@ def read(folder: Path) -> Parts:
     if kind != "StableDiffusionPipeline":
         raise ValueError(f"{folder} holds a {kind}; only a StableDiffusionPipeline can be read")
     values = _json(folder / "unet/config.json")
-    unet = _filled(UNet, unet_config(values, folder), folder / "unet", names.unet_in_diffusers)
+    tensors = _tensors(folder / "unet", WEIGHTS)
+    unet = network_of(UNet, unet_config(values, folder), tensors, names.unet_in_diffusers, f"{folder}/unet")
     vae_values = _json(folder / "vae/config.json")
-    vae = _filled(VAE, vae_config(vae_values, folder), folder / "vae", names.vae_in_diffusers)
+    tensors = _tensors(folder / "vae", WEIGHTS)
+    vae = network_of(VAE, vae_config(vae_values, folder), tensors, names.vae_in_diffusers, f"{folder}/vae")
     vae.latent_std.fill_(1 / vae_values.get("scaling_factor", 0.18215))
     vae.latent_mean.fill_(vae_values.get("shift_factor") or 0.0)
     process = Process(process_config(_json(folder / "scheduler/scheduler_config.json"), folder))
     size = values["sample_size"] * vae.config.factor
     return Parts(unet, process, vae, read_text(folder), size)
+
+
+def write(parts: Parts, folder: Path) -> None:
+    """Write a folder that StableDiffusionPipeline.from_pretrained loads; ValueError when it can not hold the model."""
+    check_foldable(parts, "a diffusers folder")
+    unet, vae, text = parts.unet, parts.vae, parts.text
+    tower, layers = text.tower, len(text.tower.blocks) - (text.config.layer == "penultimate")
+    components = {
+        "unet": ("diffusers", "UNet2DConditionModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+        "scheduler": ("diffusers", "DDIMScheduler"),
+        "text_encoder": ("transformers", "CLIPTextModel"),
+        "tokenizer": ("transformers", "CLIPTokenizer"),
+        "safety_checker": (None, None),
+        "feature_extractor": (None, None),
+    }
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0", "requires_safety_checker": False}
+    _write_json(folder / "model_index.json", index | components)
+    crossed = [depth > 0 for depth in unet.config.depths]
+    down = ["CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in crossed]
+    unet_values = {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": parts.size // vae.config.factor,
+        "in_channels": unet.config.in_channels,
+        "out_channels": unet.config.in_channels,
+        "block_out_channels": unet.config.widths,
+        "layers_per_block": unet.config.blocks,
+        "down_block_types": down,
+        "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+        "transformer_layers_per_block": [max(depth, 1) for depth in unet.config.depths],
+        "attention_head_dim": unet.config.heads,
+        "cross_attention_dim": unet.config.context_width,
+        "use_linear_projection": True,
+        "resnet_time_scale_shift": "scale_shift" if unet.config.scale_shift else "default",
+    }
+    _write_part(folder / "unet", unet_values, unet.state_dict(), names.unet_in_diffusers(unet.config))
+    levels = len(vae.config.widths)
+    alike = bool((vae.latent_std == vae.latent_std[0]).all() and not vae.latent_mean.any())
+    scale = 1 / vae.latent_std[0].item() if alike else 1.0
+    vae_values = {
+        "_class_name": "AutoencoderKL",
+        "in_channels": vae.config.image_channels,
+        "out_channels": vae.config.image_channels,
+        "latent_channels": vae.config.latent_channels,
+        "block_out_channels": vae.config.widths,
+        "layers_per_block": vae.config.blocks,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "mid_block_add_attention": vae.config.attention,
+        "scaling_factor": scale,
+        "sample_size": parts.size,
+    }
+    _write_part(folder / "vae", vae_values, folded(vae, scale=scale), names.vae_in_diffusers(vae.config))
+    process = parts.process.config
+    betas = dict(zip(("beta_start", "beta_end"), BETAS[process.path], strict=True))
+    prediction = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[process.prediction]
+    scheduler = {
+        "_class_name": "DDIMScheduler",
+        "beta_schedule": process.path,
+        "prediction_type": prediction,
+        "rescale_betas_zero_snr": process.zero_terminal_snr,
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+    }
+    _write_json(folder / "scheduler/scheduler_config.json", scheduler | betas)
+    assert text.config.padding is not None
+    text_values = {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "hidden_size": text.width,
+        "intermediate_size": tower.blocks[0].mlp["c_fc"].out_features,
+        "num_attention_heads": tower.blocks[0].heads,
+        "num_hidden_layers": layers,
+        "max_position_embeddings": tower.length,
+        "vocab_size": tower.token_embedding.num_embeddings,
+        "hidden_act": "quick_gelu" if tower.blocks[0].quick_gelu else "gelu",
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "pad_token_id": text.config.padding,
+    }
+    _write_json(folder / "text_encoder/config.json", text_values)
+    save_file(
+        names.text_in_transformers(tower.state_dict(), layers), folder / "text_encoder/model.safetensors", PYTORCH
+    )
+    _write_tokenizer(folder / "tokenizer", text)
+
+
+def _write_part(folder: Path, values: dict[str, Any], state: dict[str, Tensor], rename: names.Rename) -> None:
+    _write_json(folder / "config.json", values)
+    as_convolutions = {}
+    for name, tensor in state.items():
+        as_convolutions[rename(name)] = tensor.detach().cpu().contiguous()
+    save_file(as_convolutions, folder / f"{WEIGHTS}.safetensors", PYTORCH)
+
+
+def _write_tokenizer(folder: Path, text: TextEncoder) -> None:
+    """CLIP's vocabulary and merges as transformers reads them."""
+    tokenizer, padding = text.tokenizer, text.config.padding
+    pad = {number: token for token, number in PADDING.items()}.get(padding or 0)
+    if pad is None:
+        raise ValueError(f"text.padding {padding} is not known to diffusers; only {sorted(PADDING.values())} are")
+    vocabulary = {SPECIAL.get(token, token): number for token, number in tokenizer.encoder.items()}
+    _write_json(folder / "vocab.json", vocabulary)
+    merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad,
+    }
+    more = {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.tower.length}
+    _write_json(folder / "special_tokens_map.json", special)
+    _write_json(folder / "tokenizer_config.json", special | more)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False))
 
 
 def unet_config(values: dict[str, Any], folder: Path) -> UNetConfig:
@@ -129,29 +245,13 @@ def read_text(folder: Path) -> TextEncoder:
     quick = values.get("hidden_act", "quick_gelu") == "quick_gelu"
     with torch.device("meta"):
         tower = TextTower({"embed_dim": tensors["text_projection"].shape[1], "quick_gelu": quick, "text_cfg": text})
-    _load(tower, names.renamed(tensors, tower.state_dict(), str), folder / "text_encoder")
+    fill(tower, checked(tensors, tower.state_dict(), str, f"{folder}/text_encoder"))
     pad = _json(folder / "tokenizer/tokenizer_config.json").get("pad_token", "<|endoftext|>")
     padding = PADDING.get(pad["content"] if isinstance(pad, dict) else pad)
     if padding is None:
         raise ValueError(f"{folder}/tokenizer fills prompts with {pad!r}; only {' and '.join(PADDING)} are known here")
     config = TextConfig(model=str(folder), padding=padding)
-    return TextEncoder(tower, make_tokenizer(tower.length), config, source="diffusers", weights=folder / "text_encoder")
-
-
-def _filled(cls: Any, config: Any, folder: Path, rename_of: Any) -> Any:
-    """A network with the weights of a component's folder; buffers of ours alone keep their start."""
-    network = cls(config)
-    own = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("latent_")}
-    try:
-        found = names.renamed(_tensors(folder, "diffusion_pytorch_model"), own, rename_of(config))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    return _load(network, {**network.state_dict(), **found}, folder)
-
-
-def _load(network: nn.Module, tensors: dict[str, Tensor], folder: Path) -> nn.Module:
-    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    return network.requires_grad_(False).eval()
+    return TextEncoder(tower, make_tokenizer(tower.length), config, source=CONVERTED, weights=folder / "text_encoder")
 
 
 def _tensors(folder: Path, stem: str) -> dict[str, Tensor]:
@@ -162,15 +262,8 @@ def _tensors(folder: Path, stem: str) -> dict[str, Tensor]:
         if index.is_file():
             files = [folder / Path(name).name for name in sorted(set(_json(index)["weight_map"].values()))]
         if all(file.is_file() for file in files):
-            return {name: tensor for file in files for name, tensor in _one_file(file).items()}
+            return {name: tensor for file in files for name, tensor in read_file(file).items()}
     raise ValueError(f"{folder} has no {stem}.safetensors: fetch the one that its page offers as safetensors")
-
-
-def _one_file(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); fetch it again") from None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -168,6 +168,26 @@ def text_from_transformers(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
+def text_in_transformers(own: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """The inverse, without the projection: a transformers CLIP text model of the first `layers` blocks."""
+    theirs = {
+        "embeddings.token_embedding.weight": own["token_embedding.weight"],
+        "embeddings.position_embedding.weight": own["positional_embedding"],
+        "final_layer_norm.weight": own["ln_final.weight"],
+        "final_layer_norm.bias": own["ln_final.bias"],
+    }
+    parts = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2"}
+    parts |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    for layer in range(layers):
+        block, their = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
+        for end in ("weight", "bias"):
+            for letter, tensor in zip("qkv", own[f"{block}.attn.in_proj_{end}"].chunk(3), strict=True):
+                theirs[f"{their}.self_attn.{letter}_proj.{end}"] = tensor
+            for name, new in parts.items():
+                theirs[f"{their}.{new}.{end}"] = own[f"{block}.{name}.{end}"]
+    return {f"text_model.{name}": tensor.detach().cpu().contiguous() for name, tensor in theirs.items()}
+
+
 def renamed(theirs: dict[str, Tensor], own: dict[str, Tensor], rename: Rename) -> dict[str, Tensor]:
     """Their tensors under our names and in our shapes; `own` are the names and shapes that are wanted.
 

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.config import Config
 from ldm.text.prompts import parse
 
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
-LOCAL, HUB = "local-dir:", "hf-hub:"
+LOCAL, HUB, CONVERTED = "local-dir:", "hf-hub:", "converted"
 PIECES = 20  # of a long prompt, at most
 # Settings of open_clip's text towers that this one does not have; any other value than these is refused.
 PLAIN = {"embed_cls": False, "no_causal_mask": False, "pool_type": "argmax", "proj_type": "linear", "proj_bias": False}
@@ -92,7 +92,7 @@ class TextTower(nn.Module):
 
     def __init__(self, cfg: dict[str, Any]) -> None:
         super().__init__()
-        text = cfg["text_cfg"]
+        self.cfg, text = cfg, cfg["text_cfg"]
         width, heads, self.length = text["width"], text["heads"], text.get("context_length", 77)
         block = (width, heads, int(width * text.get("mlp_ratio", 4.0)))
         quick_gelu = cfg.get("quick_gelu", False)
@@ -103,13 +103,18 @@ class TextTower(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, cfg["embed_dim"]))
 
+    @property
+    def blocks(self) -> list[ResidualAttentionBlock]:
+        """All layers."""
+        return list(cast(nn.ModuleList, self.transformer["resblocks"]))  # type: ignore[arg-type]
+
     def forward(self, ids: Tensor, *, layer: str = "last", normalize: bool = True) -> TextStates:
         """(b, length) token ids -> states of `layer`, after the final layer norm or before, mask and pooled vector."""
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
-        blocks = cast(nn.ModuleList, self.transformer["resblocks"])
-        for block in blocks[:-1]:
+        *before, final = self.blocks
+        for block in before:
             x = block(x)
-        last = blocks[-1](x)
+        last = final(x)
         end = ids.argmax(dim=1)  # the end token has the largest id
         mask = torch.arange(ids.shape[1], device=ids.device) <= end[:, None]
         pooled = self.ln_final(last)[torch.arange(len(ids)), end] @ self.text_projection
@@ -219,7 +224,13 @@ class TextEncoder(nn.Module):
         return [tokens[i : i + room] for i in range(0, len(tokens), room)] or [[]]
 
     def save(self, folder: Path) -> str:
-        """Copy a local tower to `folder` and return how to name it there; a public one is only named."""
+        """Write a local or converted tower to `folder` and return how to name it there; a public one is only named."""
+        if self.source == CONVERTED:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CONFIG_NAME).write_text(json.dumps({"model_cfg": self.tower.cfg}, indent=2))
+            tensors = {name: tensor.contiguous() for name, tensor in self.tower.state_dict().items()}
+            save_file(tensors, folder / WEIGHTS_NAME)
+            return LOCAL + folder.name
         if not self.source.startswith(LOCAL):
             return self.source
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,72 @@
+"""Turn a model from one format into another, and compare both before saying that it is done."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tyro.conf import Positional
+
+from ldm.config import ScriptConfig, errors_for_people, parse
+from ldm.interop import compvis, diffusers
+from ldm.interop.parts import Parts
+from ldm.pipeline import Pipeline
+
+
+class Convert(ScriptConfig):
+    """Settings of convert."""
+
+    source: Positional[Path] = Path()
+    """our model folder, a diffusers folder, or a single file: .safetensors, or .ckpt, which is read without its code"""
+    target: Positional[Path] = Path()
+    """folder or file to write; it must not be there"""
+    to: Literal["ldm", "diffusers", "compvis"] = "ldm"
+    ema: bool = False
+    """take the averaged weights of a single file"""
+
+
+def convert(config: Convert) -> float:
+    """Write, read back and compare; returns the largest difference of a pixel, of 255."""
+    if config.target.exists():
+        raise ValueError(f"{config.target} is there already: remove it, or choose another name")
+    if config.source.is_file():
+        pipeline = Pipeline.of(compvis.read(config.source, ema=config.ema, pickles=True), config.source)
+    else:
+        pipeline = Pipeline.load(config.source)
+    if config.to == "ldm":
+        pipeline.save(config.target)
+    elif pipeline.vae is None or pipeline.text is None:
+        raise ValueError(f"{config.source} has no VAE or no text: only our own folders can hold it")
+    else:
+        parts = Parts(pipeline.unet, pipeline.process, pipeline.vae, pipeline.text, pipeline.size)
+        (diffusers if config.to == "diffusers" else compvis).write(parts, config.target)
+    again = Pipeline.load(config.target)
+    difference = compare(pipeline, again)
+    if again.process.config != pipeline.process.config or difference > 2:
+        raise ValueError(
+            f"{config.target} does not paint what {config.source} does: pixels differ by {difference:g} of 255, "
+            f"processes are {pipeline.process.config} and {again.process.config}"
+        )
+    print(f"{config.target}: written as {config.to}, read back; the same picture differs by {difference:g} of 255")
+    return difference
+
+
+def compare(one: Pipeline, other: Pipeline) -> float:
+    """The largest difference of a pixel in a small picture of the same seed."""
+    side = 8 * one.unet.config.factor * (one.vae.config.factor if one.vae else 1)
+    call = {"steps": 2, "sampler": "ddim", "seed": 0, "width": side, "height": side}
+    a, b = (np.asarray(p("a cat astronaut", **call)[0], dtype=np.float64) for p in (one, other))  # type: ignore[arg-type]
+    return float(abs(a - b).max())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    config = parse(Convert, argv, default=None, description=__doc__)
+    torch.set_grad_enabled(False)
+    with errors_for_people():
+        convert(config)
+
+
+if __name__ == "__main__":
+    main()
