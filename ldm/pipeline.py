@@ -170,6 +170,14 @@ class Pipeline:
         return self
 
     @property
+    def weights(self) -> Path:
+        """The file that the U-Net was read from; of several, the first."""
+        assert self.folder is not None, "this pipeline was not loaded"
+        if self.folder.is_file():
+            return self.folder
+        return next(iter(sorted((self.folder / "unet").glob("*.safetensors"))), self.folder / "unet.safetensors")
+
+    @property
     def device(self) -> torch.device:
         """Where the networks are."""
         return self.unet.conv_in.weight.device
@@ -356,7 +364,9 @@ class Pipeline:
         return self.unet.config.in_channels, height // scale, width // scale
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Words of a prompt that no training caption had."""
+        """Words of a prompt that no training caption had; none where a model does not tell its captions."""
+        if not self.words:
+            return []
         return [word for word in words_of(plain(prompt)) if word not in self.words]
 
     def _denoiser(self, prompts: list[str], negative: list[str], scale: float, guidance: GuidanceConfig) -> Denoiser:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from tyro.conf import Positional
 
 from ldm.config import ScriptConfig, errors_for_people, parse
@@ -63,7 +62,6 @@ def compare(one: Pipeline, other: Pipeline) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     config = parse(Convert, argv, default=None, description=__doc__)
-    torch.set_grad_enabled(False)
     with errors_for_people():
         convert(config)
 

@@ -41,6 +41,8 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     """Measure, print a table and write evaluation.json beside the model folder."""
     folder = config.model or folders.newest("pipeline", Path("runs"), script="make demo")
     pipeline = Pipeline.load(folder, device=config.device)
+    if "data" not in pipeline.about:
+        raise ValueError(f"{folder} does not tell its data, as it was not trained here: evaluate has nothing held out")
     data = DataConfig(**pipeline.about["data"])
     report: dict[str, metrics.Estimate] = {}
     if pipeline.vae is not None:

@@ -67,8 +67,7 @@ def paint(config: Txt2Img, source: SourceRecord | None = None) -> list[Path]:
     record = read_record(config) if config.reproduce else None
     prompts = [] if record else read_prompts(config)
     pipeline = Pipeline.load(find_model(config, record), device=config.device or best_device())
-    assert pipeline.folder is not None
-    digest = sha256(pipeline.folder / "unet.safetensors")
+    digest = sha256(pipeline.weights)
     if record:
         if record.model_hash != digest:
             raise ValueError(

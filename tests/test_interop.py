@@ -8,9 +8,11 @@ import warnings
 from pathlib import Path
 
 import convert
+import evaluate
 import numpy as np
 import pytest
 import torch
+import txt2img
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -487,3 +489,19 @@ def test_pickles_are_read_by_convert_alone_and_never_run(
         with pytest.raises(SystemExit, match="bad.ckpt can not be read without running code of it"):
             convert.main([str(tmp_path / "bad.ckpt"), str(tmp_path / "out")])
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+def test_txt2img_paints_with_a_foreign_model(
+    their_folder: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And reproduces; it knows no captions, so it names no words."""
+    compvis.write(parts_of(Pipeline.load(their_folder["sd1"])), tmp_path / "model.safetensors")
+    for model in (their_folder["sd1"], tmp_path / "model.safetensors"):
+        out = tmp_path / model.stem
+        size = ["--width", "32", "--height", "32", "--steps", "2", "--device", "cpu"]
+        txt2img.main(["a zebra", "--model", str(model), "--out", str(out), *size])
+        txt2img.main(["--reproduce", str(out / "00000.png"), "--out", str(out), "--device", "cpu"])
+        assert (out / "00000.png").read_bytes() == (out / "00001.png").read_bytes()
+    assert "zebra" not in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="does not tell its data, as it was not trained here"):
+        evaluate.main(["--model", str(their_folder["sd1"]), "--device", "cpu"])

@@ -78,7 +78,9 @@ def test_reproduce_needs_the_model_and_the_metadata(tiny_model: Path, tmp_path: 
     paint(tiny_model, tmp_path / "out", "a star")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="was painted by another model"):
         patch.setattr("txt2img.sha256", lambda path: "0" * 64)
-        patch.setattr("ldm.pipeline.Pipeline.load", lambda *a, **k: type("P", (), {"folder": tiny_model})())
+        patch.setattr(
+            "ldm.pipeline.Pipeline.load", lambda *a, **k: type("P", (), {"weights": tiny_model / "unet.safetensors"})()
+        )
         reproduce(tmp_path / "out/00000.png")
 
 
