@@ -27,6 +27,8 @@ class Convert(ScriptConfig):
 
 def convert(config: Convert) -> float:
     """Write, read back and compare; returns the largest difference of a pixel, of 255."""
+    if Path() in (config.source, config.target):
+        raise ValueError("name a model and where to write it, as in `python scripts/convert.py IN OUT --to diffusers`")
     if config.target.exists():
         raise ValueError(f"{config.target} is there already: remove it, or choose another name")
     if config.source.is_file():

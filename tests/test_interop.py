@@ -462,6 +462,8 @@ def test_convert_goes_around(their_folder: dict[str, Path], tmp_path: Path, caps
     told = capsys.readouterr().out
     assert "theirs: written as diffusers, read back; the same picture differs by " in told and told.count("\n") == 3
     assert (tmp_path / "ours/text/open_clip_model.safetensors").is_file()
+    with pytest.raises(SystemExit, match="name a model and where to write it"):
+        convert.main([str(places[2])])
     with pytest.raises(SystemExit, match="again is there already: remove it"):
         convert.main([str(places[2]), str(places[3])])
 
