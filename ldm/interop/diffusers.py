@@ -19,26 +19,24 @@ from ldm.vae import VAE, VAEConfig
 WEIGHTS, PYTORCH = "diffusion_pytorch_model", {"format": "pt"}
 BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}
 PADDING = {"<|endoftext|>": 49407, "!": 0}
-# Settings that our networks have no other value of; what a file leaves out is the first.
-UNET_FIXED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu",),
-    "norm_num_groups": (32,),
-    "downsample_padding": (1,),
-    "mid_block_scale_factor": (1,),
-    "center_input_sample": (False,),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "dual_cross_attention": (False,),
-    "only_cross_attention": (False,),
-    "class_embed_type": (None,),
-    "encoder_hid_dim": (None,),
-    "time_embedding_type": ("positional",),
-    "conv_in_kernel": (3,),
-}
-VAE_FIXED: dict[str, tuple[Any, ...]] = {"act_fn": ("silu",), "norm_num_groups": (32,), "use_quant_conv": (True,)}
-
-
 SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+# Settings that our networks have no other value of, which is also what a file means that leaves them out.
+UNET_FIXED: dict[str, Any] = {
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "dual_cross_attention": False,
+    "only_cross_attention": False,
+    "class_embed_type": None,
+    "encoder_hid_dim": None,
+    "time_embedding_type": "positional",
+    "conv_in_kernel": 3,
+}
+VAE_FIXED: dict[str, Any] = {"act_fn": "silu", "norm_num_groups": 32, "use_quant_conv": True}
 
 
 def is_folder(path: Path) -> bool:
@@ -152,10 +150,8 @@ def write(parts: Parts, folder: Path) -> None:
 
 def _write_part(folder: Path, values: dict[str, Any], state: dict[str, Tensor], rename: names.Rename) -> None:
     _write_json(folder / "config.json", values)
-    as_convolutions = {}
-    for name, tensor in state.items():
-        as_convolutions[rename(name)] = tensor.detach().cpu().contiguous()
-    save_file(as_convolutions, folder / f"{WEIGHTS}.safetensors", PYTORCH)
+    tensors = {rename(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / f"{WEIGHTS}.safetensors", PYTORCH)
 
 
 def _write_tokenizer(folder: Path, text: TextEncoder) -> None:
@@ -275,10 +271,10 @@ def _json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: fetch it again") from None
 
 
-def _check_fixed(values: dict[str, Any], fixed: dict[str, tuple[Any, ...]], path: Path) -> None:
-    for name, allowed in fixed.items():
-        if values.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{path}: {name} is {values[name]!r}; only {allowed[0]!r} is known here")
+def _check_fixed(values: dict[str, Any], fixed: dict[str, Any], path: Path) -> None:
+    for name, known in fixed.items():
+        if values.get(name, known) != known:
+            raise ValueError(f"{path}: {name} is {values[name]!r}; only {known!r} is known here")
 
 
 def _each(value: int | list[int], count: int) -> list[int]:

@@ -103,12 +103,10 @@ def vae_in_diffusers(config: VAEConfig) -> Rename:
 
     def rename(name: str) -> str:
         name = _replaced(name, {r"\bnorm_out\.": "conv_norm_out.", r"\bshortcut\.": "conv_shortcut."})
-        level = re.match(r"(encoder|decoder)\.levels\.(\d+)\.(\d+)\.(.*)", name)
+        level = _level(name, config)
         if level:
-            side, at, number, rest = level[1], level[2], int(level[3]), level[4]
-            way = "down" if side == "encoder" else "up"
-            sampler = number == config.blocks + (side == "decoder")
-            inner = f"{way}samplers.0" if sampler else f"resnets.{number}"
+            side, way, at, number, rest = level
+            inner = f"{way}samplers.0" if number is None else f"resnets.{number}"
             return f"{side}.{way}_blocks.{at}.{inner}.{rest}"
         middle = _middle(name, config)
         if middle:
@@ -127,13 +125,11 @@ def vae_in_compvis(config: VAEConfig) -> Rename:
 
     def rename(name: str) -> str:
         name = _replaced(name, {r"\bshortcut\.": "nin_shortcut."})
-        level = re.match(r"(encoder|decoder)\.levels\.(\d+)\.(\d+)\.(.*)", name)
+        level = _level(name, config)
         if level:
-            side, at, number, rest = level[1], int(level[2]), int(level[3]), level[4]
-            way = "down" if side == "encoder" else "up"
+            side, way, at, number, rest = level
             at = at if side == "encoder" else len(config.multipliers) - 1 - at
-            sampler = number == config.blocks + (side == "decoder")
-            return f"{side}.{way}.{at}." + (f"{way}sample.{rest}" if sampler else f"block.{number}.{rest}")
+            return f"{side}.{way}.{at}." + (f"{way}sample.{rest}" if number is None else f"block.{number}.{rest}")
         middle = _middle(name, config)
         if middle:
             side, kind, number, rest = middle
@@ -215,6 +211,16 @@ def _parts(name: str) -> tuple[str, list[int], str, str]:
     found = re.match(r"([a-z_]+)((?:\.\d+)*)\.(?:(residual|transformer)\.)?(.*)", name)
     assert found is not None
     return found[1], [int(number) for number in found[2].split(".")[1:]], found[3] or "", found[4]
+
+
+def _level(name: str, config: VAEConfig) -> tuple[str, str, int, int | None, str] | None:
+    """Side, way, level, block (None: the change of resolution) and rest of a name in a level of the VAE."""
+    found = re.match(r"(encoder|decoder)\.levels\.(\d+)\.(\d+)\.(.*)", name)
+    if not found:
+        return None
+    side, number = found[1], int(found[3])
+    last = config.blocks + (side == "decoder")
+    return side, "down" if side == "encoder" else "up", int(found[2]), None if number == last else number, found[4]
 
 
 def _middle(name: str, config: VAEConfig) -> tuple[str, str, int, str] | None:
