@@ -29,7 +29,7 @@ from ldm.diffusion.process import Process, ProcessConfig, denoiser
 from ldm.diffusion.samplers import Step, find_sampler, invert, run
 from ldm.interop import compvis, diffusers
 from ldm.interop.parts import Parts
-from ldm.text import TextConfig, TextEncoder, TextStates
+from ldm.text import JoinedEncoder, Text, TextConfig, TextEncoder, TextStates
 from ldm.text.prompts import Part, plain, split
 from ldm.unet import KeptContext, UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
@@ -51,6 +51,7 @@ class PipelineCard(Config):
     vae: VAEConfig | None
     vae_sha256: str | None
     text: TextConfig | None
+    second_text: TextConfig | None = None
 
 
 class VAECard(Config):
@@ -67,6 +68,7 @@ class Source(NamedTuple):
     latents: Tensor  # (1, c, h, w), standardized
     strength: float  # share of the way that is walked: 0 changes nothing, 1 everything
     mask: Tensor | None  # (1, 1, h, w), 1 where it is painted, 0 where the source stays
+    told: Tensor | None  # (1, 1 + c, h, w), the mask and the latents around it, for networks that look at them
 
 
 class Pipeline:
@@ -78,7 +80,7 @@ class Pipeline:
         process: Process,
         *,
         vae: VAE | None,
-        text: TextEncoder | None,
+        text: Text | None,
         size: int,
         words: list[str],
         about: dict[str, Any] | None = None,
@@ -116,7 +118,7 @@ class Pipeline:
             unet,
             Process(card.process),
             vae=vae,
-            text=_load_text(card.text, folder),
+            text=_load_text(card, folder),
             size=card.size,
             words=(folder / "words.txt").read_text().split(),
             about=card.about,
@@ -137,7 +139,11 @@ class Pipeline:
         folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.unet, folder / "unet.safetensors")
         (folder / "words.txt").write_text("\n".join(sorted(self.words)))
-        text = self.text and self.text.config.to_dict() | {"model": self.text.save(folder / "text")}
+        names = ("text", "second_text")
+        texts = {
+            name: encoder.config.to_dict() | {"model": encoder.save(folder / name)}
+            for name, encoder in zip(names, self.text.encoders if self.text else (), strict=False)
+        }
         values = {
             "size": self.size,
             "about": self.about,
@@ -146,7 +152,8 @@ class Pipeline:
             "unet": self.unet.config.to_dict(),
             "vae": self.vae and self.vae.config.to_dict(),
             "vae_sha256": self.vae and save_weights(self.vae, folder / "vae.safetensors"),
-            "text": text,
+            "text": None,
+            **texts,
         }
         folders.write_model(folder, "pipeline", values)
 
@@ -157,7 +164,7 @@ class Pipeline:
         """
         for name in ("process", "text", "vae"):
             own, other = (getattr(pipeline, name) for pipeline in (self, weaker))
-            if (own and own.config) != (other and other.config):
+            if _configs(own) != _configs(other):
                 raise ValueError(f"{weaker.folder} can not guide {self.folder}: its {name} is another")
         self.weaker = weaker.unet
         return self.to(self.device)
@@ -229,6 +236,8 @@ class Pipeline:
             raise ValueError(f"the image is {usual[0]}x{usual[1]}: resize it, or leave out width and height")
         if mask and (image is None or mask.size != size):
             raise ValueError(f"mask is {mask.size[0]}x{mask.size[1]}: it needs an image of the same size")
+        if self.unet.config.extra_channels and mask is None:
+            raise ValueError("this model paints what a mask covers: name an image and a mask")
         seeds = [seed + i for i in range(num_images)]
         noise = initial_noise(shape, seeds)
         if variation:
@@ -259,10 +268,15 @@ class Pipeline:
         """What `sample` needs of a picture, and of a mask of the same size."""
         factor = self.vae.config.factor if self.vae else 1
         pixels = from_image(image, self.vae.config.image_channels if self.vae else self.unet.config.in_channels)
-        painted = None
-        if mask is not None:
-            painted = torch.nn.functional.max_pool2d((from_image(mask, 1) + 1) / 2, factor).ceil().to(self.device)
-        return Source(self.encode(pixels.to(self.device)), strength, painted)
+        latents = self.encode(pixels.to(self.device))
+        if mask is None:
+            return Source(latents, strength, None, None)
+        covered = (from_image(mask, 1) + 1) / 2
+        painted = torch.nn.functional.max_pool2d(covered, factor).ceil().to(self.device)
+        if not self.unet.config.extra_channels:
+            return Source(latents, strength, painted, None)
+        around = self.encode((pixels * (covered < 0.5)).to(self.device))
+        return Source(latents, strength, None, torch.cat([painted, around], dim=1))
 
     @torch.no_grad()
     def invert(
@@ -296,7 +310,8 @@ class Pipeline:
         """Denoise a batch (b, c, h, w) of standard normal noise to standardized latents, each under its own prompt."""
         walk = find_sampler(sampler, eta)
         own_times = times(self.process, steps, grid)
-        denoise = self._denoiser(prompts, negative_prompts, guidance_scale, guidance)
+        told = source.told if source else None
+        denoise = self._denoiser(prompts, negative_prompts, guidance_scale, guidance, told)
 
         def fresh_noise(number: int) -> Tensor:
             draws = [torch.randn(noise.shape[1:], generator=keyed.generator(s, "sampler", number)) for s in seeds]
@@ -309,7 +324,8 @@ class Pipeline:
             own_times = own_times[steps - round(steps * source.strength) :]
             if len(own_times) == 1:
                 return source.latents.expand_as(noise)
-            z = self.process.mix(source.latents.expand_as(noise), noise, own_times[0])
+            if source.strength < 1 or (source.mask is None and source.told is None):
+                z = self.process.mix(source.latents.expand_as(noise), noise, own_times[0])
             if source.mask is not None:
                 denoise = known(denoise, source.latents, source.mask)
         for number, step in enumerate(walk(denoise, self.process, z, own_times, fresh_noise=fresh_noise), start=1):
@@ -369,50 +385,58 @@ class Pipeline:
             return []
         return [word for word in words_of(plain(prompt)) if word not in self.words]
 
-    def _denoiser(self, prompts: list[str], negative: list[str], scale: float, guidance: GuidanceConfig) -> Denoiser:
+    def _denoiser(
+        self, prompts: list[str], negative: list[str], scale: float, guidance: GuidanceConfig, told: Tensor | None
+    ) -> Denoiser:
         several = self.text is not None and any(len(split(prompt)) > 1 for prompt in prompts)
         if several and self.weaker is not None:
             raise ValueError("AND goes with a negative prompt, not with autoguidance: choose one")
         if guidance.rule == "zero_star" and self.process.config.path != "flow":
             raise ValueError(f"guidance zero_star is for the flow path, this model's is {self.process.config.path}")
         if several:
-            pair = self._composed(prompts, negative)
+            pair = self._composed(prompts, negative, told)
             alone = guide(pair, classifier_free(1.0))
         else:
-            alone = self._answers(self.unet, prompts)
+            alone = self._answers(self.unet, prompts, told)
             if scale == 1 or (self.text is None and self.weaker is None):
                 return alone
             if self.weaker is not None:
-                pair = autoguided(alone, self._answers(self.weaker, prompts))
+                pair = autoguided(alone, self._answers(self.weaker, prompts, told))
             else:
-                pair = doubled(self._answers(self.unet, prompts + negative))
+                pair = doubled(self._answers(self.unet, prompts + negative, told))
         return within(guidance.interval, guide(pair, guidance.make_rule(scale)), alone)
 
-    def _composed(self, prompts: list[str], negative: list[str]) -> Pair:
+    def _composed(self, prompts: list[str], negative: list[str], told: Tensor | None) -> Pair:
         """Several prompts for each image; where one has fewer than others, empty ones that weigh nothing follow."""
         rounds = list(itertools.zip_longest(*map(split, prompts), fillvalue=Part("", 0.0)))
         weights = torch.tensor([[part.weight for part in parts] for parts in rounds], device=self.device)
-        return composed(self._answers(self.unet, [part.text for parts in rounds for part in parts] + negative), weights)
+        texts = [part.text for parts in rounds for part in parts]
+        return composed(self._answers(self.unet, texts + negative, told), weights)
 
-    def _answers(self, unet: UNet, prompts: list[str]) -> Denoiser:
-        """The Denoiser of one network under these prompts, which are encoded once."""
+    def _answers(self, unet: UNet, prompts: list[str], told: Tensor | None = None) -> Denoiser:
+        """The Denoiser of one network under these prompts, which are encoded once; `told` is shown to it beside z_t."""
         states = self.text.prompt_states(prompts) if self.text else None
         context, mask, vector = conditions(self.text, states)
         kept = None if context is None else KeptContext(context)
 
         def network(z_t: Tensor, timestep: Tensor) -> Tensor:
-            return unet(z_t, timestep[:1], kept, mask, vector)
+            sizes = self._sizes(z_t) if unet.config.size_width else None
+            seen = z_t if told is None else torch.cat([z_t, told.expand(len(z_t), -1, -1, -1)], dim=1)
+            return unet(seen, timestep[:1], kept, mask, vector, sizes)
 
         return denoiser(network, self.process)
 
+    def _sizes(self, z: Tensor) -> Tensor:
+        """What a picture of this size that was not cut is told to be: (b, 6)."""
+        height, width = (side * (self.vae.config.factor if self.vae else 1) for side in z.shape[-2:])
+        return torch.tensor([height, width, 0, 0, height, width], device=z.device).expand(len(z), -1)
 
-def conditions(
-    text: TextEncoder | None, states: TextStates | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+
+def conditions(text: Text | None, states: TextStates | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Context, mask and vector for the U-Net."""
     if text is None or states is None:
         return None, None, None
-    return states.tokens, states.mask, states.pooled if text.config.pooled else None
+    return states.tokens, states.mask, states.pooled if text.vector_width else None
 
 
 def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Tensor:
@@ -462,10 +486,18 @@ def load_vae_weights(config: VAEConfig, path: Path) -> VAE:
     return vae.requires_grad_(False).eval()
 
 
-def _load_text(config: TextConfig | None, folder: Path) -> TextEncoder | None:
-    if config is None:
-        return None
-    source = config.model
-    if source.startswith("local-dir:"):
-        source = f"local-dir:{folder / source.removeprefix('local-dir:')}"
-    return TextEncoder.load(config, source=source)
+def _load_text(card: PipelineCard, folder: Path) -> Text | None:
+    encoders = []
+    for config in (card.text, card.second_text):
+        if config is not None:
+            local = config.model.startswith("local-dir:")
+            source = f"local-dir:{folder / config.model.removeprefix('local-dir:')}" if local else config.model
+            encoders.append(TextEncoder.load(config, source=source))
+    return JoinedEncoder(*encoders) if len(encoders) == 2 else next(iter(encoders), None)
+
+
+def _configs(part: Process | VAE | Text | None) -> list[Config]:
+    """What decides how a part of a pipeline works."""
+    if part is None:
+        return []
+    return [encoder.config for encoder in part.encoders] if isinstance(part, Text) else [part.config]

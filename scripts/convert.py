@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 from tyro.conf import Positional
 
 from ldm.config import ScriptConfig, errors_for_people, parse
@@ -56,8 +57,10 @@ def convert(config: Convert) -> float:
 def compare(one: Pipeline, other: Pipeline) -> float:
     """The largest difference of a pixel in a small picture of the same seed."""
     side = 8 * one.unet.config.factor * (one.vae.config.factor if one.vae else 1)
-    call = {"steps": 2, "sampler": "ddim", "seed": 0, "width": side, "height": side}
-    a, b = (np.asarray(p("a cat astronaut", **call)[0], dtype=np.float64) for p in (one, other))  # type: ignore[arg-type]
+    call: dict[str, Any] = {"steps": 2, "sampler": "ddim", "seed": 0, "width": side, "height": side}
+    if one.unet.config.extra_channels:
+        call |= {"image": Image.new("RGB", (side, side), "red"), "mask": Image.new("L", (side, side), "white")}
+    a, b = (np.asarray(p("a cat astronaut", **call)[0], dtype=np.float64) for p in (one, other))
     return float(abs(a - b).max())
 
 

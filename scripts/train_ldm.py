@@ -19,7 +19,7 @@ from ldm.diffusion.process import Process, ProcessConfig
 from ldm.folders import newest
 from ldm.keyed import Draws, generator
 from ldm.pipeline import Pipeline, conditions, initial_noise, load_vae, to_images, words_of
-from ldm.text import TextConfig, TextEncoder
+from ldm.text import JoinedEncoder, Text, TextConfig, TextEncoder
 from ldm.training.loop import Batch, Hooks, Player, TrainingConfig, fit, make_accelerator
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, Posterior
@@ -37,6 +37,8 @@ class TrainLDM(TrainingConfig):
     autoencoder: str = "latest"
     """model folder of a train_vae run; `latest`: the newest finished one beside this run; `none`: work in pixels"""
     text: TextConfig = TextConfig()
+    second_text: TextConfig = TextConfig(model="none")
+    """another tower, whose states go beside those of the first, as in Stable Diffusion XL"""
     unet: UNetConfig = UNetConfig()
     process: ProcessConfig = ProcessConfig()
     caption_dropout: float = Field(0.1, ge=0, le=1)
@@ -61,7 +63,7 @@ def train(config: TrainLDM) -> Path:
     vae_folder = find_autoencoder(config)
     vae = load_vae(vae_folder) if vae_folder else None
     text = load_text(config)
-    accelerator.print(f"autoencoder: {vae_folder or 'none'}; text: {text.source if text else 'none'}")
+    accelerator.print(f"autoencoder: {vae_folder or 'none'}; text: {described(text)}")
     check_widths(config, vae, text)
     unet = UNet(config.unet, gradient_checkpointing=config.gradient_checkpointing)
     process = Process(config.process)
@@ -88,10 +90,11 @@ def train(config: TrainLDM) -> Path:
         with torch.no_grad():
             return vae.standardize(vae.encode(batch["image"]).sample(noise))
 
-    def errors(module: nn.Module, z: Tensor, captions: list[str], noise: Tensor, t: Tensor) -> Tensor:
+    def errors(module: nn.Module, z: Tensor, captions: list[str], sizes: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Squared error of each image: (b,)."""
-        states = text(captions) if text else None
-        answer = module(process.mix(z, noise, t), process.timestep(t), *conditions(text, states))
+        told = conditions(text, text(captions) if text else None)
+        seen = sizes.to(device) if config.unet.size_width else None
+        answer = module(process.mix(z, noise, t), process.timestep(t), *told, seen)
         return (answer.float() - process.target(z, noise, t)).square().flatten(1).mean(1)
 
     def loss(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -100,7 +103,7 @@ def train(config: TrainLDM) -> Path:
         t = process.draw_times(draws.uniform("time"), positions, draws.batch_size)
         dropped = draws.uniform("dropout") < config.caption_dropout
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]
-        error = errors(module, z, captions, draws.normal("noise", shape), t)
+        error = errors(module, z, captions, batch["sizes"], draws.normal("noise", shape), t)
         return {"loss": (process.weight(t) * error).mean()}
 
     def validate() -> dict[str, float]:
@@ -108,7 +111,9 @@ def train(config: TrainLDM) -> Path:
         noise = torch.randn(2, count, *shape, generator=generator(config.seed, "validation")).to(device)
         z = latents({"image": images}, noise[0])
         by_time = {
-            f"validation_loss_t{t}": errors(unet, z, fixed["caption"], noise[1], torch.full((count,), t, device=device))
+            f"validation_loss_t{t}": errors(
+                unet, z, fixed["caption"], fixed["sizes"], noise[1], torch.full((count,), t, device=device)
+            )
             for t in VALIDATION_TIMES
         }
         means = {name: error.mean().item() for name, error in by_time.items()}
@@ -125,8 +130,9 @@ def train(config: TrainLDM) -> Path:
     identity: dict[str, Any] = {"data": config.data.identity()}
     identity |= {"unet": config.unet.to_dict(), "process": config.process.to_dict()}
     identity["vae_sha256"] = sha256(vae_folder / "vae.safetensors") if vae_folder else None
-    if text:
-        identity |= {"text_sha256": sha256(text.weights), **config.text.identity()}
+    for name, encoder in zip(("", "second_"), text.encoders if text else (), strict=False):
+        values = {"text_sha256": sha256(encoder.weights), **encoder.config.identity()}
+        identity |= {name + key: value for key, value in values.items()}
     try:
         return fit(
             config,
@@ -150,20 +156,28 @@ def find_autoencoder(config: TrainLDM) -> Path | None:
     return Path(config.autoencoder)
 
 
-def load_text(config: TrainLDM) -> TextEncoder | None:
-    """The frozen text tower; None for unconditional diffusion."""
-    if config.text.model == "none":
-        return None
-    source = config.text.model
-    if source == "latest":
-        folder = newest("text tower", config.run.parent, script="accelerate launch scripts/train_clip.py")
-        source = f"local-dir:{folder}"
-    return TextEncoder.load(config.text, source=source)
+def load_text(config: TrainLDM) -> Text | None:
+    """The frozen text tower, or two; None for unconditional diffusion."""
+    encoders = []
+    for tower in (config.text, config.second_text):
+        source = tower.model
+        if source == "latest":
+            folder = newest("text tower", config.run.parent, script="accelerate launch scripts/train_clip.py")
+            source = f"local-dir:{folder}"
+        if source != "none":
+            encoders.append(TextEncoder.load(tower, source=source))
+    return JoinedEncoder(*encoders) if len(encoders) == 2 else next(iter(encoders), None)
 
 
-def check_widths(config: TrainLDM, vae: VAE | None, text: TextEncoder | None) -> None:
+def described(text: Text | None) -> str:
+    """Which towers they are."""
+    return " and ".join(encoder.source for encoder in text.encoders) if text else "none"
+
+
+def check_widths(config: TrainLDM, vae: VAE | None, text: Text | None) -> None:
     """ValueError unless the U-Net fits the latents and the text."""
     wanted = {
+        "extra_channels": 0,
         "in_channels": vae.config.latent_channels if vae else config.data.channels,
         "context_width": text.width if text else 0,
         "vector_width": text.vector_width if text else 0,

@@ -82,10 +82,13 @@ def test_every_configuration_file_is_read_and_its_models_build(path: Path) -> No
 
 
 def test_the_text_width_of_public_towers_fits_their_networks() -> None:
-    for folder in ("sd15", "sd21", "images-256"):
+    for folder in ("sd15", "sd21-base", "sd21-v", "sdxl", "images-256"):
         config = train_ldm.TrainLDM.from_dict(read_yaml(ROOT / f"configs/{folder}/ldm.yaml"), source=folder)
-        assert open_clip.get_model_config(config.text.model)["text_cfg"]["width"] == config.unet.context_width
-        assert config.text.pretrained in open_clip.list_pretrained_tags_by_model(config.text.model)
+        towers = [tower for tower in (config.text, config.second_text) if tower.model != "none"]
+        widths = [open_clip.get_model_config(tower.model)["text_cfg"]["width"] for tower in towers]
+        assert sum(widths) == config.unet.context_width
+        for tower in towers:
+            assert tower.pretrained in open_clip.list_pretrained_tags_by_model(tower.model)
 
 
 def test_no_file_names_a_machine_or_a_registry() -> None:

@@ -15,7 +15,7 @@ from tyro.conf import arg
 from ldm import keyed
 from ldm.config import Config
 from ldm.data import emoji, shapes
-from ldm.data.images import Encoded, Source, check_split, decode, open_images, to_tensor
+from ldm.data.images import WHOLE, Encoded, Source, check_split, cut_at, decode, open_images, to_tensor
 from ldm.data.order import Key
 from ldm.data.shapes import Split
 
@@ -50,7 +50,7 @@ class DataConfig(Config):
 
 
 class CaptionedImages(Dataset[dict[str, Any]]):
-    """Images as float32 tensors (c, size, size) in [-1, 1], with a caption each.
+    """Images as float32 tensors (c, size, size) in [-1, 1], with a caption each and the sizes that tell how it was cut.
 
     Crop, flip and wording of a training sample depend on (seed, epoch, index) alone; a test sample has the centre crop
     and the first wording. An image that can not be read is replaced by another one of the set, the same at every call.
@@ -73,7 +73,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
             except ValueError:
                 self._note_bad(index)
                 continue
-            return {"image": self._cut(image, key), "caption": self._wording(index, key)}
+            return {**self._cut(image, key), "caption": self._wording(index, key)}
         raise ValueError(f"{self.config.source}: {TRIES} images in a row can not be read, {self._remedy()}")
 
     def caption(self, key: Key) -> str:
@@ -113,12 +113,17 @@ class CaptionedImages(Dataset[dict[str, Any]]):
     def _draw(self, stream: str, key: Key) -> int:
         return keyed.key(self.seed, stream, key.epoch, key.index)
 
-    def _cut(self, image: Image.Image, key: Key) -> Tensor:
+    def _cut(self, image: Image.Image, key: Key) -> dict[str, Tensor]:
+        """The image and its sizes (6,): height and width before, top and left of the cut, height and width after."""
+        size = self.config.size
         square = image.width == image.height
         offset = self._draw("crop", key) if self.training and not square else None
-        pixels = to_tensor(image, self.config.size, offset=offset)
-        mirror = self.config.flip and self.training and self._draw("flip", key) % 2
-        return pixels.flip(-1) if mirror else pixels
+        pixels, corner = to_tensor(image, size, offset=offset), cut_at(image, offset)
+        if self.config.flip and self.training and self._draw("flip", key) % 2:
+            pixels, corner = pixels.flip(-1), (image.width - min(image.size) - corner[0], corner[1])
+        left, top = (round(place * size / min(image.size)) for place in corner)
+        width, height = image.info.get(WHOLE, image.size)
+        return {"image": pixels, "sizes": torch.tensor([height, width, top, left, size, size])}
 
     def _wording(self, index: int, key: Key) -> str:
         entry = self.source.captions[index]

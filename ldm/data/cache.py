@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.data.order import Key, image_batches
+from ldm.data.order import Key, sample_batches
 
 
 class LatentCache(Dataset[dict[str, Any]]):
@@ -23,16 +23,18 @@ class LatentCache(Dataset[dict[str, Any]]):
         progress: bool,
     ) -> None:
         """`encode` maps images (b, c, h, w) to mean and log-variance, each (b, c, h, w)."""
-        means, logvars = [], []
+        means, logvars, sizes = [], [], []
         with torch.no_grad():
-            for images in tqdm(image_batches(data), desc="latents", unit="batch", disable=not progress):
-                mean, logvar = encode(images.to(device))
+            for batch in tqdm(sample_batches(data), desc="latents", unit="batch", disable=not progress):
+                mean, logvar = encode(batch["image"].to(device))
                 means.append(mean.cpu())
                 logvars.append(logvar.cpu())
-        self.data, self.mean, self.logvar = data, torch.cat(means), torch.cat(logvars)
+                sizes.append(batch["sizes"])
+        self.data, self.mean, self.logvar, self.sizes = data, torch.cat(means), torch.cat(logvars), torch.cat(sizes)
 
     def __len__(self) -> int:
         return len(self.mean)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        return {"mean": self.mean[key.index], "logvar": self.logvar[key.index], "caption": self.data.caption(key)}  # type: ignore[attr-defined]
+        kept = {"mean": self.mean[key.index], "logvar": self.logvar[key.index], "sizes": self.sizes[key.index]}
+        return {**kept, "caption": self.data.caption(key)}  # type: ignore[attr-defined]

@@ -27,6 +27,7 @@ SIDECARS = (".txt", ".caption")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 MAX_MEGAPIXELS = 64
+WHOLE = "whole"  # in a picture's info: its size, where it was decoded to a smaller one
 HELD_OUT = 0.05  # share of the items that make the test split of a set without one
 
 Encoded = bytes | Path
@@ -315,12 +316,15 @@ def decode(data: Encoded, *, channels: int = 3, side: int | None = None) -> Imag
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
             if image.width * image.height > MAX_MEGAPIXELS * 1e6:
                 raise Image.DecompressionBombError
+            whole = image.size
             if side is not None:
                 image.draft(None, (2 * side, 2 * side))
             image.load()
             if image.info:  # else there is no orientation to look for
                 ImageOps.exif_transpose(image, in_place=True)
             plain = _on_white(image)
+            if image.size != whole:
+                plain.info[WHOLE] = whole if (image.width > image.height) == (whole[0] > whole[1]) else whole[::-1]
     except Image.DecompressionBombError:
         raise ValueError(f"larger than the limit of {MAX_MEGAPIXELS} megapixels; shrink it") from None
     except Image.UnidentifiedImageError:
@@ -340,15 +344,20 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image
 
 
+def cut_at(image: Image.Image, offset: int | None) -> tuple[int, int]:
+    """Left and top of the square of the shorter side that `to_tensor` takes."""
+    slack = max(image.size) - min(image.size)
+    start = slack // 2 if offset is None else offset % (slack + 1)
+    return (start, 0) if image.width > image.height else (0, start)
+
+
 def to_tensor(image: Image.Image, size: int, *, offset: int | None = None) -> Tensor:
     """A square of the shorter side, made `size` pixels wide with antialiasing: (c, size, size), float32 in [-1, 1].
 
     The square is the centre one, or begins at `offset` of the longer side (any number, modulo the places there are).
     """
-    short, slack = min(image.size), max(image.size) - min(image.size)
     if image.size != (size, size):
-        start = slack // 2 if offset is None else offset % (slack + 1)
-        x, y = (start, 0) if image.width > image.height else (0, start)
+        short, (x, y) = min(image.size), cut_at(image, offset)
         image = image.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + short, y + short))
     pixels = torch.from_numpy(np.array(image).reshape(size, size, -1)).permute(2, 0, 1)
     return pixels.contiguous().float().div_(127.5).sub_(1)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from ldm import keyed
 
@@ -38,10 +38,16 @@ def first_samples(dataset: Dataset[Any], count: int) -> list[Any]:
 
 def image_batches(dataset: Dataset[Any], *, count: int | None = None, batch_size: int = 64) -> Iterator[Tensor]:
     """The images of a data set, or `count` of them spread over it, in batches (b, c, h, w)."""
+    for batch in sample_batches(dataset, count=count, batch_size=batch_size):
+        yield batch["image"]
+
+
+def sample_batches(dataset: Dataset[Any], *, count: int | None = None, batch_size: int = 64) -> Iterator[Any]:
+    """The samples of a data set, or `count` of them spread over it, in collated batches."""
     total = len(dataset)  # type: ignore[arg-type]
     chosen = [i * total // min(count or total, total) for i in range(min(count or total, total))]
     for first in range(0, len(chosen), batch_size):
-        yield torch.stack([dataset[Key(i, 0, i)]["image"] for i in chosen[first : first + batch_size]])
+        yield default_collate([dataset[Key(i, 0, i)] for i in chosen[first : first + batch_size]])
 
 
 class Order(Sampler[list[Key]]):

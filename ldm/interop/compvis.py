@@ -1,8 +1,11 @@
-"""Single files of CompVis and Stability, Stable Diffusion 1 and 2: read and written. What they hold is seen from keys
-and shapes."""
+"""Single files of CompVis and Stability, Stable Diffusion 1, 2 and XL: read and written.
+
+What they hold is seen from keys and shapes.
+"""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -10,24 +13,37 @@ from torch import Tensor
 
 from ldm.diffusion.process import Prediction, Process, ProcessConfig
 from ldm.interop import names
-from ldm.interop.parts import Parts, check_foldable, checked, fill, folded, network_of, read_file
-from ldm.text import TextConfig, TextEncoder
-from ldm.text.encoder import CONVERTED, TextTower, make_tokenizer
+from ldm.interop.parts import (
+    FIRST,
+    HEAD,
+    SECOND,
+    Parts,
+    check_foldable,
+    counted,
+    folded,
+    network_of,
+    read_file,
+    text_encoder,
+    vae_of,
+)
+from ldm.text import JoinedEncoder, Text, TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig
-from ldm.vae import VAE, VAEConfig
+from ldm.unet.model import SIZES
+from ldm.vae import VAEConfig
 
 UNET, EMA, VAE_PREFIX = "model.diffusion_model.", "model_ema.diffusion_model", "first_stage_model."
-TEXT1, TEXT2, TEXT_XL = "cond_stage_model.transformer.", "cond_stage_model.model.", "conditioner."
-SCALE = 0.18215  # of the latents, in no file: the configuration beside it has it
-HEAD = 64  # width of a head where heads can not be seen from shapes
+TEXT1, TEXT2 = "cond_stage_model.transformer.", "cond_stage_model.model."
+TEXT_XL1, TEXT_XL2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+SCALE, SCALE_XL = 0.18215, 0.13025  # of the latents, in no file: the configuration beside it has it
 V_SPREAD = 0.09  # of the bias below, above which ComfyUI takes a network for one that predicts v; nothing else shows it
 V_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+V_XL, ZERO_XL = "v_pred", "ztsnr"  # tensors that stand in files of XL for a prediction of v, and for zero terminal SNR
 
 Tensors = dict[str, Tensor]
 
 
 def read(file: Path, *, ema: bool = False, pickles: bool = False) -> Parts:
-    """The parts of a Stable Diffusion 1 or 2 file, with the averaged weights of the U-Net if asked.
+    """The parts of a Stable Diffusion 1, 2 or XL file, with the averaged weights of the U-Net if asked.
 
     With `pickles` a .ckpt file is read too, its tensors and nothing that runs.
     ValueError: no safetensors file, none of the known kinds, tensors that are missing, extra, misshapen or not finite.
@@ -37,33 +53,42 @@ def read(file: Path, *, ema: bool = False, pickles: bool = False) -> Parts:
     if "input_blocks.0.0.weight" not in unet_tensors or not _below(tensors, VAE_PREFIX):
         found = ", ".join(sorted({name.split(".")[0] for name in tensors})[:5])
         raise ValueError(f"{file} is no Stable Diffusion file: it has {found}, not {UNET}* and {VAE_PREFIX}*")
-    if _below(tensors, TEXT_XL):
-        raise ValueError(f"{file} is a Stable Diffusion XL file; only 1 and 2 can be read")
     if ema:
         averaged = {name: tensors.get(EMA + name.replace(".", "")) for name in unet_tensors}
         if missing := [name for name, tensor in averaged.items() if tensor is None]:
             raise ValueError(f"{file} has no averaged weights of {len(missing)} tensors, such as {missing[0]}")
         unet_tensors = {name: tensor for name, tensor in averaged.items() if tensor is not None}
-    unet = network_of(UNet, unet_config(unet_tensors), unet_tensors, names.unet_in_compvis, f"{file}: {UNET}")
+    text = read_text(tensors, file)
+    config = unet_config(unet_tensors, text.vector_width)
+    unet = network_of(UNet, config, unet_tensors, names.unet_in_compvis, f"{file}: {UNET}")
     vae_tensors = _below(tensors, VAE_PREFIX)
-    vae = network_of(VAE, vae_config(vae_tensors), vae_tensors, names.vae_in_compvis, f"{file}: {VAE_PREFIX}")
-    vae.latent_std.fill_(1 / SCALE)
-    first = bool(_below(tensors, TEXT1))
+    joined = isinstance(text, JoinedEncoder)
+    scale, source = SCALE_XL if joined else SCALE, f"{file}: {VAE_PREFIX}"
+    vae = vae_of(vae_config(vae_tensors), vae_tensors, names.vae_in_compvis, source, scale=scale)
     prediction: Prediction = "epsilon"
-    if not first and V_BIAS in unet_tensors and unet_tensors[V_BIAS].float().std() > V_SPREAD:
+    if joined:
+        prediction = "v" if V_XL in tensors else "epsilon"
+    elif _below(tensors, TEXT2) and V_BIAS in unet_tensors and unet_tensors[V_BIAS].float().std() > V_SPREAD:
         prediction = "v"
-    size = vae.config.factor * (96 if prediction == "v" else 64)
-    return Parts(unet, Process(ProcessConfig(prediction=prediction)), vae, read_text(tensors, file), size)
+    process = ProcessConfig(prediction=prediction, zero_terminal_snr=joined and ZERO_XL in tensors)
+    size = vae.config.factor * (128 if joined else 96 if prediction == "v" else 64)
+    return Parts(unet, Process(process), vae, text, size)
 
 
 def write(parts: Parts, file: Path) -> None:
     """Write one file; ValueError when the format can not hold the model."""
     check_foldable(parts, "a CompVis file")
-    text, first = parts.text, parts.text.tower.blocks[0].quick_gelu
-    process = parts.process.config
-    if process.path != "scaled_linear" or process.prediction not in (("epsilon",) if first else ("epsilon", "v")):
-        raise ValueError(f"a CompVis file can not hold this model: its process is {process.path}, {process.prediction}")
-    if text.config.padding != (49407 if first else 0) or (first and text.config.layer != "last"):
+    joined, quick = isinstance(parts.text, JoinedEncoder), [e.tower.blocks[0].quick_gelu for e in parts.text.encoders]
+    first, process = quick == [True], parts.process.config
+    known = process.path == "scaled_linear" and process.prediction in (("epsilon",) if first else ("epsilon", "v"))
+    if not known or (process.zero_terminal_snr and not joined):
+        zero = ", zero terminal SNR" * process.zero_terminal_snr
+        raise ValueError(
+            f"a CompVis file can not hold this model: its process is {process.path}, {process.prediction}{zero}"
+        )
+    kinds = [(e.config.padding, e.config.zero_empty, e.config.layer if first else "") for e in parts.text.encoders]
+    usual = [(49407, True, ""), (0, True, "")] if joined else [(49407, False, "last")] if first else [(0, False, "")]
+    if kinds != usual or (joined and quick != [True, False]):
         raise ValueError("a CompVis file can not hold this model: its text layer or padding is not that of the family")
     state = {}
     rename = names.unet_in_compvis(parts.unet.config)
@@ -71,46 +96,52 @@ def write(parts: Parts, file: Path) -> None:
         square = first and re.search(r"\.proj_(in|out)\.weight$", name)
         state[UNET + rename(name)] = tensor[:, :, None, None] if square else tensor
     rename = names.vae_in_compvis(parts.vae.config)
-    for name, tensor in folded(parts.vae, scale=SCALE).items():
+    for name, tensor in folded(parts.vae, scale=SCALE_XL if joined else SCALE).items():
         square = re.search(r"middle\.1\.to_\w+\.weight$", name)
         state[VAE_PREFIX + rename(name)] = tensor[:, :, None, None] if square else tensor
-    tower = text.tower.state_dict()
-    if first:
-        theirs = names.text_in_transformers(tower, len(text.tower.blocks))
-        state |= {TEXT1 + name: tensor for name, tensor in theirs.items()}
-    else:
-        if text.config.layer == "last":  # theirs is read before its last block, which is then never used
-            last = f"transformer.resblocks.{len(text.tower.blocks)}."
-            copy = {n: t for n, t in tower.items() if n.startswith("transformer.resblocks.0.")}
-            tower |= {n.replace("transformer.resblocks.0.", last): torch.zeros_like(t) for n, t in copy.items()}
-        state |= {TEXT2 + name: tensor for name, tensor in tower.items()}
+    prefixes = (TEXT_XL1, TEXT_XL2) if joined else (TEXT1,) if first else (TEXT2,)
+    for prefix, encoder in zip(prefixes, parts.text.encoders, strict=True):
+        tower, layers = encoder.tower.state_dict(), len(encoder.tower.blocks)
+        if prefix in (TEXT1, TEXT_XL1):
+            tower = names.text_in_transformers(tower, layers)
+        elif encoder.config.layer == "last":  # theirs is read before its last block, which is then never used
+            block, last = "transformer.resblocks.0.", f"transformer.resblocks.{layers}."
+            unused = {n.replace(block, last): torch.zeros_like(t) for n, t in tower.items() if n.startswith(block)}
+            tower |= unused
+        state |= {prefix + name: tensor for name, tensor in tower.items()}
+    state |= {name: torch.tensor([]) for name, told in _xl_flags(process).items() if joined and told}
     state["alphas_cumprod"] = parts.process.alpha(torch.arange(1, 1001, dtype=torch.float64) / 1000).square().float()
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, file)
 
 
-def unet_config(tensors: Tensors) -> UNetConfig:
-    """Our configuration of a U-Net, from its shapes."""
+def unet_config(tensors: Tensors, pooled_width: int = 0) -> UNetConfig:
+    """Our configuration of a U-Net, from its shapes and the width of the pooled text that it is told."""
     channels, in_channels = tensors["input_blocks.0.0.weight"].shape[:2]
     levels: list[list[int]] = [[]]  # numbers of the input blocks of each level
-    for number in range(1, 1 + _count(tensors, "input_blocks", start=1)):
+    for number in range(1, 1 + counted(tensors, "input_blocks", start=1)):
         if f"input_blocks.{number}.0.op.weight" in tensors:
             levels.append([])
         else:
             levels[-1].append(number)
     widths = [tensors[f"input_blocks.{level[0]}.0.in_layers.2.weight"].shape[0] for level in levels]
-    depths = [_count(tensors, f"input_blocks.{level[0]}.1.transformer_blocks") for level in levels]
+    depths = [counted(tensors, f"input_blocks.{level[0]}.1.transformer_blocks") for level in levels]
     crossed = [tensor for name, tensor in tensors.items() if name.endswith("attn2.to_k.weight")]
     square = any(tensor.ndim == 4 for name, tensor in tensors.items() if name.endswith("proj_in.weight"))
+    told = tensors["label_emb.0.0.weight"].shape[1] if "label_emb.0.0.weight" in tensors else 0
+    out_channels = tensors["out.2.weight"].shape[0] if "out.2.weight" in tensors else in_channels
     return UNetConfig(
-        in_channels=in_channels,
+        in_channels=out_channels,
+        extra_channels=in_channels - out_channels,
         channels=channels,
         multipliers=tuple(width // channels for width in widths),
         blocks=len(levels[0]),
         depths=tuple(depths),
-        middle_depth=_count(tensors, "middle_block.1.transformer_blocks"),
+        middle_depth=counted(tensors, "middle_block.1.transformer_blocks"),
         heads=tuple(8 if square else max(width // HEAD, 1) for width in widths),
         context_width=crossed[0].shape[1] if crossed else 0,
+        vector_width=pooled_width,
+        size_width=max(told - pooled_width, 0) // SIZES,
     )
 
 
@@ -119,39 +150,42 @@ def vae_config(tensors: Tensors) -> VAEConfig:
     channels, image_channels = tensors["encoder.conv_in.weight"].shape[:2]
     widths = [
         tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0]
-        for level in range(_count(tensors, "encoder.down"))
+        for level in range(counted(tensors, "encoder.down"))
     ]
     return VAEConfig(
         image_channels=image_channels,
         channels=channels,
         multipliers=tuple(width // channels for width in widths),
-        blocks=_count(tensors, "encoder.down.0.block"),
+        blocks=counted(tensors, "encoder.down.0.block"),
         attention="encoder.mid.attn_1.q.weight" in tensors,
         latent_channels=tensors["post_quant_conv.weight"].shape[0],
     )
 
 
-def read_text(tensors: Tensors, file: Path) -> TextEncoder:
-    """The text tower: transformers' names in version 1, open_clip's in version 2."""
-    first = _below(tensors, TEXT1)
-    own = names.text_from_transformers(first) if first else _below(tensors, TEXT2)
+def read_text(tensors: Tensors, file: Path) -> Text:
+    """The text tower: transformers' names in version 1, open_clip's in version 2, one of each in XL."""
+    if _below(tensors, TEXT1):
+        return _tower(tensors, TEXT1, file, layer="last")
+    if _below(tensors, TEXT2):
+        return _tower(tensors, TEXT2, file, layer="penultimate")
+    if _below(tensors, TEXT_XL1) and _below(tensors, TEXT_XL2):
+        first = _tower(tensors, TEXT_XL1, file, **FIRST, zero_empty=True)
+        return JoinedEncoder(first, _tower(tensors, TEXT_XL2, file, **SECOND, zero_empty=True))
+    raise ValueError(f"{file} has no text tower: neither {TEXT1}*, {TEXT2}*, nor {TEXT_XL1}* with {TEXT_XL2}*")
+
+
+def _tower(tensors: Tensors, prefix: str, file: Path, **settings: Any) -> TextEncoder:
+    """One tower. Those under transformers' names are OpenAI's, the others open_clip's."""
+    theirs, openai = _below(tensors, prefix), prefix in (TEXT1, TEXT_XL1)
+    own = names.text_from_transformers(theirs) if openai else theirs
     own = {name: tensor for name, tensor in own.items() if name not in ("attn_mask", "logit_scale")}
-    if "positional_embedding" not in own or "text_projection" not in own:
-        raise ValueError(f"{file} has no text tower: neither {TEXT1}* nor {TEXT2}*")
-    length, width = own["positional_embedding"].shape
-    text = {
-        "context_length": length,
-        "vocab_size": own["token_embedding.weight"].shape[0],
-        "width": width,
-        "heads": max(width // HEAD, 1),
-        "layers": _count(own, "transformer.resblocks"),
-        "mlp_ratio": own["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
-    }
-    with torch.device("meta"):
-        tower = TextTower({"embed_dim": own["text_projection"].shape[1], "quick_gelu": bool(first), "text_cfg": text})
-    fill(tower, checked(own, tower.state_dict(), str, f"{file}: text"))
-    config = TextConfig(model=str(file), layer="last" if first else "penultimate", padding=49407 if first else 0)
-    return TextEncoder(tower, make_tokenizer(length), config, source=CONVERTED, weights=file)
+    config = TextConfig(model=str(file), padding=49407 if openai else 0, **settings)
+    return text_encoder(own, config, f"{file}: {prefix}", quick_gelu=openai)
+
+
+def _xl_flags(process: ProcessConfig) -> dict[str, bool]:
+    """Names of empty tensors that tell what a file of XL is, and whether they do."""
+    return {V_XL: process.prediction == "v", ZERO_XL: process.zero_terminal_snr}
 
 
 def _read_pickle(file: Path) -> Tensors:
@@ -169,11 +203,3 @@ def _read_pickle(file: Path) -> Tensors:
 
 def _below(tensors: Tensors, prefix: str) -> Tensors:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _count(tensors: Tensors, prefix: str, *, start: int = 0) -> int:
-    """How many numbers from `start` on follow `prefix.`."""
-    found = {
-        int(name[len(prefix) + 1 :].split(".")[0]) for name in tensors if re.match(rf"{re.escape(prefix)}\.\d", name)
-    }
-    return sum(number >= start for number in found)

@@ -1,21 +1,22 @@
-"""Folders of diffusers' StableDiffusionPipeline: read and written."""
+"""Folders of diffusers' pipelines of the Stable Diffusion family: read and written."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.diffusion.process import Process, ProcessConfig
 from ldm.interop import names
-from ldm.interop.parts import Parts, check_foldable, checked, fill, folded, network_of, read_file
-from ldm.text import TextConfig, TextEncoder
-from ldm.text.encoder import CONVERTED, TextTower, make_tokenizer
+from ldm.interop.parts import FIRST, SECOND, Parts, check_foldable, folded, network_of, read_file, text_encoder, vae_of
+from ldm.text import JoinedEncoder, TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig
-from ldm.vae import VAE, VAEConfig
+from ldm.unet.model import SIZES
+from ldm.vae import VAEConfig
 
+KINDS = re.compile(r"StableDiffusion(XL)?(Img2Img|Inpaint)?Pipeline")
 WEIGHTS, PYTORCH = "diffusion_pytorch_model", {"format": "pt"}
 BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}
 PADDING = {"<|endoftext|>": 49407, "!": 0}
@@ -45,45 +46,67 @@ def is_folder(path: Path) -> bool:
 
 
 def read(folder: Path) -> Parts:
-    """The parts of a Stable Diffusion 1 or 2 pipeline; ValueError names what is missing or not known here."""
-    kind = _json(folder / "model_index.json").get("_class_name")
-    if kind != "StableDiffusionPipeline":
-        raise ValueError(f"{folder} holds a {kind}; only a StableDiffusionPipeline can be read")
+    """The parts of a Stable Diffusion 1, 2 or XL pipeline; ValueError names what is missing or not known here."""
+    index = _json(folder / "model_index.json")
+    kind = index.get("_class_name")
+    found = KINDS.fullmatch(str(kind))
+    if not found:
+        raise ValueError(
+            f"{folder} holds a {kind}; only a StableDiffusionPipeline or a StableDiffusionXLPipeline can be read"
+        )
     values = _json(folder / "unet/config.json")
     tensors = _tensors(folder / "unet", WEIGHTS)
     unet = network_of(UNet, unet_config(values, folder), tensors, names.unet_in_diffusers, f"{folder}/unet")
     vae_values = _json(folder / "vae/config.json")
     tensors = _tensors(folder / "vae", WEIGHTS)
-    vae = network_of(VAE, vae_config(vae_values, folder), tensors, names.vae_in_diffusers, f"{folder}/vae")
-    vae.latent_std.fill_(1 / vae_values.get("scaling_factor", 0.18215))
-    vae.latent_mean.fill_(vae_values.get("shift_factor") or 0.0)
+    vae = vae_of(
+        vae_config(vae_values, folder),
+        tensors,
+        names.vae_in_diffusers,
+        f"{folder}/vae",
+        scale=vae_values.get("scaling_factor", 0.18215),
+        shift=vae_values.get("shift_factor") or 0.0,
+    )
     process = Process(process_config(_json(folder / "scheduler/scheduler_config.json"), folder))
     size = values["sample_size"] * vae.config.factor
-    return Parts(unet, process, vae, read_text(folder), size)
+    if not found[1]:
+        return Parts(unet, process, vae, read_text(folder, ""), size)
+    empty = {"zero_empty": index.get("force_zeros_for_empty_prompt", True)}
+    text = JoinedEncoder(read_text(folder, "", **FIRST, **empty), read_text(folder, "_2", **SECOND, **empty))
+    return Parts(unet, process, vae, text, size)
 
 
 def write(parts: Parts, folder: Path) -> None:
-    """Write a folder that StableDiffusionPipeline.from_pretrained loads; ValueError when it can not hold the model."""
+    """Write a folder that diffusers' from_pretrained loads; ValueError when it can not hold the model."""
     check_foldable(parts, "a diffusers folder")
     unet, vae, text = parts.unet, parts.vae, parts.text
-    tower, layers = text.tower, len(text.tower.blocks) - (text.config.layer == "penultimate")
-    components = {
+    joined, inpaint = isinstance(text, JoinedEncoder), unet.config.extra_channels > 0
+    if len({encoder.config.zero_empty for encoder in text.encoders}) > 1:
+        raise ValueError("a diffusers folder can not hold this model: text.zero_empty differs between the towers")
+    index: dict[str, Any] = {
+        "_class_name": f"StableDiffusion{'XL' * joined}{'Inpaint' * inpaint}Pipeline",
+        "_diffusers_version": "0.30.0",
         "unet": ("diffusers", "UNet2DConditionModel"),
         "vae": ("diffusers", "AutoencoderKL"),
         "scheduler": ("diffusers", "DDIMScheduler"),
         "text_encoder": ("transformers", "CLIPTextModel"),
         "tokenizer": ("transformers", "CLIPTokenizer"),
-        "safety_checker": (None, None),
         "feature_extractor": (None, None),
     }
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0", "requires_safety_checker": False}
-    _write_json(folder / "model_index.json", index | components)
+    if joined:
+        index["text_encoder_2"] = ("transformers", "CLIPTextModelWithProjection")
+        index["tokenizer_2"] = ("transformers", "CLIPTokenizer")
+        index["force_zeros_for_empty_prompt"] = text.encoders[0].config.zero_empty
+        index["image_encoder"] = (None, None)
+    else:
+        index |= {"safety_checker": (None, None), "requires_safety_checker": False}
+    _write_json(folder / "model_index.json", index)
     crossed = [depth > 0 for depth in unet.config.depths]
     down = ["CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in crossed]
     unet_values = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": parts.size // vae.config.factor,
-        "in_channels": unet.config.in_channels,
+        "in_channels": unet.config.in_channels + unet.config.extra_channels,
         "out_channels": unet.config.in_channels,
         "block_out_channels": unet.config.widths,
         "layers_per_block": unet.config.blocks,
@@ -95,6 +118,12 @@ def write(parts: Parts, folder: Path) -> None:
         "use_linear_projection": True,
         "resnet_time_scale_shift": "scale_shift" if unet.config.scale_shift else "default",
     }
+    if joined:
+        unet_values |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": unet.config.size_width,
+            "projection_class_embeddings_input_dim": unet.config.vector_width + SIZES * unet.config.size_width,
+        }
     _write_part(folder / "unet", unet_values, unet.state_dict(), names.unet_in_diffusers(unet.config))
     levels = len(vae.config.widths)
     alike = bool((vae.latent_std == vae.latent_std[0]).all() and not vae.latent_mean.any())
@@ -126,9 +155,17 @@ def write(parts: Parts, folder: Path) -> None:
         "clip_sample": False,
     }
     _write_json(folder / "scheduler/scheduler_config.json", scheduler | betas)
-    assert text.config.padding is not None
+    for encoder, number in zip(text.encoders, ("", "_2"), strict=False):
+        _write_text(folder, number, encoder, joined=joined)
+
+
+def _write_text(folder: Path, number: str, text: TextEncoder, *, joined: bool) -> None:
+    """A tower and its tokenizer; in version 2 the penultimate layer is the last one of a model that ends with it."""
+    tower, projected = text.tower, text.config.pooled
+    layers = len(tower.blocks) - (text.config.layer == "penultimate" and not joined)
     text_values = {
-        "architectures": ["CLIPTextModel"],
+        "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
+        "projection_dim": tower.text_projection.shape[1],
         "model_type": "clip_text_model",
         "hidden_size": text.width,
         "intermediate_size": tower.blocks[0].mlp["c_fc"].out_features,
@@ -141,11 +178,10 @@ def write(parts: Parts, folder: Path) -> None:
         "eos_token_id": 49407,
         "pad_token_id": text.config.padding,
     }
-    _write_json(folder / "text_encoder/config.json", text_values)
-    save_file(
-        names.text_in_transformers(tower.state_dict(), layers), folder / "text_encoder/model.safetensors", PYTORCH
-    )
-    _write_tokenizer(folder / "tokenizer", text)
+    _write_json(folder / f"text_encoder{number}/config.json", text_values)
+    tensors = names.text_in_transformers(tower.state_dict(), layers, projected=projected)
+    save_file(tensors, folder / f"text_encoder{number}/model.safetensors", PYTORCH)
+    _write_tokenizer(folder / f"tokenizer{number}", text)
 
 
 def _write_part(folder: Path, values: dict[str, Any], state: dict[str, Tensor], rename: names.Rename) -> None:
@@ -187,8 +223,12 @@ def unet_config(values: dict[str, Any], folder: Path) -> UNetConfig:
     levels = len(widths)
     depths = _each(values.get("transformer_layers_per_block", 1), levels)
     crossed = ["CrossAttn" in name for name in values["down_block_types"]]
+    if values.get("addition_embed_type") not in (None, "text_time"):
+        raise ValueError(f"{folder}/unet: addition_embed_type {values['addition_embed_type']} is not known here")
+    size_width = (values.get("addition_embed_type") and values["addition_time_embed_dim"]) or 0
     return UNetConfig(
-        in_channels=values["in_channels"],
+        in_channels=values["out_channels"],
+        extra_channels=values["in_channels"] - values["out_channels"],
         channels=widths[0],
         multipliers=tuple(width // widths[0] for width in widths),
         blocks=values.get("layers_per_block", 2),
@@ -196,7 +236,8 @@ def unet_config(values: dict[str, Any], folder: Path) -> UNetConfig:
         middle_depth=depths[-1],
         heads=tuple(_each(values.get("num_attention_heads") or values["attention_head_dim"], levels)),
         context_width=values["cross_attention_dim"],
-        vector_width=values.get("projection_class_embeddings_input_dim") or 0,
+        vector_width=(values.get("projection_class_embeddings_input_dim") or 0) - SIZES * size_width,
+        size_width=size_width,
         scale_shift=values.get("resnet_time_scale_shift", "default") == "scale_shift",
     )
 
@@ -226,28 +267,22 @@ def process_config(values: dict[str, Any], folder: Path) -> ProcessConfig:
     return ProcessConfig.from_dict(config, source=f"{folder}/scheduler")
 
 
-def read_text(folder: Path) -> TextEncoder:
-    """The frozen text tower of text_encoder/, which fills prompts up as tokenizer/ says."""
-    values = _json(folder / "text_encoder/config.json")
-    text = {
-        "context_length": values["max_position_embeddings"],
-        "vocab_size": values["vocab_size"],
-        "width": values["hidden_size"],
-        "heads": values["num_attention_heads"],
-        "layers": values["num_hidden_layers"],
-        "mlp_ratio": values["intermediate_size"] / values["hidden_size"],
-    }
-    tensors = names.text_from_transformers(_tensors(folder / "text_encoder", "model"))
-    quick = values.get("hidden_act", "quick_gelu") == "quick_gelu"
-    with torch.device("meta"):
-        tower = TextTower({"embed_dim": tensors["text_projection"].shape[1], "quick_gelu": quick, "text_cfg": text})
-    fill(tower, checked(tensors, tower.state_dict(), str, f"{folder}/text_encoder"))
-    pad = _json(folder / "tokenizer/tokenizer_config.json").get("pad_token", "<|endoftext|>")
+def read_text(folder: Path, number: str, **settings: Any) -> TextEncoder:
+    """The frozen tower of text_encoder{number}/, which fills prompts up as tokenizer{number}/ says."""
+    values = _json(folder / f"text_encoder{number}/config.json")
+    tensors = names.text_from_transformers(_tensors(folder / f"text_encoder{number}", "model"))
+    pad = _json(folder / f"tokenizer{number}/tokenizer_config.json").get("pad_token", "<|endoftext|>")
     padding = PADDING.get(pad["content"] if isinstance(pad, dict) else pad)
     if padding is None:
-        raise ValueError(f"{folder}/tokenizer fills prompts with {pad!r}; only {' and '.join(PADDING)} are known here")
-    config = TextConfig(model=str(folder), padding=padding)
-    return TextEncoder(tower, make_tokenizer(tower.length), config, source=CONVERTED, weights=folder / "text_encoder")
+        known = " and ".join(PADDING)
+        raise ValueError(f"{folder}/tokenizer{number} fills prompts with {pad!r}; only {known} are known here")
+    return text_encoder(
+        tensors,
+        TextConfig(model=str(folder), padding=padding, **settings),
+        f"{folder}/text_encoder{number}",
+        quick_gelu=values.get("hidden_act", "quick_gelu") == "quick_gelu",
+        heads=values["num_attention_heads"],
+    )
 
 
 def _tensors(folder: Path, stem: str) -> dict[str, Tensor]:

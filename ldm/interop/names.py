@@ -158,14 +158,16 @@ def text_from_transformers(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             own[_replaced(name, FROM_TRANSFORMERS)] = tensor
     for name in [name for name in theirs if ".self_attn.q_proj." in name]:
-        joined = torch.cat([theirs[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"])
-        own[_replaced(name, FROM_TRANSFORMERS)] = joined
-    own.setdefault("text_projection", torch.eye(own["ln_final.weight"].shape[0]))
+        three = [name.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
+        if all(one in theirs for one in three):  # else the joined one is missed by who asks for it
+            own[_replaced(name, FROM_TRANSFORMERS)] = torch.cat([theirs[one] for one in three])
+    if "ln_final.weight" in own:
+        own.setdefault("text_projection", torch.eye(own["ln_final.weight"].shape[0]))
     return own
 
 
-def text_in_transformers(own: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The inverse, without the projection: a transformers CLIP text model of the first `layers` blocks."""
+def text_in_transformers(own: dict[str, Tensor], layers: int, *, projected: bool = False) -> dict[str, Tensor]:
+    """The inverse: a transformers CLIP text model of the first `layers` blocks, with or without the projection."""
     theirs = {
         "embeddings.token_embedding.weight": own["token_embedding.weight"],
         "embeddings.position_embedding.weight": own["positional_embedding"],
@@ -181,7 +183,10 @@ def text_in_transformers(own: dict[str, Tensor], layers: int) -> dict[str, Tenso
                 theirs[f"{their}.self_attn.{letter}_proj.{end}"] = tensor
             for name, new in parts.items():
                 theirs[f"{their}.{new}.{end}"] = own[f"{block}.{name}.{end}"]
-    return {f"text_model.{name}": tensor.detach().cpu().contiguous() for name, tensor in theirs.items()}
+    theirs = {f"text_model.{name}": tensor for name, tensor in theirs.items()}
+    if projected:
+        theirs["text_projection.weight"] = own["text_projection"].T
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in theirs.items()}
 
 
 def renamed(theirs: dict[str, Tensor], own: dict[str, Tensor], rename: Rename) -> dict[str, Tensor]:

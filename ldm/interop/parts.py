@@ -1,5 +1,6 @@
 """What foreign formats have in common: the parts of a pipeline, and weights that are checked when they are read."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 
 from ldm.diffusion.process import Process
 from ldm.interop.names import Rename, renamed
-from ldm.text import TextEncoder
+from ldm.text import JoinedEncoder, Text, TextConfig, TextEncoder
+from ldm.text.encoder import CONVERTED, TextTower, make_tokenizer
 from ldm.unet import UNet
-from ldm.vae import VAE
+from ldm.vae import VAE, VAEConfig
+
+HEAD = 64  # width of a head where heads can not be seen from shapes
 
 
 class Parts(NamedTuple):
@@ -22,7 +26,7 @@ class Parts(NamedTuple):
     unet: UNet
     process: Process
     vae: VAE
-    text: TextEncoder
+    text: Text
     size: int
 
 
@@ -37,12 +41,32 @@ def read_file(file: Path) -> dict[str, Tensor]:
 
 
 def network_of(
-    cls: Any, config: Any, tensors: dict[str, Tensor], rename_of: Callable[[Any], Rename], source: str
+    cls: Any,
+    config: Any,
+    tensors: dict[str, Tensor],
+    rename_of: Callable[[Any], Rename],
+    source: str,
+    **buffers: Tensor,
 ) -> Any:
-    """A frozen network with these tensors; buffers that are ours alone keep their start."""
-    network = cls(config)
-    own = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("latent_")}
-    return fill(network, {**network.state_dict(), **checked(tensors, own, rename_of(config), source)})
+    """A frozen network with these tensors, and with buffers that are ours alone."""
+    with torch.device("meta"):
+        network = cls(config)
+    own = {name: tensor for name, tensor in network.state_dict().items() if name not in buffers}
+    return fill(network, {**buffers, **checked(tensors, own, rename_of(config), source)})
+
+
+def vae_of(
+    config: VAEConfig,
+    tensors: dict[str, Tensor],
+    rename_of: Callable[[Any], Rename],
+    source: str,
+    *,
+    scale: float,
+    shift: float = 0.0,
+) -> VAE:
+    """A frozen VAE whose latents are standardized by one factor, and one shift, for all channels."""
+    mean, std = (torch.full((config.latent_channels,), value) for value in (shift, 1 / scale))
+    return network_of(VAE, config, tensors, rename_of, source, latent_mean=mean, latent_std=std)
 
 
 def checked(tensors: dict[str, Tensor], own: dict[str, Tensor], rename: Rename, source: str) -> dict[str, Tensor]:
@@ -59,23 +83,69 @@ def fill(network: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     return network.requires_grad_(False).eval()
 
 
-def foldable(parts: Parts) -> dict[str, bool]:
-    """Settings that no format of the Stable Diffusion family can hold, and whether they stand in the way."""
-    unet, vae, text = parts.unet.config, parts.vae, parts.text.config
-    return {
+def text_encoder(
+    tensors: dict[str, Tensor], config: TextConfig, source: str, *, quick_gelu: bool, heads: int | None = None
+) -> TextEncoder:
+    """A frozen tower of these tensors, under our names; its sizes are seen from shapes, heads are 64 wide if not given.
+
+    ValueError: tensors that are missing, extra, misshapen or not finite.
+    """
+    hidden = "transformer.resblocks.0.mlp.c_fc.weight"
+    needed = ("positional_embedding", "token_embedding.weight", "text_projection", hidden)
+    if missing := [name for name in needed if name not in tensors]:
+        raise ValueError(f"{source}: a text tower's tensors are missing: {', '.join(missing)}")
+    length, width = tensors["positional_embedding"].shape
+    text = {
+        "context_length": length,
+        "vocab_size": tensors["token_embedding.weight"].shape[0],
+        "width": width,
+        "heads": heads or max(width // HEAD, 1),
+        "layers": counted(tensors, "transformer.resblocks"),
+        "mlp_ratio": tensors[hidden].shape[0] / width,
+    }
+    cfg = {"embed_dim": tensors["text_projection"].shape[1], "quick_gelu": quick_gelu, "text_cfg": text}
+    with torch.device("meta"):
+        tower = TextTower(cfg)
+    fill(tower, checked(tensors, tower.state_dict(), str, source))
+    return TextEncoder(tower, make_tokenizer(length), config, source=CONVERTED, weights=Path(config.model))
+
+
+def counted(tensors: dict[str, Tensor], prefix: str, *, start: int = 0) -> int:
+    """How many numbers from `start` on follow `prefix.`."""
+    found = {
+        int(name[len(prefix) + 1 :].split(".")[0]) for name in tensors if re.match(rf"{re.escape(prefix)}\.\d", name)
+    }
+    return sum(number >= start for number in found)
+
+
+# What all formats of the family have in common for a tower, and for the two of Stable Diffusion XL.
+ONE: dict[str, Any] = {"normalize": True, "pooled": False, "zero_empty": False}
+FIRST: dict[str, Any] = {"layer": "penultimate", "normalize": False, "pooled": False}
+SECOND: dict[str, Any] = FIRST | {"pooled": True}
+
+
+def in_the_way(parts: Parts) -> list[str]:
+    """Settings that no format of the Stable Diffusion family can hold."""
+    unet, joined = parts.unet.config, isinstance(parts.text, JoinedEncoder)
+    settings = {
         "unet.patch": unet.patch > 1,
         "unet.coordinates": unet.coordinates,
-        "unet.vector_width": unet.vector_width > 0,
-        "vae.patch": vae.config.patch > 1,
+        "unet.vector_width": unet.vector_width > 0 and not joined,
+        "unet.size_width": (unet.size_width > 0) != joined,
+        "vae.patch": parts.vae.config.patch > 1,
         "process.path": parts.process.config.path not in ("scaled_linear", "linear"),
-        "text.padding": text.padding is None,
-        "text.normalize": not text.normalize,
     }
+    found = [name for name, stands in settings.items() if stands]
+    kinds = (("text", FIRST), ("second_text", SECOND)) if joined else (("text", ONE),)
+    for encoder, (name, fixed) in zip(parts.text.encoders, kinds, strict=True):
+        found += [f"{name}.padding"] if encoder.config.padding is None else []
+        found += [f"{name}.{key}" for key, value in fixed.items() if getattr(encoder.config, key) != value]
+    return found
 
 
 def check_foldable(parts: Parts, target: str) -> None:
     """ValueError names the settings that stand in the way of writing these parts."""
-    wrong = [name for name, stands in foldable(parts).items() if stands]
+    wrong = in_the_way(parts)
     if wrong:
         raise ValueError(f"{target} can not hold this model: {', '.join(wrong)} stand in the way")
 

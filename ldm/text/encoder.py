@@ -47,6 +47,8 @@ class TextConfig(Config):
     left out, prompts end where they end"""
     pooled: bool = False
     """also condition on the pooled vector, added to the time embedding"""
+    zero_empty: bool = False
+    """zeros are the states of an empty prompt, as in Stable Diffusion XL, instead of what the tower says of it"""
 
     def identity(self) -> dict[str, Any]:
         """What decides the states beside the weights."""
@@ -151,6 +153,11 @@ class TextEncoder(nn.Module):
         return cls(tower, tokenizer, config, source=source, weights=weights)
 
     @property
+    def encoders(self) -> tuple["TextEncoder", ...]:
+        """This one, as there is no other."""
+        return (self,)
+
+    @property
     def width(self) -> int:
         """Width of the token states."""
         return self.tower.positional_embedding.shape[1]
@@ -180,7 +187,7 @@ class TextEncoder(nn.Module):
             ids = ids[:, : int(end.max()) + 1]
         else:
             ids = torch.where(torch.arange(ids.shape[1]) > end, self.config.padding, ids)
-        return self._states(ids.to(self._device))
+        return self._emptied(self._states(ids.to(self._device)), prompts)
 
     @torch.no_grad()
     def prompt_states(self, prompts: list[str]) -> TextStates:
@@ -200,11 +207,11 @@ class TextEncoder(nn.Module):
         ids, weights = torch.tensor(padded, dtype=torch.float64).to(self._device, torch.float32).unbind(-1)
         states = self._states(ids.long())
         tokens = rearrange(states.tokens * weights[..., None], "(b n) l w -> b (n l) w", n=count)
-        if states.mask is None:
-            return TextStates(tokens, None, states.pooled[::count])
-        used = torch.tensor([i < len(own) for own in pieces for i in range(count)], device=self._device)
-        mask = rearrange(states.mask & used[:, None], "(b n) l -> b (n l)", n=count)
-        return TextStates(tokens, mask, states.pooled[::count])
+        mask = None
+        if states.mask is not None:
+            used = torch.tensor([i < len(own) for own in pieces for i in range(count)], device=self._device)
+            mask = rearrange(states.mask & used[:, None], "(b n) l -> b (n l)", n=count)
+        return self._emptied(TextStates(tokens, mask, states.pooled[::count]), prompts)
 
     @property
     def _device(self) -> torch.device:
@@ -214,6 +221,13 @@ class TextEncoder(nn.Module):
         """What the tower says of ids (b, length), as this configuration wants it."""
         states = self.tower(ids, layer=self.config.layer, normalize=self.config.normalize)
         return states if self.config.padding is None else states._replace(mask=None)
+
+    def _emptied(self, states: TextStates, prompts: list[str]) -> TextStates:
+        """With zeros for empty prompts, where this configuration wants it."""
+        if not self.config.zero_empty:
+            return states
+        said = torch.tensor([float(bool(prompt.strip())) for prompt in prompts]).to(states.tokens)
+        return states._replace(tokens=states.tokens * said[:, None, None], pooled=states.pooled * said[:, None])
 
     def _pieces(self, prompt: str) -> list[list[tuple[int, float]]]:
         """(token, weight) of a prompt, as many at a time as the tower has room for; one empty piece for no words."""

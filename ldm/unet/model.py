@@ -11,12 +11,16 @@ from ldm.config import Config
 from ldm.nn import Upsample, check_widths, run_block, zero_
 from ldm.unet.blocks import Context, Downsample, ResidualBlock, SpatialTransformer, group_norm, timestep_embedding
 
+SIZES = 6  # numbers that tell how a picture was cut
+
 
 class UNetConfig(Config):
     """The defaults are the Stable Diffusion 1.5 U-Net: 859,520,964 parameters."""
 
     in_channels: int = Field(4, ge=1)
     """channels of what is denoised"""
+    extra_channels: int = Field(0, ge=0)
+    """channels that are only looked at; an inpainting network has 5, the mask and the latents around it"""
     patch: int = Field(1, ge=1)
     """side of the blocks that are folded into channels before the first convolution"""
     channels: int = Field(320, ge=32)
@@ -35,6 +39,9 @@ class UNetConfig(Config):
     """width of the text states that cross-attention reads; 0 means no text"""
     vector_width: int = Field(0, ge=0)
     """width of a pooled text vector that is added to the time embedding; 0 means none"""
+    size_width: int = Field(0, ge=0, multiple_of=2)
+    """width of the embedding of each of six sizes (of a picture, of the cut's corner in it, of the cut), beside the
+    vector (Podell et al. 2023, section 2.2); 256 in Stable Diffusion XL, 0 means none"""
     scale_shift: bool = False
     """let the time embedding scale and shift normed features, as in ADM; Stable Diffusion adds it"""
     coordinates: bool = False
@@ -94,13 +101,13 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(config.channels, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
         )
-        if config.vector_width:
+        if vector_width := config.vector_width + SIZES * config.size_width:
             self.vector_embed = nn.Sequential(
-                nn.Linear(config.vector_width, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
+                nn.Linear(vector_width, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
             )
 
         # Encoder.
-        planes = config.in_channels * config.patch**2 + (2 if config.coordinates else 0)
+        planes = (config.in_channels + config.extra_channels) * config.patch**2 + (2 if config.coordinates else 0)
         self.conv_in = nn.Conv2d(planes, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         self.downsample = nn.ModuleList(Downsample(width) for width in widths[:-1])
@@ -140,15 +147,20 @@ class UNet(nn.Module):
         context: Context | None = None,
         mask: Tensor | None = None,
         vector: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> Tensor:
-        """(b, c, h, w), (b,) [, (b, n, context_width), (b, n) bool, (b, vector_width)] -> (b, c, h, w).
+        """(b, c + extra, h, w), (b,) [, (b, n, context_width), (b, n) bool, (b, vector_width), (b, 6)] -> (b, c, h, w).
 
-        A timestep of shape (1,) is that of all.
+        A timestep of shape (1,) is that of all. `sizes` are in pixels: height and width of the picture before it was
+        cut, top and left of the cut in it, height and width of the cut.
         """
-        self._check_inputs(z, context, vector)
+        self._check_inputs(z, context, vector, sizes)
         time = self.time_embed(timestep_embedding(timestep, self.config.channels).to(z.dtype))
-        if vector is not None:
-            time = time + self.vector_embed(vector)
+        told = [] if vector is None else [vector]
+        if sizes is not None:
+            told.append(timestep_embedding(sizes.flatten(), self.config.size_width).reshape(len(sizes), -1).to(z.dtype))
+        if told:
+            time = time + self.vector_embed(torch.cat(told, dim=1))
 
         # Encoder.
         h = F.pixel_unshuffle(z, self.config.patch)
@@ -177,13 +189,17 @@ class UNet(nn.Module):
     def _run(self, block: nn.Module, *inputs: Context | None) -> Tensor:
         return run_block(block, *inputs, recompute=self.gradient_checkpointing)
 
-    def _check_inputs(self, z: Tensor, context: Context | None, vector: Tensor | None) -> None:
+    def _check_inputs(self, z: Tensor, context: Context | None, vector: Tensor | None, sizes: Tensor | None) -> None:
         config = self.config
-        if z.shape[1] != config.in_channels:
-            raise ValueError(f"the U-Net takes {config.in_channels} channels, not {z.shape[1]}")
+        if z.shape[1] != config.in_channels + config.extra_channels:
+            raise ValueError(f"the U-Net takes {config.in_channels + config.extra_channels} channels, not {z.shape[1]}")
         if any(side % config.factor for side in z.shape[-2:]):
             raise ValueError(f"the U-Net's input of {tuple(z.shape[-2:])} is not a multiple of {config.factor}")
-        for name, value, width in (("context", context, config.context_width), ("vector", vector, config.vector_width)):
+        for name, value, width in (
+            ("context", context, config.context_width),
+            ("vector", vector, config.vector_width),
+            ("row of sizes", sizes, SIZES if config.size_width else 0),
+        ):
             if (value is None) != (width == 0) or (value is not None and value.shape[-1] != width):
                 found = "none" if value is None else f"width {value.shape[-1]}"
                 raise ValueError(f"the U-Net takes a {name} of width {width} (0: none), got {found}")
