@@ -471,6 +471,29 @@ def test_a_strip_is_cut_before_it_is_enlarged():
     assert images.to_tensor(plain(size=(1, 100_000)), 64).shape == (3, 64, 64)
 
 
+def test_sizes_tell_how_a_picture_was_cut(tmp_path: Path) -> None:
+    """Height and width before, also of a JPEG that was read smaller or lies on its side; the cut's corner; its size."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    for name, image, options in (
+        ("a.png", plain(size=(24, 12)), {}),
+        ("b.jpg", plain(size=(640, 960)), {}),
+        ("c.jpg", plain(size=(640, 960)), {"exif": exif}),
+    ):
+        (tmp_path / name).write_bytes(encoded(image, "PNG" if name == "a.png" else "JPEG", **options))
+    source = images._read_folder(tmp_path)
+    data = CaptionedImages(source, DataConfig(size=8), "test", seed=0)
+    assert [data[Key(i, 0, 0)]["sizes"].tolist() for i in range(3)] == [
+        [12, 24, 0, 4, 8, 8],
+        [960, 640, 2, 0, 8, 8],
+        [640, 960, 0, 2, 8, 8],
+    ]
+    mirrored = CaptionedImages(source, DataConfig(size=8, flip=True), "train", seed=0)
+    straight = CaptionedImages(source, DataConfig(size=8), "train", seed=0)
+    lefts = [tuple(d[Key(0, epoch, 0)]["sizes"][3].item() for d in (straight, mirrored)) for epoch in range(20)]
+    assert {a == b for a, b in lefts} == {True, False} and all(b in (a, 8 - a) for a, b in lefts)
+
+
 # Random choices.
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import txt2img
 from conftest import train
 from test_training import losses
@@ -48,6 +49,28 @@ def test_grey_latents(tiny_runs: Path, tmp_path: Path) -> None:
     train("vae", tmp_path / "vae", "--data.channels", "1", "--vae.image-channels", "1")
     model = train("ldm", tmp_path / "ldm", "--data.channels", "1")
     assert Pipeline.load(model)("a star", steps=2)[0].mode == "L"
+
+
+def test_two_text_towers_and_sizes(tiny_runs: Path, tmp_path: Path) -> None:
+    """What Stable Diffusion XL is told beside its prompt, in a run that is resumed, saved and read back."""
+    for stage in ("clip", "vae"):
+        shutil.copytree(tiny_runs / stage, tmp_path / stage)
+    second = train("clip", tmp_path / "other/clip", "--seed", "1")
+    flags = f"--second-text.model local-dir:{second} --second-text.pooled --text.no-pooled --unet.context-width 64"
+    flags += " --unet.size-width 8 --text.padding 49407 --second-text.padding 0 --second-text.zero-empty"
+    model = train("ldm", tmp_path / "ldm", *flags.split(), "--steps", "2")
+    model = train("ldm", tmp_path / "ldm", *flags.split(), "--resume", "latest")
+    pipeline = Pipeline.load(model)
+    assert pipeline.text is not None and [e.config.padding for e in pipeline.text.encoders] == [49407, 0]
+    assert sorted(path.name for path in model.glob("*text")) == ["second_text", "text"]
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight.normal_()
+        pipeline.unet.vector_embed[0].weight.normal_()
+    square, wide = (pipeline("a star", steps=2, width=width, height=16)[0] for width in (16, 32))
+    assert wide.crop((0, 0, 16, 16)).tobytes() != square.tobytes()
+    with pytest.raises(SystemExit, match="was made with second_text_sha256 .* resume with the same second_text_sha256"):
+        flags = flags.replace(str(second), str(tmp_path / "clip/model"))
+        train("ldm", tmp_path / "ldm", *flags.split(), "--resume", "latest")
 
 
 def test_the_latent_cache_changes_nothing(tiny_runs: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.text import TextConfig, TextEncoder
+from ldm.text import JoinedEncoder, TextConfig, TextEncoder
 from ldm.text.encoder import CONFIG_NAME, WEIGHTS_NAME
 
 PROMPTS = ["a red circle", "", "a very small blue ring in the top left corner, on white"]
@@ -49,6 +49,29 @@ def test_states_are_those_of_open_clip(layer: str, quick_gelu: bool, tmp_path: P
     torch.testing.assert_close(ours.pooled, pooled, rtol=1e-5, atol=1e-5)
     ends = (ids == 49407).int().argmax(1) + 1
     assert ours.mask.sum(1).tolist() == ends.tolist() and length == ends.max()
+
+
+def test_two_towers_say_both(folder: Path) -> None:
+    first, second = load(folder, padding=49407), load(folder, padding=0, layer="penultimate", pooled=True)
+    both = JoinedEncoder(first, second)
+    assert (both.width, both.vector_width) == (first.width + second.width, second.vector_width)
+    for name in ("forward", "prompt_states"):
+        a, b, states = (getattr(encoder, name)(PROMPTS) for encoder in (first, second, both))
+        assert torch.equal(states.tokens, torch.cat([a.tokens, b.tokens], -1)) and states.mask is None
+        assert torch.equal(states.pooled, b.pooled)
+    with pytest.raises(ValueError, match="set the padding of both text towers, or of none"):
+        JoinedEncoder(first, load(folder))
+    second.tower.length = 20
+    with pytest.raises(ValueError, match="the text towers take 24 and 20 tokens: choose two with one limit"):
+        JoinedEncoder(first, second)
+
+
+def test_an_empty_prompt_can_be_zeros(folder: Path) -> None:
+    zeros, plain = load(folder, zero_empty=True), load(folder)
+    for name in ("forward", "prompt_states"):
+        states, want = (getattr(encoder, name)(PROMPTS) for encoder in (zeros, plain))
+        assert not states.tokens[1].any() and not states.pooled[1].any() and want.tokens[1].any()
+        assert torch.equal(states.tokens[::2], want.tokens[::2]) and torch.equal(states.pooled[::2], want.pooled[::2])
 
 
 def test_open_clip_loads_what_train_clip_saved(folder: Path) -> None:

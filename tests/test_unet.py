@@ -39,6 +39,20 @@ def inputs(batch: int = 3, size: int = 8) -> tuple[torch.Tensor, ...]:
     return z, torch.arange(batch) * 300.0, context, mask, torch.randn(batch, 10, generator=generator)
 
 
+def test_sizes_go_beside_the_vector_and_extra_channels_are_only_seen() -> None:
+    config = SMALL.model_copy(update={"size_width": 8, "extra_channels": 5})
+    unet, (z, t, context, mask, vector) = random_unet(config), inputs()
+    told, sizes = torch.randn(3, 5, 8, 8), torch.tensor([[64, 64, 0, 0, 64, 64]] * 3)
+    answer = unet(torch.cat([z, told], 1), t, context, mask, vector, sizes)
+    assert answer.shape == z.shape
+    assert not torch.equal(answer, unet(torch.cat([z, -told], 1), t, context, mask, vector, sizes))
+    assert not torch.equal(answer, unet(torch.cat([z, told], 1), t, context, mask, vector, sizes + 1))
+    with pytest.raises(ValueError, match="takes 9 channels, not 4"):
+        unet(z, t, context, mask, vector, sizes)
+    with pytest.raises(ValueError, match="takes a row of sizes of width 6 .*got none"):
+        unet(torch.cat([z, told], 1), t, context, mask, vector)
+
+
 def test_a_new_network_answers_zero() -> None:
     assert not UNet(SMALL)(*inputs()).any()
 
