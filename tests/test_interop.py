@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import pickle
 import shutil
 import sys
@@ -28,7 +29,7 @@ from ldm.config import read_yaml
 from ldm.diffusion.process import Process, ProcessConfig
 from ldm.interop import compvis, names
 from ldm.interop.diffusers import write
-from ldm.interop.parts import Parts
+from ldm.interop.parts import Parts, network_of, vae_of
 from ldm.pipeline import Pipeline, initial_noise
 from ldm.text import TextConfig, TextEncoder
 from ldm.text.encoder import TextTower, make_tokenizer
@@ -282,6 +283,36 @@ def test_text_states_are_those_of_transformers(act: str, projected: bool) -> Non
             close(raw, want.hidden_states[index])
 
 
+@pytest.mark.slow
+def test_networks_of_full_width_answer_as_those_of_diffusers() -> None:
+    """One forward of the Stable Diffusion 1.5 U-Net and VAE on random weights, which both have in the same memory."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.set_num_threads(2)
+    try:
+        theirs = randomized(
+            diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        )
+        config = UNetConfig(**read_yaml(ROOT / "configs/sd15/ldm.yaml")["unet"])
+        assert sum(p.numel() for p in theirs.parameters()) == 859_520_964
+        ours = network_of(UNet, config, theirs.state_dict(), names.unet_in_diffusers, "theirs")
+        generator = torch.Generator().manual_seed(1)
+        z, context = torch.randn(1, 4, 32, 32, generator=generator), torch.randn(1, 77, 768, generator=generator)
+        with torch.no_grad():
+            close(ours(z, torch.tensor([501.0]), context), theirs(z, 501, context).sample)
+        del theirs, ours
+        levels = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+        widths = (128, 256, 512, 512)
+        theirs = randomized(diffusers.AutoencoderKL(block_out_channels=widths, layers_per_block=2, **levels))
+        vae_config = VAEConfig(**read_yaml(ROOT / "configs/sd15/vae.yaml")["vae"])
+        ours = vae_of(vae_config, theirs.state_dict(), names.vae_in_diffusers, "theirs", scale=0.18215)
+        pixels = torch.rand(1, 3, 128, 128, generator=generator) * 2 - 1
+        with torch.no_grad():
+            close(ours.encode(pixels).mean, theirs.encode(pixels).latent_dist.mean)
+            close(ours.decode(z[..., :16, :16]), theirs.decode(z[..., :16, :16]).sample)
+    finally:
+        torch.set_num_threads(1)
+
+
 # Whole pipelines.
 
 
@@ -324,6 +355,7 @@ def their_folder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         scheduler = diffusers.DDIMScheduler(
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing",
             prediction_type="v_prediction" if kind == "sd2" else "epsilon", set_alpha_to_one=True, clip_sample=False,
+            steps_offset=1,
         )  # fmt: skip
         parts = {"vae": certain(randomized(vae, 1)), "unet": unet, "scheduler": scheduler}
         if kind == "sdxl":
@@ -488,7 +520,11 @@ def test_variants_and_shards_are_read(their_folder: dict[str, Path], tmp_path: P
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_of_ours_loads_in_diffusers(
-    kind: str, their_folder: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str,
+    their_folder: dict[str, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With no warning, and it gives the same picture; also where the latents have statistics of their own."""
     diffusers = pytest.importorskip("diffusers")
@@ -501,9 +537,12 @@ def test_a_folder_of_ours_loads_in_diffusers(
     write(parts_of(ours), tmp_path)
     cls = diffusers.StableDiffusionXLPipeline if kind == "sdxl" else diffusers.StableDiffusionPipeline
     cls = diffusers.StableDiffusionInpaintPipeline if kind == "inpaint" else cls
+    for library in ("diffusers", "transformers"):  # which keep what they log to themselves
+        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
     with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         theirs = cls.from_pretrained(tmp_path)
-    assert not [w for w in caught if "deprecat" not in str(w.message).lower()] and not caplog.records
+    assert not caught and not [record for record in caplog.records if record.levelno >= logging.WARNING]
     theirs.set_progress_bar_config(disable=True)
     noise = initial_noise((4, 8, 8), [5])
     box, call, theirs_call = (0, 0, 32, 32), {}, {}
@@ -551,21 +590,20 @@ def test_files_of_xl_tell_what_they_predict(their_folder: dict[str, Path], tmp_p
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl", "inpaint"])
-def test_single_files_are_understood_by_diffusers(kind: str, their_folder: dict[str, Path], tmp_path: Path) -> None:
-    """Its own conversion of U-Net and VAE gives the tensors that it wrote itself."""
-    utilities = pytest.importorskip("diffusers.loaders.single_file_utils")
+def test_single_files_load_in_diffusers(kind: str, their_folder: dict[str, Path], tmp_path: Path) -> None:
+    """Its own loader, which takes the sizes of these small networks from a folder, and all tensors from our file."""
+    diffusers = pytest.importorskip("diffusers")
     compvis.write(parts_of(Pipeline.load(their_folder[kind])), tmp_path / "model.safetensors")
-    file = load_file(tmp_path / "model.safetensors")
-    for part, translate in (
-        ("unet", utilities.convert_ldm_unet_checkpoint),
-        ("vae", utilities.convert_ldm_vae_checkpoint),
-    ):
-        config = json.loads((their_folder[kind] / part / "config.json").read_text())
-        want = load_file(their_folder[kind] / part / "diffusion_pytorch_model.safetensors")
-        found = translate(dict(file), config)
-        assert found.keys() == want.keys()
-        for name, tensor in want.items():
-            torch.testing.assert_close(found[name].reshape(tensor.shape), tensor, rtol=1e-5, atol=1e-6)
+    first = diffusers.DiffusionPipeline.from_pretrained(their_folder[kind])
+    places = {"config": str(their_folder[kind]), "local_files_only": True}
+    again = type(first).from_single_file(str(tmp_path / "model.safetensors"), **places)
+    parts = [name for name, part in first.components.items() if isinstance(part, nn.Module)]
+    assert len(parts) == (4 if kind == "sdxl" else 3)
+    for name in parts:
+        want, found = (getattr(pipeline, name).state_dict() for pipeline in (first, again))
+        assert want.keys() == found.keys()
+        for key, tensor in want.items():
+            torch.testing.assert_close(found[key].reshape(tensor.shape), tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_averaged_weights_are_read_on_request(their_folder: dict[str, Path], tmp_path: Path) -> None:

@@ -151,6 +151,7 @@ def write(parts: Parts, folder: Path) -> None:
         "prediction_type": prediction,
         "rescale_betas_zero_snr": process.zero_terminal_snr,
         "timestep_spacing": "trailing",
+        "steps_offset": 1,
         "set_alpha_to_one": True,
         "clip_sample": False,
     }
