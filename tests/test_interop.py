@@ -4,7 +4,10 @@ import itertools
 import json
 import logging
 import pickle
+import random
+import re
 import shutil
+import struct
 import sys
 import warnings
 from collections.abc import Callable
@@ -491,6 +494,10 @@ def test_folders_that_can_not_be_read_are_told(their_folder: dict[str, Path], tm
         ({"unet/config.json": {"act_fn": "gelu"}}, "unet/config.json: act_fn is 'gelu'; only 'silu' is known here"),
         ({"model_index.json": {"_class_name": "FluxPipeline"}}, "holds a FluxPipeline; only a StableDiffusionPipeline"),
         ({"unet/config.json": {"addition_embed_type": "image"}}, "addition_embed_type image is not known here"),
+        ({"unet/config.json": {"block_out_channels": []}}, "unet/config.json: what was read makes no network that is"),
+        ({"unet/config.json": {"sample_size": [8, 8]}}, "unet/config.json: what was read makes no network that is"),
+        ({"vae/config.json": {"latent_channels": "many"}}, "vae/config.json: what was read makes no network that is"),
+        ({"scheduler/scheduler_config.json": {"prediction_type": "x"}}, "prediction_type x is not known here"),
         ({"scheduler/scheduler_config.json": {"beta_start": 0.5}}, "betas of scaled_linear from 0.5 are not known"),
         ({"vae/diffusion_pytorch_model.safetensors": None}, "vae has no diffusion_pytorch_model.safetensors"),
         ({"vae/config.json": None}, "vae/config.json is missing: the diffusers folder is not whole"),
@@ -636,10 +643,58 @@ def test_files_that_can_not_be_read_are_told(their_folder: dict[str, Path], tmp_
         save_file({name: tensor for name, tensor in (tensors | change).items() if tensor is not None}, file)
         with pytest.raises(ValueError, match=message):
             Pipeline.load(file)
-    for content in (b"", b"not a file", (tmp_path / "whole.safetensors").read_bytes()[:5000], b"\xff" * 64):
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    for content in (b"", b"not a file", whole[:5000], whole[:-1], whole + b"x", b"\xff" * 64, *hostile_files()):
         file.write_bytes(content)
         with pytest.raises(ValueError, match="changed.safetensors is damaged or no safetensors file"):
             Pipeline.load(file)
+
+
+def hostile_files() -> list[bytes]:
+    """Files whose header lies: of its own length, of where tensors are, of what they are."""
+
+    def with_header(header: object, data: bytes = b"\0" * 16) -> bytes:
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        return struct.pack("<Q", len(text)) + text + data
+
+    def tensor(dtype: object = "F32", shape: object = (4,), offsets: object = (0, 16)) -> dict[str, object]:
+        return {"x": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+
+    shared = {"x": tensor()["x"], "y": tensor()["x"]}
+    return [
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 10**9) + b"{}",
+        with_header(b"[" * 100_000),
+        with_header(b'{"x": ' * 1_000),
+        with_header(b"\xff\xfe"),
+        with_header([]),
+        with_header(tensor(offsets=(0, 2**62))),
+        with_header(tensor(offsets=(16, 0))),
+        with_header(tensor(shape=(2**40, 2**40))),
+        with_header(tensor(shape=(-4,))),
+        with_header(tensor(dtype="object")),
+        with_header(tensor(shape=(3,))),
+        with_header(shared),
+    ]
+
+
+def test_shapes_that_make_no_network_are_told(their_folder: dict[str, Path], tmp_path: Path) -> None:
+    """200 files of which one to three tensors are gone, flat, empty or turned round: each is one line, or is read."""
+    compvis.write(parts_of(Pipeline.load(their_folder["sdxl"])), tmp_path / "whole.safetensors")
+    whole, draw = load_file(tmp_path / "whole.safetensors"), random.Random(0)
+    telling = [name for name in whole if re.search(r"s\.0\.|out\.2|proj_in|quant|positional|projection|fc1|to_k", name)]
+    for _ in range(200):
+        tensors = dict(whole)
+        for name in draw.sample(telling, draw.randint(1, 3)):
+            tensor = tensors.pop(name)
+            changed = [None, tensor.flatten()[:7], tensor.sum(), tensor.transpose(0, -1), tensor[:0], tensor.long()]
+            new = draw.choice(changed)
+            if new is not None:
+                tensors[name] = new
+        try:
+            compvis.parts_of(tensors, tmp_path / "a.safetensors")
+        except ValueError as error:
+            assert str(error).startswith(str(tmp_path / "a.safetensors")) and "\n" not in str(error)
 
 
 def test_what_a_format_can_not_hold_is_named(tiny_model: Path, tmp_path: Path) -> None:

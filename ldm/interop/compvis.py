@@ -24,6 +24,7 @@ from ldm.interop.parts import (
     network_of,
     read_file,
     text_encoder,
+    understood,
     vae_of,
 )
 from ldm.text import JoinedEncoder, Text, TextConfig, TextEncoder
@@ -48,7 +49,11 @@ def read(file: Path, *, ema: bool = False, pickles: bool = False) -> Parts:
     With `pickles` a .ckpt file is read too, its tensors and nothing that runs.
     ValueError: no safetensors file, none of the known kinds, tensors that are missing, extra, misshapen or not finite.
     """
-    tensors = _read_pickle(file) if pickles and file.suffix == ".ckpt" else read_file(file)
+    return parts_of(_read_pickle(file) if pickles and file.suffix == ".ckpt" else read_file(file), file, ema=ema)
+
+
+def parts_of(tensors: Tensors, file: Path, *, ema: bool = False) -> Parts:
+    """The parts that the tensors of `file` make."""
     unet_tensors = _below(tensors, UNET)
     if "input_blocks.0.0.weight" not in unet_tensors or not _below(tensors, VAE_PREFIX):
         found = ", ".join(sorted({name.split(".")[0] for name in tensors})[:5])
@@ -59,12 +64,15 @@ def read(file: Path, *, ema: bool = False, pickles: bool = False) -> Parts:
             raise ValueError(f"{file} has no averaged weights of {len(missing)} tensors, such as {missing[0]}")
         unet_tensors = {name: tensor for name, tensor in averaged.items() if tensor is not None}
     text = read_text(tensors, file)
-    config = unet_config(unet_tensors, text.vector_width)
-    unet = network_of(UNet, config, unet_tensors, names.unet_in_compvis, f"{file}: {UNET}")
     vae_tensors = _below(tensors, VAE_PREFIX)
+    with understood(f"{file}: {UNET}"):
+        config = unet_config(unet_tensors, text.vector_width)
+    with understood(f"{file}: {VAE_PREFIX}"):
+        of_vae = vae_config(vae_tensors)
+    unet = network_of(UNet, config, unet_tensors, names.unet_in_compvis, f"{file}: {UNET}")
     joined = isinstance(text, JoinedEncoder)
     scale, source = SCALE_XL if joined else SCALE, f"{file}: {VAE_PREFIX}"
-    vae = vae_of(vae_config(vae_tensors), vae_tensors, names.vae_in_compvis, source, scale=scale)
+    vae = vae_of(of_vae, vae_tensors, names.vae_in_compvis, source, scale=scale)
     prediction: Prediction = "epsilon"
     if joined:
         prediction = "v" if V_XL in tensors else "epsilon"
@@ -177,7 +185,8 @@ def read_text(tensors: Tensors, file: Path) -> Text:
 def _tower(tensors: Tensors, prefix: str, file: Path, **settings: Any) -> TextEncoder:
     """One tower. Those under transformers' names are OpenAI's, the others open_clip's."""
     theirs, openai = _below(tensors, prefix), prefix in (TEXT1, TEXT_XL1)
-    own = names.text_from_transformers(theirs) if openai else theirs
+    with understood(f"{file}: {prefix}"):
+        own = names.text_from_transformers(theirs) if openai else theirs
     own = {name: tensor for name, tensor in own.items() if name not in ("attn_mask", "logit_scale")}
     config = TextConfig(model=str(file), padding=49407 if openai else 0, **settings)
     return text_encoder(own, config, f"{file}: {prefix}", quick_gelu=openai)

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from ldm.diffusion.process import Process, ProcessConfig
 from ldm.interop import names
-from ldm.interop.parts import FIRST, SECOND, Parts, check_foldable, folded, network_of, read_file, text_encoder, vae_of
+from ldm.interop.parts import (
+    FIRST,
+    SECOND,
+    Parts,
+    check_foldable,
+    folded,
+    network_of,
+    read_file,
+    text_encoder,
+    understood,
+    vae_of,
+)
 from ldm.text import JoinedEncoder, TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig
 from ldm.unet.model import SIZES
@@ -68,7 +79,8 @@ def read(folder: Path) -> Parts:
         shift=vae_values.get("shift_factor") or 0.0,
     )
     process = Process(process_config(_json(folder / "scheduler/scheduler_config.json"), folder))
-    size = values["sample_size"] * vae.config.factor
+    with understood(f"{folder}/unet/config.json"):
+        size = int(values["sample_size"]) * vae.config.factor
     if not found[1]:
         return Parts(unet, process, vae, read_text(folder, ""), size)
     empty = {"zero_empty": index.get("force_zeros_for_empty_prompt", True)}
@@ -220,49 +232,54 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 def unet_config(values: dict[str, Any], folder: Path) -> UNetConfig:
     """Our configuration of a U-Net from unet/config.json."""
     _check_fixed(values, UNET_FIXED, folder / "unet/config.json")
-    widths = values["block_out_channels"]
-    levels = len(widths)
-    depths = _each(values.get("transformer_layers_per_block", 1), levels)
-    crossed = ["CrossAttn" in name for name in values["down_block_types"]]
     if values.get("addition_embed_type") not in (None, "text_time"):
         raise ValueError(f"{folder}/unet: addition_embed_type {values['addition_embed_type']} is not known here")
-    size_width = (values.get("addition_embed_type") and values["addition_time_embed_dim"]) or 0
-    return UNetConfig(
-        in_channels=values["out_channels"],
-        extra_channels=values["in_channels"] - values["out_channels"],
-        channels=widths[0],
-        multipliers=tuple(width // widths[0] for width in widths),
-        blocks=values.get("layers_per_block", 2),
-        depths=tuple(depth if cross else 0 for depth, cross in zip(depths, crossed, strict=True)),
-        middle_depth=depths[-1],
-        heads=tuple(_each(values.get("num_attention_heads") or values["attention_head_dim"], levels)),
-        context_width=values["cross_attention_dim"],
-        vector_width=(values.get("projection_class_embeddings_input_dim") or 0) - SIZES * size_width,
-        size_width=size_width,
-        scale_shift=values.get("resnet_time_scale_shift", "default") == "scale_shift",
-    )
+    with understood(f"{folder}/unet/config.json"):
+        widths = values["block_out_channels"]
+        levels = len(widths)
+        depths = _each(values.get("transformer_layers_per_block", 1), levels)
+        crossed = ["CrossAttn" in name for name in values["down_block_types"]]
+        size_width = (values.get("addition_embed_type") and values["addition_time_embed_dim"]) or 0
+        return UNetConfig(
+            in_channels=values["out_channels"],
+            extra_channels=values["in_channels"] - values["out_channels"],
+            channels=widths[0],
+            multipliers=tuple(width // widths[0] for width in widths),
+            blocks=values.get("layers_per_block", 2),
+            depths=tuple(depth if cross else 0 for depth, cross in zip(depths, crossed, strict=True)),
+            middle_depth=depths[-1],
+            heads=tuple(_each(values.get("num_attention_heads") or values["attention_head_dim"], levels)),
+            context_width=values["cross_attention_dim"],
+            vector_width=(values.get("projection_class_embeddings_input_dim") or 0) - SIZES * size_width,
+            size_width=size_width,
+            scale_shift=values.get("resnet_time_scale_shift", "default") == "scale_shift",
+        )
 
 
 def vae_config(values: dict[str, Any], folder: Path) -> VAEConfig:
     """Our configuration of a VAE from vae/config.json."""
     _check_fixed(values, VAE_FIXED, folder / "vae/config.json")
-    widths = values["block_out_channels"]
-    return VAEConfig(
-        image_channels=values["in_channels"],
-        channels=widths[0],
-        multipliers=tuple(width // widths[0] for width in widths),
-        blocks=values["layers_per_block"],
-        attention=values.get("mid_block_add_attention", True),
-        latent_channels=values["latent_channels"],
-    )
+    with understood(f"{folder}/vae/config.json"):
+        widths = values["block_out_channels"]
+        return VAEConfig(
+            image_channels=values["in_channels"],
+            channels=widths[0],
+            multipliers=tuple(width // widths[0] for width in widths),
+            blocks=values["layers_per_block"],
+            attention=values.get("mid_block_add_attention", True),
+            latent_channels=values["latent_channels"],
+        )
 
 
 def process_config(values: dict[str, Any], folder: Path) -> ProcessConfig:
     """Our configuration of the process from a scheduler's."""
     path = values.get("beta_schedule")
-    if path not in BETAS or (values["beta_start"], values["beta_end"]) != BETAS[path]:
+    if path not in BETAS or (values.get("beta_start"), values.get("beta_end")) != BETAS[path]:
         raise ValueError(f"{folder}/scheduler: betas of {path} from {values.get('beta_start')} are not known here")
-    prediction = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}[values.get("prediction_type", "epsilon")]
+    known = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
+    prediction = known.get(values.get("prediction_type", "epsilon"))
+    if prediction is None:
+        raise ValueError(f"{folder}/scheduler: prediction_type {values['prediction_type']} is not known here")
     zero = values.get("rescale_betas_zero_snr", False)
     config = {"path": path, "prediction": prediction, "zero_terminal_snr": zero}
     return ProcessConfig.from_dict(config, source=f"{folder}/scheduler")
@@ -271,19 +288,18 @@ def process_config(values: dict[str, Any], folder: Path) -> ProcessConfig:
 def read_text(folder: Path, number: str, **settings: Any) -> TextEncoder:
     """The frozen tower of text_encoder{number}/, which fills prompts up as tokenizer{number}/ says."""
     values = _json(folder / f"text_encoder{number}/config.json")
-    tensors = names.text_from_transformers(_tensors(folder / f"text_encoder{number}", "model"))
+    tensors = _tensors(folder / f"text_encoder{number}", "model")
     pad = _json(folder / f"tokenizer{number}/tokenizer_config.json").get("pad_token", "<|endoftext|>")
     padding = PADDING.get(pad["content"] if isinstance(pad, dict) else pad)
     if padding is None:
         known = " and ".join(PADDING)
         raise ValueError(f"{folder}/tokenizer{number} fills prompts with {pad!r}; only {known} are known here")
-    return text_encoder(
-        tensors,
-        TextConfig(model=str(folder), padding=padding, **settings),
-        f"{folder}/text_encoder{number}",
-        quick_gelu=values.get("hidden_act", "quick_gelu") == "quick_gelu",
-        heads=values["num_attention_heads"],
-    )
+    source = f"{folder}/text_encoder{number}"
+    with understood(source):
+        own, heads = names.text_from_transformers(tensors), values["num_attention_heads"]
+    quick_gelu = values.get("hidden_act", "quick_gelu") == "quick_gelu"
+    config = TextConfig(model=str(folder), padding=padding, **settings)
+    return text_encoder(own, config, source, quick_gelu=quick_gelu, heads=heads)
 
 
 def _tensors(folder: Path, stem: str) -> dict[str, Tensor]:

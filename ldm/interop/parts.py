@@ -1,7 +1,8 @@
 """What foreign formats have in common: the parts of a pipeline, and weights that are checked when they are read."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,16 @@ class Parts(NamedTuple):
     size: int
 
 
+@contextmanager
+def understood(source: str) -> Iterator[None]:
+    """ValueError with the source in front, where settings or shapes that were read make no network."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ZeroDivisionError, RuntimeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{source}: what was read makes no network that is known ({reason})") from None
+
+
 def read_file(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; ValueError when it is damaged or none."""
     if file.suffix == ".ckpt":
@@ -49,7 +60,7 @@ def network_of(
     **buffers: Tensor,
 ) -> Any:
     """A frozen network with these tensors, and with buffers that are ours alone."""
-    with torch.device("meta"):
+    with understood(source), torch.device("meta"):
         network = cls(config)
     own = {name: tensor for name, tensor in network.state_dict().items() if name not in buffers}
     return fill(network, {**buffers, **checked(tensors, own, rename_of(config), source)})
@@ -94,18 +105,18 @@ def text_encoder(
     needed = ("positional_embedding", "token_embedding.weight", "text_projection", hidden)
     if missing := [name for name in needed if name not in tensors]:
         raise ValueError(f"{source}: a text tower's tensors are missing: {', '.join(missing)}")
-    length, width = tensors["positional_embedding"].shape
-    text = {
-        "context_length": length,
-        "vocab_size": tensors["token_embedding.weight"].shape[0],
-        "width": width,
-        "heads": heads or max(width // HEAD, 1),
-        "layers": counted(tensors, "transformer.resblocks"),
-        "mlp_ratio": tensors[hidden].shape[0] / width,
-    }
-    cfg = {"embed_dim": tensors["text_projection"].shape[1], "quick_gelu": quick_gelu, "text_cfg": text}
-    with torch.device("meta"):
-        tower = TextTower(cfg)
+    with understood(source), torch.device("meta"):
+        length, width = tensors["positional_embedding"].shape
+        text = {
+            "context_length": length,
+            "vocab_size": tensors["token_embedding.weight"].shape[0],
+            "width": width,
+            "heads": heads or max(width // HEAD, 1),
+            "layers": counted(tensors, "transformer.resblocks"),
+            "mlp_ratio": tensors[hidden].shape[0] / width,
+        }
+        embed_dim = tensors["text_projection"].shape[1]
+        tower = TextTower({"embed_dim": embed_dim, "quick_gelu": quick_gelu, "text_cfg": text})
     fill(tower, checked(tensors, tower.state_dict(), str, source))
     return TextEncoder(tower, make_tokenizer(length), config, source=CONVERTED, weights=Path(config.model))
 
