@@ -84,9 +84,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def write_yaml(path: Path, config: Config) -> None:
     """Write the resolved configuration, without the path of the file it came from."""
-    values = {key: value for key, value in config.to_dict().items() if key != "config"}
+    values = _resolved(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100))
+
+
+def changes(path: Path, config: Config) -> list[str]:
+    """`key: before -> now` for each value that is another one than in the configuration written to `path`."""
+    before, now = _flat(read_yaml(path)), _flat(_resolved(config))
+    return [
+        f"{key}: {before.get(key)} -> {value}"
+        for key, value in now.items()
+        if key != "resume" and before.get(key) != value
+    ]
+
+
+def _resolved(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key != "config"}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _config_flag(args: list[str]) -> Path | None:

@@ -28,6 +28,16 @@ def read_model(folder: Path, kind: str, card: type[Card]) -> Card:
     return card.from_dict({k: v for k, v in values.items() if k not in ("format", "kind")}, source=str(path))
 
 
+def read_text(path: Path) -> str:
+    """A file of a model folder, or one that a person wrote; ValueError when it is missing or no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: copy the folder again") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no UTF-8 text: save it as UTF-8") from None
+
+
 def newest(kind: str, root: Path, *, script: str) -> Path:
     """The model folder of this kind below `root` that was finished last; ValueError names the script that makes one."""
     found = []

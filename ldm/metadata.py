@@ -38,6 +38,7 @@ class SourceRecord(Config):
     strength: float
     mask: str | None = None
     mask_hash: str | None = None
+    invert: str | None = None
     extend: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
@@ -47,7 +48,7 @@ class SourceRecord(Config):
         mask = self._open(self.mask, self.mask_hash).convert("L") if self.mask else None
         if any(self.extend):
             image, mask = extended(image, mask, self.extend)
-        return {"image": image, "mask": mask, "strength": self.strength}
+        return {"image": image, "mask": mask, "strength": self.strength, "invert": self.invert}
 
     @staticmethod
     def _open(path: str, digest: str | None) -> Image.Image:
@@ -77,14 +78,17 @@ class Record(Config):
     num_images: int
     index: int
     variation: tuple[int, float] | None = None
+    tile: int | None = None
     source: SourceRecord | None = None
     model: str
     model_hash: str
+    weaker: str | None = None
+    weaker_hash: str | None = None
 
     @property
     def call(self) -> dict[str, Any]:
         """The arguments of the pipeline."""
-        beside = {"version", "index", "source", "model", "model_hash"}
+        beside = {"version", "index", "source", "model", "model_hash", "weaker", "weaker_hash"}
         call = {name: getattr(self, name) for name in Record.model_fields if name not in beside}
         return call | self.source.call if self.source else call
 

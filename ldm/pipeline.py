@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -120,7 +121,7 @@ class Pipeline:
             vae=vae,
             text=_load_text(card, folder),
             size=card.size,
-            words=(folder / "words.txt").read_text().split(),
+            words=folders.read_text(folder / "words.txt").split(),
             about=card.about,
         )
         pipeline.folder = folder
@@ -210,7 +211,9 @@ class Pipeline:
         image: Image.Image | None = None,
         strength: float = 0.75,
         mask: Image.Image | None = None,
+        invert: str | None = None,
         variation: tuple[int, float] | None = None,
+        tile: int | None = None,
         on_step: OnStep | None = None,
     ) -> list[Image.Image]:
         """Paint `num_images` pictures of one prompt with the seeds seed, seed + 1, ...
@@ -224,10 +227,14 @@ class Pipeline:
             image: a picture to start from, instead of noise alone.
             strength: how much of `image` is painted anew, from 0 to 1.
             mask: a picture of the same size: what is white there is painted, what is black stays.
+            invert: a prompt that describes `image`: start from the noise that makes it, not from the seed's. Euler and
+                ddim without eta find the image again under that prompt without guidance, and change it under another.
             variation: a second seed and how far, from 0 to 1, the first noise goes towards its own.
+            tile: decode larger latents in tiles of this side.
             on_step: called after each step with its number, from 1, and the sampler's `Step`.
         ValueError: an unknown sampler or grid, one that the process can not carry, no step, a size that the networks
-        can not make or that differs between the pictures, a strength or variation outside 0 to 1.
+        can not make or that differs between the pictures, a strength or variation outside 0 to 1, settings that exclude
+        each other.
         """
         usual = image.size if image else (self.size, self.size)
         size = (usual[0] if width is None else width, usual[1] if height is None else height)
@@ -238,6 +245,8 @@ class Pipeline:
             raise ValueError(f"mask is {mask.size[0]}x{mask.size[1]}: it needs an image of the same size")
         if self.unet.config.extra_channels and mask is None:
             raise ValueError("this model paints what a mask covers: name an image and a mask")
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1, not {num_images}")
         seeds = [seed + i for i in range(num_images)]
         noise = initial_noise(shape, seeds)
         if variation:
@@ -245,6 +254,11 @@ class Pipeline:
             noise = between(noise, initial_noise(shape, [other + i for i in range(num_images)]), share)
         noise = noise.to(self.device)
         source = self.source(image, strength, mask) if image else None
+        if invert is not None:
+            if image is None or num_images > 1 or variation:
+                raise ValueError("invert goes with one image, and makes one picture without a variation")
+            noise = self.invert(image, invert, steps=steps, grid=grid)
+            source = self.source(image, 1.0, mask) if mask else None
         result = self.sample(
             noise,
             [prompt] * num_images,
@@ -259,7 +273,7 @@ class Pipeline:
             source=source,
             on_step=on_step,
         )
-        painted = to_images(self.decode(result))
+        painted = to_images(self.decode(result, tile=tile))
         if image is None or mask is None:
             return painted
         return [Image.composite(new, image.convert(new.mode), mask.convert("L")) for new in painted]
@@ -287,6 +301,8 @@ class Pipeline:
         The demo's model misses its own reconstruction by 34 dB, whatever the steps. Few are better: the network is
         unsure where there is little noise, and each step there adds to the deviation of the noise that is found.
         """
+        if self.unet.config.extra_channels:
+            raise ValueError("an inpainting network can not be inverted: take a model without extra channels")
         latents, own_times = self.source(image, 1.0).latents, times(self.process, steps, grid)
         return run(invert(self._answers(self.unet, [prompt]), self.process, latents, own_times))
 
@@ -305,13 +321,17 @@ class Pipeline:
         eta: float | None = None,
         grid: str | Sequence[float] = "trailing",
         source: Source | None = None,
+        literal: bool = False,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Denoise a batch (b, c, h, w) of standard normal noise to standardized latents, each under its own prompt."""
+        """Denoise a batch (b, c, h, w) of standard normal noise to standardized latents, each under its own prompt.
+
+        With `literal` the prompts are captions: they are read as in training, brackets, AND and length included.
+        """
         walk = find_sampler(sampler, eta)
         own_times = times(self.process, steps, grid)
-        told = source.told if source else None
-        denoise = self._denoiser(prompts, negative_prompts, guidance_scale, guidance, told)
+        answers = partial(self._answers, told=source.told if source else None, literal=literal)
+        denoise = self._denoiser(answers, prompts, negative_prompts, guidance_scale, guidance, literal=literal)
 
         def fresh_noise(number: int) -> Tensor:
             draws = [torch.randn(noise.shape[1:], generator=keyed.generator(s, "sampler", number)) for s in seeds]
@@ -386,36 +406,49 @@ class Pipeline:
         return [word for word in words_of(plain(prompt)) if word not in self.words]
 
     def _denoiser(
-        self, prompts: list[str], negative: list[str], scale: float, guidance: GuidanceConfig, told: Tensor | None
+        self,
+        answers: Callable[[UNet, list[str]], Denoiser],
+        prompts: list[str],
+        negative: list[str],
+        scale: float,
+        guidance: GuidanceConfig,
+        *,
+        literal: bool,
     ) -> Denoiser:
-        several = self.text is not None and any(len(split(prompt)) > 1 for prompt in prompts)
+        several = self.text is not None and not literal and any(len(split(prompt)) > 1 for prompt in prompts)
         if several and self.weaker is not None:
             raise ValueError("AND goes with a negative prompt, not with autoguidance: choose one")
         if guidance.rule == "zero_star" and self.process.config.path != "flow":
             raise ValueError(f"guidance zero_star is for the flow path, this model's is {self.process.config.path}")
         if several:
-            pair = self._composed(prompts, negative, told)
+            pair = self._composed(answers, prompts, negative)
             alone = guide(pair, classifier_free(1.0))
         else:
-            alone = self._answers(self.unet, prompts, told)
+            alone = answers(self.unet, prompts)
+            if self.weaker is not None and any(negative):
+                raise ValueError("guidance goes away from the weaker model or from a negative prompt: choose one")
             if scale == 1 or (self.text is None and self.weaker is None):
                 return alone
             if self.weaker is not None:
-                pair = autoguided(alone, self._answers(self.weaker, prompts, told))
+                pair = autoguided(alone, answers(self.weaker, prompts))
             else:
-                pair = doubled(self._answers(self.unet, prompts + negative, told))
+                pair = doubled(answers(self.unet, prompts + negative))
         return within(guidance.interval, guide(pair, guidance.make_rule(scale)), alone)
 
-    def _composed(self, prompts: list[str], negative: list[str], told: Tensor | None) -> Pair:
+    def _composed(
+        self, answers: Callable[[UNet, list[str]], Denoiser], prompts: list[str], negative: list[str]
+    ) -> Pair:
         """Several prompts for each image; where one has fewer than others, empty ones that weigh nothing follow."""
         rounds = list(itertools.zip_longest(*map(split, prompts), fillvalue=Part("", 0.0)))
         weights = torch.tensor([[part.weight for part in parts] for parts in rounds], device=self.device)
         texts = [part.text for parts in rounds for part in parts]
-        return composed(self._answers(self.unet, texts + negative, told), weights)
+        return composed(answers(self.unet, texts + negative), weights)
 
-    def _answers(self, unet: UNet, prompts: list[str], told: Tensor | None = None) -> Denoiser:
+    def _answers(
+        self, unet: UNet, prompts: list[str], *, told: Tensor | None = None, literal: bool = False
+    ) -> Denoiser:
         """The Denoiser of one network under these prompts, which are encoded once; `told` is shown to it beside z_t."""
-        states = self.text.prompt_states(prompts) if self.text else None
+        states = (self.text(prompts) if literal else self.text.prompt_states(prompts)) if self.text else None
         context, mask, vector = conditions(self.text, states)
         kept = None if context is None else KeptContext(context)
 

@@ -3,6 +3,7 @@
 import json
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -41,17 +42,21 @@ def train(stage: str, run: Path) -> float:
         print(f"{run} is finished; reusing it", flush=True)
         return 0.0
     resume = ["--resume", "latest"] if any((run / "checkpoints").glob("step-*")) else []
-    return call(f"train_{stage}.py", "--run", str(run), *resume, launcher=["-m", "accelerate.commands.launch"])
+    return call(f"train_{stage}.py", "--run", str(run), *resume)
 
 
-def call(script: str, *arguments: str, launcher: Sequence[str] = ()) -> float:
-    """Run a script as a person would and return the seconds it took; stop where it fails."""
-    command = [sys.executable, *launcher, str(ROOT / "scripts" / script), *arguments]
-    print("\n$", " ".join(["accelerate launch" if launcher else "python", f"scripts/{script}", *arguments]), flush=True)
+def call(script: str, *arguments: str) -> float:
+    """Run a script as a person would and return the seconds it took; stop where it fails or is stopped."""
+    print("\n$", " ".join(["python", f"scripts/{script}", *arguments]), flush=True)
     start = time.perf_counter()
-    done = subprocess.run(command, check=False)
-    if done.returncode:
-        raise SystemExit(f"{script} stopped with status {done.returncode}; `make demo` goes on from there")
+    process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / script), *arguments])
+    signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # which the script got too: it saves first
+        status = process.wait()
+    if status:
+        raise SystemExit(f"{script} stopped with status {status}; `make demo` goes on from there")
     return time.perf_counter() - start
 
 

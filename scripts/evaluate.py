@@ -14,6 +14,7 @@ from ldm import folders
 from ldm.config import ScriptConfig, errors_for_people, parse
 from ldm.data import DataConfig, open_dataset, shapes
 from ldm.data.order import image_batches
+from ldm.diffusion.samplers import find_sampler
 from ldm.evaluation import metrics
 from ldm.evaluation.classifier import RECIPE, AttributeClassifier, check_classifier, count_right, train_classifier
 from ldm.pipeline import Pipeline, initial_noise
@@ -39,6 +40,7 @@ class Evaluate(ScriptConfig):
 
 def evaluate(config: Evaluate) -> dict[str, Any]:
     """Measure, print a table and write evaluation.json beside the model folder."""
+    find_sampler(config.sampler, None)
     folder = config.model or folders.newest("pipeline", Path("runs"), script="make demo")
     pipeline = Pipeline.load(folder, device=config.device)
     if "data" not in pipeline.about:

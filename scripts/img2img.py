@@ -20,6 +20,8 @@ class Img2Img(Txt2Img):
     """how much of it is painted anew; 1 under a mask forgets what was there"""
     mask: Path | None = None
     """a picture of the same size: what is white is painted, what is black stays"""
+    invert: str | None = None
+    """a prompt that describes the picture: start from the noise that makes it, found by DDIM, instead of the seed's"""
     extend: tuple[int, int, int, int] = (0, 0, 0, 0)
     """pixels to paint beyond the left, top, right and bottom edge"""
 
@@ -37,6 +39,7 @@ def source_of(config: Img2Img) -> SourceRecord:
         strength=config.strength,
         mask=config.mask and str(config.mask),
         mask_hash=config.mask and sha256(config.mask),
+        invert=config.invert,
         extend=config.extend,
     )
 

@@ -11,7 +11,7 @@ from ldm.data import DataConfig, collate, open_dataset
 from ldm.data.order import first_samples
 from ldm.keyed import Draws
 from ldm.text.contrastive import CLIP, CLIPConfig, clip_loss, retrieval_accuracy
-from ldm.training.loop import Batch, Hooks, Player, TrainingConfig, fit, make_accelerator
+from ldm.training.loop import Batch, Hooks, Player, TrainingConfig, fit, make_accelerator, total_of
 
 DEFAULT = Path(__file__).parents[1] / "configs/shapes/clip.yaml"
 
@@ -56,7 +56,12 @@ def train(config: TrainCLIP) -> Path:
             players=[Player("clip", clip, loss)],
             data=data,
             collate=collate,
-            hooks=Hooks(validate=validate, sample=lambda: None, save_model=save_model),
+            hooks=Hooks(
+                validate=validate,
+                sample=lambda: None,
+                save_model=save_model,
+                check=lambda: data.share_unreadable(total_of(accelerator)),
+            ),
             identity={"data": config.data.identity(), "clip": config.clip.to_dict()},
         )
     finally:

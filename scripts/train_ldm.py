@@ -20,7 +20,7 @@ from ldm.folders import newest
 from ldm.keyed import Draws, generator
 from ldm.pipeline import Pipeline, conditions, initial_noise, load_vae, to_images, words_of
 from ldm.text import JoinedEncoder, Text, TextConfig, TextEncoder
-from ldm.training.loop import Batch, Hooks, Player, TrainingConfig, fit, make_accelerator
+from ldm.training.loop import Batch, Hooks, Player, TrainingConfig, fit, make_accelerator, total_of
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, Posterior
 from ldm.weights import sha256
@@ -124,7 +124,8 @@ def train(config: TrainLDM) -> Path:
         seeds = list(range(len(prompts)))
         noise = initial_noise(shape, seeds).to(device)
         steps, scale = config.sample_steps, config.sample_guidance
-        z = pipeline.sample(noise, prompts, [""] * len(seeds), seeds=seeds, steps=steps, guidance_scale=scale)
+        call: dict[str, Any] = {"seeds": seeds, "steps": steps, "guidance_scale": scale}
+        z = pipeline.sample(noise, prompts, [""] * len(seeds), literal=not config.sample_prompts, **call)
         return pictures.captioned(to_images(pipeline.decode(z)), prompts, columns=8)
 
     identity: dict[str, Any] = {"data": config.data.identity()}
@@ -140,7 +141,12 @@ def train(config: TrainLDM) -> Path:
             players=[Player("unet", unet, loss)],
             data=source,
             collate=collate,
-            hooks=Hooks(validate=validate, sample=sample, save_model=pipeline.save),
+            hooks=Hooks(
+                validate=validate,
+                sample=sample,
+                save_model=pipeline.save,
+                check=lambda: data.share_unreadable(total_of(accelerator)),
+            ),
             identity=identity,
         )
     finally:
@@ -152,8 +158,15 @@ def find_autoencoder(config: TrainLDM) -> Path | None:
     if config.autoencoder == "none":
         return None
     if config.autoencoder == "latest":
-        return newest("vae", config.run.parent, script="accelerate launch scripts/train_vae.py")
+        return newest("vae", config.run.parent, script=script_of(config, "vae"))
     return Path(config.autoencoder)
+
+
+def script_of(config: TrainLDM, stage: str) -> str:
+    """The command that trains another stage of this recipe, beside this run."""
+    beside = config.config.with_name(f"{stage}.yaml") if config.config else None
+    recipe = f" --config {beside}" if beside and beside.is_file() and config.config != DEFAULT else ""
+    return f"accelerate launch scripts/train_{stage}.py{recipe} --run {config.run.parent / stage}"
 
 
 def load_text(config: TrainLDM) -> Text | None:
@@ -162,7 +175,7 @@ def load_text(config: TrainLDM) -> Text | None:
     for tower in (config.text, config.second_text):
         source = tower.model
         if source == "latest":
-            folder = newest("text tower", config.run.parent, script="accelerate launch scripts/train_clip.py")
+            folder = newest("text tower", config.run.parent, script=script_of(config, "clip"))
             source = f"local-dir:{folder}"
         if source != "none":
             encoders.append(TextEncoder.load(tower, source=source))

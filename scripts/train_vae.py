@@ -13,7 +13,7 @@ from ldm.data import DataConfig, collate, open_dataset
 from ldm.data.order import first_samples, image_batches
 from ldm.keyed import Draws
 from ldm.pipeline import to_images
-from ldm.training.loop import Batch, Hooks, Player, TrainingConfig, fit, make_accelerator
+from ldm.training.loop import Batch, Hooks, Player, TrainingConfig, fit, make_accelerator, total_of
 from ldm.vae import VAE, VAEConfig
 from ldm.vae.losses import VAELossConfig, psnr, ssim, vae_loss
 from ldm.vae.statistics import measure_latents
@@ -76,7 +76,12 @@ def train(config: TrainVAE) -> Path:
             players=[Player("vae", vae, loss)],
             data=data,
             collate=collate,
-            hooks=Hooks(validate=validate, sample=sample, save_model=save_model),
+            hooks=Hooks(
+                validate=validate,
+                sample=sample,
+                save_model=save_model,
+                check=lambda: data.share_unreadable(total_of(accelerator)),
+            ),
             identity={"data": config.data.identity(), "vae": config.vae.to_dict()},
         )
     finally:

@@ -36,7 +36,7 @@ class Txt2Img(ScriptConfig):
     """folder for the pictures"""
     negative_prompt: str = ""
     steps: int = Field(30, ge=1)
-    guidance_scale: float | None = None
+    guidance_scale: float | None = Field(None, allow_inf_nan=False)
     """1 is no guidance; the scale of the model's own sample grids when left out"""
     guidance: GuidanceConfig = GuidanceConfig()
     sampler: str = "dpmpp_2m"
@@ -45,7 +45,7 @@ class Txt2Img(ScriptConfig):
     """fresh noise in each step; the sampler's own when left out"""
     grid: str = "trailing"
     """times of the steps: trailing, leading, linspace, karras, exponential, log_snr or beta"""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**62)
     """of the first picture; picture i has seed + i"""
     num_images: int = Field(1, ge=1)
     """pictures of each prompt"""
@@ -55,6 +55,12 @@ class Txt2Img(ScriptConfig):
     height: int | None = Field(None, ge=1)
     variation: tuple[int, float] | None = None
     """a second seed, and how far from 0 to 1 the first noise goes towards its own"""
+    weaker: Path | None = None
+    """a smaller or less trained model of the same kind, which guidance goes away from instead of the negative prompt"""
+    tile: int | None = Field(None, ge=8)
+    """decode larger latents in tiles of this side: less memory for large pictures"""
+    previews: bool = False
+    """keep OUT/preview.png up to date while painting: what the sampler guesses"""
     device: str | None = None
     """cpu, cuda, mps; the best there is when left out"""
     reproduce: Path | None = None
@@ -64,21 +70,42 @@ class Txt2Img(ScriptConfig):
 def paint(config: Txt2Img, source: SourceRecord | None = None) -> list[Path]:
     """Paint, save and return the files; the grid is last when there are several pictures."""
     find_sampler(config.sampler, config.eta)
+    make_folder(config.out)
     record = read_record(config) if config.reproduce else None
     prompts = [] if record else read_prompts(config)
-    pipeline = Pipeline.load(find_model(config, record), device=config.device or best_device())
+    pipeline = Pipeline.load(find_model(config, record), device=device_of(config.device))
     digest = sha256(pipeline.weights)
+    asked = record.weaker if record else config.weaker
+    weaker = guide(pipeline, asked) if asked else {}
     if record:
         if record.model_hash != digest:
             raise ValueError(
                 f"{config.reproduce} was painted by another model ({record.model}): name that with --model"
             )
+        if record.weaker_hash != weaker.get("weaker_hash"):
+            raise ValueError(f"{record.weaker} is not the weaker model that guided this picture: put that one back")
         painted = [reproduce(pipeline, record)]
     else:
-        painted = list(paint_all(pipeline, prompts, digest, config, source))
+        models = {"model": str(pipeline.folder), "model_hash": digest, **weaker}
+        painted = list(paint_all(pipeline, prompts, models, config, source))
     files = save_all(painted, config.out)
     print(f"{len(painted)} painted: {files[0]}" + (f" ... {files[-1]}" if len(files) > 1 else ""))
     return files
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder for the pictures."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"--out {out} is a file: name a folder") from None
+
+
+def guide(pipeline: Pipeline, folder: str | Path) -> dict[str, str]:
+    """Let the model in `folder` be what guidance goes away from; returns what a picture's record tells of it."""
+    weaker = Pipeline.load(folder, device=pipeline.device)
+    pipeline.guided_by(weaker)
+    return {"weaker": str(folder), "weaker_hash": sha256(weaker.weights)}
 
 
 def read_record(config: Txt2Img) -> Record:
@@ -98,7 +125,7 @@ def read_prompts(config: Txt2Img) -> list[str]:
         source = Path(config.prompt_file)
         if config.prompt_file != "-" and (source.is_dir() or not source.exists()):
             raise ValueError(f"prompt file {source} does not exist: name a text file with a prompt on each line")
-        text = sys.stdin.read() if config.prompt_file == "-" else source.read_text()
+        text = sys.stdin.read() if config.prompt_file == "-" else folders.read_text(source)
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
             raise ValueError(f"prompt file {source} is empty: write a prompt on each line")
@@ -119,18 +146,28 @@ def find_model(config: Txt2Img, record: Record | None) -> Path:
     return folders.newest("pipeline", Path("runs"), script="make demo")
 
 
-def best_device() -> str:
-    """cuda, mps or cpu."""
+def device_of(name: str | None) -> str:
+    """The device asked for, or the best there is: cuda, mps or cpu; ValueError when it can not be used."""
+    if name is not None:
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {name} can not be used here ({reason}): leave out --device") from None
+        return name
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def paint_all(
-    pipeline: Pipeline, prompts: list[str], digest: str, config: Txt2Img, source: SourceRecord | None
+    pipeline: Pipeline, prompts: list[str], models: dict[str, str], config: Txt2Img, source: SourceRecord | None
 ) -> Iterator[Painted]:
-    """Every picture with its record."""
+    """Every picture with its record, which tells the `models` too."""
     for prompt in prompts:
+        if pipeline.text is None:
+            print("this model was trained without text: it paints the same under every prompt", file=sys.stderr)
+            break
         if unknown := pipeline.unknown_words(prompt):
             print(f"words that no caption of this model's training had: {', '.join(unknown)}", file=sys.stderr)
     scale = config.guidance_scale
@@ -147,20 +184,22 @@ def paint_all(
         "width": config.width or size[0],
         "height": config.height or size[1],
         "variation": config.variation,
+        "tile": config.tile,
     }
     batches = range(0, config.num_images, config.batch_size)
     with tqdm(total=len(prompts) * len(batches) * config.steps, unit="step", desc="painting") as bar:
 
         def tick(number: int, step: Step) -> None:
             bar.update()
+            if config.previews:
+                pictures.grid(pipeline.preview(step.data)).save(config.out / "preview.png")
 
         for prompt in prompts:
             for first in batches:
                 count = min(config.batch_size, config.num_images - first)
                 call: dict[str, Any] = {"prompt": prompt, **settings, "seed": config.seed + first, "num_images": count}
                 for index, image in enumerate(pipeline(**call, **start, on_step=tick)):
-                    about = {"index": index, "source": source, "model": str(pipeline.folder), "model_hash": digest}
-                    yield image, Record(**call, **about)
+                    yield image, Record(**call, index=index, source=source, **models)
 
 
 def reproduce(pipeline: Pipeline, record: Record) -> Painted:
@@ -170,7 +209,6 @@ def reproduce(pipeline: Pipeline, record: Record) -> Painted:
 
 def save_all(painted: list[Painted], out: Path) -> list[Path]:
     """Write numbered PNGs after those that are there, and a grid when there are several."""
-    out.mkdir(parents=True, exist_ok=True)
     number = 1 + max((int(path.stem) for path in out.glob("*.png") if path.stem.isdigit()), default=-1)
     files = [out / f"{number + i:05d}.png" for i in range(len(painted))]
     for file, (image, record) in zip(files, painted, strict=True):

@@ -440,6 +440,21 @@ def test_damaged_files(tmp_path):
         images.decode(tmp_path / "b.png")
 
 
+def test_clear_grey_of_16_bits_is_white():
+    grey = Image.fromarray(np.array([[0, 1000], [40000, 65535]], np.uint16))
+    data = encoded(grey, transparency=1000)
+    assert np.asarray(images.decode(data, channels=1)).tolist() == [[0, 255], [156, 255]]
+
+
+def test_files_that_are_left_out_are_told(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(encoded(plain()))
+    (tmp_path / "c.tif").write_bytes(encoded(plain(), "TIFF"))
+    assert "1 left out that are no PNG, JPEG or WEBP: c.tif" in opened(tmp_path).describe()
+    (tmp_path / "metadata.parquet").write_bytes(b"no parquet")
+    assert "metadata.parquet: no parquet file, or a damaged one" in message(tmp_path)
+
+
 def test_values_are_minus_one_to_one():
     image = plain((0, 51, 255))
     pixels = images.to_tensor(image, 8)

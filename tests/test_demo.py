@@ -15,7 +15,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Run the tiny recipes instead of the demo's, note the training scripts and their flags, and evaluate nothing."""
     noted = []
 
-    def call(script: str, *arguments: str, launcher: tuple[str, ...] = ()) -> float:
+    def call(script: str, *arguments: str) -> float:
         if script.startswith("train_"):
             run, flags = Path(arguments[1]), arguments[2:]
             noted.append(" ".join([script, *flags]))

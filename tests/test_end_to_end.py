@@ -4,14 +4,18 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import train_ldm
 import txt2img
 from conftest import train
 from test_training import losses
 
+from ldm.data import shapes
 from ldm.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +77,59 @@ def test_two_text_towers_and_sizes(tiny_runs: Path, tmp_path: Path) -> None:
         train("ldm", tmp_path / "ldm", *flags.split(), "--resume", "latest")
 
 
+def test_any_caption_can_stand_in_the_sample_grid(tiny_runs: Path, tmp_path: Path) -> None:
+    """Longer than any prompt, with the signs of prompts and of the tower: captions are read as in training."""
+    for stage in ("clip", "vae"):
+        shutil.copytree(tiny_runs / stage, tmp_path / stage)
+    captions = ["word " * 600, "a cat AND a dog (very red:", "<end_of_text> [a]", ""]
+    (tmp_path / "photos").mkdir()
+    for number in range(8):
+        shapes.render(shapes.scenes("train")[number], 16, seed=number).save(tmp_path / f"photos/{number}.png")
+        (tmp_path / f"photos/{number}.txt").write_text(captions[number % 4])
+    model = train("ldm", tmp_path / "ldm", "--data.source", str(tmp_path / "photos"), "--seed", "3")
+    assert (model / "model.json").is_file() and (tmp_path / "ldm/samples/step-000004.png").is_file()
+
+
+def test_a_model_without_text_says_that_prompts_change_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--autoencoder none --text.model none --unet.in-channels 3 --unet.context-width 0 --unet.vector-width 0"
+    model = train("ldm", tmp_path / "pixels", *flags.split())
+    txt2img.main(["a cat", "--model", str(model), "--out", str(tmp_path), "--steps", "2"])
+    assert "this model was trained without text: it paints the same under every prompt" in capsys.readouterr().err
+
+
+def test_a_stage_that_is_missing_is_named_with_the_recipe_of_the_run(tmp_path: Path) -> None:
+    clip = "accelerate launch scripts/train_clip.py --config configs/emoji-cpu/clip.yaml --run"
+    with pytest.raises(SystemExit, match=f"run `{clip} {tmp_path}/clip` first"):
+        train_ldm.main(
+            ["--config", "configs/emoji-cpu/ldm.yaml", "--run", str(tmp_path / "ldm"), "--autoencoder", "none"]
+        )
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_saves(tmp_path: Path) -> None:
+    """SIGTERM to `accelerate launch` alone, which dies of it: the run saves its step and ends."""
+    flags = ["--steps", "100000", "--batch-size", "8", "--data.size", "16", "--checkpoint-every", "100000"]
+    command = ["-m", "accelerate.commands.launch", "scripts/train_vae.py", "--run", str(tmp_path), *flags]
+    launcher = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    log, saved = tmp_path / "log.jsonl", tmp_path / "checkpoints"
+    wait_for(lambda: log.is_file() and log.read_text().count("\n") > 2)
+    launcher.terminate()
+    launcher.wait()
+    wait_for(lambda: any(saved.glob("step-*/progress.json")))
+    size = log.stat().st_size
+    time.sleep(2)
+    assert log.stat().st_size == size
+
+
+def wait_for(there: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.1)
+
+
 def test_the_latent_cache_changes_nothing(tiny_runs: Path, tmp_path: Path) -> None:
     for stage in ("clip", "vae"):
         shutil.copytree(tiny_runs / stage, tmp_path / stage)
@@ -95,10 +152,10 @@ def test_widths_that_do_not_fit_name_the_flag(tiny_runs: Path, tmp_path: Path) -
 
 
 def test_missing_stages_name_the_script_that_makes_them(tmp_path: Path) -> None:
-    vae = r"no finished vae below .*: run `accelerate launch scripts/train_vae.py` first"
+    vae = r"no finished vae below .*: run `accelerate launch scripts/train_vae.py --run .*/vae` first"
     with pytest.raises(SystemExit, match=vae):
         train("ldm", tmp_path / "ldm")
-    with pytest.raises(SystemExit, match=r"no finished text tower below .*train_clip.py` first"):
+    with pytest.raises(SystemExit, match=r"no finished text tower below .*train_clip.py --run .*/clip` first"):
         train("ldm", tmp_path / "ldm", "--autoencoder", "none", "--unet.in-channels", "3")
 
 

@@ -37,6 +37,18 @@ def test_strength_mask_and_edges(tiny_model: Path, picture: Path, tmp_path: Path
     assert len(np.unique(wider[16:].reshape(-1, 3), axis=0)) > 10
 
 
+def test_an_inverted_picture_is_found_again_and_changed(tiny_model: Path, picture: Path, tmp_path: Path) -> None:
+    flags = ["--image", str(picture), "--invert", "a ring", "--sampler", "ddim", "--eta", "0"]
+    same = paint(tiny_model, tmp_path / "a", "a ring", *flags, "--guidance-scale", "1")
+    other = paint(tiny_model, tmp_path / "b", "a ring", *flags, "--guidance-scale", "9")
+    seeds = paint(tiny_model, tmp_path / "c", "a ring", *flags, "--guidance-scale", "1", "--seed", "7")
+    assert (same == seeds).all() and (same != other).any()
+    txt2img.main(["--reproduce", str(tmp_path / "a/00000.png"), "--out", str(tmp_path / "a")])
+    assert (tmp_path / "a/00000.png").read_bytes() == (tmp_path / "a/00001.png").read_bytes()
+    with pytest.raises(SystemExit, match="invert goes with one image, and makes one picture without a variation"):
+        paint(tiny_model, tmp_path / "d", "a ring", *flags, "--num-images", "2")
+
+
 def test_reproduce_needs_the_same_picture(tiny_model: Path, picture: Path, tmp_path: Path) -> None:
     paint(tiny_model, tmp_path / "a", "a star", "--image", str(picture), "--extend", "8", "0", "0", "0")
     again = ["--reproduce", str(tmp_path / "a/00000.png"), "--out", str(tmp_path / "b")]

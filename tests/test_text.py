@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import open_clip
@@ -64,6 +65,14 @@ def test_two_towers_say_both(folder: Path) -> None:
     second.tower.length = 20
     with pytest.raises(ValueError, match="the text towers take 24 and 20 tokens: choose two with one limit"):
         JoinedEncoder(first, second)
+
+
+def test_a_configuration_that_tells_no_tower_is_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "text")
+    for content in ("{", "{}", '{"model_cfg": 3}', '{"model_cfg": {"embed_dim": 3}}'):
+        (tmp_path / "text" / CONFIG_NAME).write_text(content)
+        with pytest.raises(ValueError, match="open_clip_config.json tells no text tower as open_clip's configuration"):
+            load(tmp_path / "text")
 
 
 def test_an_empty_prompt_can_be_zeros(folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import train_ldm
 from accelerate import Accelerator
 from conftest import train
 from safetensors.torch import load_file
@@ -133,6 +134,29 @@ def stop_at(step: int, stage: str, run: Path, *flags: str) -> None:
     assert stopped.value.code == 128 + signal.SIGTERM
 
 
+def test_a_run_whose_launcher_is_gone_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch` hands no signal on; without it, a parent that changes means nothing."""
+    parents = iter(range(100))
+    monkeypatch.setattr(loop.os, "getppid", lambda: max(0, next(parents) - 2))
+    toy(toy_config(tmp_path / "alone"))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    parents = iter(range(100))
+    with pytest.raises(SystemExit) as stopped:
+        toy(toy_config(tmp_path / "launched", checkpoint_every=8))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in (tmp_path / "launched/checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_other_settings_at_a_resume_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy(toy_config(tmp_path, steps=6))
+    assert f"configuration: {tmp_path}/config.yaml" in capsys.readouterr().out
+    toy(toy_config(tmp_path, learning_rate=0.2, resume="latest"))
+    told = "resumed with other settings than before: steps: 6 -> 8; learning_rate: 0.1 -> 0.2\n"
+    assert told in capsys.readouterr().out
+    toy(toy_config(tmp_path, learning_rate=0.2, resume="latest"))
+    assert "other settings" not in capsys.readouterr().out
+
+
 def test_the_loss_scale_of_fp16_is_resumed(tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     toy(toy_config(whole, keep_checkpoints=3), fp16=True)
@@ -143,11 +167,27 @@ def test_the_loss_scale_of_fp16_is_resumed(tmp_path: Path) -> None:
     assert_same(tensors_of(whole, 8), tensors_of(run, 8))
 
 
-def test_the_frozen_stages_are_not_changed_by_training(tiny_runs: Path) -> None:
-    before = load_file(tiny_runs / "clip/model/open_clip_model.safetensors")
-    after = load_file(tiny_runs / "ldm/model/text/open_clip_model.safetensors")
-    assert_same(before, after)
-    assert_same(load_file(tiny_runs / "vae/model/vae.safetensors"), load_file(tiny_runs / "ldm/model/vae.safetensors"))
+def test_the_frozen_stages_are_not_changed_by_training(
+    tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory, after the last step; and no optimizer holds a tensor of theirs."""
+    copy_stages_before("ldm", tiny_runs, tmp_path)
+    frozen: dict[str, nn.Module] = {}
+    optimizers: list[torch.optim.Optimizer] = []
+    load_text, load_vae, optimizer = train_ldm.load_text, train_ldm.load_vae, Trainer._optimizer
+    monkeypatch.setattr(train_ldm, "load_text", lambda config: frozen.setdefault("text", load_text(config)))
+    monkeypatch.setattr(train_ldm, "load_vae", lambda folder: frozen.setdefault("vae", load_vae(folder)))
+    monkeypatch.setattr(Trainer, "_optimizer", lambda self, m: optimizers.append(optimizer(self, m)) or optimizers[-1])
+    train("ldm", tmp_path / "ldm")
+    weights = load_file(tiny_runs / "clip/model/open_clip_model.safetensors")
+    tower = frozen["text"].tower.state_dict()  # type: ignore[union-attr]
+    assert_same({name: weights[name] for name in tower}, tower)
+    assert_same(load_file(tiny_runs / "vae/model/vae.safetensors"), frozen["vae"].state_dict())
+    trained = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    held = [p for module in frozen.values() for p in module.parameters()]
+    assert len(optimizers) == 1 and trained and not trained & {id(p) for p in held}
+    assert not any(p.requires_grad or p.grad is not None for p in held)
+    assert not any(module.training for part in frozen.values() for module in part.modules())
 
 
 @pytest.mark.parametrize("stage", ["vae", "ldm"])

@@ -2,12 +2,14 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import txt2img
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
 
 from ldm.metadata import CHUNK, Record, parameters
 
@@ -63,6 +65,31 @@ def test_reproduce_makes_the_same_file(flags: list[str], tiny_model: Path, tmp_p
         out = tmp_path / file.stem
         txt2img.main(["--reproduce", str(file), "--out", str(out)])
         assert (out / "00000.png").read_bytes() == file.read_bytes()
+
+
+def test_weaker_models_tiles_and_previews(tiny_model: Path, tmp_path: Path) -> None:
+    """Each changes what is painted, or shows it, and is reproduced."""
+    weaker = tmp_path / "weaker"
+    shutil.copytree(tiny_model, weaker)
+    weights = load_file(weaker / "unet.safetensors")
+    save_file({name: tensor * 0.9 for name, tensor in weights.items()}, weaker / "unet.safetensors")
+    large = ["a star", "--width", "64", "--height", "64", "--num-images", "2"]
+    for name, flags in {
+        "plain": [],
+        "weaker": ["--weaker", str(weaker), "--guidance-scale", "3"],
+        "tile": ["--tile", "8"],
+    }.items():
+        paint(tiny_model, tmp_path / name, *large, *flags, "--previews")
+        reproduce(tmp_path / name / "00001.png")
+        assert (tmp_path / name / "again/00000.png").read_bytes() == (tmp_path / name / "00001.png").read_bytes()
+        assert Image.open(tmp_path / name / "preview.png").size == (2 * 16 + 2, 16)  # latents of 16 x 16, beside
+    pictures = [Image.open(tmp_path / name / "00000.png").tobytes() for name in ("plain", "weaker", "tile")]
+    assert len(set(pictures)) == 3
+    with pytest.raises(SystemExit, match="from the weaker model or from a negative prompt: choose one"):
+        paint(tiny_model, tmp_path, "a star", "--weaker", str(weaker), "--negative-prompt", "red")
+    save_file(weights, weaker / "unet.safetensors")
+    with pytest.raises(SystemExit, match="weaker is not the weaker model that guided this picture: put that one back"):
+        reproduce(tmp_path / "weaker/00000.png")
 
 
 def test_reproduce_needs_the_model_and_the_metadata(tiny_model: Path, tmp_path: Path) -> None:
@@ -129,6 +156,26 @@ def test_missing_and_empty_prompts_are_told(tiny_model: Path, tmp_path: Path) ->
         paint(tiny_model, tmp_path, "a star", " ")
     with pytest.raises(SystemExit, match="sampler 'plms' is unknown: choose one of ddpm, ddim"):
         paint(tiny_model, tmp_path, "a star", "--sampler", "plms")
+    (tmp_path / "latin.txt").write_bytes("größer".encode("latin-1"))
+    with pytest.raises(SystemExit, match="latin.txt is no UTF-8 text: save it as UTF-8"):
+        paint(tiny_model, tmp_path, "--prompt-file", str(tmp_path / "latin.txt"))
+
+
+def test_settings_that_can_not_be_are_told(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="--out .*file is a file: name a folder"):
+        paint(tiny_model, tmp_path / "file", "a star")
+    with pytest.raises(SystemExit, match="device cuda:99 can not be used here .*: leave out --device"):
+        txt2img.main(["a star", "--model", str(tiny_model), "--out", str(tmp_path), "--device", "cuda:99"])
+    with pytest.raises(ValueError, match="interval 0.9 0.1 must rise, within 0 to 1"):
+        txt2img.Txt2Img.from_dict({"guidance": {"interval": (0.9, 0.1)}}, source="x")
+    with pytest.raises(ValueError, match="guidance_scale: Input should be a finite number"):
+        txt2img.Txt2Img.from_dict({"guidance_scale": float("nan")}, source="x")
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "words.txt").unlink()
+    with pytest.raises(SystemExit, match="words.txt is missing: copy the folder again"):
+        paint(model, tmp_path, "a star")
 
 
 def test_unknown_words_are_named(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         self._split, self.training = split, split == "train"
         # In shared memory, so that the main process sees what its loading processes met.
         self._bad = torch.zeros(len(source.images), dtype=torch.bool).share_memory_()
+        self._shared = 0  # how many of them all processes know
         self._check_readable()
 
     def __len__(self) -> int:
@@ -142,10 +143,24 @@ class CaptionedImages(Dataset[dict[str, Any]]):
             if not self._bad[candidate]:
                 yield candidate
 
+    def share_unreadable(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Learn what the other processes could not read; `total` sums a tensor over all of them.
+
+        ValueError, in every process, when that is more than the configuration allows.
+        """
+        new = self._bad.sum().float() - self._shared
+        if total(new) > 0:
+            self._bad |= total(self._bad.float()) > 0
+            self._shared = int(self._bad.sum())
+        self._check_cap()
+
     def _note_bad(self, index: int) -> None:
         self._bad[index] = True
+        self._check_cap()
+
+    def _check_cap(self) -> None:
         bad, cap = int(self._bad.sum()), self.config.max_unreadable
-        if bad > cap * len(self):
+        if bad and bad > cap * len(self):
             raise ValueError(
                 f"{self.config.source}: {bad} of {len(self):,} images ({bad / len(self):.1%}) can not be read, "
                 f"above the {cap:.1%} that data.max_unreadable allows: {self._remedy()}"

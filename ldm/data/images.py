@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+OTHER_SUFFIXES = (".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".jxl", ".jp2", ".ppm", ".dcm", ".nii", ".gz")
 SIDECARS = (".txt", ".caption")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
@@ -135,6 +136,9 @@ def _read_folder(root: Path) -> Source:
         found, origin = _sidecar_captions(root, images, set(files))
     captions = [found.get(name, "") for name in images]
     said = f"captions from {origin}, {sum(map(bool, captions)):,} captioned" if origin else "no captions"
+    others = [name for name in files if name.lower().endswith(OTHER_SUFFIXES)]
+    if others:
+        said += f", {len(others):,} left out that are no PNG, JPEG or WEBP: {_first(others, 3)}"
     paths = [root / name for name in images]
     return Source(images, paths, captions, f"images: {len(images):,} files in {root}/, {said}")
 
@@ -185,7 +189,10 @@ def _read_metadata(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         import pyarrow.parquet  # slow, and few need it
 
-        return pyarrow.parquet.read_table(path).to_pylist()
+        try:
+            return pyarrow.parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowException:
+            raise ValueError(f"{path}: no parquet file, or a damaged one; write it again or take it out") from None
     text = _read_text(path)
     if path.suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text)))
@@ -338,7 +345,10 @@ def decode(data: Encoded, *, channels: int = 3, side: int | None = None) -> Imag
 def _on_white(image: Image.Image) -> Image.Image:
     """Without transparency, and 16-bit grey scaled (Pillow's own conversion would clip it)."""
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
+        grey = np.asarray(image, np.float32)
+        clear = image.info.get("transparency")  # a value that means white
+        grey = np.where(grey == clear, 65535, grey) if isinstance(clear, int) else grey
+        return Image.fromarray((grey / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image

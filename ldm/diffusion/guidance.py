@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ldm.config import Config
@@ -35,6 +35,13 @@ class GuidanceConfig(Config):
     """longest push of APG in an image"""
     apg_momentum: float = Field(0.0, gt=-1, lt=1)
     """what APG takes over of the pushes before; the paper has -0.5"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "GuidanceConfig":
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"interval {low} {high} must rise, within 0 to 1: name the earlier time, near 0, first")
+        return self
 
     def make_rule(self, scale: float) -> "Rule":
         """A rule for one run of a sampler."""

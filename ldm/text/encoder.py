@@ -265,12 +265,12 @@ def _find(source: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
                     f"text tower {source} has no {name}: train one with `accelerate launch scripts/train_clip.py`, "
                     "or name a folder that open_clip saved"
                 )
-        return json.loads((folder / CONFIG_NAME).read_text())["model_cfg"], folder / WEIGHTS_NAME
+        return _model_cfg(folder / CONFIG_NAME), folder / WEIGHTS_NAME
     if source.startswith(HUB):
         from huggingface_hub import hf_hub_download
 
         config, weights = (hf_hub_download(source.removeprefix(HUB), name) for name in (CONFIG_NAME, WEIGHTS_NAME))
-        return json.loads(Path(config).read_text())["model_cfg"], Path(weights)
+        return _model_cfg(Path(config)), Path(weights)
     import open_clip  # slow, and needed for its list of models only
 
     cfg = open_clip.get_model_config(source)
@@ -286,6 +286,17 @@ def _find(source: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
     entry = open_clip.get_pretrained_cfg(source, pretrained)
     cfg = cfg | {"quick_gelu": entry.get("quick_gelu", cfg.get("quick_gelu", False))}
     return cfg, Path(open_clip.download_pretrained(entry, prefer_hf_hub=True))
+
+
+def _model_cfg(path: Path) -> dict[str, Any]:
+    """The architecture in open_clip's configuration file; ValueError when there is none in it."""
+    try:
+        cfg = dict(json.loads(path.read_text())["model_cfg"])
+        return cfg | {"embed_dim": cfg["embed_dim"], "text_cfg": dict(cfg["text_cfg"])}
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{path} tells no text tower as open_clip's configuration does: save or fetch it again"
+        ) from None
 
 
 def _check_supported(cfg: dict[str, Any], source: str) -> None:

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.config import ScriptConfig, write_yaml
+from ldm.config import ScriptConfig, changes, write_yaml
 from ldm.data.order import Key, Order
 from ldm.keyed import Draws
 from ldm.training import checkpoint
@@ -82,11 +82,15 @@ class Player:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a stage does beside training; called with the averaged weights in place, on the main process only."""
+    """What a stage does beside training; called with the averaged weights in place, on the main process only.
+
+    But `check` is called on every process, at every line of the log; a ValueError of it ends the run.
+    """
 
     validate: Callable[[], dict[str, float]]
     sample: Callable[[], Image.Image | None]
     save_model: Callable[[Path], None]
+    check: Callable[[], None] = lambda: None
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -101,10 +105,19 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
+def total_of(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
+    """A function that sums a tensor over all processes."""
+    return lambda values: accelerator.reduce(values.to(accelerator.device), "sum").cpu()
+
+
+def _launched() -> bool:
+    """Whether `accelerate launch` started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
 def _share_cores() -> None:
     """Undo the one thread a process that `accelerate launch` sets where it finds no GPU: share out all cores."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
+    if _launched() and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
@@ -197,6 +210,7 @@ class Trainer:
         self._resume_or_start()
         self.prepared = {p.name: accelerator.prepare_model(p.module) for p in players}
         self.stop_signal: int | None = None
+        self.launcher = os.getppid() if _launched() else None
         self.first_bad: Tensor | None = None
         self.report: dict[str, Tensor] = {}
 
@@ -274,6 +288,8 @@ class Trainer:
     def _after_step(self) -> None:
         config, step = self.config, self.step
         self.logs.step(step)
+        if step % config.log_every == 0 or step == config.steps:
+            self.hooks.check()
         if step % config.log_every == 0:
             self._check_finite()
             values = {name: self._mean(value) for name, value in self.report.items()}
@@ -341,7 +357,11 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            write_yaml(config.run / "config.yaml", config)
+            told = config.run / "config.yaml"
+            if config.resume and told.is_file() and (changed := changes(told, config)):
+                self.accelerator.print(f"resumed with other settings than before: {'; '.join(changed)}")
+            write_yaml(told, config)
+            self.accelerator.print(f"configuration: {told}")
         settings = {
             "tensorboard": {"purge_step": self.step + 1},  # what a run that was killed told past its checkpoint
             "wandb": {"name": str(config.run), "config": config.to_dict()},
@@ -389,8 +409,11 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _stopped(self) -> bool:
-        """Whether any process was asked to stop: all of them save the same step."""
-        wish = self.stop_signal is not None
+        """Whether any process was asked to stop: all of them save the same step.
+
+        `accelerate launch` hands no signal on to a single process, which sees that its launcher is gone.
+        """
+        wish = self.stop_signal is not None or self.launcher not in (None, os.getppid())
         if self.accelerator.num_processes == 1:
             return wish
         flag = torch.tensor([float(wish)], device=self.accelerator.device)
