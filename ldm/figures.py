@@ -1,8 +1,9 @@
-"""Pictures that explain: noising, denoising, latents, guidance, and the curves of a run."""
+"""Pictures that explain: noising, denoising, latents, guidance, changed pictures, and the curves of a run."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -69,6 +70,23 @@ def guidance(
             )
             rows += to_images(pipeline.decode(z))
     return labelled(grid(rows, columns=seeds, scale=scale), [f"scale {value:g}" for value in scales])
+
+
+def changes(pipeline: Pipeline, described: str, wanted: str, edits: Sequence[str], *, scale: int = 3) -> Image.Image:
+    """A picture of `described` that is changed: by strength and under a mask to `wanted`, by inversion to each edit."""
+    guided = {"guidance_scale": pipeline.about.get("guidance_scale", 7.5)}
+    image, side = pipeline(described, **guided, seed=1)[0], pipeline.size
+    mask = Image.new("L", image.size)
+    mask.paste(255, (side // 2, side // 2, side, side))
+    columns = len(edits) + 1
+    strengths = [i / (columns - 1) for i in range(columns)]
+    rows = [pipeline(wanted, image=image, strength=strength, **guided, seed=2)[0] for strength in strengths]
+    filled = pipeline(wanted, image=image, mask=mask, strength=1.0, num_images=columns - 2, **guided, seed=3)
+    rows += [image, mask.convert(image.mode), *filled]
+    inverted: dict[str, Any] = {"image": image, "invert": described, "sampler": "euler", "steps": 10}
+    rows += [image, *(pipeline(edit, **inverted, **guided)[0] for edit in edits)]
+    labels = ["strength 0 to 1", "what a mask covers", "from its own noise, in other words"]
+    return labelled(grid(rows, columns=columns, scale=scale), labels, width=110)
 
 
 def prompts(pipeline: Pipeline, texts: Sequence[str], *, seeds: int = 4, scale: int = 3) -> Image.Image:

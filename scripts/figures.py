@@ -22,6 +22,19 @@ PROMPTS = (
 )
 
 
+CHANGED = (
+    "a large red circle in the top left corner on a blue background",
+    "a large yellow star in the bottom right corner on a blue background",
+    (
+        "a large green circle in the top left corner on a blue background",
+        "a large red star in the top left corner on a blue background",
+        "a large red circle in the top left corner on a yellow background",
+        "a small red circle in the top left corner on a blue background",
+        "a large red circle in the top right corner on a blue background",
+    ),
+)
+
+
 class Figures(ScriptConfig):
     """Settings of figures."""
 
@@ -33,7 +46,7 @@ class Figures(ScriptConfig):
 
 
 def draw(config: Figures) -> None:
-    """Write samples, noising, denoising, latents and guidance as PNG files, or prompts alone."""
+    """Write samples, noising, denoising, latents, guidance and changes as PNG files, or prompts alone."""
     folder = config.model or folders.newest("pipeline", Path("runs"), script="make demo")
     pipeline = Pipeline.load(folder)
     config.out.mkdir(parents=True, exist_ok=True)
@@ -48,6 +61,7 @@ def draw(config: Figures) -> None:
     figures.noising(images, pipeline.process).save(config.out / "noising.png")
     figures.denoising(pipeline, PROMPTS[:3]).save(config.out / "denoising.png")
     figures.guidance(pipeline, PROMPTS[1], (0, 1, scale, 12)).save(config.out / "guidance.png")
+    figures.changes(pipeline, *CHANGED).save(config.out / "changes.png")
     if pipeline.vae is not None:
         figures.latents(pipeline, images).save(config.out / "latents.png")
 
