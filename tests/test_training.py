@@ -227,7 +227,9 @@ def test_resume_needs_something_to_resume_from(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no checkpoint to resume from; start without --resume"):
         toy(toy_config(tmp_path / "new", resume="latest"))
     (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match=r"other is no checkpoint \(it has no progress.json\)"):
+    with pytest.raises(
+        ValueError, match=r"other can not be resumed from: it has no manifest.json, as a folder such as"
+    ):
         toy(toy_config(tmp_path / "new", resume=str(tmp_path / "other")))
 
 
@@ -238,21 +240,38 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
         toy(toy_config(tmp_path / "b", seed=1, resume=str(saved)))
     with pytest.raises(ValueError, match=r"is at step 8, past the 4 steps asked for \(--steps\)"):
         toy(toy_config(tmp_path / "b", steps=4, resume=str(saved)))
-    progress = json.loads((saved / "progress.json").read_text())
-    (saved / "progress.json").write_text(json.dumps({**progress, "format": "other"}))
-    with pytest.raises(ValueError, match="was not written by this version of ldm"):
-        toy(toy_config(tmp_path / "b", resume=str(saved)))
-    (saved / "progress.json").write_text("{")
-    with pytest.raises(ValueError, match="progress.json is damaged"):
-        toy(toy_config(tmp_path / "b", resume=str(saved)))
+    manifest = json.loads((saved / "manifest.json").read_text())
+    for text, message in (
+        (json.dumps({**manifest, "format": "other"}), "it was written by another version of ldm"),
+        ("{", "its manifest.json is damaged"),
+        ("[]", "its manifest.json is damaged"),
+        (json.dumps({**manifest, "sha256": {}}), "its files are not those of its manifest.json"),
+    ):
+        (saved / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match=f"step-000008 can not be resumed from: {message}"):
+            toy(toy_config(tmp_path / "b", resume=str(saved)))
 
 
-def test_a_truncated_checkpoint_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["toy", "toy_optimizer", "toy_ema", "progress"])
+@pytest.mark.parametrize("harm", ["cut", "bit", "gone"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(
+    name: str, harm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     toy(toy_config(tmp_path))
-    file = tmp_path / "checkpoints/step-000008/toy.safetensors"
-    file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"toy.safetensors is damaged .* resume from another checkpoint"):
-        toy(toy_config(tmp_path, resume="latest"))
+    want = {name: tensor.clone() for name, tensor in tensors_of(tmp_path, 8).items()}  # not the memory of the file
+    want_losses = losses(tmp_path)
+    file = next((tmp_path / "checkpoints/step-000008").glob(f"{name}.*"))
+    whole = file.read_bytes()
+    file.write_bytes({"cut": whole[:-1], "bit": whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], "gone": b""}[harm])
+    if harm == "gone":
+        file.unlink()
+    with pytest.raises(ValueError, match="step-000008 can not be resumed from: .*; name another checkpoint"):
+        toy(toy_config(tmp_path, resume=str(file.parent)))
+    toy(toy_config(tmp_path, resume="latest"))
+    told = capsys.readouterr().out
+    assert "step-000008 can not be resumed from: " in told and "; going on from the one before" in told
+    assert_same(want, tensors_of(tmp_path, 8))
+    assert losses(tmp_path) == want_losses
 
 
 def test_checkpoints_are_pruned_after_the_new_one_is_whole(tmp_path: Path) -> None:

@@ -12,7 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT = "ldm-checkpoint-1"
+from ldm.weights import sha256
+
+FORMAT, MANIFEST = "ldm-checkpoint-2", "manifest.json"
+WRITING = ".writing-"
 PATTERN = re.compile(r"step-(\d{6,})$")
 
 Tensors = dict[str, Tensor]
@@ -23,21 +26,28 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder`/step-XXXXXX, one safetensors file for each group of tensors, then prune all but the newest `keep`.
 
-    The files are written beside, synced to the disk and then renamed. ValueError when that fails, for example on a full
-    disk; what was there before is whole.
+    The files are written beside, with a manifest of their hashes, synced to the disk and then renamed; a checkpoint of
+    this step that is whole already is kept instead. ValueError when that fails, for example on a full disk; what was
+    there before is whole.
     """
     target = folder / f"step-{step:06d}"
-    temporary = folder / f".writing-step-{step:06d}"
+    temporary = folder / f"{WRITING}step-{step:06d}"
+    if target.exists() and damage(target) is None:
+        return target
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in folder.glob(f"{WRITING}*"):  # of runs that were killed
+            shutil.rmtree(left)
         temporary.mkdir(parents=True)
         for name, group in tensors.items():
             save_file(
                 {key: t.detach().cpu().contiguous() for key, t in group.items()}, temporary / f"{name}.safetensors"
             )
-        (temporary / "progress.json").write_text(json.dumps({"format": FORMAT, "step": step, **progress}, indent=2))
+        (temporary / "progress.json").write_text(json.dumps({"step": step, **progress}, indent=2))
+        files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": files}, indent=2))
         for path in temporary.iterdir():
             _sync(path)
+        _sync(temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         _sync(folder)
@@ -52,28 +62,31 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, groups: list[str]) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """Tensors by group, and the progress; ValueError when the folder is no checkpoint of this kind of run."""
-    progress_file = path / "progress.json"
-    if not progress_file.is_file():
-        raise ValueError(
-            f"{path} is no checkpoint (it has no progress.json); name a folder such as RUN/checkpoints/step-000500"
-        )
+    """Tensors by group, and the progress, of a checkpoint that `damage` found whole.
+
+    ValueError when it belongs to another kind of run.
+    """
+    wrong = [name for name in groups if not (path / f"{name}.safetensors").is_file()]
+    if wrong:
+        raise ValueError(f"{path} has no {wrong[0]}.safetensors: it belongs to another kind of run")
+    return {name: load_file(path / f"{name}.safetensors") for name in groups}, _json(path / "progress.json")
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, each file of which must have the hash in its manifest; None when it is whole."""
+    if not (path / MANIFEST).is_file():
+        return f"it has no {MANIFEST}, as a folder such as RUN/checkpoints/step-000500 has"
     try:
-        progress = json.loads(progress_file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{progress_file} is damaged ({error}); resume from another checkpoint") from None
-    if not isinstance(progress, dict) or progress.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by this version of ldm; resume from one that was")
-    tensors = {}
-    for name in groups:
-        file = path / f"{name}.safetensors"
-        if not file.is_file():
-            raise ValueError(f"{path} has no {file.name}: it belongs to another kind of run")
-        try:
-            tensors[name] = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}); resume from another checkpoint") from None
-    return tensors, progress
+        manifest = _json(path / MANIFEST)
+        hashes = dict(manifest["sha256"]) if manifest["format"] == FORMAT else None
+    except (ValueError, TypeError, KeyError):
+        return f"its {MANIFEST} is damaged"
+    if hashes is None:
+        return "it was written by another version of ldm"
+    if {file.name for file in path.iterdir()} != {*hashes, MANIFEST}:
+        return f"its files are not those of its {MANIFEST}"
+    wrong = [name for name, digest in hashes.items() if sha256(path / name) != digest]
+    return f"{wrong[0]} has not the hash that its {MANIFEST} tells" if wrong else None
 
 
 def latest(folder: Path) -> Path | None:
@@ -81,14 +94,21 @@ def latest(folder: Path) -> Path | None:
     return next(reversed(_all(folder)), None)
 
 
-def resolve(resume: str, folder: Path) -> Path:
-    """What `--resume latest|PATH` means; ValueError when there is nothing to resume from."""
-    if resume != "latest":
-        return Path(resume)
-    found = latest(folder)
-    if found is None:
+def resolve(resume: str, folder: Path) -> tuple[Path, list[str]]:
+    """What `--resume latest|PATH` means: for `latest` the newest that is whole, and what is wrong with newer ones.
+
+    ValueError when there is nothing to resume from.
+    """
+    newest_first = _all(folder)[::-1] if resume == "latest" else [Path(resume)]
+    if not newest_first:
         raise ValueError(f"{folder} holds no checkpoint to resume from; start without --resume")
-    return found
+    damaged: list[str] = []
+    for path in newest_first:
+        reason = damage(path)
+        if reason is None:
+            return path, damaged
+        damaged.append(f"{path} can not be resumed from: {reason}")
+    raise ValueError(f"{'; '.join(damaged)}; name another checkpoint, or start anew with another --run")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> Tensors:
@@ -115,6 +135,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(index[name], {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
 
 
 def _all(folder: Path) -> list[Path]:

@@ -72,7 +72,9 @@ def _open_log(path: Path, start: int) -> IO[str]:
             continue
         if step <= start:
             kept.append(line + "\n")
-    path.write_text("".join(kept))
+    beside = path.with_name(f".{path.name}")  # so that a kill here loses nothing
+    beside.write_text("".join(kept))
+    beside.replace(path)
     return path.open("a")
 
 

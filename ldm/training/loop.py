@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, is_wandb_available, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, is_wandb_available, set_seed
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from ldm.training.logs import Logs
 from ldm.weights import fill
 
 Batch = Mapping[str, Any]
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 
 class TrainingConfig(ScriptConfig):
@@ -350,7 +351,7 @@ class Trainer:
     def _resume_or_start(self) -> None:
         config = self.config
         if config.resume:
-            self._restore(checkpoint.resolve(config.resume, self.folder))
+            self._restore(self._found(config.resume))
         elif (found := checkpoint.latest(self.folder)) is not None:
             raise ValueError(
                 f"{config.run} already holds {found.name}: go on with --resume latest, or choose another --run"
@@ -367,6 +368,22 @@ class Trainer:
             "wandb": {"name": str(config.run), "config": config.to_dict()},
         }
         self.accelerator.init_trackers("ldm", init_kwargs=settings)
+
+    def _found(self, resume: str) -> Path:
+        """The checkpoint to resume from, which the main process chooses for all."""
+        choice: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                path, damaged = checkpoint.resolve(resume, self.folder)
+                for line in damaged:
+                    self.accelerator.print(f"{line}; going on from the one before")
+                choice = [path]
+            except ValueError as error:
+                choice = [error]
+        found = broadcast_object_list(choice)[0]
+        if isinstance(found, ValueError):
+            raise found
+        return found
 
     def _restore(self, path: Path) -> None:
         groups = [group for name in self.modules for group in (name, f"{name}_ema", f"{name}_optimizer")]
@@ -394,14 +411,17 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turn Ctrl-C and SIGTERM into a wish to stop after the step; a second Ctrl-C stops at once."""
+        """Turn Ctrl-C, and what schedulers announce the end with, into a wish to stop after the step.
+
+        A second Ctrl-C stops at once.
+        """
 
         def wish(number: int, _: FrameType | None) -> None:
             if self.stop_signal == signal.SIGINT == number:
                 raise KeyboardInterrupt
             self.stop_signal = number
 
-        old = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+        old = {number: signal.signal(number, wish) for number in STOP_SIGNALS}
         try:
             yield
         finally:
