@@ -1,12 +1,18 @@
 """Two processes train what one process trains."""
 
+import json
+import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import train
 from test_training import STAGES, copy_stages_before, losses, tensors_of
 
 from ldm.data import shapes
@@ -21,8 +27,7 @@ def test_two_processes_equal_one(stage: str, tiny_runs: Path, tmp_path: Path) ->
     """Same losses to 1e-5 and weights for all three stages, with accumulation on top where the loss allows it."""
     copy_stages_before(stage, tiny_runs, tmp_path)
     launch(stage, tmp_path / stage, 2, [] if stage == "clip" else ["--accumulate", "2"])
-    want, found = losses(tiny_runs / stage), losses(tmp_path / stage)
-    assert max(abs(found[step] / want[step] - 1) for step in want) < 1e-5
+    assert close(losses(tiny_runs / stage), losses(tmp_path / stage))
     one, two = tensors_of(tiny_runs / stage, 4), tensors_of(tmp_path / stage, 4)
     assert one.keys() == two.keys()
     # Weights whose gradient is zero but for rounding (the bias of attention's keys) move by Adam's whole step, so the
@@ -47,6 +52,51 @@ def test_images_that_one_process_can_not_read_are_counted_by_all(tmp_path: Path)
     assert all(f"{index:02}.png: no PNG" in told for index in bad)
     told = launch("clip", tmp_path / "b", 2, [*read, "--data.max-unreadable", "0.06"], status=1)
     assert "above the 6.0% that data.max_unreadable allows" in told
+
+
+def test_a_run_that_one_process_stops_goes_on_with_another_number(tmp_path: Path) -> None:
+    """SIGUSR1, by which schedulers announce the end, to the second of two: both save the same step.
+
+    What goes on with 1, 3 or 4 processes takes the same global batches and learning rates; losses are equal to 1e-5.
+    """
+    batch = ["--batch-size", "12", "--decay", "cosine"]
+    train("vae", tmp_path / "whole", *batch)
+    told = launch("vae", tmp_path / "stopped", 2, [*batch, "--harm", "signal", "1", "2"], status=1)
+    codes = [128 + signal.SIGTERM, 128 + signal.SIGUSR1]
+    assert all(f"rank {rank} ends with {code}" in told for rank, code in enumerate(codes))
+    assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-000002"]
+    for processes in (1, 3, 4):
+        run = tmp_path / str(processes)
+        shutil.copytree(tmp_path / "stopped", run)
+        if processes == 1:
+            train("vae", run, *batch, "--resume", "latest")
+        else:
+            launch("vae", run, processes, [*batch, "--resume", "latest"])
+        assert close(losses(tmp_path / "whole"), losses(run))
+        assert rates(tmp_path / "whole") == rates(run)
+
+
+def test_a_gradient_that_is_not_finite_on_one_process_is_skipped_by_all(tmp_path: Path) -> None:
+    told = launch("vae", tmp_path / "vae", 2, ["--harm", "poison", "1", "2", "--keep-checkpoints", "9"])
+    assert "vae: the gradient was not finite, skipped: step 2; 1 so far" in told
+    found = losses(tmp_path / "vae")
+    assert sorted(found) == [1, 2, 3, 4] and all(math.isfinite(found[step]) for step in (1, 3, 4))
+    assert all(tensor.isfinite().all() for tensor in tensors_of(tmp_path / "vae", 4).values())
+
+
+def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    told = launch("vae", tmp_path / "vae", 2, ["--harm", "hang", "1", "2", "--timeout", "5"], status=1)
+    assert "another process did not answer within 5 s at step 2" in told and time.monotonic() - begin < 55
+
+
+def close(want: dict[int, float], found: dict[int, float]) -> bool:
+    return want.keys() == found.keys() and max(abs(found[step] / want[step] - 1) for step in want) < 1e-5
+
+
+def rates(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line["learning_rate"] for line in lines if "loss" in line]
 
 
 def launch(stage: str, run: Path, processes: int, flags: list[str], *, status: int = 0) -> str:

@@ -6,7 +6,8 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm.data.order import Key
+from ldm.data.order import Key, sample_at
 from ldm.keyed import Draws
 from ldm.training import checkpoint, loop
 from ldm.training.ema import EMA
@@ -41,9 +42,17 @@ class Numbers(Dataset[dict[str, Tensor]]):
 
 
 def toy(
-    config: TrainingConfig, *, poison: int | None = None, players: list[Player] | None = None, fp16: bool = False
+    config: TrainingConfig,
+    *,
+    poison: Sequence[int] = (),
+    jump: int | None = None,
+    players: list[Player] | None = None,
+    fp16: bool = False,
 ) -> Path:
-    """Train a 2 -> 1 linear map with `fit`; at step `poison` its loss is NaN; `fp16` scales the loss as fp16 does."""
+    """Train a 2 -> 1 linear map with `fit`; at steps in `poison` its loss is NaN, at step `jump` it is large.
+
+    `fp16` scales the loss as fp16 does.
+    """
     accelerator = make_accelerator(config)
     if fp16:
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
@@ -51,7 +60,7 @@ def toy(
 
     def loss(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         error = module(batch["x"] + 0.01 * draws.normal("jitter", (2,))) - 3 * batch["x"][:, :1]
-        bad = float("nan") if poison is not None and draws.step + 1 == poison else 1.0
+        bad = float("nan") if draws.step + 1 in poison else 1e4 if draws.step + 1 == jump else 1.0
         return {"loss": error.square().mean() * bad}
 
     return fit(
@@ -205,14 +214,54 @@ def test_clip_refuses_accumulation_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_last_good_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"not finite at step 5; the last good checkpoint is .*step-000003"):
-        toy(toy_config(tmp_path), poison=5)
+    message = r"not finite at step 5, and at all up to 6, which were skipped; the last good checkpoint is .*step-000003"
+    with pytest.raises(ValueError, match=message):
+        toy(toy_config(tmp_path, max_skipped=1), poison=range(5, 9))
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
 
 def test_a_bad_step_between_two_log_lines_is_still_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not finite at step 2; there is no checkpoint yet"):
-        toy(toy_config(tmp_path, log_every=100), poison=2)
+    with pytest.raises(ValueError, match="not finite at step 2, and at all up to 2, .*; there is no checkpoint yet"):
+        toy(toy_config(tmp_path, log_every=100, max_skipped=0), poison=[2])
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights and optimizer are what they were, and the run goes on, also after a resume."""
+    toy(toy_config(tmp_path, steps=8, checkpoint_every=1, keep_checkpoints=9, max_skipped=2), poison=[3, 4, 6])
+    states = {step: tensors_of(tmp_path, step) for step in range(1, 9)}
+    for before, after, same in ((2, 4, True), (4, 5, False), (5, 6, True), (6, 7, False)):
+        live = [n for n in states[1] if not n.startswith("toy_ema")]
+        assert all(torch.equal(states[before][n], states[after][n]) for n in live) == same
+    assert "toy: the gradient was not finite, skipped: step 6; 3 so far" in capsys.readouterr().out
+    notes = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if "skipped" in line]
+    assert [note["skipped"] for note in notes] == [[3], [4], [6]]
+    shutil.rmtree(tmp_path / "checkpoints/step-000008")
+    toy(toy_config(tmp_path, resume="latest"), poison=[8])
+    assert "skipped: step 8; 4 so far" in capsys.readouterr().out
+
+
+def test_a_loss_that_jumps_is_told_with_its_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy(toy_config(tmp_path, steps=130, checkpoint_every=130, log_every=20), jump=120)
+    notes = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if "spike" in line]
+    assert [note["step"] for note in notes] == [120]
+    assert notes[0]["samples"] == [sample_at(119 * 12 + i, size=37, seed=0)[0] for i in range(12)]
+    assert "toy: the loss jumped to " in capsys.readouterr().out
+
+
+def test_a_loading_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Numbers, "__getitem__", lambda self, key: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(
+        ValueError, match=r"loading data failed \(DataLoader worker .*: is there memory enough for --workers"
+    ):
+        toy(toy_config(tmp_path, workers=1))
+
+
+def test_data_that_never_comes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Numbers, "__getitem__", lambda self, key: time.sleep(60))
+    with pytest.raises(ValueError, match=r"loading data failed \(DataLoader timed out after 2 seconds\)"):
+        toy(toy_config(tmp_path, workers=1, timeout=2))
 
 
 def test_a_run_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:

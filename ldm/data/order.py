@@ -87,6 +87,10 @@ class Order(Sampler[list[Key]]):
                 yield [self._key(step, position) for position in range(first, first + micro)]
             step += 1
 
+    def indices(self, step: int) -> list[int]:
+        """The samples of the whole batch of a step, from 0."""
+        return [self._key(step, position).index for position in range(self.batch_size)]
+
     def _key(self, step: int, position: int) -> Key:
         index, epoch = sample_at(step * self.batch_size + position, size=self.size, seed=self.seed)
         return Key(index, epoch, position)

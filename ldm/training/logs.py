@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from accelerate import Accelerator
 from PIL import Image
@@ -37,6 +37,12 @@ class Logs:
             self.file.write(json.dumps({"step": step, **{k: _round(v) for k, v in values.items()}}) + "\n")
             self.file.flush()
         self.accelerator.log(values, step=step)
+
+    def note(self, step: int, values: dict[str, Any]) -> None:
+        """Append what is no scalar to log.jsonl."""
+        if self.file:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
 
     def picture(self, step: int, image: Image.Image) -> None:
         """Keep a sample picture of this step."""

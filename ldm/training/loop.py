@@ -2,17 +2,25 @@
 
 import math
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, is_wandb_available, set_seed
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    is_wandb_available,
+    set_seed,
+)
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
@@ -23,10 +31,12 @@ from ldm.data.order import Key, Order
 from ldm.keyed import Draws
 from ldm.training import checkpoint
 from ldm.training.ema import EMA
+from ldm.training.health import Health
 from ldm.training.logs import Logs
 from ldm.weights import fill
 
 Batch = Mapping[str, Any]
+LOST = re.compile("timed? ?out|connection (closed|reset)|peer", re.IGNORECASE)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 
@@ -51,12 +61,16 @@ class TrainingConfig(ScriptConfig):
     """how the learning rate goes on after the warm-up; cosine and linear end at 0"""
     max_norm: float = Field(1.0, gt=0)
     """a gradient with a larger norm is scaled down to it"""
+    max_skipped: int = Field(10, ge=0)
+    """steps in a row that may be skipped, since their gradient is not finite, before the run stops"""
     ema: float = Field(0.999, ge=0, lt=1)
     """decay of the averaged weights, which validation, samples and the final model use"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     workers: int = Field(0, ge=0)
     """processes that load data"""
+    timeout: int = Field(1800, ge=1)
+    """seconds after which a process that waits for another one, or for data, gives up"""
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(500, ge=1)
     sample_every: int = Field(500, ge=1)
@@ -99,7 +113,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if "wandb" in config.trackers and not is_wandb_available():
         raise ValueError("trackers: wandb is not installed; `pip install wandb` or leave it out")
     folders = ProjectConfiguration(str(config.run), logging_dir=str(config.run / "tensorboard"))
-    accelerator = Accelerator(log_with=list(config.trackers), project_config=folders)
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))
+    accelerator = Accelerator(log_with=list(config.trackers), project_config=folders, kwargs_handlers=[patience])
     set_seed(config.seed)  # initial weights; every later draw is keyed
     if accelerator.device.type == "cpu":
         _share_cores()
@@ -157,12 +172,14 @@ def fit(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
+    trainer.samples_of = order.indices
     loader = DataLoader(
         KeyedDataset(data),
         batch_sampler=order,
         collate_fn=KeyedCollate(collate),
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
+        timeout=config.timeout if config.workers else 0,
         pin_memory=accelerator.device.type == "cuda",
     )
     return trainer.run(iter(loader))
@@ -208,11 +225,12 @@ class Trainer:
         self.modules = {p.name: p.module for p in players}
         self.optimizers = {p.name: accelerator.prepare_optimizer(self._optimizer(p.module)) for p in players}
         self.ema = {p.name: EMA(p.module, config.ema) for p in players}
+        self.health = {p.name: Health(limit=config.max_skipped) for p in players}
         self._resume_or_start()
         self.prepared = {p.name: accelerator.prepare_model(p.module) for p in players}
         self.stop_signal: int | None = None
         self.launcher = os.getppid() if _launched() else None
-        self.first_bad: Tensor | None = None
+        self.samples_of: Callable[[int], list[int]] = lambda step: []
         self.report: dict[str, Tensor] = {}
 
     def _optimizer(self, module: nn.Module) -> torch.optim.AdamW:
@@ -236,6 +254,13 @@ class Trainer:
                         self.logs.say(f"stopped at step {self.step}; continue with --resume latest")
                         raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
             return self._finish()
+        except RuntimeError as error:  # of a collective operation; torch has no type for them
+            if self.accelerator.num_processes == 1 or not LOST.search(str(error)):
+                raise
+            raise ValueError(
+                f"another process did not answer within {config.timeout} s at step {self.step}, or is gone: look at "
+                "what it said; --resume latest goes on from the last checkpoint"
+            ) from None
         finally:
             self.logs.close()
 
@@ -262,29 +287,36 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(module.parameters(), self.config.max_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
-        self._note_bad(sums["loss"], norm)
+        # With fp16 the scaler skips steps whose gradient overflows, which is how it finds its scale.
+        judged = norm if self.accelerator.scaler is None else sums["loss"]
+        skip = self.health[player.name].note(self.step + 1, sums["loss"], judged)
+        if self.accelerator.scaler is None:
+            optimizer.optimizer.found_inf = skip
         optimizer.step()
         self.ema[player.name].update(self.step)
         prefix = "" if player is self.players[0] else f"{player.name}_"
         self.report |= {prefix + name: value for name, value in sums.items()} | {prefix + "gradient_norm": norm}
 
-    def _note_bad(self, loss: Tensor, norm: Tensor) -> None:
-        """Remember the first step with a loss or gradient that is not finite, without waiting for the device."""
-        bad = ~torch.isfinite(loss)
-        if self.accelerator.scaler is None:  # with fp16 the scaler skips steps whose gradient overflows
-            bad |= ~torch.isfinite(norm)
-        now = torch.where(bad, self.step + 1, math.inf)
-        self.first_bad = now if self.first_bad is None else torch.minimum(self.first_bad, now)
-
-    def _check_finite(self) -> None:
-        assert self.first_bad is not None
-        first = self.accelerator.gather(self.first_bad.reshape(1)).min().item()
-        if math.isfinite(first):
-            kept = checkpoint.latest(self.folder)
-            remedy = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
-            raise ValueError(
-                f"loss or gradient is not finite at step {int(first)}; {remedy}: try a lower --learning-rate or float32"
-            )
+    def _check_health(self) -> None:
+        """Tell which steps were skipped and which losses jumped; ValueError when too many in a row were skipped."""
+        for name, health in self.health.items():
+            found = health.look(lambda values: self.accelerator.reduce(values, "mean"))
+            if found.skipped:
+                steps = ", ".join(map(str, found.skipped))
+                self.logs.say(f"{name}: the gradient was not finite, skipped: step {steps}; {health.skipped} so far")
+                self.logs.note(self.step, {"skipped": found.skipped, "player": name})
+            for step, loss in found.spikes.items():
+                samples = self.samples_of(step - 1)
+                self.logs.say(f"{name}: the loss jumped to {loss:.4g} at step {step}; its samples are in log.jsonl")
+                self.logs.note(step, {"spike": loss, "samples": samples, "player": name})
+            if found.row:
+                first, last = found.row
+                kept = checkpoint.latest(self.folder)
+                remedy = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+                raise ValueError(
+                    f"loss or gradient is not finite at step {first}, and at all up to {last}, which were skipped; "
+                    f"{remedy}: try a lower --learning-rate or float32"
+                )
 
     def _after_step(self) -> None:
         config, step = self.config, self.step
@@ -292,7 +324,7 @@ class Trainer:
         if step % config.log_every == 0 or step == config.steps:
             self.hooks.check()
         if step % config.log_every == 0:
-            self._check_finite()
+            self._check_health()
             values = {name: self._mean(value) for name, value in self.report.items()}
             values["learning_rate"] = learning_rate(config, step - 1)
             self.logs.train(step, values, batch_size=config.batch_size)
@@ -334,7 +366,7 @@ class Trainer:
     # Saving and resuming.
 
     def _save(self) -> None:
-        self._check_finite()
+        self._check_health()
         if self.accelerator.is_main_process:
             tensors: dict[str, checkpoint.Tensors] = {}
             for name, module in self.modules.items():
@@ -342,6 +374,7 @@ class Trainer:
                 tensors[f"{name}_ema"] = self.ema[name].shadow
                 tensors[f"{name}_optimizer"] = checkpoint.optimizer_tensors(self.optimizers[name], _trained(module))
             progress: dict[str, Any] = {"identity": self.identity}
+            progress["skipped"] = {name: health.skipped for name, health in self.health.items()}
             if self.accelerator.scaler is not None:  # fp16
                 progress["scaler"] = self.accelerator.scaler.state_dict()
             checkpoint.save_checkpoint(self.folder, self.step, tensors, progress, keep=self.config.keep_checkpoints)
@@ -405,6 +438,8 @@ class Trainer:
                 self.ema[name].shadow[key].copy_(value)
         if self.accelerator.scaler is not None and "scaler" in progress:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
+        for name, health in self.health.items():
+            health.skipped = progress["skipped"][name]
         self.step = progress["step"]
 
     # Signals.
@@ -446,6 +481,13 @@ def _next(batches: Iterator[tuple[list[int], Batch]]) -> tuple[list[int], Batch]
         return next(batches)
     except ValueError as error:
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"loading data failed ({reason}): is there memory enough for --workers? go on with --resume latest"
+        ) from None
 
 
 def _trained(module: nn.Module) -> list[str]:
