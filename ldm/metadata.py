@@ -71,7 +71,7 @@ class Record(Config):
     guidance: GuidanceConfig = GuidanceConfig()
     sampler: str
     eta: float | None
-    grid: str = "trailing"
+    grid: str | tuple[float, ...] = "trailing"
     width: int
     height: int
     seed: int

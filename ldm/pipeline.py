@@ -1,6 +1,7 @@
 """Prompt -> context -> guided denoiser -> sampler -> decoded image."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,7 @@ class Pipeline:
         self.words = frozenset(words)  # of the training captions
         self.about = about or {}  # what else the model folder tells: the data, the guidance that suits the model
         self.folder: Path | None = None
+        self.kind = "a model of ldm"  # in words; of a foreign one, what its keys and shapes tell
         self._linear: Tensor | None = None  # latents and 1 -> pixels, for previews
         self.weaker: UNet | None = None  # for autoguidance: another network for the same text, latents and process
 
@@ -103,6 +105,8 @@ class Pipeline:
         ValueError when it is none, not whole, or its VAE is not the one of the training.
         """
         folder = Path(folder)
+        if not folder.exists():
+            raise ValueError(f"{folder} does not exist: name a model folder, a diffusers folder or a single file")
         if folder.is_file() or diffusers.is_folder(folder):
             parts = compvis.read(folder) if folder.is_file() else diffusers.read(folder)
             return cls.of(parts, folder).to(device)
@@ -131,7 +135,7 @@ class Pipeline:
     def of(cls, parts: Parts, source: Path) -> "Pipeline":
         """A pipeline of the parts that were read from another format."""
         pipeline = cls(parts.unet, parts.process, vae=parts.vae, text=parts.text, size=parts.size, words=[])
-        pipeline.folder = source
+        pipeline.folder, pipeline.kind = source, parts.kind
         return pipeline.to("cpu")
 
     def save(self, folder: str | Path) -> None:
@@ -164,8 +168,9 @@ class Pipeline:
         ValueError when it has other latents, another text tower or another process.
         """
         for name in ("process", "text", "vae"):
-            own, other = (getattr(pipeline, name) for pipeline in (self, weaker))
-            if _configs(own) != _configs(other):
+            if _told(getattr(self, name)) != _told(getattr(weaker, name)) or not _same(
+                getattr(self, name), getattr(weaker, name)
+            ):
                 raise ValueError(f"{weaker.folder} can not guide {self.folder}: its {name} is another")
         self.weaker = weaker.unet
         return self.to(self.device)
@@ -228,7 +233,8 @@ class Pipeline:
             strength: how much of `image` is painted anew, from 0 to 1.
             mask: a picture of the same size: what is white there is painted, what is black stays.
             invert: a prompt that describes `image`: start from the noise that makes it, not from the seed's. Euler and
-                ddim without eta find the image again under that prompt without guidance, and change it under another.
+                ddim without eta find the image again under that prompt without guidance, and change it under another;
+                strength is not used.
             variation: a second seed and how far, from 0 to 1, the first noise goes towards its own.
             tile: decode larger latents in tiles of this side.
             on_step: called after each step with its number, from 1, and the sampler's `Step`.
@@ -247,6 +253,8 @@ class Pipeline:
             raise ValueError("this model paints what a mask covers: name an image and a mask")
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1, not {num_images}")
+        if not 0 <= seed < 2**62:
+            raise ValueError(f"seed must lie between 0 and 2 ** 62, not {seed}")
         seeds = [seed + i for i in range(num_images)]
         noise = initial_noise(shape, seeds)
         if variation:
@@ -304,7 +312,9 @@ class Pipeline:
         if self.unet.config.extra_channels:
             raise ValueError("an inpainting network can not be inverted: take a model without extra channels")
         latents, own_times = self.source(image, 1.0).latents, times(self.process, steps, grid)
-        return run(invert(self._answers(self.unet, [prompt]), self.process, latents, own_times))
+        answers = partial(self._answers, told=None, literal=False)
+        denoise = self._denoiser(answers, [prompt], [""], 1.0, PLAIN, literal=False)
+        return run(invert(denoise, self.process, latents, own_times))
 
     @torch.no_grad()
     def sample(
@@ -341,7 +351,7 @@ class Pipeline:
         if source is not None:
             if not 0 <= source.strength <= 1:
                 raise ValueError(f"strength must be between 0 and 1, not {source.strength}")
-            own_times = own_times[steps - round(steps * source.strength) :]
+            own_times = own_times[steps - steps_of(source.strength, steps) :]
             if len(own_times) == 1:
                 return source.latents.expand_as(noise)
             if source.strength < 1 or (source.mask is None and source.told is None):
@@ -416,33 +426,36 @@ class Pipeline:
         literal: bool,
     ) -> Denoiser:
         several = self.text is not None and not literal and any(len(split(prompt)) > 1 for prompt in prompts)
-        if several and self.weaker is not None:
-            raise ValueError("AND goes with a negative prompt, not with autoguidance: choose one")
-        if guidance.rule == "zero_star" and self.process.config.path != "flow":
+        if (guidance.zero_star or guidance.zero_init) and self.process.config.path != "flow":
             raise ValueError(f"guidance zero_star is for the flow path, this model's is {self.process.config.path}")
-        if several:
-            pair = self._composed(answers, prompts, negative)
-            alone = guide(pair, classifier_free(1.0))
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance_scale must be a finite number, not {scale}")
+
+        def alone(unet: UNet) -> Denoiser:
+            if several:
+                return guide(self._composed(answers, unet, prompts, negative), classifier_free(1.0))
+            return answers(unet, prompts)
+
+        if scale == 1 or (self.text is None and self.weaker is None):
+            return alone(self.unet)
+        if self.weaker is not None:  # under the negative prompt, where there is one
+            other = any(negative) and not several
+            pair = autoguided(alone(self.unet), answers(self.weaker, negative) if other else alone(self.weaker))
+        elif several:
+            pair = self._composed(answers, self.unet, prompts, negative)
         else:
-            alone = answers(self.unet, prompts)
-            if self.weaker is not None and any(negative):
-                raise ValueError("guidance goes away from the weaker model or from a negative prompt: choose one")
-            if scale == 1 or (self.text is None and self.weaker is None):
-                return alone
-            if self.weaker is not None:
-                pair = autoguided(alone, answers(self.weaker, prompts))
-            else:
-                pair = doubled(answers(self.unet, prompts + negative))
-        return within(guidance.interval, guide(pair, guidance.make_rule(scale)), alone)
+            pair = doubled(answers(self.unet, prompts + negative))
+        guided = guide(pair, guidance.make_rule(scale))
+        return guided if guidance.interval == (0, 1) else within(guidance.interval, guided, alone(self.unet))
 
     def _composed(
-        self, answers: Callable[[UNet, list[str]], Denoiser], prompts: list[str], negative: list[str]
+        self, answers: Callable[[UNet, list[str]], Denoiser], unet: UNet, prompts: list[str], negative: list[str]
     ) -> Pair:
         """Several prompts for each image; where one has fewer than others, empty ones that weigh nothing follow."""
         rounds = list(itertools.zip_longest(*map(split, prompts), fillvalue=Part("", 0.0)))
         weights = torch.tensor([[part.weight for part in parts] for parts in rounds], device=self.device)
         texts = [part.text for parts in rounds for part in parts]
-        return composed(answers(self.unet, texts + negative), weights)
+        return composed(answers(unet, texts + negative), weights)
 
     def _answers(
         self, unet: UNet, prompts: list[str], *, told: Tensor | None = None, literal: bool = False
@@ -463,6 +476,11 @@ class Pipeline:
         """What a picture of this size that was not cut is told to be: (b, 6)."""
         height, width = (side * (self.vae.config.factor if self.vae else 1) for side in z.shape[-2:])
         return torch.tensor([height, width, 0, 0, height, width], device=z.device).expand(len(z), -1)
+
+
+def steps_of(strength: float, steps: int) -> int:
+    """How many of the steps change a picture with this strength: any strength above 0 takes one at least."""
+    return max(round(steps * strength), int(strength > 0))
 
 
 def conditions(text: Text | None, states: TextStates | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -529,8 +547,18 @@ def _load_text(card: PipelineCard, folder: Path) -> Text | None:
     return JoinedEncoder(*encoders) if len(encoders) == 2 else next(iter(encoders), None)
 
 
-def _configs(part: Process | VAE | Text | None) -> list[Config]:
-    """What decides how a part of a pipeline works."""
+def _told(part: Process | VAE | Text | None) -> list[dict[str, Any]]:
+    """The settings that decide how a part of a pipeline works."""
     if part is None:
         return []
-    return [encoder.config for encoder in part.encoders] if isinstance(part, Text) else [part.config]
+    if isinstance(part, Process):
+        return [part.config.of_painting()]
+    return [e.config.identity() for e in part.encoders] if isinstance(part, Text) else [part.config.to_dict()]
+
+
+def _same(one: Process | VAE | Text | None, other: Process | VAE | Text | None) -> bool:
+    """Whether two parts have the same weights; those without any have."""
+    if not isinstance(one, torch.nn.Module) or not isinstance(other, torch.nn.Module):
+        return True
+    own, foreign = one.state_dict(), other.state_dict()
+    return own.keys() == foreign.keys() and all(torch.equal(own[name].cpu(), foreign[name].cpu()) for name in own)

@@ -32,6 +32,12 @@ def load_weights(module: nn.Module, path: Path) -> None:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); copy it again") from None
+    own = module.state_dict()
+    bad = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    bad += [n for n, t in tensors.items() if n in own and t.is_floating_point() != own[n].is_floating_point()]
+    if bad:
+        raise ValueError(f"{path} holds {len(bad)} tensors with NaN, infinite or no real numbers: {', '.join(bad[:5])}")
+    tensors = {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in tensors.items()}
     fill(module, tensors, path, assign=True)
 
 

@@ -1,5 +1,6 @@
 """Turn a model from one format into another, and compare both before saying that it is done."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -36,26 +37,40 @@ def convert(config: Convert) -> float:
         pipeline = Pipeline.of(compvis.read(config.source, ema=config.ema, pickles=True), config.source)
     else:
         pipeline = Pipeline.load(config.source)
-    if config.to == "ldm":
-        pipeline.save(config.target)
-    elif pipeline.vae is None or pipeline.text is None:
-        raise ValueError(f"{config.source} has no VAE or no text: only our own folders can hold it")
-    else:
-        parts = Parts(pipeline.unet, pipeline.process, pipeline.vae, pipeline.text, pipeline.size)
-        (diffusers if config.to == "diffusers" else compvis).write(parts, config.target)
-    again = Pipeline.load(config.target)
-    difference = compare(pipeline, again)
-    if again.process.config != pipeline.process.config or difference > 2:
-        raise ValueError(
-            f"{config.target} does not paint what {config.source} does: pixels differ by {difference:g} of 255, "
-            f"processes are {pipeline.process.config} and {again.process.config}"
-        )
+    print(f"{config.source}: {pipeline.kind}")
+    beside = config.target.with_name(f".writing-{config.target.name}")
+    try:
+        write(pipeline, beside, config)
+        difference = compare(pipeline, Pipeline.load(beside))
+        if difference > 2:
+            raise ValueError(
+                f"{config.source} does not paint the same when it is read back as {config.to}: pixels differ by "
+                f"{difference:g} of 255, so nothing was written"
+            )
+        beside.rename(config.target)
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside)
+        beside.unlink(missing_ok=True)
     print(f"{config.target}: written as {config.to}, read back; the same picture differs by {difference:g} of 255")
     return difference
 
 
+def write(pipeline: Pipeline, target: Path, config: Convert) -> None:
+    """Write a pipeline in the format asked for; ValueError when that can not hold it."""
+    if config.to == "ldm":
+        pipeline.save(target)
+    elif pipeline.vae is None or pipeline.text is None:
+        raise ValueError(f"{config.source} has no VAE or no text: only our own folders can hold it")
+    else:
+        parts = Parts(pipeline.unet, pipeline.process, pipeline.vae, pipeline.text, pipeline.size)
+        (diffusers if config.to == "diffusers" else compvis).write(parts, target)
+
+
 def compare(one: Pipeline, other: Pipeline) -> float:
-    """The largest difference of a pixel in a small picture of the same seed."""
+    """The largest difference of a pixel in a small picture of the same seed; ValueError when the processes differ."""
+    if one.process.config.of_painting() != other.process.config.of_painting():
+        raise ValueError(f"read back, the process is {other.process.config}, not {one.process.config}")
     side = 8 * one.unet.config.factor * (one.vae.config.factor if one.vae else 1)
     call: dict[str, Any] = {"steps": 2, "sampler": "ddim", "seed": 0, "width": side, "height": side}
     if one.unet.config.extra_channels:

@@ -16,7 +16,7 @@ from ldm.config import ScriptConfig, errors_for_people, parse
 from ldm.diffusion.guidance import GuidanceConfig
 from ldm.diffusion.samplers import Step, find_sampler
 from ldm.metadata import Record, SourceRecord, read_png, save_png
-from ldm.pipeline import Pipeline
+from ldm.pipeline import Pipeline, steps_of
 from ldm.weights import sha256
 
 Painted = tuple[Image.Image, Record]
@@ -44,7 +44,7 @@ class Txt2Img(ScriptConfig):
     eta: float | None = Field(None, ge=0, le=1)
     """fresh noise in each step; the sampler's own when left out"""
     grid: str = "trailing"
-    """times of the steps: trailing, leading, linspace, karras, exponential, log_snr or beta"""
+    """times of the steps: trailing, leading, linspace, karras, exponential, log_snr, beta, or a list as 1,0.7,0.3"""
     seed: int = Field(0, ge=0, lt=2**62)
     """of the first picture; picture i has seed + i"""
     num_images: int = Field(1, ge=1)
@@ -74,6 +74,7 @@ def paint(config: Txt2Img, source: SourceRecord | None = None) -> list[Path]:
     record = read_record(config) if config.reproduce else None
     prompts = [] if record else read_prompts(config)
     pipeline = Pipeline.load(find_model(config, record), device=device_of(config.device))
+    print(f"{pipeline.folder}: {pipeline.kind}", file=sys.stderr)
     digest = sha256(pipeline.weights)
     asked = record.weaker if record else config.weaker
     weaker = guide(pipeline, asked) if asked else {}
@@ -180,14 +181,15 @@ def paint_all(
         "guidance": config.guidance,
         "sampler": config.sampler,
         "eta": config.eta,
-        "grid": config.grid,
+        "grid": grid_of(config.grid),
         "width": config.width or size[0],
         "height": config.height or size[1],
         "variation": config.variation,
         "tile": config.tile,
     }
     batches = range(0, config.num_images, config.batch_size)
-    with tqdm(total=len(prompts) * len(batches) * config.steps, unit="step", desc="painting") as bar:
+    steps = config.steps if not source or source.invert is not None else steps_of(source.strength, config.steps)
+    with tqdm(total=len(prompts) * len(batches) * steps, unit="step", desc="painting") as bar:
 
         def tick(number: int, step: Step) -> None:
             bar.update()
@@ -200,6 +202,16 @@ def paint_all(
                 call: dict[str, Any] = {"prompt": prompt, **settings, "seed": config.seed + first, "num_images": count}
                 for index, image in enumerate(pipeline(**call, **start, on_step=tick)):
                     yield image, Record(**call, index=index, source=source, **models)
+
+
+def grid_of(text: str) -> str | tuple[float, ...]:
+    """The name of a grid, or the times in a list."""
+    if "," not in text:
+        return text
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"grid {text!r} is no list of times: write them as 1,0.7,0.3") from None
 
 
 def reproduce(pipeline: Pipeline, record: Record) -> Painted:

@@ -12,7 +12,8 @@ RULES: dict[str, g.Rule] = {
     "classifier_free": g.classifier_free(1.0),
     "rescaled": g.rescaled(g.classifier_free(1.0), 0.7),
     "apg": g.adaptive_projected(1.0),
-    "zero_star": g.zero_star(1.0, silent=0),
+    "zero_star": g.fitted(g.classifier_free(1.0)),
+    "zero_star_apg": g.fitted(g.adaptive_projected(1.0)),
 }
 
 
@@ -47,11 +48,20 @@ def test_rescaling_restores_the_deviation_of_the_answer() -> None:
     assert g.classifier_free(9.0)(ANSWER, REFERENCE, Z, T).std() > 3 * ANSWER.std()
 
 
-def test_zero_star_fits_the_reference_and_is_silent_first() -> None:
-    """With velocities that differ by a factor alone there is nothing to push; the first call changes nothing."""
-    rule = g.zero_star(5.0)
-    assert torch.equal(rule(ANSWER, REFERENCE, Z, T), Z)
+def test_zero_star_fits_the_reference() -> None:
+    """With velocities that differ by a factor alone there is nothing to push."""
+    rule = g.fitted(g.classifier_free(5.0))
     torch.testing.assert_close(rule(ANSWER, Z - 0.3 * (Z - ANSWER), Z, T), ANSWER)
+    factor = ((Z - ANSWER) * (Z - REFERENCE)).flatten(1).sum(1) / (Z - REFERENCE).square().flatten(1).sum(1)
+    reference = Z - factor.reshape(-1, 1, 1, 1) * (Z - REFERENCE)
+    torch.testing.assert_close(rule(ANSWER, REFERENCE, Z, T), reference + 5 * (ANSWER - reference))
+
+
+def test_zero_init_moves_nothing_at_the_start_of_the_path_alone() -> None:
+    rule = g.still_at_start(g.classifier_free(5.0))
+    for _ in range(2):
+        assert torch.equal(rule(ANSWER, REFERENCE, Z, torch.ones(2)), Z)
+        torch.testing.assert_close(rule(ANSWER, REFERENCE, Z, T), g.classifier_free(5.0)(ANSWER, REFERENCE, Z, T))
 
 
 def test_pairs() -> None:

@@ -168,13 +168,15 @@ def test_guidance_rules_compose_in_the_pipeline(tiny_model: Path) -> None:
     for values in (
         {"rule": "apg"},
         {"rule": "apg", "apg_momentum": -0.5},
-        {"rule": "zero_star"},
+        {"zero_star": True},
+        {"zero_star": True, "rule": "apg"},
+        {"zero_init": True},
         {"rescale": 0.7},
         {"interval": (0.3, 0.7)},
     ):
         guidance = GuidanceConfig(**values)  # type: ignore[arg-type]
         seen.add(pipeline("a red circle", guidance=guidance, **call)[0].tobytes())  # type: ignore[arg-type]
-    assert len(seen) == 7
+    assert len(seen) == 9
     nowhere = GuidanceConfig(interval=(0.0, 0.0))
     assert pipeline("a red circle", guidance=nowhere, **call)[0].tobytes() == plain.tobytes()  # type: ignore[arg-type]
 
@@ -188,12 +190,22 @@ def test_autoguidance_goes_away_from_the_weaker_model(tiny_model: Path) -> None:
         for parameter in weaker.unet.parameters():
             parameter.mul_(0.9)
     assert abs(pixels(pipeline("a red circle", steps=3, guidance_scale=4)[0]) - pixels(plain)).max() > 1
+    seen = {
+        pipeline(prompt, negative_prompt=negative, steps=3, guidance_scale=4)[0].tobytes()
+        for prompt in ("a red circle", "a red circle AND a blue ring", "a red circle AND a blue ring :0.5")
+        for negative in ("", "a star")
+    }
+    assert len(seen) == 6
+    with torch.no_grad():
+        weaker.vae.decoder.conv_in.bias.add_(1)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="can not guide .* its vae is another"):
+        pipeline.guided_by(weaker)
     weaker.process = Process(ProcessConfig(prediction="v"))
     with pytest.raises(ValueError, match="can not guide .* its process is another"):
         pipeline.guided_by(weaker)
     pipeline.weaker, pipeline.process = None, weaker.process
     with pytest.raises(ValueError, match="guidance zero_star is for the flow path, this model's is scaled_linear"):
-        pipeline("a star", steps=1, guidance=GuidanceConfig(rule="zero_star"))
+        pipeline("a star", steps=1, guidance=GuidanceConfig(zero_star=True))
 
 
 # From a picture.

@@ -105,8 +105,11 @@ def test_the_pipeline_reads_the_signs(tiny_model: Path) -> None:
     assert abs(pixels(pipeline, "a red circle AND a blue star") - alone).max() > 1
     assert abs(pixels(pipeline, "a (red:90) circle") - alone).max() > 1
     assert pipeline.unknown_words("a (red:1.3) zebra AND [circle]") == ["zebra"]
-    with pytest.raises(ValueError, match="AND goes with a negative prompt, not with autoguidance"):
-        pixels(pipeline.guided_by(Pipeline.load(tiny_model)), "a star AND a ring")
+    for sign in ("<end_of_text>", "&lt;end_of_text&gt;", "&amp;lt;START_OF_TEXT&amp;gt;", "＜end_of_text＞"):
+        with pytest.raises(ValueError, match="prompt has <(start|end)_of_text> in it, which the text tower takes for"):
+            pixels(pipeline, f"a star {sign} a ring")
+    assert parse("a (red:1.) [.5:") == [Part("a ", 1.0), Part("red", 1.0), Part(" ", 1.0), Part(".5:", 1 / 1.1)]
+    assert split("a AND b :1.") == [Part("a", 1.0), Part("b", 1.0)]
 
 
 def test_prompts_joined_and_alone_share_a_batch(tiny_model: Path) -> None:

@@ -67,7 +67,7 @@ def test_the_whole_way_from_noise_to_data(grid: str, path: str) -> None:
     """64 steps of DPM++ 2M from t = 1 to the data, on every grid that the path can carry."""
     process = process_of(path)
     if (path == "flow" and grid in ("karras", "exponential", "log_snr")) or (
-        grid == "leading" and not process.discrete
+        grid == "leading" and (not process.discrete or process.config.zero_terminal_snr)
     ):
         with pytest.raises(ValueError, match=f"grid {grid}.*choose trailing|grid exponential.*choose trailing"):
             times(process, 8, grid)
@@ -262,8 +262,12 @@ def test_bad_input_is_told() -> None:
         times(process, 4, "karras")
     with pytest.raises(ValueError, match="grid leading starts short of t = 1"):
         times(process, 4, "leading")
-    with pytest.raises(ValueError, match="grid leading has at most 1000 steps, not 1001"):
-        times(process_of("linear"), 1001, "leading")
+    with pytest.raises(ValueError, match="grid leading has at most 999 steps, not 1000: choose trailing"):
+        times(process_of("linear"), 1000, "leading")
+    with pytest.raises(ValueError, match="grid leading .* where this path has its zero terminal SNR: choose trailing"):
+        times(process_of("linear", "v", zero_terminal_snr=True), 4, "leading")
+    for steps in (1, 334, 500, 999):
+        assert (times(process_of("linear"), steps, "leading").diff() < 0).all()
     with pytest.raises(ValueError, match="sampler 'plms' is unknown: choose one of ddpm, ddim, euler"):
         find_sampler("plms")
     with pytest.raises(ValueError, match="sampler unipc has no eta to choose: leave it out"):
@@ -285,7 +289,8 @@ def test_bad_input_is_told() -> None:
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "trailing"}
 THEIRS = {
     "ddim": ("DDIMScheduler", {"set_alpha_to_one": True, "clip_sample": False}),
-    "ddpm": ("DDIMScheduler", {"set_alpha_to_one": True, "clip_sample": False}),
+    "ddim eta 0.5": ("DDIMScheduler", {"set_alpha_to_one": True, "clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"final_sigmas_type": "zero"}),
@@ -298,33 +303,41 @@ THEIRS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", THEIRS)
-def test_samplers_agree_with_diffusers(name: str, prediction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same betas, times, noise and network answers take the same way to 1e-5 of the largest value, in float32."""
+@pytest.mark.parametrize("case", THEIRS)
+def test_samplers_agree_with_diffusers(
+    case: str, prediction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same betas, times, noise and network answers take the same way to 1e-5 of the largest value.
+
+    Their schedules are float32 numbers whatever the samples are, so float64 comes no nearer.
+    """
     diffusers = pytest.importorskip("diffusers")
-    cls, settings = THEIRS[name]
+    cls, settings = THEIRS[case]
+    name, _, eta = case.partition(" eta ")
     scheduler = getattr(diffusers, cls)(**SD, prediction_type=prediction, **settings)
     process = Process(ProcessConfig(prediction="epsilon" if prediction == "epsilon" else "v"))
 
     def network(z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         return torch.tanh(z) * 0.7 + (timestep / 1000).view(-1, 1, 1, 1) * 0.1
 
-    noises = torch.randn(21, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    noises = torch.randn(21, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     drawn = iter(noises[1:])
     module = f"diffusers.schedulers.{scheduler.__module__.split('.')[-1]}.randn_tensor"
     monkeypatch.setattr(module, lambda *args, **kwargs: next(drawn), raising=False)
     scheduler.set_timesteps(20)
     in_sigma = name.startswith("euler")  # theirs hold z / alpha there
     sample = noises[0] / process.alpha(torch.tensor(1.0)) if in_sigma else noises[0]
-    extra = {"eta": 1.0} if name == "ddpm" else {}
+    extra = {"eta": float(eta)} if eta else {}
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(sample, t)
         sample = scheduler.step(network(scaled, t.expand(2).float()), t, sample, return_dict=False, **extra)[0]
     own = times(process, 20, ((scheduler.timesteps + 1) / 1000).double().tolist() if name == "lcm" else "trailing")
     fresh = lambda number: noises[1 + number]  # noqa: E731
-    ours = run(find_sampler(name)(denoiser(network, process), process, noises[0], own, fresh_noise=fresh))
-    torch.testing.assert_close(ours, sample, rtol=0, atol=1e-5 * max(1.0, sample.abs().max().item()))
+    walk = find_sampler(name, float(eta) if eta else None)
+    ours = run(walk(denoiser(network, process), process, noises[0], own, fresh_noise=fresh))
+    torch.testing.assert_close(ours.to(sample.dtype), sample, rtol=0, atol=1e-5 * max(1.0, sample.abs().max().item()))
 
 
 def test_heun_differs_from_diffusers_by_its_mean_alone() -> None:

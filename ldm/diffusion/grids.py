@@ -18,10 +18,14 @@ def leading(process: Process, steps: int) -> Tensor:
     """Every floor(1000 / N)th discrete step, from the second: Stable Diffusion's own. It leaves out t = 1."""
     if not process.discrete:
         raise ValueError("grid leading starts short of t = 1, where a continuous path has its noise: choose trailing")
-    if steps > STEPS:
-        raise ValueError(f"grid leading has at most {STEPS} steps, not {steps}")
+    if process.config.zero_terminal_snr:
+        raise ValueError(
+            "grid leading starts short of t = 1, where this path has its zero terminal SNR: choose trailing"
+        )
+    if steps >= STEPS:  # its offset of one step leaves no room for the last
+        raise ValueError(f"grid leading has at most {STEPS - 1} steps, not {steps}: choose trailing")
     index = torch.arange(steps, dtype=torch.float64).flip(0) * (STEPS // steps) + 1
-    return _ended((index + 1).clamp_max(STEPS) / STEPS)
+    return _ended((index + 1) / STEPS)
 
 
 def linspace(process: Process, steps: int) -> Tensor:

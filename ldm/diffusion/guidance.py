@@ -23,8 +23,12 @@ Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class GuidanceConfig(Config):
     """How the scale is applied."""
 
-    rule: Literal["classifier_free", "apg", "zero_star"] = "classifier_free"
-    """the plain rule; APG, which keeps colours from saturating; or CFG-Zero*, for models on the flow path"""
+    rule: Literal["classifier_free", "apg"] = "classifier_free"
+    """the plain rule, or APG, which keeps colours from saturating"""
+    zero_star: bool = False
+    """fit the reference to the answer first, as CFG-Zero* does; for models on the flow path"""
+    zero_init: bool = False
+    """move nothing at t = 1, as CFG-Zero* does beside; for the flow path and euler, whose steps do not look back"""
     rescale: float = Field(0.0, ge=0, le=1)
     """share by which the result gets the deviation of the answer without guidance; 0.7 is usual"""
     interval: tuple[float, float] = (0.0, 1.0)
@@ -45,15 +49,15 @@ class GuidanceConfig(Config):
 
     def make_rule(self, scale: float) -> "Rule":
         """A rule for one run of a sampler."""
-        rules: dict[str, Callable[[], Rule]] = {
-            "classifier_free": lambda: classifier_free(scale),
-            "apg": lambda: adaptive_projected(
-                scale, parallel=self.apg_parallel, radius=self.apg_radius, momentum=self.apg_momentum
-            ),
-            "zero_star": lambda: zero_star(scale),
-        }
-        rule = rules[self.rule]()
-        return rescaled(rule, self.rescale) if self.rescale else rule
+        rule = classifier_free(scale)
+        if self.rule == "apg":
+            parallel, radius, momentum = self.apg_parallel, self.apg_radius, self.apg_momentum
+            rule = adaptive_projected(scale, parallel=parallel, radius=radius, momentum=momentum)
+        if self.rescale:
+            rule = rescaled(rule, self.rescale)
+        if self.zero_star:
+            rule = fitted(rule)
+        return still_at_start(rule) if self.zero_init else rule
 
 
 # Pairs.
@@ -131,23 +135,20 @@ def adaptive_projected(
     return guided
 
 
-def zero_star(scale: float, *, silent: int = 1) -> Rule:
-    """CFG-Zero* (Fan et al. 2025) for the flow path: the reference's velocity is fitted to the answer's first.
-
-    The first `silent` calls move nothing, since the velocity of an unsure network is worse than none there.
-    """
-    calls = 0
+def fitted(rule: Rule) -> Rule:
+    """Fit the reference's velocity to the answer's by a factor, then the rule (CFG-Zero*, Fan et al. 2025, eq. 7)."""
 
     def guided(answer: Tensor, reference: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls <= silent:
-            return z_t
-        answer, reference = z_t - answer, z_t - reference  # t times the velocities
-        fitted = reference * (_dot(answer, reference) / _dot(reference, reference).clamp_min(1e-12))
-        return z_t - torch.lerp(fitted, answer, scale)
+        wanted, velocity = z_t - answer, z_t - reference  # both times t, on the flow path
+        factor = _dot(wanted, velocity) / _dot(velocity, velocity).clamp_min(1e-12)
+        return rule(answer, z_t - factor * velocity, z_t, t)
 
     return guided
+
+
+def still_at_start(rule: Rule) -> Rule:
+    """No velocity at t = 1, where that of an unsure network is worse than none (Fan et al. 2025, section 4.2)."""
+    return lambda answer, reference, z_t, t: z_t if t[0].item() >= 1 else rule(answer, reference, z_t, t)
 
 
 # Denoisers.

@@ -42,6 +42,10 @@ class ProcessConfig(Config):
     log_normal: tuple[float, float] = (-1.2, 1.2)
     """mean and deviation of the logarithm of EDM's sigma, for times log_normal"""
 
+    def of_painting(self) -> dict[str, object]:
+        """What decides how a trained network paints; the rest is of its training."""
+        return self.model_dump(include={"path", "zero_terminal_snr", "shift", "prediction"})
+
     @model_validator(mode="after")
     def _check(self) -> "ProcessConfig":
         if self.zero_terminal_snr and self.path == "flow":

@@ -73,11 +73,8 @@ def parts_of(tensors: Tensors, file: Path, *, ema: bool = False) -> Parts:
     joined = isinstance(text, JoinedEncoder)
     scale, source = SCALE_XL if joined else SCALE, f"{file}: {VAE_PREFIX}"
     vae = vae_of(of_vae, vae_tensors, names.vae_in_compvis, source, scale=scale)
-    prediction: Prediction = "epsilon"
-    if joined:
-        prediction = "v" if V_XL in tensors else "epsilon"
-    elif _below(tensors, TEXT2) and V_BIAS in unet_tensors and unet_tensors[V_BIAS].float().std() > V_SPREAD:
-        prediction = "v"
+    prediction = _guess(unet_tensors.get(V_BIAS), first=not _below(tensors, TEXT2))
+    prediction = "v" if joined and V_XL in tensors else prediction
     process = ProcessConfig(prediction=prediction, zero_terminal_snr=joined and ZERO_XL in tensors)
     size = vae.config.factor * (128 if joined else 96 if prediction == "v" else 64)
     return Parts(unet, Process(process), vae, text, size)
@@ -85,19 +82,8 @@ def parts_of(tensors: Tensors, file: Path, *, ema: bool = False) -> Parts:
 
 def write(parts: Parts, file: Path) -> None:
     """Write one file; ValueError when the format can not hold the model."""
-    check_foldable(parts, "a CompVis file")
-    joined, quick = isinstance(parts.text, JoinedEncoder), [e.tower.blocks[0].quick_gelu for e in parts.text.encoders]
-    first, process = quick == [True], parts.process.config
-    known = process.path == "scaled_linear" and process.prediction in (("epsilon",) if first else ("epsilon", "v"))
-    if not known or (process.zero_terminal_snr and not joined):
-        zero = ", zero terminal SNR" * process.zero_terminal_snr
-        raise ValueError(
-            f"a CompVis file can not hold this model: its process is {process.path}, {process.prediction}{zero}"
-        )
-    kinds = [(e.config.padding, e.config.zero_empty, e.config.layer if first else "") for e in parts.text.encoders]
-    usual = [(49407, True, ""), (0, True, "")] if joined else [(49407, False, "last")] if first else [(0, False, "")]
-    if kinds != usual or (joined and quick != [True, False]):
-        raise ValueError("a CompVis file can not hold this model: its text layer or padding is not that of the family")
+    check_foldable(parts, "a CompVis file", *_in_the_way(parts))
+    joined, first, process = isinstance(parts.text, JoinedEncoder), _is_first(parts), parts.process.config
     state = {}
     rename = names.unet_in_compvis(parts.unet.config)
     for name, tensor in parts.unet.state_dict().items():
@@ -121,6 +107,39 @@ def write(parts: Parts, file: Path) -> None:
     state["alphas_cumprod"] = parts.process.alpha(torch.arange(1, 1001, dtype=torch.float64) / 1000).square().float()
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, file)
+
+
+def _is_first(parts: Parts) -> bool:
+    """Whether this is a model as Stable Diffusion 1: one tower, of OpenAI's kind."""
+    return [encoder.tower.blocks[0].quick_gelu for encoder in parts.text.encoders] == [True]
+
+
+def _in_the_way(parts: Parts) -> list[str]:
+    """Settings that no key and no shape of a file tells, and that are not those which are taken for granted."""
+    joined, first = isinstance(parts.text, JoinedEncoder), _is_first(parts)
+    unet, process = parts.unet.config, parts.process.config
+    bias = {names.unet_in_compvis(unet)(name): tensor for name, tensor in parts.unet.state_dict().items()}.get(V_BIAS)
+    seen = "v" if process.prediction == "v" and joined else _guess(bias, first=first or joined)
+    settings = {
+        "unet.scale_shift": unet.scale_shift,
+        "unet.heads": unet.heads != tuple(8 if first else max(width // HEAD, 1) for width in unet.widths),
+        "process.path": process.path == "linear",
+        "process.prediction (which is seen there from the spread of one bias)": process.prediction != seen,
+        "process.zero_terminal_snr": process.zero_terminal_snr and not joined,
+    }
+    found = [name for name, stands in settings.items() if stands]
+    for number, (encoder, name) in enumerate(zip(parts.text.encoders, ("text", "second_text"), strict=False)):
+        openai, tower = first or (joined and number == 0), encoder.tower
+        wanted = {"padding": 49407 if openai else 0, "zero_empty": joined, **({"layer": "last"} if first else {})}
+        found += [f"{name}.{key}" for key, value in wanted.items() if getattr(encoder.config, key) != value]
+        if tower.blocks[0].quick_gelu != openai or tower.blocks[0].heads != max(encoder.width // HEAD, 1):
+            found.append(f"{name}.model (its heads or activation)")
+    return found
+
+
+def _guess(bias: Tensor | None, *, first: bool) -> Prediction:
+    """What a network of the kind of Stable Diffusion 2 predicts."""
+    return "v" if not first and bias is not None and bias.float().std() > V_SPREAD else "epsilon"
 
 
 def unet_config(tensors: Tensors, pooled_width: int = 0) -> UNetConfig:
@@ -207,7 +226,19 @@ def _read_pickle(file: Path) -> Tensors:
             f"{file} can not be read without running code of it ({reason}); find a safetensors file"
         ) from None
     state = found.get("state_dict", found) if isinstance(found, dict) else {}
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    tensors = state if isinstance(state, dict) else {}
+    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    wrong = [str(name) for name, tensor in tensors.items() if not isinstance(name, str) or not _plain(tensor)]
+    if wrong:
+        raise ValueError(f"{file}: {len(wrong)} entries are no plain tensors of numbers: {', '.join(wrong[:5])}")
+    return tensors
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor is stored number by number, so that its size is that of what is in the file."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def _below(tensors: Tensors, prefix: str) -> Tensors:

@@ -47,8 +47,29 @@ UNET_FIXED: dict[str, Any] = {
     "encoder_hid_dim": None,
     "time_embedding_type": "positional",
     "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "norm_eps": 1e-5,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "time_cond_proj_dim": None,
+    "addition_embed_type_num_heads": 64,
+    "class_embeddings_concat": False,
+    "mid_block_only_cross_attention": None,
+    "cross_attention_norm": None,
 }
-VAE_FIXED: dict[str, Any] = {"act_fn": "silu", "norm_num_groups": 32, "use_quant_conv": True}
+UNET_BLOCKS = {f"{kind}{way}Block2D" for kind in ("", "CrossAttn") for way in ("Down", "Up")}
+VAE_FIXED: dict[str, Any] = {
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "latents_mean": None,
+    "latents_std": None,
+}
+SCHEDULER_FIXED: dict[str, Any] = {"num_train_timesteps": 1000, "trained_betas": None}
+TEXT_FIXED: dict[str, Any] = {"layer_norm_eps": 1e-5}
+ACTIVATIONS = {"quick_gelu": True, "gelu": False}  # of text towers, and whether it is the quick one
 
 
 def is_folder(path: Path) -> bool:
@@ -69,15 +90,12 @@ def read(folder: Path) -> Parts:
     tensors = _tensors(folder / "unet", WEIGHTS)
     unet = network_of(UNet, unet_config(values, folder), tensors, names.unet_in_diffusers, f"{folder}/unet")
     vae_values = _json(folder / "vae/config.json")
-    tensors = _tensors(folder / "vae", WEIGHTS)
-    vae = vae_of(
-        vae_config(vae_values, folder),
-        tensors,
-        names.vae_in_diffusers,
-        f"{folder}/vae",
-        scale=vae_values.get("scaling_factor", 0.18215),
-        shift=vae_values.get("shift_factor") or 0.0,
-    )
+    tensors = names.vae_of_old_diffusers(_tensors(folder / "vae", WEIGHTS))
+    of_vae, source = vae_config(vae_values, folder), f"{folder}/vae"
+    with understood(f"{source}/config.json"):
+        scale, shift = float(vae_values.get("scaling_factor", 0.18215)), float(vae_values.get("shift_factor") or 0.0)
+        1 / scale
+    vae = vae_of(of_vae, tensors, names.vae_in_diffusers, source, scale=scale, shift=shift)
     process = Process(process_config(_json(folder / "scheduler/scheduler_config.json"), folder))
     with understood(f"{folder}/unet/config.json"):
         size = int(values["sample_size"]) * vae.config.factor
@@ -90,8 +108,9 @@ def read(folder: Path) -> Parts:
 
 def write(parts: Parts, folder: Path) -> None:
     """Write a folder that diffusers' from_pretrained loads; ValueError when it can not hold the model."""
-    check_foldable(parts, "a diffusers folder")
     unet, vae, text = parts.unet, parts.vae, parts.text
+    deep = unet.config.middle_depth == max(unet.config.depths[-1], 1)
+    check_foldable(parts, "a diffusers folder", *([] if deep else ["unet.middle_depth"]))
     joined, inpaint = isinstance(text, JoinedEncoder), unet.config.extra_channels > 0
     if len({encoder.config.zero_empty for encoder in text.encoders}) > 1:
         raise ValueError("a diffusers folder can not hold this model: text.zero_empty differs between the towers")
@@ -232,6 +251,8 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 def unet_config(values: dict[str, Any], folder: Path) -> UNetConfig:
     """Our configuration of a U-Net from unet/config.json."""
     _check_fixed(values, UNET_FIXED, folder / "unet/config.json")
+    if unknown := {*values.get("down_block_types", ()), *values.get("up_block_types", ())} - UNET_BLOCKS:
+        raise ValueError(f"{folder}/unet: blocks of type {', '.join(sorted(map(str, unknown)))} are not known here")
     if values.get("addition_embed_type") not in (None, "text_time"):
         raise ValueError(f"{folder}/unet: addition_embed_type {values['addition_embed_type']} is not known here")
     with understood(f"{folder}/unet/config.json"):
@@ -273,6 +294,7 @@ def vae_config(values: dict[str, Any], folder: Path) -> VAEConfig:
 
 def process_config(values: dict[str, Any], folder: Path) -> ProcessConfig:
     """Our configuration of the process from a scheduler's."""
+    _check_fixed(values, SCHEDULER_FIXED, folder / "scheduler/scheduler_config.json")
     path = values.get("beta_schedule")
     if path not in BETAS or (values.get("beta_start"), values.get("beta_end")) != BETAS[path]:
         raise ValueError(f"{folder}/scheduler: betas of {path} from {values.get('beta_start')} are not known here")
@@ -288,18 +310,30 @@ def process_config(values: dict[str, Any], folder: Path) -> ProcessConfig:
 def read_text(folder: Path, number: str, **settings: Any) -> TextEncoder:
     """The frozen tower of text_encoder{number}/, which fills prompts up as tokenizer{number}/ says."""
     values = _json(folder / f"text_encoder{number}/config.json")
+    _check_fixed(values, TEXT_FIXED, folder / f"text_encoder{number}/config.json")
     tensors = _tensors(folder / f"text_encoder{number}", "model")
-    pad = _json(folder / f"tokenizer{number}/tokenizer_config.json").get("pad_token", "<|endoftext|>")
-    padding = PADDING.get(pad["content"] if isinstance(pad, dict) else pad)
+    pad, padding = _padding(folder / f"tokenizer{number}")
     if padding is None:
         known = " and ".join(PADDING)
         raise ValueError(f"{folder}/tokenizer{number} fills prompts with {pad!r}; only {known} are known here")
     source = f"{folder}/text_encoder{number}"
     with understood(source):
         own, heads = names.text_from_transformers(tensors), values["num_attention_heads"]
-    quick_gelu = values.get("hidden_act", "quick_gelu") == "quick_gelu"
+    quick_gelu = ACTIVATIONS.get(values.get("hidden_act", "quick_gelu"))
+    if quick_gelu is None:
+        raise ValueError(f"{source}: hidden_act {values['hidden_act']} is not known here")
     config = TextConfig(model=str(folder), padding=padding, **settings)
     return text_encoder(own, config, source, quick_gelu=quick_gelu, heads=heads)
+
+
+def _padding(folder: Path) -> tuple[str, int | None]:
+    """The token that fills prompts up, and its number: as transformers, the map of special tokens has the last word."""
+    told = _json(folder / "tokenizer_config.json")
+    if (folder / "special_tokens_map.json").is_file():
+        told |= _json(folder / "special_tokens_map.json")
+    pad = told.get("pad_token", "<|endoftext|>")
+    pad = str(pad.get("content") if isinstance(pad, dict) else pad)
+    return pad, PADDING.get(pad)
 
 
 def _tensors(folder: Path, stem: str) -> dict[str, Tensor]:

@@ -142,6 +142,12 @@ def vae_in_compvis(config: VAEConfig) -> Rename:
     return rename
 
 
+def vae_of_old_diffusers(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of an AutoencoderKL under the names that it has now; until 0.15 those of its attention were others."""
+    new = {r"\.query\.": ".to_q.", r"\.key\.": ".to_k.", r"\.value\.": ".to_v.", r"\.proj_attn\.": ".to_out.0."}
+    return {_replaced(name, new): tensor for name, tensor in theirs.items()}
+
+
 def text_from_transformers(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a transformers CLIP text model under open_clip's names, which are ours.
 

@@ -15,9 +15,11 @@ from ldm.diffusion.process import Process
 from ldm.interop.names import Rename, renamed
 from ldm.text import JoinedEncoder, Text, TextConfig, TextEncoder
 from ldm.text.encoder import CONVERTED, TextTower, make_tokenizer
-from ldm.unet import UNet
+from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
 
+VOCABULARY = 49_408  # of CLIP
+NARROW = 256  # below, our U-Net has fewer than the 32 norm groups of the family
 HEAD = 64  # width of a head where heads can not be seen from shapes
 
 
@@ -29,6 +31,16 @@ class Parts(NamedTuple):
     vae: VAE
     text: Text
     size: int
+
+    @property
+    def kind(self) -> str:
+        """Which member of the family this is, as its text and channels tell."""
+        openai = self.text.encoders[0].tower.blocks[0].quick_gelu
+        version = "XL" if isinstance(self.text, JoinedEncoder) else "1" if openai else "2"
+        inpainting = " for inpainting" if self.unet.config.extra_channels else ""
+        process = self.process.config
+        zero = " at zero terminal SNR" if process.zero_terminal_snr else ""
+        return f"Stable Diffusion {version}{inpainting}, predicts {process.prediction}{zero}, {self.size} pixels"
 
 
 @contextmanager
@@ -62,6 +74,8 @@ def network_of(
     """A frozen network with these tensors, and with buffers that are ours alone."""
     with understood(source), torch.device("meta"):
         network = cls(config)
+    if isinstance(config, UNetConfig) and min(config.widths) < NARROW:
+        raise ValueError(f"{source}: levels narrower than {NARROW} channels have other norm groups there than here")
     own = {name: tensor for name, tensor in network.state_dict().items() if name not in buffers}
     return fill(network, {**buffers, **checked(tensors, own, rename_of(config), source)})
 
@@ -102,6 +116,9 @@ def text_encoder(
     ValueError: tensors that are missing, extra, misshapen or not finite.
     """
     hidden = "transformer.resblocks.0.mlp.c_fc.weight"
+    vocabulary = tensors["token_embedding.weight"].shape[0] if "token_embedding.weight" in tensors else VOCABULARY
+    if vocabulary < VOCABULARY:
+        raise ValueError(f"{source}: knows {vocabulary:,} tokens; only CLIP's own {VOCABULARY:,} can be read")
     needed = ("positional_embedding", "token_embedding.weight", "text_projection", hidden)
     if missing := [name for name in needed if name not in tensors]:
         raise ValueError(f"{source}: a text tower's tensors are missing: {', '.join(missing)}")
@@ -143,8 +160,10 @@ def in_the_way(parts: Parts) -> list[str]:
         "unet.coordinates": unet.coordinates,
         "unet.vector_width": unet.vector_width > 0 and not joined,
         "unet.size_width": (unet.size_width > 0) != joined,
+        "unet.channels (norm groups of narrow levels are others)": min(unet.widths) < NARROW,
         "vae.patch": parts.vae.config.patch > 1,
         "process.path": parts.process.config.path not in ("scaled_linear", "linear"),
+        "process.prediction": parts.process.config.prediction == "flow",
     }
     found = [name for name, stands in settings.items() if stands]
     kinds = (("text", FIRST), ("second_text", SECOND)) if joined else (("text", ONE),)
@@ -154,9 +173,9 @@ def in_the_way(parts: Parts) -> list[str]:
     return found
 
 
-def check_foldable(parts: Parts, target: str) -> None:
-    """ValueError names the settings that stand in the way of writing these parts."""
-    wrong = in_the_way(parts)
+def check_foldable(parts: Parts, target: str, *more: str) -> None:
+    """ValueError names the settings that stand in the way of writing these parts, and `more` of this target."""
+    wrong = [*in_the_way(parts), *more]
     if wrong:
         raise ValueError(f"{target} can not hold this model: {', '.join(wrong)} stand in the way")
 

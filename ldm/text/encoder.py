@@ -233,6 +233,10 @@ class TextEncoder(nn.Module):
         """(token, weight) of a prompt, as many at a time as the tower has room for; one empty piece for no words."""
         room = self.tower.length - 2
         tokens = [(token, part.weight) for part in parse(prompt) for token in self.tokenizer.encode_all(part.text)]
+        for sign in (self.tokenizer.sot_token_id, self.tokenizer.eot_token_id):  # as it was written, or as &lt;...&gt;
+            if any(token == sign for token, _ in tokens):
+                name = self.tokenizer.decoder[sign]
+                raise ValueError(f"prompt has {name} in it, which the text tower takes for its own sign: leave it out")
         if len(tokens) > PIECES * room:
             raise ValueError(f"prompt has {len(tokens):,} tokens, at most {PIECES * room:,} can be read: shorten it")
         return [tokens[i : i + room] for i in range(0, len(tokens), room)] or [[]]

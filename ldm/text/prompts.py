@@ -3,10 +3,10 @@
 import re
 from typing import NamedTuple
 
-SPECIAL = ("<start_of_text>", "<end_of_text>")
 MORE, PAIRS = 1.1, {"(": ")", "[": "]"}
-WEIGHT = re.compile(r":\s*([+-]?\d*\.?\d+)\s*\)")
-AND_WEIGHT = re.compile(r":\s*([+-]?\d*\.?\d+)\s*$")
+NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+))"
+WEIGHT = re.compile(rf":\s*{NUMBER}\s*\)")
+AND_WEIGHT = re.compile(rf":\s*{NUMBER}\s*$")
 
 
 class Part(NamedTuple):
@@ -20,11 +20,8 @@ def parse(prompt: str) -> list[Part]:
     r"""Parts by weight, in the form of the A1111 web interface.
 
     `(word)` weighs 1.1, `[word]` 1 / 1.1, `(word:1.3)` 1.3; brackets nest and multiply, one that stays open goes on to
-    the end, and `\(` is a bracket to be read. ValueError: a token of the text tower itself inside the prompt.
+    the end, and `\(` is a bracket to be read.
     """
-    for token in SPECIAL:
-        if token in prompt.lower():
-            raise ValueError(f"prompt has {token} in it, which the text tower takes for its own sign: leave it out")
     texts, weights = [""], [1.0]  # texts[i] weighs weights[i]
     opened: list[tuple[str, int]] = []  # brackets, and the text that each begins with
 
