@@ -86,7 +86,9 @@ def write_yaml(path: Path, config: Config) -> None:
     """Write the resolved configuration, without the path of the file it came from."""
     values = _resolved(config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100))
+    beside = path.with_name(f".{path.name}")  # so that a run that is killed leaves no half of it
+    beside.write_text(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100))
+    beside.replace(path)
 
 
 def changes(path: Path, config: Config) -> list[str]:

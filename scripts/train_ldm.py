@@ -1,6 +1,6 @@
 """Train the U-Net on noised latents (or pixels) under frozen text states."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,18 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm import pictures
+from ldm import folders, pictures
 from ldm.config import errors_for_people, parse
-from ldm.data import DataConfig, collate, open_dataset
+from ldm.data import CaptionedImages, DataConfig, collate, open_dataset
 from ldm.data.cache import LatentCache
 from ldm.data.order import first_samples
+from ldm.data.shards import WORDS, LatentShards, identity_of, read_index
 from ldm.diffusion.process import Process, ProcessConfig
 from ldm.folders import newest
 from ldm.keyed import Draws, generator
 from ldm.pipeline import Pipeline, conditions, initial_noise, load_vae, to_images, words_of
 from ldm.text import JoinedEncoder, Text, TextConfig, TextEncoder
+from ldm.text.encoder import tokenizer_hash
 from ldm.training.loop import Batch, Hooks, Player, TrainingConfig, fit, make_accelerator, total_of
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, Posterior
@@ -45,6 +47,8 @@ class TrainLDM(TrainingConfig):
     """share of captions that are replaced by "", so that guidance has something to compare with"""
     cache_latents: bool = False
     """encode each image once, before training, and keep its latent in memory: with one crop, and without flips"""
+    latents: Path | None = None
+    """folder that encode.py wrote: train on its latents and token ids, and open no image"""
     sample_prompts: tuple[str, ...] = ()
     """prompts of the sample grid; captions of held-out images when empty"""
     sample_steps: int = Field(30, ge=1)
@@ -58,16 +62,14 @@ def train(config: TrainLDM) -> Path:
         raise ValueError("data.flip: cached latents can not be mirrored; add --no-cache-latents, or --data.no-flip")
     accelerator = make_accelerator(config)
     device = accelerator.device
-    data, held_out = (open_dataset(config.data, split, seed=config.seed) for split in ("train", "test"))
-    accelerator.print(data.describe())
     vae_folder = find_autoencoder(config)
     vae = load_vae(vae_folder) if vae_folder else None
     text = load_text(config)
     accelerator.print(f"autoencoder: {vae_folder or 'none'}; text: {described(text)}")
     check_widths(config, vae, text)
+    data, held_out, words, shown = open_data(config, vae_folder, text, accelerator.print)
     unet = UNet(config.unet, gradient_checkpointing=config.gradient_checkpointing)
     process = Process(config.process)
-    words = sorted({word for caption in data.captions for word in words_of(caption)})
     about = {"data": config.data.to_dict(), "guidance_scale": config.sample_guidance}
     pipeline = Pipeline(unet, process, vae=vae, text=text, size=config.data.size, words=words, about=about)
     shape = pipeline.latent_shape(config.data.size, config.data.size)
@@ -76,7 +78,7 @@ def train(config: TrainLDM) -> Path:
             module.to(device)
     fixed = collate(first_samples(held_out, 64))
     source: Dataset[Any] = data
-    if config.cache_latents and vae:
+    if config.cache_latents and vae and isinstance(data, CaptionedImages):
         accelerator.print(
             "latents: encoded once, with one crop of each image (--no-cache-latents: a new one each time)"
         )
@@ -90,11 +92,18 @@ def train(config: TrainLDM) -> Path:
         with torch.no_grad():
             return vae.standardize(vae.encode(batch["image"]).sample(noise))
 
-    def errors(module: nn.Module, z: Tensor, captions: list[str], sizes: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Squared error of each image: (b,)."""
-        told = conditions(text, text(captions) if text else None)
-        seen = sizes.to(device) if config.unet.size_width else None
-        answer = module(process.mix(z, noise, t), process.timestep(t), *told, seen)
+    empty = text.tokenize([""]) if text else torch.zeros(1, 1)
+
+    def errors(
+        module: nn.Module, z: Tensor, batch: Batch, noise: Tensor, t: Tensor, dropped: Tensor | None = None
+    ) -> Tensor:
+        """Squared error of each image, whose caption may be dropped: (b,)."""
+        states = None
+        if text:
+            ids = batch["ids"].cpu() if "ids" in batch else text.tokenize(batch["caption"])
+            states = text.id_states(ids if dropped is None else torch.where(dropped.cpu()[:, None], empty, ids))
+        sizes = batch["sizes"].to(device) if config.unet.size_width else None
+        answer = module(process.mix(z, noise, t), process.timestep(t), *conditions(text, states), sizes)
         return (answer.float() - process.target(z, noise, t)).square().flatten(1).mean(1)
 
     def loss(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -102,31 +111,32 @@ def train(config: TrainLDM) -> Path:
         positions = torch.tensor(draws.positions, device=z.device)
         t = process.draw_times(draws.uniform("time"), positions, draws.batch_size)
         dropped = draws.uniform("dropout") < config.caption_dropout
-        captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]
-        error = errors(module, z, captions, batch["sizes"], draws.normal("noise", shape), t)
+        error = errors(module, z, batch, draws.normal("noise", shape), t, dropped)
         return {"loss": (process.weight(t) * error).mean()}
 
     def validate() -> dict[str, float]:
-        images, count = fixed["image"].to(device), len(fixed["image"])
+        count = len(fixed["sizes"])
         noise = torch.randn(2, count, *shape, generator=generator(config.seed, "validation")).to(device)
-        z = latents({"image": images}, noise[0])
+        z = latents({name: value.to(device) for name, value in fixed.items() if isinstance(value, Tensor)}, noise[0])
         by_time = {
-            f"validation_loss_t{t}": errors(
-                unet, z, fixed["caption"], fixed["sizes"], noise[1], torch.full((count,), t, device=device)
-            )
+            f"validation_loss_t{t}": errors(unet, z, fixed, noise[1], torch.full((count,), t, device=device))
             for t in VALIDATION_TIMES
         }
         means = {name: error.mean().item() for name, error in by_time.items()}
         return {"validation_loss": sum(means.values()) / len(means), **means}
 
     def sample() -> Image.Image:
-        prompts = list(config.sample_prompts or fixed["caption"][:16])
+        prompts = list(config.sample_prompts or shown[:16])
         seeds = list(range(len(prompts)))
         noise = initial_noise(shape, seeds).to(device)
         steps, scale = config.sample_steps, config.sample_guidance
         call: dict[str, Any] = {"seeds": seeds, "steps": steps, "guidance_scale": scale}
         z = pipeline.sample(noise, prompts, [""] * len(seeds), literal=not config.sample_prompts, **call)
         return pictures.captioned(to_images(pipeline.decode(z)), prompts, columns=8)
+
+    def check() -> None:
+        if isinstance(data, CaptionedImages):
+            data.share_unreadable(total_of(accelerator))
 
     identity: dict[str, Any] = {"data": config.data.identity()}
     identity |= {"unet": config.unet.to_dict(), "process": config.process.to_dict()}
@@ -145,12 +155,39 @@ def train(config: TrainLDM) -> Path:
                 validate=validate,
                 sample=sample,
                 save_model=pipeline.save,
-                check=lambda: data.share_unreadable(total_of(accelerator)),
+                check=check,
             ),
             identity=identity,
         )
     finally:
-        accelerator.print(f"{data.report()}\n{held_out.report()}")
+        accelerator.print("\n".join(one.report() for one in (data, held_out) if isinstance(one, CaptionedImages)))
+
+
+def open_data(
+    config: TrainLDM, vae: Path | None, text: Text | None, say: Callable[[str], None]
+) -> tuple[CaptionedImages | LatentShards, CaptionedImages | LatentShards, list[str], list[str]]:
+    """Training and held-out samples, the words of the captions, and captions for the sample grid.
+
+    ValueError when latents were made of other data, with another VAE or another tokenizer.
+    """
+    if config.latents is None:
+        data, held_out = (open_dataset(config.data, split, seed=config.seed) for split in ("train", "test"))
+        say(data.describe())
+        words = sorted({word for caption in data.captions for word in words_of(caption)})
+        return data, held_out, words, collate(first_samples(held_out, 16))["caption"]
+    if vae is None or text is None:
+        raise ValueError("latents: encode.py made them with a VAE and a text tower; leave out `none` for both")
+    index = read_index(config.latents)
+    digests = {"vae_sha256": sha256(vae / "vae.safetensors"), "tokenizer_sha256": tokenizer_hash(text.tokenizer)}
+    wanted = identity_of(config.data, config.seed, **digests)
+    if wrong := [key for key in wanted if index.identity.get(key) != wanted[key]]:
+        told = "; ".join(f"{key} is {wanted[key]}, there {index.identity.get(key)}" for key in wrong)
+        raise ValueError(
+            f"{config.latents} was made with something else: {told}; run scripts/encode.py for this recipe"
+        )
+    train, test = (LatentShards(config.latents, split, seed=config.seed) for split in ("train", "test"))
+    say(f"latents: {len(train):,} of {index.variants} variants in {config.latents}; {len(test):,} held out")
+    return train, test, folders.read_text(config.latents / WORDS).split(), index.shown
 
 
 def find_autoencoder(config: TrainLDM) -> Path | None:

@@ -62,10 +62,12 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 CONFIGS = {
     "sd1": UNetConfig(channels=256, multipliers=(1, 1, 1), depths=(1, 1, 0), heads=(8, 8, 8), context_width=24),
-    "sd2": UNetConfig(channels=256, multipliers=(1, 1, 2), depths=(1, 1, 0), heads=(4, 4, 8), context_width=32),
+    "sd2": UNetConfig(
+        channels=256, multipliers=(1, 1, 2), blocks=1, depths=(1, 1, 0), heads=(4, 4, 8), context_width=32
+    ),
     "sdxl": UNetConfig(
-        channels=256, multipliers=(1, 1, 2), depths=(0, 1, 2), middle_depth=2, heads=(4, 4, 8), context_width=32,
-        vector_width=16, size_width=4,
+        channels=256, multipliers=(1, 1, 2), blocks=1, depths=(0, 1, 2), middle_depth=2, heads=(4, 4, 8),
+        context_width=32, vector_width=16, size_width=4,
     ),
 }  # fmt: skip
 CONFIGS["sd2-base"] = CONFIGS["sd2"]
@@ -428,9 +430,9 @@ def test_pipelines_paint_as_those_of_diffusers(kind: str, sampler: str, loaded: 
     ours, components = loaded(kind)
     theirs, negative = their_pipeline(components, kind, "", sampler), "" if sampler == "euler" else "a dog"
     noise = initial_noise((4, 8, 8), [5])
-    call = {"num_inference_steps": 10, "guidance_scale": 3.0, "negative_prompt": negative or None}
+    call = {"num_inference_steps": 5, "guidance_scale": 3.0, "negative_prompt": negative or None}
     want = theirs("A cat, astronaut!", latents=noise, **call).images[0]
-    call = {"steps": 10, "guidance_scale": 3.0, "negative_prompt": negative, "sampler": sampler, "seed": 5}
+    call = {"steps": 5, "guidance_scale": 3.0, "negative_prompt": negative, "sampler": sampler, "seed": 5}
     assert difference(ours("A cat, astronaut!", **call)[0], want) <= 2
 
 
@@ -460,9 +462,9 @@ def test_pictures_are_changed_as_by_diffusers(
             monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: noise.clone())
     mask = MASK if task == "Inpaint" else None
     more = {"mask_image": mask, "height": 32, "width": 32} if mask else {}
-    call = {"num_inference_steps": 10, "guidance_scale": 3.0, "negative_prompt": "a dog", "strength": 0.8}
+    call = {"num_inference_steps": 5, "guidance_scale": 3.0, "negative_prompt": "a dog", "strength": 0.8}
     want = theirs("a cat", image=scene(), **call, **more).images[0]
-    call = {"steps": 10, "guidance_scale": 3.0, "negative_prompt": "a dog", "strength": 0.8, "sampler": sampler}
+    call = {"steps": 5, "guidance_scale": 3.0, "negative_prompt": "a dog", "strength": 0.8, "sampler": sampler}
     found = ours("a cat", image=scene(), mask=mask, seed=5, **call)[0]
     box = (8, 4, 24, 20) if mask else (0, 0, 32, 32)
     assert difference(found.crop(box), want.crop(box)) <= 2
@@ -480,9 +482,9 @@ def test_inpainting_networks_paint_as_in_diffusers(
     theirs, noise = their_pipeline(components, "inpaint", "Inpaint", sampler), initial_noise((4, 8, 8), [5])
     module = sys.modules["diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint"]
     monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: noise.clone())
-    call = {"num_inference_steps": 10, "guidance_scale": 3.0, "strength": strength, "height": 32, "width": 32}
+    call = {"num_inference_steps": 5, "guidance_scale": 3.0, "strength": strength, "height": 32, "width": 32}
     want = theirs("a cat", image=scene(), mask_image=MASK, **call).images[0]
-    call = {"steps": 10, "guidance_scale": 3.0, "strength": strength, "sampler": sampler, "seed": 5}
+    call = {"steps": 5, "guidance_scale": 3.0, "strength": strength, "sampler": sampler, "seed": 5}
     found = ours("a cat", image=scene(), mask=MASK, **call)[0]
     box = (8, 4, 24, 20)
     assert difference(found.crop(box), want.crop(box)) <= 2

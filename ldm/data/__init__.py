@@ -81,6 +81,11 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         """The caption that belongs to the image that `self[key]` gives, without decoding it again."""
         return self._wording(next(self._candidates(key.index), key.index), key)
 
+    def wordings(self, key: Key) -> list[str]:
+        """All captions that `self[key]` can have; "" where there is none."""
+        entry = self.source.captions[next(self._candidates(key.index), key.index)]
+        return [entry] if isinstance(entry, str) else entry or [""]
+
     @property
     def captions(self) -> Iterator[str]:
         """All wordings of all images, without decoding any."""

@@ -1,5 +1,6 @@
 """A frozen OpenCLIP text tower: prompts -> token states, mask and pooled vector."""
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -181,13 +182,17 @@ class TextEncoder(nn.Module):
 
         With `padding` they are filled up to the limit instead, and there is no mask.
         """
-        ids = self.tokenize(prompts)
+        return self.id_states(self.tokenize(prompts))
+
+    @torch.no_grad()
+    def id_states(self, ids: Tensor) -> TextStates:
+        """The same for the ids (b, length) that `tokenize` gave."""
         end = ids.argmax(dim=1, keepdim=True)
         if self.config.padding is None:
             ids = ids[:, : int(end.max()) + 1]
         else:
-            ids = torch.where(torch.arange(ids.shape[1]) > end, self.config.padding, ids)
-        return self._emptied(self._states(ids.to(self._device)), prompts)
+            ids = torch.where(torch.arange(ids.shape[1], device=ids.device) > end, self.config.padding, ids)
+        return self._emptied(self._states(ids.to(self._device)), end[:, 0] > 1)
 
     @torch.no_grad()
     def prompt_states(self, prompts: list[str]) -> TextStates:
@@ -211,7 +216,8 @@ class TextEncoder(nn.Module):
         if states.mask is not None:
             used = torch.tensor([i < len(own) for own in pieces for i in range(count)], device=self._device)
             mask = rearrange(states.mask & used[:, None], "(b n) l -> b (n l)", n=count)
-        return self._emptied(TextStates(tokens, mask, states.pooled[::count]), prompts)
+        said = torch.tensor([bool(prompt.strip()) for prompt in prompts])
+        return self._emptied(TextStates(tokens, mask, states.pooled[::count]), said)
 
     @property
     def _device(self) -> torch.device:
@@ -222,11 +228,11 @@ class TextEncoder(nn.Module):
         states = self.tower(ids, layer=self.config.layer, normalize=self.config.normalize)
         return states if self.config.padding is None else states._replace(mask=None)
 
-    def _emptied(self, states: TextStates, prompts: list[str]) -> TextStates:
-        """With zeros for empty prompts, where this configuration wants it."""
+    def _emptied(self, states: TextStates, said: Tensor) -> TextStates:
+        """With zeros where nothing is `said` (b,), if this configuration wants it."""
         if not self.config.zero_empty:
             return states
-        said = torch.tensor([float(bool(prompt.strip())) for prompt in prompts]).to(states.tokens)
+        said = said.to(states.tokens)
         return states._replace(tokens=states.tokens * said[:, None, None], pooled=states.pooled * said[:, None])
 
     def _pieces(self, prompt: str) -> list[list[tuple[int, float]]]:
@@ -345,6 +351,12 @@ def make_tokenizer(length: int, **settings: Any) -> Any:
 
     tokenizer.encode = encode_once
     return tokenizer
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of what decides the ids of a text: the vocabulary, in order, and the limit."""
+    told = json.dumps([sorted(tokenizer.encoder.items()), tokenizer.context_length])
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _tokenizer_module() -> ModuleType:

@@ -1,7 +1,9 @@
 """Two frozen text towers side by side, as Stable Diffusion XL has them."""
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.text.encoder import TextEncoder, TextStates
 
@@ -37,6 +39,19 @@ class JoinedEncoder(nn.Module):
     def forward(self, prompts: list[str]) -> TextStates:
         """As `TextEncoder` does, with both."""
         return self._joined(self.first(prompts), self.second(prompts))
+
+    def id_states(self, ids: Tensor) -> TextStates:
+        """As `TextEncoder` does, with both, whose tokenizer is the same."""
+        return self._joined(self.first.id_states(ids), self.second.id_states(ids))
+
+    @property
+    def tokenizer(self) -> Any:
+        """That of both."""
+        return self.first.tokenizer
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """As `TextEncoder` does."""
+        return self.first.tokenize(prompts)
 
     def prompt_states(self, prompts: list[str]) -> TextStates:
         """As `TextEncoder` does, with both."""

@@ -1,0 +1,122 @@
+"""Compute latents and token ids once, so that train_ldm needs neither images nor VAE; a second call goes on."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from tqdm import tqdm
+
+from ldm.config import ScriptConfig, errors_for_people, parse
+from ldm.data import DataConfig, collate, open_dataset
+from ldm.data.order import first_samples
+from ldm.data.shapes import Split
+from ldm.data.shards import INDEX, WORDS, Index, hash_of, identity_of, shards_of, write_shard
+from ldm.folders import newest
+from ldm.keyed import key
+from ldm.pipeline import load_vae, words_of
+from ldm.text import TextConfig, TextEncoder
+from ldm.text.encoder import tokenizer_hash
+from ldm.training.loop import total_of
+from ldm.weights import sha256
+
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+
+class Encode(ScriptConfig):
+    """Settings of encode."""
+
+    out: Path = Path("runs/shapes/latents")
+    """folder for the latents"""
+    data: DataConfig = DataConfig()
+    autoencoder: str = "latest"
+    """model folder of a train_vae run; `latest`: the newest finished one beside `out`"""
+    text: TextConfig = TextConfig()
+    """whose tokenizer reads the captions"""
+    variants: int = Field(1, ge=1)
+    """crops and flips of each training image; epoch e of a run takes variant e modulo this"""
+    shard_size: int = Field(4096, ge=1)
+    """images in a file"""
+    seed: int = 0
+    """of crops and flips, as in train_ldm"""
+
+
+def encode(config: Encode) -> Path:
+    """Write what is not written yet, over all processes, then the index; returns the folder."""
+    accelerator = Accelerator()
+    folder = config.autoencoder
+    if folder == "latest":
+        folder = str(newest("vae", config.out.parent, script="accelerate launch scripts/train_vae.py"))
+    vae, text = load_vae(Path(folder)).to(accelerator.device), text_of(config)
+    digests = {
+        "vae_sha256": sha256(Path(folder) / "vae.safetensors"),
+        "tokenizer_sha256": tokenizer_hash(text.tokenizer),
+    }
+    identity = identity_of(config.data, config.seed, **digests)
+    made = str(key(json.dumps(identity, sort_keys=True)))
+    sets = {split: open_dataset(config.data, split, seed=config.seed) for split in SPLITS}
+    accelerator.print(sets["train"].describe())
+    jobs = [
+        (split, *shard)
+        for split in SPLITS
+        for shard in shards_of(split, len(sets[split]), variants=config.variants, shard_size=config.shard_size)
+    ]
+    config.out.mkdir(parents=True, exist_ok=True)
+    missing = [job for job in jobs if hash_of(config.out / job[1], made) is None]
+    accelerator.wait_for_everyone()  # all have seen the same files
+    accelerator.print(f"{len(jobs) - len(missing)} of {len(jobs)} files are there")
+
+    @torch.no_grad()
+    def latents(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return vae.encode(images.to(accelerator.device))
+
+    own = missing[accelerator.process_index :: accelerator.num_processes]
+    for split, name, variant, rows in tqdm(own, unit="file", disable=not accelerator.is_main_process):
+        path = config.out / name
+        write_shard(path, sets[split], variant, rows, encode=latents, tokenize=text.tokenize, made=made)
+    accelerator.wait_for_everyone()
+    sets["train"].share_unreadable(total_of(accelerator))
+    if accelerator.is_main_process:
+        hashes = {name: hash_of(config.out / name, made) for _, name, _, _ in jobs}
+        shown = collate(first_samples(sets["test"], 64))["caption"]
+        index = Index(
+            identity=identity,
+            shard_size=config.shard_size,
+            variants=config.variants,
+            rows={split: len(sets[split]) for split in SPLITS},
+            shown=shown,
+            sha256={name: digest for name, digest in hashes.items() if digest},
+        )
+        words = sorted({word for caption in sets["train"].captions for word in words_of(caption)})
+        (config.out / WORDS).write_text("\n".join(words), encoding="utf-8")
+        beside = config.out / f".{INDEX}"
+        beside.write_text(json.dumps(index.to_dict()))
+        beside.replace(config.out / INDEX)
+        size = sum((config.out / name).stat().st_size for name in index.sha256)
+        print(f"{config.out}: {len(jobs)} files, {size / 2**20:,.1f} MiB")
+        print(sets["train"].report())
+    accelerator.wait_for_everyone()
+    return config.out
+
+
+def text_of(config: Encode) -> TextEncoder:
+    """The tower whose tokenizer is used."""
+    source = config.text.model
+    if source == "latest":
+        source = (
+            f"local-dir:{newest('text tower', config.out.parent, script='accelerate launch scripts/train_clip.py')}"
+        )
+    return TextEncoder.load(config.text, source=source)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    config = parse(Encode, argv, default=None, description=__doc__)
+    with errors_for_people():
+        encode(config)
+
+
+if __name__ == "__main__":
+    main()

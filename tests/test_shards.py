@@ -1,0 +1,131 @@
+"""Latents computed once: the same training, what is whole is kept, and what is damaged is never read."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import encode
+import pytest
+import torch
+from conftest import train
+from PIL import Image
+from test_training import losses
+
+from ldm.data import DataConfig, open_dataset, shards
+from ldm.data.order import Key
+from ldm.pipeline import load_vae
+
+SIZE = ["--data.size", "16"]
+
+
+def make(runs: Path, *flags: str) -> Path:
+    encode.main(["--out", str(runs / "latents"), *SIZE, "--shard-size", "1000", *flags])
+    return runs / "latents"
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny clip and vae stages, and latents of them."""
+    folder = tmp_path_factory.mktemp("runs")
+    for stage in ("clip", "vae"):
+        shutil.copytree(tiny_runs / stage, folder / stage)
+    make(folder)
+    return folder
+
+
+def test_training_from_latents_equals_training_from_images(runs: Path, tiny_runs: Path) -> None:
+    """Up to the float16 of the latents, in the losses of training and validation; it opens no image."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train_ldm.open_dataset", None)
+        train("ldm", runs / "ldm", "--latents", str(runs / "latents"))
+    want, found = losses(tiny_runs / "ldm"), losses(runs / "ldm")
+    assert want.keys() == found.keys() and max(abs(found[step] / want[step] - 1) for step in want) < 2e-3
+    words = [(run / "ldm/model/words.txt").read_text() for run in (runs, tiny_runs)]
+    assert words[0] == words[1]
+    last = [json.loads((run / "ldm/log.jsonl").read_text().splitlines()[-1]) for run in (runs, tiny_runs)]
+    assert last[0]["validation_loss"] == pytest.approx(last[1]["validation_loss"], rel=2e-3)
+
+
+def test_what_is_whole_is_kept(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("clip", "vae", "latents"):
+        shutil.copytree(runs / name, tmp_path / name)
+    files = sorted((tmp_path / "latents").glob("*.safetensors"))
+    index = shards.read_index(tmp_path / "latents")
+    assert sorted(index.sha256) == [file.name for file in files]
+    assert len(files) == sum(-(-rows // 1000) for rows in index.rows.values()) > 5
+    before = {file: file.stat().st_mtime_ns for file in files}
+    told = (tmp_path / "latents/index.json").read_text()
+    files[1].unlink()
+    files[2].with_suffix(".json").unlink()
+    make(tmp_path)
+    assert f"{len(files) - 2} of {len(files)} files are there" in capsys.readouterr().out
+    changed = [file for file in files if file.stat().st_mtime_ns != before[file]]
+    assert changed == files[1:3] and (tmp_path / "latents/index.json").read_text() == told
+    make(tmp_path, "--seed", "1")
+    assert f"0 of {len(files)} files are there" in capsys.readouterr().out
+
+
+def test_variants_are_what_the_epochs_would_have_cut(runs: Path, tmp_path: Path) -> None:
+    for name in ("clip", "vae"):
+        shutil.copytree(runs / name, tmp_path / name)
+    photos, draw = tmp_path / "photos", random.Random(0)
+    photos.mkdir()
+    for number in range(12):
+        Image.frombytes("RGB", (24, 16), draw.randbytes(24 * 16 * 3)).save(photos / f"{number}.png")
+        (photos / f"{number}.txt").write_text(f"picture {number}")
+    flags = ["--data.source", str(photos), "--data.flip", "--variants", "2"]
+    folder = make(tmp_path, *flags)
+    config = DataConfig(source=str(photos), size=16, flip=True)
+    data, vae = open_dataset(config, "train", seed=0), load_vae(tmp_path / "vae/model")
+    cached = shards.LatentShards(folder, "train", seed=0)
+    assert len(cached) == len(data)
+    means = []
+    for epoch in (0, 1, 2):
+        for index in range(len(data)):
+            key = Key(index, epoch, 0)
+            same = data[Key(index, epoch % 2, 0)]
+            with torch.no_grad():
+                want = vae.encode(same["image"][None])
+            torch.testing.assert_close(cached[key]["mean"], want.mean[0], rtol=1e-2, atol=1e-2)
+            assert torch.equal(cached[key]["sizes"], same["sizes"])
+            means.append(cached[key]["mean"])
+    assert not torch.equal(torch.stack(means[: len(data)]), torch.stack(means[len(data) : 2 * len(data)]))
+
+
+def test_latents_of_something_else_are_refused(runs: Path, tmp_path: Path) -> None:
+    flags = ["--latents", str(runs / "latents")]
+    with pytest.raises(SystemExit, match="was made with something else: seed is 1, there 0; run scripts/encode.py"):
+        train("ldm", runs / "other", *flags, "--seed", "1")
+    vae = train("vae", tmp_path / "vae", "--seed", "1")
+    with pytest.raises(SystemExit, match="made with something else: vae_sha256 is .*, there .*; run scripts/encode.py"):
+        train("ldm", runs / "other", *flags, "--autoencoder", str(vae))
+    with pytest.raises(SystemExit, match=r"holds no finished latents \(no index.json\): make them with scripts/encode"):
+        train("ldm", runs / "other", "--latents", str(tmp_path))
+    with pytest.raises(SystemExit, match="encode.py made them with a VAE and a text tower"):
+        none = ["--autoencoder", "none", "--unet.in-channels", "3"]
+        train("ldm", runs / "other", *flags, *none)
+
+
+def test_a_changed_file_is_never_read(runs: Path, tmp_path: Path) -> None:
+    """500 files with bits turned, bytes cut off or added: an error each time."""
+    folder, draw = tmp_path / "latents", random.Random(0)
+    shutil.copytree(runs / "latents", folder)
+    file = folder / "test-000-000000.safetensors"
+    whole = file.read_bytes()
+    assert shards.LatentShards(folder, "test", seed=0)[Key(3, 0, 0)]["mean"].isfinite().all()
+    for number in range(500):
+        place = draw.choice((draw.randrange(len(whole)), draw.randrange(2000)))
+        changed = {
+            0: whole[:place] + bytes([whole[place] ^ (1 << draw.randrange(8))]) + whole[place + 1 :],
+            1: whole[:place],
+            2: whole + draw.randbytes(draw.randrange(1, 9)),
+            3: whole[:place] + draw.randbytes(8) + whole[place + 8 :],
+        }[number % 4]
+        file.write_bytes(changed)
+        shards._opened.cache_clear()
+        with pytest.raises(ValueError, match="missing or damaged: run scripts/encode.py again"):
+            shards.LatentShards(folder, "test", seed=0)[Key(3, 0, 0)]
+    (folder / "index.json").write_text("{")
+    with pytest.raises(ValueError, match="index.json is damaged: run scripts/encode.py again"):
+        shards.LatentShards(folder, "test", seed=0)
