@@ -27,7 +27,7 @@ from ldm.diffusion.guidance import (
     known,
     within,
 )
-from ldm.diffusion.process import Process, ProcessConfig, denoiser
+from ldm.diffusion.process import Process, ProcessConfig
 from ldm.diffusion.samplers import Step, find_sampler, invert, run
 from ldm.interop import compvis, diffusers
 from ldm.interop.parts import Parts
@@ -312,7 +312,7 @@ class Pipeline:
         if self.unet.config.extra_channels:
             raise ValueError("an inpainting network can not be inverted: take a model without extra channels")
         latents, own_times = self.source(image, 1.0).latents, times(self.process, steps, grid)
-        answers = partial(self._answers, told=None, literal=False)
+        answers = partial(self._answers, told=None, literal=False, times=own_times)
         denoise = self._denoiser(answers, [prompt], [""], 1.0, PLAIN, literal=False)
         return run(invert(denoise, self.process, latents, own_times))
 
@@ -340,7 +340,8 @@ class Pipeline:
         """
         walk = find_sampler(sampler, eta)
         own_times = times(self.process, steps, grid)
-        answers = partial(self._answers, told=source.told if source else None, literal=literal)
+        told = source.told if source else None
+        answers = partial(self._answers, told=told, literal=literal, times=own_times)
         denoise = self._denoiser(answers, prompts, negative_prompts, guidance_scale, guidance, literal=literal)
 
         def fresh_noise(number: int) -> Tensor:
@@ -458,19 +459,29 @@ class Pipeline:
         return composed(answers(unet, texts + negative), weights)
 
     def _answers(
-        self, unet: UNet, prompts: list[str], *, told: Tensor | None = None, literal: bool = False
+        self, unet: UNet, prompts: list[str], *, told: Tensor | None, literal: bool, times: Tensor
     ) -> Denoiser:
-        """The Denoiser of one network under these prompts, which are encoded once; `told` is shown to it beside z_t."""
+        """The Denoiser of one network under these prompts; `told` is shown to it beside z_t.
+
+        The prompts and the `times` of the walk are encoded once, before it.
+        """
         states = (self.text(prompts) if literal else self.text.prompt_states(prompts)) if self.text else None
         context, mask, vector = conditions(self.text, states)
         kept = None if context is None else KeptContext(context)
 
-        def network(z_t: Tensor, timestep: Tensor) -> Tensor:
+        def embedded(t: Tensor) -> Tensor:
+            return unet.embed_timestep(self.process.timestep(t).to(self.device, torch.float32))
+
+        rows = dict(zip(times[:-1].tolist(), embedded(times[:-1])[:, None], strict=True))
+
+        def answer(z_t: Tensor, t: Tensor) -> Tensor:
+            time = rows.get(t[0].item())  # some samplers ask between the times, too
             sizes = self._sizes(z_t) if unet.config.size_width else None
             seen = z_t if told is None else torch.cat([z_t, told.expand(len(z_t), -1, -1, -1)], dim=1)
-            return unet(seen, timestep[:1], kept, mask, vector, sizes)
+            found = unet(seen, embedded(t[:1]) if time is None else time, kept, mask, vector, sizes)
+            return self.process.to_data(found.to(z_t.dtype), z_t, t)
 
-        return denoiser(network, self.process)
+        return answer
 
     def _sizes(self, z: Tensor) -> Tensor:
         """What a picture of this size that was not cut is told to be: (b, 6)."""

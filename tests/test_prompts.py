@@ -129,6 +129,9 @@ def test_the_text_is_read_once_for_all_steps(tiny_model: Path, monkeypatch: pyte
     pipeline = Pipeline.load(tiny_model)
     attention = next(m for name, m in pipeline.unet.named_modules() if name.endswith("cross_attention"))
     calls = []
-    attention.to_k.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    attention.to_k.register_forward_hook(lambda *_: calls.append("keys"))  # type: ignore[union-attr]
+    pipeline.unet.time_embed.register_forward_hook(lambda *_: calls.append("times"))
     pipeline("a star", steps=5)
-    assert len(calls) == 1
+    assert sorted(calls) == ["keys", "times"]
+    pipeline("a star", steps=5, sampler="dpmpp_sde")  # which asks in the middle of each step but the last, too
+    assert calls.count("keys") == 2 and calls.count("times") == 2 + 4

@@ -151,11 +151,11 @@ class UNet(nn.Module):
     ) -> Tensor:
         """(b, c + extra, h, w), (b,) [, (b, n, context_width), (b, n) bool, (b, vector_width), (b, 6)] -> (b, c, h, w).
 
-        A timestep of shape (1,) is that of all. `sizes` are in pixels: height and width of the picture before it was
-        cut, top and left of the cut in it, height and width of the cut.
+        A timestep of shape (1,) is that of all; it may be embedded already, (b or 1, width). `sizes` are in pixels:
+        height and width of the picture before it was cut, top and left of the cut in it, height and width of the cut.
         """
         self._check_inputs(z, context, vector, sizes)
-        time = self.time_embed(timestep_embedding(timestep, self.config.channels).to(z.dtype))
+        time = timestep if timestep.ndim == 2 else self.embed_timestep(timestep)
         told = [] if vector is None else [vector]
         if sizes is not None:
             told.append(timestep_embedding(sizes.flatten(), self.config.size_width).reshape(len(sizes), -1).to(z.dtype))
@@ -185,6 +185,10 @@ class UNet(nn.Module):
             if level < len(self.upsample):
                 h = self.upsample[level](h)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch)
+
+    def embed_timestep(self, timestep: Tensor) -> Tensor:
+        """(b,) -> (b, width): what every residual block is told of the time."""
+        return self.time_embed(timestep_embedding(timestep, self.config.channels).to(self.conv_in.weight.dtype))
 
     def _run(self, block: nn.Module, *inputs: Context | None) -> Tensor:
         return run_block(block, *inputs, recompute=self.gradient_checkpointing)
