@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import resource
 import shutil
 import signal
@@ -321,6 +322,23 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(
     assert "step-000008 can not be resumed from: " in told and "; going on from the one before" in told
     assert_same(want, tensors_of(tmp_path, 8))
     assert losses(tmp_path) == want_losses
+
+
+def test_two_thousand_changed_checkpoints_are_never_taken_for_whole(tmp_path: Path) -> None:
+    toy(toy_config(tmp_path))
+    folder, draw = tmp_path / "checkpoints/step-000008", random.Random(0)
+    files = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    assert checkpoint.damage(folder) is None
+    for number in range(2_000):
+        path = draw.choice(list(files))
+        whole = files[path]
+        place = draw.randrange(len(whole))
+        changed = whole[:place] + bytes([whole[place] ^ (1 << draw.randrange(8))]) + whole[place + 1 :]
+        path.write_bytes((changed, whole[:place], changed + b"x", b"")[number % 4])
+        assert checkpoint.damage(folder), f"{path.name} was changed at {place}"
+        path.write_bytes(whole)
+    (folder / "more").write_text("")
+    assert checkpoint.damage(folder) == "its files are not those of its manifest.json"
 
 
 def test_checkpoints_are_pruned_after_the_new_one_is_whole(tmp_path: Path) -> None:
