@@ -13,9 +13,8 @@ from ldm.config import ScriptConfig, errors_for_people, parse
 from ldm.data import DataConfig, collate, open_dataset
 from ldm.data.order import first_samples
 from ldm.data.shapes import Split
-from ldm.data.shards import INDEX, WORDS, Index, hash_of, identity_of, shards_of, write_shard
+from ldm.data.shards import INDEX, WORDS, Index, identity_of, is_whole, made_with, shards_of, write_shard
 from ldm.folders import newest
-from ldm.keyed import key
 from ldm.pipeline import load_vae, words_of
 from ldm.text import TextConfig, TextEncoder
 from ldm.text.encoder import tokenizer_hash
@@ -55,7 +54,7 @@ def encode(config: Encode) -> Path:
         "tokenizer_sha256": tokenizer_hash(text.tokenizer),
     }
     identity = identity_of(config.data, config.seed, **digests)
-    made = str(key(json.dumps(identity, sort_keys=True)))
+    made = made_with(identity)
     sets = {split: open_dataset(config.data, split, seed=config.seed) for split in SPLITS}
     accelerator.print(sets["train"].describe())
     jobs = [
@@ -64,7 +63,7 @@ def encode(config: Encode) -> Path:
         for shard in shards_of(split, len(sets[split]), variants=config.variants, shard_size=config.shard_size)
     ]
     config.out.mkdir(parents=True, exist_ok=True)
-    missing = [job for job in jobs if hash_of(config.out / job[1], made) is None]
+    missing = [job for job in jobs if not is_whole(config.out / job[1], made)]
     accelerator.wait_for_everyone()  # all have seen the same files
     accelerator.print(f"{len(jobs) - len(missing)} of {len(jobs)} files are there")
 
@@ -79,7 +78,6 @@ def encode(config: Encode) -> Path:
     accelerator.wait_for_everyone()
     sets["train"].share_unreadable(total_of(accelerator))
     if accelerator.is_main_process:
-        hashes = {name: hash_of(config.out / name, made) for _, name, _, _ in jobs}
         shown = collate(first_samples(sets["test"], 64))["caption"]
         index = Index(
             identity=identity,
@@ -87,14 +85,13 @@ def encode(config: Encode) -> Path:
             variants=config.variants,
             rows={split: len(sets[split]) for split in SPLITS},
             shown=shown,
-            sha256={name: digest for name, digest in hashes.items() if digest},
         )
         words = sorted({word for caption in sets["train"].captions for word in words_of(caption)})
         (config.out / WORDS).write_text("\n".join(words), encoding="utf-8")
         beside = config.out / f".{INDEX}"
         beside.write_text(json.dumps(index.to_dict()))
         beside.replace(config.out / INDEX)
-        size = sum((config.out / name).stat().st_size for name in index.sha256)
+        size = sum((config.out / name).stat().st_size for _, name, _, _ in jobs)
         print(f"{config.out}: {len(jobs)} files, {size / 2**20:,.1f} MiB")
         print(sets["train"].report())
     accelerator.wait_for_everyone()

@@ -1,17 +1,19 @@
 """Latents and token ids computed once, in files of a fixed number of rows that are read from the disk row by row.
 
-A folder holds index.json, words.txt and SPLIT-VARIANT-NUMBER.safetensors, each beside a .json with its hash. A variant
-is one crop and flip of every image: variant v of n is what epochs v, v + n, ... would have cut.
+A folder holds index.json, words.txt and SPLIT-VARIANT-NUMBER.safetensors. A variant is one crop and flip of every
+image: variant v of n is what epochs v, v + n, ... would have cut. Each file tells its name and what it was made with,
+and each row has a checksum: a row that is read is a row that was written, and no file need be read whole for it.
 """
 
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -21,7 +23,6 @@ from ldm.config import Config
 from ldm.data import CaptionedImages, DataConfig, collate
 from ldm.data.order import Key
 from ldm.data.shapes import Split
-from ldm.weights import sha256
 
 INDEX, WORDS = "index.json", "words.txt"
 OPEN = 64  # files that a process keeps open
@@ -40,7 +41,11 @@ class Index(Config):
     rows: dict[Split, int]
     shown: list[str]
     """the first captions of the test split, for sample grids"""
-    sha256: dict[str, str]
+
+    @property
+    def made(self) -> str:
+        """What stands in each file for the identity."""
+        return made_with(self.identity)
 
 
 def identity_of(data: DataConfig, seed: int, *, vae_sha256: str, tokenizer_sha256: str) -> dict[str, Any]:
@@ -51,6 +56,11 @@ def identity_of(data: DataConfig, seed: int, *, vae_sha256: str, tokenizer_sha25
         "vae_sha256": vae_sha256,
         "tokenizer_sha256": tokenizer_sha256,
     }
+
+
+def made_with(identity: dict[str, Any]) -> str:
+    """A short name of what decides latents and ids."""
+    return str(keyed.key(json.dumps(identity, sort_keys=True)))
 
 
 def shards_of(split: Split, rows: int, *, variants: int, shard_size: int) -> list[tuple[str, int, range]]:
@@ -78,20 +88,36 @@ def write_shard(
         columns["wordings"].append(torch.tensor([len(wordings)]))
     tensors = {name: torch.cat(parts) for name, parts in columns.items()}
     tensors["last"] = tensors.pop("wordings").cumsum(0)  # row of `ids` after the last wording of each row
+    firsts = torch.cat([tensors["last"].new_zeros(1), tensors["last"][:-1]])
+    spans = zip(firsts.tolist(), tensors["last"].tolist(), strict=True)
+    sums = [checksum(_row(tensors, i, first, last)) for i, (first, last) in enumerate(spans)]
     beside = path.with_name(f".{path.name}")
-    save_file(tensors, beside)
-    digest = sha256(beside)
+    save_file({**tensors, "checksum": torch.tensor(sums)}, beside, {"name": path.name, "made": made})
     beside.replace(path)
-    path.with_suffix(".json").write_text(json.dumps({"sha256": digest, "made": made}))
 
 
-def hash_of(path: Path, made: str) -> str | None:
-    """The hash of a file that was written whole, with what `made` stands for; None when it is to be written."""
+def is_whole(path: Path, made: str) -> bool:
+    """Whether a file was written, with what `made` stands for."""
     try:
-        told = json.loads(path.with_suffix(".json").read_text())
-        return told["sha256"] if told["made"] == made and path.is_file() else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() == {"name": path.name, "made": made}
+    except (OSError, SafetensorError):
+        return False
+
+
+def checksum(row: dict[str, Tensor]) -> int:
+    """CRC-32 of names, types, shapes and numbers of a row."""
+    total = 0
+    for name, tensor in sorted(row.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.contiguous().numpy().tobytes(), total)
+    return total
+
+
+def _row(columns: Any, index: int, first: int, last: int) -> dict[str, Tensor]:
+    """Everything of one row; `columns` are tensors by name, or slices of a file."""
+    row = {name: columns[name][index : index + 1] for name in ("mean", "deviation", "sizes")}
+    return {**row, "ids": columns["ids"][first:last], "span": torch.tensor([index, first, last])}
 
 
 def read_index(folder: Path) -> Index:
@@ -123,28 +149,39 @@ class LatentShards(Dataset[dict[str, Any]]):
         training = self.split == "train"
         variant = key.epoch % self.index.variants if training else 0
         number, row = divmod(key.index, self.index.shard_size)
-        shard = _opened(self.folder, f"{self.split}-{variant:03}-{number:06}.safetensors", self._hash)
-        deviation = shard.get_slice("deviation")[row].float()
-        first, last = (shard.get_slice("last")[i].item() if i >= 0 else 0 for i in (row - 1, row))
-        chosen = keyed.key(self.seed, "caption", key.epoch, key.index) % (last - first) if training else 0
+        path = self.folder / f"{self.split}-{variant:03}-{number:06}.safetensors"
+        try:
+            found = read_row(_opened(path, self.index.made), row)
+        except (OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError, RuntimeError):
+            raise ValueError(f"{path} is missing or damaged: remove it and run scripts/encode.py again") from None
+        wordings = len(found["ids"])
+        chosen = keyed.key(self.seed, "caption", key.epoch, key.index) % wordings if training else 0
         return {
-            "mean": shard.get_slice("mean")[row].float(),
-            "logvar": 2 * deviation.clamp_min(1e-7).log(),
-            "sizes": shard.get_slice("sizes")[row].long(),
-            "ids": shard.get_slice("ids")[first + chosen].long(),
+            "mean": found["mean"][0].float(),
+            "logvar": 2 * found["deviation"][0].float().clamp_min(1e-7).log(),
+            "sizes": found["sizes"][0].long(),
+            "ids": found["ids"][chosen].long(),
         }
 
-    def _hash(self, name: str) -> str | None:
-        return self.index.sha256.get(name)
+
+def read_row(columns: Any, row: int) -> dict[str, Tensor]:
+    """A row of a file; ValueError when it is not what was written."""
+    first, last = (int(columns["last"][i : i + 1].item()) if i >= 0 else 0 for i in (row - 1, row))
+    if not 0 <= first < last:
+        raise ValueError("the spans of the captions do not rise")
+    found = _row(columns, row, first, last)
+    if checksum(found) != columns["checksum"][row : row + 1].item():
+        raise ValueError("the checksum is another")
+    return found
 
 
 @lru_cache(OPEN)
-def _opened(folder: Path, name: str, hash_of: Callable[[str], str | None]) -> Any:
-    """A file that is mapped into memory, once it has proved to be what the index tells."""
-    path = folder / name
-    if not path.is_file() or sha256(path) != hash_of(name):
-        raise ValueError(f"{path} is missing or damaged: run scripts/encode.py again, which keeps what is whole")
-    return safe_open(path, framework="pt")
+def _opened(path: Path, made: str) -> dict[str, Any]:
+    """The columns of a file that is mapped into memory; ValueError when it is not the one that is wanted."""
+    if not is_whole(path, made):
+        raise ValueError("no such file")
+    file = safe_open(path, framework="pt")
+    return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
 
 
 def _batches(data: CaptionedImages, variant: int, rows: range, size: int = 64) -> Iterator[Any]:
