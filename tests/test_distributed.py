@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ from ldm.data import shapes
 from ldm.data.images import split_by_name
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
+PATHS = os.pathsep.join(str(path) for path in (WORKER.parent, WORKER.parents[1] / "scripts"))
+ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
 MODULE = {"clip": "clip", "vae": "vae", "ldm": "unet"}
 
 
@@ -90,6 +93,26 @@ def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
     assert "another process did not answer within 5 s at step 2" in told and time.monotonic() - begin < 55
 
 
+def test_two_nodes_equal_one_process(tmp_path: Path) -> None:
+    """Two launchers that meet at a port, each with one process, as on two machines; world size 2 is asserted there."""
+    train("vae", tmp_path / "whole")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meeting = ["--master_addr", "localhost", "--master_port", str(port)]
+    command = ["--nproc_per_node", "1", str(WORKER), "vae", str(tmp_path / "vae"), "2"]
+    nodes = [
+        subprocess.Popen(torchrun("--nnodes", "2", "--node_rank", str(rank), *meeting, *command), env=ENVIRONMENT)
+        for rank in range(2)
+    ]
+    assert [node.wait(300) for node in nodes] == [0, 0]
+    assert close(losses(tmp_path / "whole"), losses(tmp_path / "vae"))
+
+
+def torchrun(*flags: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *flags]
+
+
 def close(want: dict[int, float], found: dict[int, float]) -> bool:
     return want.keys() == found.keys() and max(abs(found[step] / want[step] - 1) for step in want) < 1e-5
 
@@ -100,12 +123,10 @@ def rates(run: Path) -> list[float]:
 
 
 def launch(stage: str, run: Path, processes: int, flags: list[str], *, status: int = 0) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    paths = os.pathsep.join(str(p) for p in (WORKER.parent, WORKER.parents[1] / "scripts"))
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = torchrun("--standalone", "--nproc_per_node", str(processes))
     done = subprocess.run(
         [*command, str(WORKER), stage, str(run), str(processes), *flags],
-        env=environment,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )

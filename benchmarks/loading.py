@@ -1,0 +1,159 @@
+"""Measure how fast images and latents come: results/loading.json, on which docs/scaling.md builds.
+
+    python benchmarks/loading.py
+
+Images: JPEGs of 1024 x 768 from a folder, decoded, cut and resized to 512, by the number of loading processes. Latents:
+rows of 4 x 32 x 32 (256 pixels, factor 8) from files of 4,096, in shuffled order. First batch: of ten million rows.
+"""
+
+import io
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.data import CaptionedImages, DataConfig, collate
+from ldm.data.images import open_images
+from ldm.data.order import Order, permutation
+from ldm.data.shards import INDEX, Index, LatentShards, checksum, shards_of
+
+ROOT = Path(__file__).parents[1]
+PHOTOS, ROWS, SHARD, MANY, BATCH = 600, 16_384, 4_096, 10_000_000, 256
+IDENTITY: dict[str, Any] = {"data": {}, "seed": 0, "vae_sha256": "", "tokenizer_sha256": ""}
+
+
+def photos(folder: Path) -> None:
+    """JPEGs with the detail, and so the size, of photographs: about 250 kB each."""
+    draw = np.random.default_rng(0)
+    fine = draw.integers(-14, 15, (768, 1024, 3), np.int16)
+    for number in range(PHOTOS):
+        coarse = Image.fromarray(draw.integers(0, 256, (24, 32, 3), np.uint8)).resize((1024, 768))
+        pixels = np.clip(np.asarray(coarse, np.int16) + np.roll(fine, number, 1), 0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+        (folder / f"{number:04}.jpg").write_bytes(buffer.getvalue())
+
+
+def shard(path: Path, made: str, rows: int) -> None:
+    """A file of latents as scripts/encode.py writes it, of random numbers."""
+    draw = torch.Generator().manual_seed(0)
+    columns = {
+        "mean": torch.randn(rows, 4, 32, 32, generator=draw).half(),
+        "deviation": torch.rand(rows, 4, 32, 32, generator=draw).half(),
+        "sizes": torch.full((rows, 6), 256, dtype=torch.int32),
+        "ids": torch.randint(0, 49_408, (rows, 77), generator=draw, dtype=torch.int32),
+        "last": torch.arange(1, rows + 1),
+    }
+    sums = []
+    for i in range(rows):
+        row = {name: columns[name][i : i + 1] for name in ("mean", "deviation", "sizes", "ids")}
+        sums.append(checksum({**row, "span": torch.tensor([i, i, i + 1])}))
+    save_file({**columns, "checksum": torch.tensor(sums)}, path, {"name": path.name, "made": made})
+
+
+def index(folder: Path, rows: int) -> Index:
+    """Write the index of a folder of latents."""
+    told = Index(identity=IDENTITY, shard_size=SHARD, variants=1, rows={"train": rows, "test": 0}, shown=[])
+    (folder / INDEX).write_text(json.dumps(told.to_dict()))
+    return told
+
+
+def batches(data: Dataset[Any], workers: int, batch: int = BATCH) -> Iterator[Any]:
+    """Shuffled batches, as training takes them."""
+    order = Order(len(data), seed=0, batch_size=batch)  # type: ignore[arg-type]
+    return iter(DataLoader(data, batch_sampler=order, collate_fn=collate, num_workers=workers))
+
+
+def rate(data: Dataset[Any], workers: int, *, count: int, batch: int) -> float:
+    """Samples a second, after the first batches, in which loading processes start."""
+    found = batches(data, workers, batch)
+    for _ in range(1 + workers):
+        next(found)
+    start = time.perf_counter()
+    for _ in range(count // batch):
+        next(found)
+    return count // batch * batch / (time.perf_counter() - start)
+
+
+def worker_memory(data: Dataset[Any]) -> float:
+    """What a loading process adds to the memory of the machine, MiB: its own pages, after 20 batches."""
+    found = batches(data, 1, 32)
+    for _ in range(20):
+        next(found)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True)
+    own = []
+    for child in children.stdout.split():
+        rollup = Path(f"/proc/{child}/smaps_rollup")
+        if rollup.is_file():
+            lines = dict(line.split(":", 1) for line in rollup.read_text().splitlines()[1:] if ":" in line)
+            own.append(sum(int(lines[name].split()[0]) for name in ("Private_Clean", "Private_Dirty")) / 1024)
+    return max(own)
+
+
+def first_batch(folder: Path, made: str) -> float:
+    """Seconds to the first shuffled batch of ten million rows; of 2,442 files those are there that it takes from."""
+    names = [name for name, _, _ in shards_of("train", MANY, variants=1, shard_size=SHARD)]
+    order = Order(MANY, seed=0, batch_size=BATCH)
+    wanted = {names[i // SHARD] for i in order.indices(0)}
+    for name in wanted:
+        shard(folder / name, made, 64)
+    index(folder, MANY)
+    permutation.cache_clear()
+    start = time.perf_counter()
+    data = LatentShards(folder, "train", seed=0)
+    keys = next(iter(Order(MANY, seed=0, batch_size=BATCH)))
+    collate([data[key._replace(index=key.index // SHARD * SHARD + key.index % 64)] for key in keys])
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure, and write results/loading.json."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("photos", "latents", "many"):
+            (folder / part).mkdir()
+        photos(folder / "photos")
+        source = open_images(str(folder / "photos"), "train")
+        data = CaptionedImages(source, DataConfig(source="photos", size=512), "train", seed=0)
+        mean = sum(path.stat().st_size for path in (folder / "photos").iterdir()) / PHOTOS
+        found["jpeg_kib"] = round(mean / 1024, 1)
+        found["images_per_second"] = {w: round(rate(data, w, count=512, batch=32), 1) for w in range(cores + 1)}
+        found["worker_mib"] = round(worker_memory(data), 1)
+        made = index(folder / "latents", ROWS).made
+        for shard_name, _, rows in shards_of("train", ROWS, variants=1, shard_size=SHARD):
+            shard(folder / "latents" / shard_name, made, len(rows))
+        found["latent_row_kib"] = round(
+            sum(p.stat().st_size for p in (folder / "latents").glob("*.safetensors")) / ROWS / 1024, 2
+        )
+        latents = LatentShards(folder / "latents", "train", seed=0)
+        found["latents_per_second"] = {w: round(rate(latents, w, count=12_800, batch=BATCH)) for w in range(cores + 1)}
+        found["seconds_to_first_batch_of_10_million"] = round(first_batch(folder / "many", made), 2)
+    about = {
+        "machine": f"{platform.machine()}, {cores} cores",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
+    results = ROOT / "benchmarks/results/loading.json"
+    results.write_text(json.dumps({**about, "commit": commit, **found}, indent=1) + "\n")
+    print(results.read_text())
+
+
+if __name__ == "__main__":
+    main()
