@@ -26,8 +26,8 @@ def load(folder: Path, **values: object) -> TextEncoder:
 
 
 @pytest.mark.parametrize("layer", ["last", "penultimate"])
-@pytest.mark.parametrize("quick_gelu", [False, True])
-def test_states_are_those_of_open_clip(layer: str, quick_gelu: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("quick_gelu", "normalize"), [(False, True), (True, True), (False, False)])
+def test_states_are_those_of_open_clip(layer: str, quick_gelu: bool, normalize: bool, tmp_path: Path) -> None:
     """Random weights, two layers: token states, mask and pooled vector against open_clip's own model and loader."""
     cfg = {
         "embed_dim": 24,
@@ -41,9 +41,9 @@ def test_states_are_those_of_open_clip(layer: str, quick_gelu: bool, tmp_path: P
     save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, tmp_path / WEIGHTS_NAME)
     ids = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(PROMPTS)
     with torch.no_grad():
-        states = theirs.forward_intermediates(text=ids, normalize_intermediates=True, intermediates_only=True)
+        states = theirs.forward_intermediates(text=ids, normalize_intermediates=normalize, intermediates_only=True)
         pooled = theirs.encode_text(ids)
-    ours = load(tmp_path, layer=layer)(PROMPTS)
+    ours = load(tmp_path, layer=layer, normalize=normalize)(PROMPTS)
     want = states["text_intermediates"][-1 if layer == "last" else -2]
     length = ours.tokens.shape[1]
     torch.testing.assert_close(ours.tokens, want[:, :length], rtol=1e-5, atol=1e-5)
