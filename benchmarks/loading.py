@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data import CaptionedImages, DataConfig, collate
 from ldm.data.images import open_images
 from ldm.data.order import Order, permutation
-from ldm.data.shards import INDEX, Index, LatentShards, checksum, shards_of
+from ldm.data.shards import INDEX, Index, LatentShards, made_with, save_shard, shards_of
 
 ROOT = Path(__file__).parents[1]
 PHOTOS, ROWS, SHARD, MANY, BATCH = 600, 16_384, 4_096, 10_000_000, 256
@@ -55,11 +54,7 @@ def shard(path: Path, made: str, rows: int) -> None:
         "ids": torch.randint(0, 49_408, (rows, 77), generator=draw, dtype=torch.int32),
         "last": torch.arange(1, rows + 1),
     }
-    sums = []
-    for i in range(rows):
-        row = {name: columns[name][i : i + 1] for name in ("mean", "deviation", "sizes", "ids")}
-        sums.append(checksum({**row, "span": torch.tensor([i, i, i + 1])}))
-    save_file({**columns, "checksum": torch.tensor(sums)}, path, {"name": path.name, "made": made})
+    save_shard(path, columns, made)
 
 
 def index(folder: Path, rows: int) -> Index:
@@ -133,7 +128,7 @@ def main() -> None:
         found["jpeg_kib"] = round(mean / 1024, 1)
         found["images_per_second"] = {w: round(rate(data, w, count=512, batch=32), 1) for w in range(cores + 1)}
         found["worker_mib"] = round(worker_memory(data), 1)
-        made = index(folder / "latents", ROWS).made
+        made = made_with(index(folder / "latents", ROWS).identity)
         for shard_name, _, rows in shards_of("train", ROWS, variants=1, shard_size=SHARD):
             shard(folder / "latents" / shard_name, made, len(rows))
         found["latent_row_kib"] = round(

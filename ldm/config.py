@@ -84,10 +84,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def write_yaml(path: Path, config: Config) -> None:
     """Write the resolved configuration, without the path of the file it came from."""
-    values = _resolved(config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")  # so that a run that is killed leaves no half of it
-    beside.write_text(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100))
+    write_whole(path, yaml.safe_dump(_resolved(config), sort_keys=False, default_flow_style=None, width=100))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file beside, then put it in place, so that a process that is killed leaves no half of it."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ldm.config import Config
+from ldm.config import Config, write_whole
 
 FORMAT = "ldm-model-1"
 Card = TypeVar("Card", bound=Config)
@@ -12,9 +12,7 @@ Card = TypeVar("Card", bound=Config)
 
 def write_model(folder: Path, kind: str, values: dict[str, Any]) -> None:
     """Write model.json, which is last to appear: a folder that has it is finished."""
-    temporary = folder / ".model.json"
-    temporary.write_text(json.dumps({"format": FORMAT, "kind": kind, **values}, indent=2))
-    temporary.rename(folder / "model.json")
+    write_whole(folder / "model.json", json.dumps({"format": FORMAT, "kind": kind, **values}, indent=2))
 
 
 def read_model(folder: Path, kind: str, card: type[Card]) -> Card:

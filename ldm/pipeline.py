@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm import folders, keyed
 from ldm.config import Config
+from ldm.data import DataConfig
 from ldm.diffusion.grids import times
 from ldm.diffusion.guidance import (
     Denoiser,
@@ -31,7 +32,8 @@ from ldm.diffusion.process import Process, ProcessConfig
 from ldm.diffusion.samplers import Step, find_sampler, invert, run
 from ldm.interop import compvis, diffusers
 from ldm.interop.parts import Parts
-from ldm.text import JoinedEncoder, Text, TextConfig, TextEncoder, TextStates
+from ldm.text import Text, TextConfig, TextEncoder, TextStates, joined
+from ldm.text.encoder import tokenizer_hash
 from ldm.text.prompts import Part, plain, split
 from ldm.unet import KeptContext, UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
@@ -261,12 +263,14 @@ class Pipeline:
             other, share = variation
             noise = between(noise, initial_noise(shape, [other + i for i in range(num_images)]), share)
         noise = noise.to(self.device)
-        source = self.source(image, strength, mask) if image else None
+        source = None
         if invert is not None:
             if image is None or num_images > 1 or variation:
                 raise ValueError("invert goes with one image, and makes one picture without a variation")
             noise = self.invert(image, invert, steps=steps, grid=grid)
             source = self.source(image, 1.0, mask) if mask else None
+        elif image:
+            source = self.source(image, strength, mask)
         result = self.sample(
             noise,
             [prompt] * num_images,
@@ -535,6 +539,21 @@ def words_of(text: str) -> list[str]:
     return cleaned.split()
 
 
+def words_in(captions: Iterable[str]) -> list[str]:
+    """All words of some captions, in order."""
+    return sorted({word for caption in captions for word in words_of(caption)})
+
+
+def identity_of_latents(data: DataConfig, seed: int, vae: Path, text: Text) -> dict[str, Any]:
+    """What decides the latents of images under a VAE's model folder, and the token ids of their captions."""
+    return {
+        "data": data.identity(),
+        "seed": seed,
+        "vae_sha256": sha256(vae / "vae.safetensors"),
+        "tokenizer_sha256": tokenizer_hash(text.tokenizer),
+    }
+
+
 def load_vae(folder: Path) -> VAE:
     """The VAE of a finished train_vae run, frozen."""
     return load_vae_weights(folders.read_model(folder, "vae", VAECard).vae, folder / "vae.safetensors")
@@ -555,7 +574,7 @@ def _load_text(card: PipelineCard, folder: Path) -> Text | None:
             local = config.model.startswith("local-dir:")
             source = f"local-dir:{folder / config.model.removeprefix('local-dir:')}" if local else config.model
             encoders.append(TextEncoder.load(config, source=source))
-    return JoinedEncoder(*encoders) if len(encoders) == 2 else next(iter(encoders), None)
+    return joined(encoders)
 
 
 def _told(part: Process | VAE | Text | None) -> list[dict[str, Any]]:

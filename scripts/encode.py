@@ -9,17 +9,15 @@ from accelerate import Accelerator
 from pydantic import Field
 from tqdm import tqdm
 
-from ldm.config import ScriptConfig, errors_for_people, parse
-from ldm.data import DataConfig, collate, open_dataset
-from ldm.data.order import first_samples
+from ldm.config import ScriptConfig, errors_for_people, parse, write_whole
+from ldm.data import DataConfig, open_dataset
+from ldm.data.order import Key
 from ldm.data.shapes import Split
-from ldm.data.shards import INDEX, WORDS, Index, identity_of, is_whole, made_with, shards_of, write_shard
+from ldm.data.shards import INDEX, WORDS, Index, is_whole, made_with, shards_of, write_shard
 from ldm.folders import newest
-from ldm.pipeline import load_vae, words_of
+from ldm.pipeline import identity_of_latents, load_vae, words_in
 from ldm.text import TextConfig, TextEncoder
-from ldm.text.encoder import tokenizer_hash
 from ldm.training.loop import total_of
-from ldm.weights import sha256
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -49,11 +47,7 @@ def encode(config: Encode) -> Path:
     if folder == "latest":
         folder = str(newest("vae", config.out.parent, script="accelerate launch scripts/train_vae.py"))
     vae, text = load_vae(Path(folder)).to(accelerator.device), text_of(config)
-    digests = {
-        "vae_sha256": sha256(Path(folder) / "vae.safetensors"),
-        "tokenizer_sha256": tokenizer_hash(text.tokenizer),
-    }
-    identity = identity_of(config.data, config.seed, **digests)
+    identity = identity_of_latents(config.data, config.seed, Path(folder), text)
     made = made_with(identity)
     sets = {split: open_dataset(config.data, split, seed=config.seed) for split in SPLITS}
     accelerator.print(sets["train"].describe())
@@ -78,19 +72,15 @@ def encode(config: Encode) -> Path:
     accelerator.wait_for_everyone()
     sets["train"].share_unreadable(total_of(accelerator))
     if accelerator.is_main_process:
-        shown = collate(first_samples(sets["test"], 64))["caption"]
         index = Index(
             identity=identity,
             shard_size=config.shard_size,
             variants=config.variants,
             rows={split: len(sets[split]) for split in SPLITS},
-            shown=shown,
+            shown=[sets["test"].caption(Key(i, 0, i)) for i in range(min(64, len(sets["test"])))],
         )
-        words = sorted({word for caption in sets["train"].captions for word in words_of(caption)})
-        (config.out / WORDS).write_text("\n".join(words), encoding="utf-8")
-        beside = config.out / f".{INDEX}"
-        beside.write_text(json.dumps(index.to_dict()))
-        beside.replace(config.out / INDEX)
+        write_whole(config.out / WORDS, "\n".join(words_in(sets["train"].captions)))
+        write_whole(config.out / INDEX, json.dumps(index.to_dict()))
         size = sum((config.out / name).stat().st_size for _, name, _, _ in jobs)
         print(f"{config.out}: {len(jobs)} files, {size / 2**20:,.1f} MiB")
         print(sets["train"].report())

@@ -15,13 +15,12 @@ from ldm.config import errors_for_people, parse
 from ldm.data import CaptionedImages, DataConfig, collate, open_dataset
 from ldm.data.cache import LatentCache
 from ldm.data.order import first_samples
-from ldm.data.shards import WORDS, LatentShards, identity_of, read_index
+from ldm.data.shards import WORDS, LatentShards
 from ldm.diffusion.process import Process, ProcessConfig
 from ldm.folders import newest
 from ldm.keyed import Draws, generator
-from ldm.pipeline import Pipeline, conditions, initial_noise, load_vae, to_images, words_of
-from ldm.text import JoinedEncoder, Text, TextConfig, TextEncoder
-from ldm.text.encoder import tokenizer_hash
+from ldm.pipeline import Pipeline, conditions, identity_of_latents, initial_noise, load_vae, to_images, words_in
+from ldm.text import Text, TextConfig, TextEncoder, joined
 from ldm.training.loop import Batch, Hooks, Player, TrainingConfig, fit, make_accelerator, total_of
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, Posterior
@@ -67,7 +66,7 @@ def train(config: TrainLDM) -> Path:
     text = load_text(config)
     accelerator.print(f"autoencoder: {vae_folder or 'none'}; text: {described(text)}")
     check_widths(config, vae, text)
-    data, held_out, words, shown = open_data(config, vae_folder, text, accelerator.print)
+    data, held_out, words = open_data(config, vae_folder, text, accelerator.print)
     unet = UNet(config.unet, gradient_checkpointing=config.gradient_checkpointing)
     process = Process(config.process)
     about = {"data": config.data.to_dict(), "guidance_scale": config.sample_guidance}
@@ -77,6 +76,7 @@ def train(config: TrainLDM) -> Path:
         if module is not None:
             module.to(device)
     fixed = collate(first_samples(held_out, 64))
+    shown = held_out.index.shown if isinstance(held_out, LatentShards) else fixed["caption"]
     source: Dataset[Any] = data
     if config.cache_latents and vae and isinstance(data, CaptionedImages):
         accelerator.print(
@@ -151,12 +151,7 @@ def train(config: TrainLDM) -> Path:
             players=[Player("unet", unet, loss)],
             data=source,
             collate=collate,
-            hooks=Hooks(
-                validate=validate,
-                sample=sample,
-                save_model=pipeline.save,
-                check=check,
-            ),
+            hooks=Hooks(validate=validate, sample=sample, save_model=pipeline.save, check=check),
             identity=identity,
         )
     finally:
@@ -165,29 +160,26 @@ def train(config: TrainLDM) -> Path:
 
 def open_data(
     config: TrainLDM, vae: Path | None, text: Text | None, say: Callable[[str], None]
-) -> tuple[CaptionedImages | LatentShards, CaptionedImages | LatentShards, list[str], list[str]]:
-    """Training and held-out samples, the words of the captions, and captions for the sample grid.
+) -> tuple[CaptionedImages | LatentShards, CaptionedImages | LatentShards, list[str]]:
+    """Training and held-out samples, and the words of the captions.
 
     ValueError when latents were made of other data, with another VAE or another tokenizer.
     """
     if config.latents is None:
         data, held_out = (open_dataset(config.data, split, seed=config.seed) for split in ("train", "test"))
         say(data.describe())
-        words = sorted({word for caption in data.captions for word in words_of(caption)})
-        return data, held_out, words, collate(first_samples(held_out, 16))["caption"]
+        return data, held_out, words_in(data.captions)
     if vae is None or text is None:
         raise ValueError("latents: encode.py made them with a VAE and a text tower; leave out `none` for both")
-    index = read_index(config.latents)
-    digests = {"vae_sha256": sha256(vae / "vae.safetensors"), "tokenizer_sha256": tokenizer_hash(text.tokenizer)}
-    wanted = identity_of(config.data, config.seed, **digests)
+    train, test = (LatentShards(config.latents, split, seed=config.seed) for split in ("train", "test"))
+    index, wanted = train.index, identity_of_latents(config.data, config.seed, vae, text)
     if wrong := [key for key in wanted if index.identity.get(key) != wanted[key]]:
         told = "; ".join(f"{key} is {wanted[key]}, there {index.identity.get(key)}" for key in wrong)
         raise ValueError(
             f"{config.latents} was made with something else: {told}; run scripts/encode.py for this recipe"
         )
-    train, test = (LatentShards(config.latents, split, seed=config.seed) for split in ("train", "test"))
     say(f"latents: {len(train):,} of {index.variants} variants in {config.latents}; {len(test):,} held out")
-    return train, test, folders.read_text(config.latents / WORDS).split(), index.shown
+    return train, test, folders.read_text(config.latents / WORDS).split()
 
 
 def find_autoencoder(config: TrainLDM) -> Path | None:
@@ -216,7 +208,7 @@ def load_text(config: TrainLDM) -> Text | None:
             source = f"local-dir:{folder}"
         if source != "none":
             encoders.append(TextEncoder.load(tower, source=source))
-    return JoinedEncoder(*encoders) if len(encoders) == 2 else next(iter(encoders), None)
+    return joined(encoders)
 
 
 def described(text: Text | None) -> str:

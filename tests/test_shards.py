@@ -115,7 +115,11 @@ def test_a_changed_file_is_never_read(runs: Path, tmp_path: Path) -> None:
     small = {name: tensor.clone() for name, tensor in load_file(folder / "test-000-000000.safetensors").items()}
     rows = {name: tensor[:8] for name, tensor in small.items() if name != "ids"}
     file = folder / "test-000-000000.safetensors"
-    save_file({**rows, "ids": small["ids"][: small["last"][7]]}, file, {"name": file.name, "made": index.made})
+    save_file(
+        {**rows, "ids": small["ids"][: small["last"][7]]},
+        file,
+        {"name": file.name, "made": shards.made_with(index.identity)},
+    )
     whole = file.read_bytes()
     held_out = shards.LatentShards(folder, "test", seed=0)
     shards._opened.cache_clear()

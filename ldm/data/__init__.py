@@ -15,7 +15,7 @@ from tyro.conf import arg
 from ldm import keyed
 from ldm.config import Config
 from ldm.data import emoji, shapes
-from ldm.data.images import WHOLE, Encoded, Source, check_split, cut_at, decode, open_images, to_tensor
+from ldm.data.images import WHOLE, Encoded, Source, check_split, cut_at, decode, open_images, to_tensor, wordings_of
 from ldm.data.order import Key
 from ldm.data.shapes import Split
 
@@ -83,14 +83,13 @@ class CaptionedImages(Dataset[dict[str, Any]]):
 
     def wordings(self, key: Key) -> list[str]:
         """All captions that `self[key]` can have; "" where there is none."""
-        entry = self.source.captions[next(self._candidates(key.index), key.index)]
-        return [entry] if isinstance(entry, str) else entry or [""]
+        return wordings_of(self.source.captions[next(self._candidates(key.index), key.index)]) or [""]
 
     @property
     def captions(self) -> Iterator[str]:
         """All wordings of all images, without decoding any."""
         for entry in self.source.captions:
-            yield from [entry] if isinstance(entry, str) else entry
+            yield from wordings_of(entry)
 
     @property
     def unreadable(self) -> list[str]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ldm.data.images import WHOLE, Source, decode
+from ldm.data.images import WHOLE, Source, decode, wordings_of
 
 SIDE, THUMB = 64, 128  # pixels that images are decoded to, at least, and those of a contact sheet
 
@@ -91,8 +91,7 @@ def check(
     for seen in images:
         if seen.error is None:
             alike[seen.likeness].append(seen.name)
-    wordings = [source.captions[index] for source, index in places]
-    captions = [[entry] if isinstance(entry, str) else entry for entry in wordings]
+    captions = [wordings_of(source.captions[index]) for source, index in places]
     report = Report(
         total=len(images),
         unreadable={seen.name: seen.error for seen in images if seen.error is not None},

@@ -73,6 +73,11 @@ class Column(Sequence[Encoded]):
         return Column(self.rows.select(chosen), self.name, self.roots)
 
 
+def wordings_of(entry: str | list[str]) -> list[str]:
+    """The captions of one item."""
+    return [entry] if isinstance(entry, str) else entry
+
+
 def check_split(split: str) -> None:
     """ValueError unless `split` is train or test."""
     if split not in get_args(Split):

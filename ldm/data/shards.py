@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from ldm import keyed
 from ldm.config import Config
-from ldm.data import CaptionedImages, DataConfig, collate
+from ldm.data import CaptionedImages, collate
 from ldm.data.order import Key
 from ldm.data.shapes import Split
 
@@ -42,24 +42,9 @@ class Index(Config):
     shown: list[str]
     """the first captions of the test split, for sample grids"""
 
-    @property
-    def made(self) -> str:
-        """What stands in each file for the identity."""
-        return made_with(self.identity)
-
-
-def identity_of(data: DataConfig, seed: int, *, vae_sha256: str, tokenizer_sha256: str) -> dict[str, Any]:
-    """What decides latents and ids."""
-    return {
-        "data": data.identity(),
-        "seed": seed,
-        "vae_sha256": vae_sha256,
-        "tokenizer_sha256": tokenizer_sha256,
-    }
-
 
 def made_with(identity: dict[str, Any]) -> str:
-    """A short name of what decides latents and ids."""
+    """A short name of what decides latents and ids, which stands in each file."""
     return str(keyed.key(json.dumps(identity, sort_keys=True)))
 
 
@@ -75,7 +60,7 @@ def shards_of(split: Split, rows: int, *, variants: int, shard_size: int) -> lis
 def write_shard(
     path: Path, data: CaptionedImages, variant: int, rows: range, *, encode: Encode, tokenize: Tokenize, made: str
 ) -> None:
-    """Encode some rows and write them beside, then in place; `made` is the hash of what decides them."""
+    """Encode some rows and write them; `made` is the hash of what decides them."""
     columns: dict[str, list[Tensor]] = {"mean": [], "deviation": [], "sizes": [], "ids": [], "wordings": []}
     for batch in _batches(data, variant, rows):
         mean, logvar = encode(batch["image"])
@@ -88,6 +73,11 @@ def write_shard(
         columns["wordings"].append(torch.tensor([len(wordings)]))
     tensors = {name: torch.cat(parts) for name, parts in columns.items()}
     tensors["last"] = tensors.pop("wordings").cumsum(0)  # row of `ids` after the last wording of each row
+    save_shard(path, tensors, made)
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor], made: str) -> None:
+    """Write the columns of a file, with a checksum of each row, beside, then in place."""
     firsts = torch.cat([tensors["last"].new_zeros(1), tensors["last"][:-1]])
     spans = zip(firsts.tolist(), tensors["last"].tolist(), strict=True)
     sums = [checksum(_row(tensors, i, first, last)) for i, (first, last) in enumerate(spans)]
@@ -141,6 +131,7 @@ class LatentShards(Dataset[dict[str, Any]]):
     def __init__(self, folder: Path, split: Split, *, seed: int) -> None:
         self.folder, self.split, self.seed = folder, split, seed
         self.index = read_index(folder)
+        self.made = made_with(self.index.identity)
 
     def __len__(self) -> int:
         return self.index.rows[self.split]
@@ -151,7 +142,7 @@ class LatentShards(Dataset[dict[str, Any]]):
         number, row = divmod(key.index, self.index.shard_size)
         path = self.folder / f"{self.split}-{variant:03}-{number:06}.safetensors"
         try:
-            found = read_row(_opened(path, self.index.made), row)
+            found = read_row(_opened(path, self.made), row)
         except (OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError, RuntimeError):
             raise ValueError(f"{path} is missing or damaged: remove it and run scripts/encode.py again") from None
         wordings = len(found["ids"])

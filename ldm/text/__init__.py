@@ -1,8 +1,8 @@
 """From prompts to the numbers that condition the U-Net."""
 
 from ldm.text.encoder import TextConfig, TextEncoder, TextStates
-from ldm.text.joined import JoinedEncoder
+from ldm.text.joined import JoinedEncoder, joined
 
 Text = TextEncoder | JoinedEncoder
 
-__all__ = ["JoinedEncoder", "Text", "TextConfig", "TextEncoder", "TextStates"]
+__all__ = ["JoinedEncoder", "Text", "TextConfig", "TextEncoder", "TextStates", "joined"]

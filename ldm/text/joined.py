@@ -1,11 +1,17 @@
 """Two frozen text towers side by side, as Stable Diffusion XL has them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.text.encoder import TextEncoder, TextStates
+
+
+def joined(encoders: Sequence[TextEncoder]) -> "TextEncoder | JoinedEncoder | None":
+    """What conditions a U-Net: none, one tower, or two side by side."""
+    return JoinedEncoder(*encoders) if len(encoders) == 2 else next(iter(encoders), None)
 
 
 class JoinedEncoder(nn.Module):

@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from ldm.config import write_whole
+
 
 class Logs:
     """Writes on the main process only; other processes may call everything and nothing happens."""
@@ -78,9 +80,7 @@ def _open_log(path: Path, start: int) -> IO[str]:
             continue
         if step <= start:
             kept.append(line + "\n")
-    beside = path.with_name(f".{path.name}")  # so that a kill here loses nothing
-    beside.write_text("".join(kept))
-    beside.replace(path)
+    write_whole(path, "".join(kept))
     return path.open("a")
 
 
