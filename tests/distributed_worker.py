@@ -1,53 +1,64 @@
-"""Trains one tiny stage under torchrun; started by test_distributed.py.
-
-`--harm WHAT RANK STEP` lets one process get a signal, a gradient that is not finite, or lost for a minute at a step.
-"""
+"""Trains one tiny stage as one of several processes; started by test_distributed.py, by itself or under torchrun."""
 
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import train_vae  # noqa: F401
 from conftest import train
 
 from ldm.training.loop import Trainer
 
 
-def harm(patch: pytest.MonkeyPatch, processes: int, what: str, rank: int, step: int) -> None:
-    after, player_step = Trainer._after_step, Trainer._player_step
+class Harm(NamedTuple):
+    """What befalls one process at a step: a signal, a gradient that is not finite ("poison"), or a minute's sleep."""
 
-    def after_step(self: Trainer) -> None:
-        assert self.accelerator.num_processes == processes, "the processes did not find each other"
-        if self.accelerator.process_index == rank and self.step == step:
-            if what == "signal":
+    what: str
+    rank: int
+    step: int
+
+
+def work(processes: int, stage: str, run: Path, flags: list[str], harm: Harm | None = None) -> None:
+    """Train in the process group that the environment names."""
+    with pytest.MonkeyPatch.context() as patch:
+        after, player_step = Trainer._after_step, Trainer._player_step
+
+        def befalls(trainer: Trainer, what: str, step: int) -> bool:
+            assert trainer.accelerator.num_processes == processes, "the processes did not find each other"
+            return harm == (what, trainer.accelerator.process_index, step)
+
+        def after_step(trainer: Trainer) -> None:
+            if befalls(trainer, "signal", trainer.step):
                 os.kill(os.getpid(), signal.SIGUSR1)
-            elif what == "hang":
+            elif befalls(trainer, "hang", trainer.step):
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(60)
-        after(self)
+            after(trainer)
 
-    def poisoned_step(self: Trainer, player, rounds) -> None:  # type: ignore[no-untyped-def]
-        if what == "poison" and self.accelerator.process_index == rank and self.step + 1 == step:
-            rounds = [(positions, {**batch, "image": batch["image"] * float("nan")}) for positions, batch in rounds]
-        player_step(self, player, rounds)
+        def poisoned_step(trainer: Trainer, player, rounds) -> None:  # type: ignore[no-untyped-def]
+            if befalls(trainer, "poison", trainer.step + 1):
+                rounds = [(positions, {**batch, "image": batch["image"] * float("nan")}) for positions, batch in rounds]
+            player_step(trainer, player, rounds)
 
-    patch.setattr(Trainer, "_after_step", after_step)
-    patch.setattr(Trainer, "_player_step", poisoned_step)
+        patch.setattr(Trainer, "_after_step", after_step)
+        patch.setattr(Trainer, "_player_step", poisoned_step)
+        train(stage, run, *flags)
+
+
+def work_as(rank: int, port: int, said: Path, processes: int, *more) -> None:  # type: ignore[no-untyped-def]
+    """`work` as the given rank of a group that meets at a port of this machine; what it says goes to a file."""
+    file = os.open(said, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    os.environ |= {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+    work(processes, *more)
 
 
 if __name__ == "__main__":
-    stage, run, processes, *flags = sys.argv[1:]
-    what, rank, step = "nothing", "0", "0"
-    if "--harm" in flags:
-        place = flags.index("--harm")
-        what, rank, step = flags[place + 1 : place + 4]
-        del flags[place : place + 4]
-    with pytest.MonkeyPatch.context() as patch:
-        harm(patch, int(processes), what, int(rank), int(step))
-        try:
-            train(stage, Path(run), *flags)
-        except SystemExit as stopped:
-            print(f"rank {os.environ['RANK']} ends with {stopped.code}", flush=True)
-            raise
+    stage, run, processes = sys.argv[1:]
+    work(int(processes), stage, Path(run), [])

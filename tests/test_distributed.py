@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -9,11 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import train
+from distributed_worker import Harm, work_as
 from test_training import STAGES, copy_stages_before, losses, tensors_of
 
 from ldm.data import shapes
@@ -21,8 +24,18 @@ from ldm.data.images import split_by_name
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 PATHS = os.pathsep.join(str(path) for path in (WORKER.parent, WORKER.parents[1] / "scripts"))
-ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
+FORKS = multiprocessing.get_context("forkserver")  # its processes have all imports from the start
+FORKS.set_forkserver_preload(["distributed_worker"])
 MODULE = {"clip": "clip", "vae": "vae", "ldm": "unet"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> Iterator[None]:
+    """What the processes find when they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", PATHS)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -53,7 +66,7 @@ def test_images_that_one_process_can_not_read_are_counted_by_all(tmp_path: Path)
     bad = [index for index in split_by_name([f"{i:02}.png" for i in range(40)], "train") if index in (7, 8, 21, 29)]
     assert f"train split: {len(bad)} images could not be read" in told and len(bad) > 2
     assert all(f"{index:02}.png: no PNG" in told for index in bad)
-    told = launch("clip", tmp_path / "b", 2, [*read, "--data.max-unreadable", "0.06"], status=1)
+    told = launch("clip", tmp_path / "b", 2, [*read, "--data.max-unreadable", "0.06"], codes=[1, 1])
     assert "above the 6.0% that data.max_unreadable allows" in told
 
 
@@ -64,9 +77,8 @@ def test_a_run_that_one_process_stops_goes_on_with_another_number(tmp_path: Path
     """
     batch = ["--batch-size", "12", "--decay", "cosine"]
     train("vae", tmp_path / "whole", *batch)
-    told = launch("vae", tmp_path / "stopped", 2, [*batch, "--harm", "signal", "1", "2"], status=1)
     codes = [128 + signal.SIGTERM, 128 + signal.SIGUSR1]
-    assert all(f"rank {rank} ends with {code}" in told for rank, code in enumerate(codes))
+    launch("vae", tmp_path / "stopped", 2, batch, harm=Harm("signal", 1, 2), codes=codes)
     assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-000002"]
     for processes in (1, 3, 4):
         run = tmp_path / str(processes)
@@ -80,7 +92,7 @@ def test_a_run_that_one_process_stops_goes_on_with_another_number(tmp_path: Path
 
 
 def test_a_gradient_that_is_not_finite_on_one_process_is_skipped_by_all(tmp_path: Path) -> None:
-    told = launch("vae", tmp_path / "vae", 2, ["--harm", "poison", "1", "2", "--keep-checkpoints", "9"])
+    told = launch("vae", tmp_path / "vae", 2, ["--keep-checkpoints", "9"], harm=Harm("poison", 1, 2))
     assert "vae: the gradient was not finite, skipped: step 2; 1 so far" in told
     found = losses(tmp_path / "vae")
     assert sorted(found) == [1, 2, 3, 4] and all(math.isfinite(found[step]) for step in (1, 3, 4))
@@ -89,28 +101,20 @@ def test_a_gradient_that_is_not_finite_on_one_process_is_skipped_by_all(tmp_path
 
 def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
     begin = time.monotonic()
-    told = launch("vae", tmp_path / "vae", 2, ["--harm", "hang", "1", "2", "--timeout", "5"], status=1)
+    codes = [1, -signal.SIGTERM]
+    told = launch("vae", tmp_path / "vae", 2, ["--timeout", "5"], harm=Harm("hang", 1, 2), codes=codes)
     assert "another process did not answer within 5 s at step 2" in told and time.monotonic() - begin < 55
 
 
 def test_two_nodes_equal_one_process(tmp_path: Path) -> None:
     """Two launchers that meet at a port, each with one process, as on two machines; world size 2 is asserted there."""
     train("vae", tmp_path / "whole")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    meeting = ["--master_addr", "localhost", "--master_port", str(port)]
-    command = ["--nproc_per_node", "1", str(WORKER), "vae", str(tmp_path / "vae"), "2"]
-    nodes = [
-        subprocess.Popen(torchrun("--nnodes", "2", "--node_rank", str(rank), *meeting, *command), env=ENVIRONMENT)
-        for rank in range(2)
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    meeting = ["--master_addr", "localhost", "--master_port", str(free_port())]
+    stage = [str(WORKER), "vae", str(tmp_path / "vae"), "2"]
+    nodes = [subprocess.Popen([*command, "--node_rank", str(rank), *meeting, *stage]) for rank in range(2)]
     assert [node.wait(300) for node in nodes] == [0, 0]
     assert close(losses(tmp_path / "whole"), losses(tmp_path / "vae"))
-
-
-def torchrun(*flags: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", *flags]
 
 
 def close(want: dict[int, float], found: dict[int, float]) -> bool:
@@ -122,13 +126,38 @@ def rates(run: Path) -> list[float]:
     return [line["learning_rate"] for line in lines if "loss" in line]
 
 
-def launch(stage: str, run: Path, processes: int, flags: list[str], *, status: int = 0) -> str:
-    command = torchrun("--standalone", "--nproc_per_node", str(processes))
-    done = subprocess.run(
-        [*command, str(WORKER), stage, str(run), str(processes), *flags],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == status, done.stderr[-3000:]
-    return done.stdout + done.stderr
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def launch(
+    stage: str,
+    run: Path,
+    processes: int,
+    flags: Sequence[str],
+    *,
+    harm: Harm | None = None,
+    codes: Sequence[int] | None = None,
+) -> str:
+    """What several processes say, all together; their exit codes must be the given ones, or 0.
+
+    When one fails, the others get five seconds to follow before SIGTERM, as a launcher would send.
+    """
+    port, said = free_port(), [run.parent / f"{run.name}-{rank}.txt" for rank in range(processes)]
+    group = [
+        FORKS.Process(target=work_as, args=(rank, port, said[rank], processes, stage, run, list(flags), harm))
+        for rank in range(processes)
+    ]
+    for process in group:
+        process.start()
+    while all(process.exitcode in (None, 0) for process in group) and any(process.is_alive() for process in group):
+        time.sleep(0.05)
+    for process in group:
+        process.join(5)
+        process.terminate()
+        process.join()
+    told = "".join(file.read_text() for file in said)
+    assert [process.exitcode for process in group] == list(codes or [0] * processes), told[-3000:]
+    return told

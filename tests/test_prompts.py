@@ -93,7 +93,7 @@ def test_prompts_that_can_not_be_read_are_told(text: TextEncoder) -> None:
 
 
 def pixels(pipeline: Pipeline, prompt: str, **more: object) -> np.ndarray:
-    image = pipeline(prompt, seed=3, steps=4, guidance_scale=6.0, **more)[0]  # type: ignore[arg-type]
+    image = pipeline(prompt, seed=3, steps=4, guidance_scale=20.0, **more)[0]  # type: ignore[arg-type]
     return np.asarray(image, dtype=int)
 
 

@@ -21,7 +21,7 @@ SIZE = ["--data.size", "16"]
 
 
 def make(runs: Path, *flags: str) -> Path:
-    encode.main(["--out", str(runs / "latents"), *SIZE, "--shard-size", "1000", *flags])
+    encode.main(["--out", str(runs / "latents"), *SIZE, "--shard-size", "100", *flags])
     return runs / "latents"
 
 
@@ -53,7 +53,7 @@ def test_what_is_whole_is_kept(runs: Path, tmp_path: Path, capsys: pytest.Captur
         shutil.copytree(runs / name, tmp_path / name)
     files = sorted((tmp_path / "latents").glob("*.safetensors"))
     index = shards.read_index(tmp_path / "latents")
-    assert len(files) == sum(-(-rows // 1000) for rows in index.rows.values()) > 5
+    assert len(files) == sum(-(-rows // 100) for rows in index.rows.values()) > 5
     before = {file: file.stat().st_mtime_ns for file in files}
     told = (tmp_path / "latents/index.json").read_text()
     files[1].unlink()
