@@ -1,6 +1,7 @@
 """Trains one tiny stage as one of several processes; started by test_distributed.py, by itself or under torchrun."""
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -15,7 +16,11 @@ from ldm.training.loop import Trainer
 
 
 class Harm(NamedTuple):
-    """What befalls one process at a step: a signal, a gradient that is not finite ("poison"), or a minute's sleep."""
+    """What befalls one process at a step.
+
+    It gets a signal, a gradient that is not finite ("poison"), a minute's sleep ("hang"), or a disk that takes no file
+    of more than a kilobyte ("full").
+    """
 
     what: str
     rank: int
@@ -37,6 +42,9 @@ def work(processes: int, stage: str, run: Path, flags: list[str], harm: Harm | N
             elif befalls(trainer, "hang", trainer.step):
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(60)
+            elif befalls(trainer, "full", trainer.step):
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
             after(trainer)
 
         def poisoned_step(trainer: Trainer, player, rounds) -> None:  # type: ignore[no-untyped-def]

@@ -17,10 +17,13 @@ import pytest
 import torch
 from conftest import train
 from distributed_worker import Harm, work_as
-from test_training import STAGES, copy_stages_before, losses, tensors_of
+from safetensors.torch import load_file
+from test_training import copy_stages_before, losses, tensors_of
+from torch import Tensor
 
 from ldm.data import shapes
 from ldm.data.images import split_by_name
+from ldm.training.checkpoint import load_checkpoint
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 PATHS = os.pathsep.join(str(path) for path in (WORKER.parent, WORKER.parents[1] / "scripts"))
@@ -38,19 +41,54 @@ def environment() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_equal_one(stage: str, tiny_runs: Path, tmp_path: Path) -> None:
-    """Same losses to 1e-5 and weights for all three stages, with accumulation on top where the loss allows it."""
+SHARD = ["--shard", "--gradient-checkpointing"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags"),
+    [
+        ("clip", []),
+        ("vae", ["--accumulate", "2"]),
+        ("ldm", ["--accumulate", "2"]),
+        ("vae", SHARD),
+        ("ldm", [*SHARD, "--accumulate", "2"]),
+    ],
+    ids=["clip", "vae", "ldm", "vae-sharded", "ldm-sharded"],
+)
+def test_two_processes_equal_one(stage: str, flags: list[str], tiny_runs: Path, tmp_path: Path) -> None:
+    """Same losses to 1e-5, weights and averages; with weights split over both, the finished model is whole again."""
     copy_stages_before(stage, tiny_runs, tmp_path)
-    launch(stage, tmp_path / stage, 2, [] if stage == "clip" else ["--accumulate", "2"])
-    assert close(losses(tiny_runs / stage), losses(tmp_path / stage))
-    one, two = tensors_of(tiny_runs / stage, 4), tensors_of(tmp_path / stage, 4)
-    assert one.keys() == two.keys()
-    # Weights whose gradient is zero but for rounding (the bias of attention's keys) move by Adam's whole step, so the
-    # weights are compared as one vector and not one by one.
-    ours = [name for name in one if name.startswith(f"{MODULE[stage]}/")]
-    ones, twos = (torch.cat([tensors[name].flatten() for name in ours]) for tensors in (one, two))
-    assert ((ones - twos).norm() / ones.norm()).item() < 1e-4
+    one, two = tiny_runs / stage, tmp_path / stage
+    if "--shard" in flags:
+        one = tmp_path / f"one/{stage}"
+        copy_stages_before(stage, tiny_runs, one.parent)
+        train(stage, one, "--shard")
+    launch(stage, two, 2, flags)
+    assert close(losses(one), losses(two))
+    logs = [json.loads((run / "log.jsonl").read_text().splitlines()[-1]) for run in (one, two)]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    name, step = MODULE[stage], "checkpoints/step-000004"
+    groups = [name, f"{name}_ema", f"{name}_optimizer"]
+    ones, twos = (load_checkpoint(run / step, groups)[0] for run in (one, two))
+    assert all(ones[group].keys() == twos[group].keys() for group in groups)
+    assert all(distance(ones[group], twos[group]) < 1e-4 for group in groups[:2])
+    if stage != "clip":
+        assert distance(*(load_file(run / f"model/{name}.safetensors") for run in (one, two))) < 1e-4
+    sizes = [file.stat().st_size for file in (two / step).glob("*.safetensors")]
+    if "--shard" in flags:
+        assert len(sizes) == 2 and max(sizes) < 0.6 * sum(sizes)
+
+
+def test_a_disk_that_is_full_for_one_process_stops_both(tmp_path: Path) -> None:
+    told = launch("vae", tmp_path / "vae", 2, ["--shard"], harm=Harm("full", 1, 3), codes=[1, 1])
+    assert told.count("checkpoint of step 4 could not be written to ") == 2 and "File too large" in told
+    assert "step-000002 is whole: free some space and go on with --resume latest" in told
+    assert [path.name for path in (tmp_path / "vae/checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_what_can_not_be_split_is_told(tmp_path: Path) -> None:
+    told = launch("clip", tmp_path / "clip", 2, ["--shard"], codes=[1, 1])
+    assert "shard: model.logit_scale is a single number, which FSDP2 can not split; leave out --shard" in told
 
 
 def test_images_that_one_process_can_not_read_are_counted_by_all(tmp_path: Path) -> None:
@@ -70,24 +108,29 @@ def test_images_that_one_process_can_not_read_are_counted_by_all(tmp_path: Path)
     assert "above the 6.0% that data.max_unreadable allows" in told
 
 
-def test_a_run_that_one_process_stops_goes_on_with_another_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first", "then"), [([], []), (SHARD, SHARD), (SHARD, []), ([], SHARD)])
+def test_a_run_that_one_process_stops_goes_on_with_another_number(
+    first: list[str], then: list[str], tmp_path: Path
+) -> None:
     """SIGUSR1, by which schedulers announce the end, to the second of two: both save the same step.
 
     What goes on with 1, 3 or 4 processes takes the same global batches and learning rates; losses are equal to 1e-5.
+    Weights may be split, or be whole, before and after.
     """
     batch = ["--batch-size", "12", "--decay", "cosine"]
-    train("vae", tmp_path / "whole", *batch)
+    train("vae", tmp_path / "whole", *batch, *first[:1])
     codes = [128 + signal.SIGTERM, 128 + signal.SIGUSR1]
-    launch("vae", tmp_path / "stopped", 2, batch, harm=Harm("signal", 1, 2), codes=codes)
+    launch("vae", tmp_path / "stopped", 2, [*batch, *first], harm=Harm("signal", 1, 2), codes=codes)
     assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-000002"]
-    for processes in (1, 3, 4):
+    for processes in (1, 3, 4) if first == then else (2,):
         run = tmp_path / str(processes)
         shutil.copytree(tmp_path / "stopped", run)
+        flags = [*batch, *then, "--resume", "latest"]
         if processes == 1:
-            train("vae", run, *batch, "--resume", "latest")
+            train("vae", run, *flags)
         else:
-            launch("vae", run, processes, [*batch, "--resume", "latest"])
-        assert close(losses(tmp_path / "whole"), losses(run))
+            launch("vae", run, processes, flags)
+        assert close(losses(tmp_path / "whole"), losses(run), 1e-5 if first == then else 1e-4)
         assert rates(tmp_path / "whole") == rates(run)
 
 
@@ -117,8 +160,16 @@ def test_two_nodes_equal_one_process(tmp_path: Path) -> None:
     assert close(losses(tmp_path / "whole"), losses(tmp_path / "vae"))
 
 
-def close(want: dict[int, float], found: dict[int, float]) -> bool:
-    return want.keys() == found.keys() and max(abs(found[step] / want[step] - 1) for step in want) < 1e-5
+def distance(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
+    """Of two sets of weights, relative: as one vector, for weights whose gradient is zero but for rounding (the bias of
+    attention's keys) move by Adam's whole step."""
+    assert one.keys() == two.keys()
+    ones, twos = (torch.cat([tensors[name].flatten() for name in one]) for tensors in (one, two))
+    return ((ones - twos).norm() / ones.norm()).item()
+
+
+def close(want: dict[int, float], found: dict[int, float], tolerance: float = 1e-5) -> bool:
+    return want.keys() == found.keys() and max(abs(found[step] / want[step] - 1) for step in want) < tolerance
 
 
 def rates(run: Path) -> list[float]:

@@ -427,7 +427,7 @@ def test_ema_warms_up_and_hands_the_weights_back() -> None:
         want = decay * want + (1 - decay) * 1.0
     assert ema.shadow["weight"].item() == pytest.approx(want)
     module.weight.data.fill_(7.0)
-    with ema.applied():
+    with ema.applied(module):
         assert module.weight.item() == pytest.approx(want)
     assert module.weight.item() == 7.0
 

@@ -4,44 +4,63 @@ import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import DeviceMesh
 
+from ldm.training.sharding import empty, split
 from ldm.weights import sha256
 
 FORMAT, MANIFEST = "ldm-checkpoint-2", "manifest.json"
-WRITING = ".writing-"
+WRITING, PARTS = ".writing-", "shard-*.safetensors"
 PATTERN = re.compile(r"step-(\d{6,})$")
 
 Tensors = dict[str, Tensor]
+Result = TypeVar("Result")
+OnMain = Callable[[Callable[[], Result]], Result]
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: dict[str, Tensors], progress: dict[str, Any], *, keep: int
-) -> Path:
-    """Write `folder`/step-XXXXXX, one safetensors file for each group of tensors, then prune all but the newest `keep`.
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensors],
+    progress: dict[str, Any],
+    *,
+    keep: int,
+    on_main: OnMain[Any] = lambda action: action(),
+    parts: bool = False,
+) -> None:
+    """Write `folder`/step-XXXXXX, then prune all but the newest `keep`.
 
-    The files are written beside, with a manifest of their hashes, synced to the disk and then renamed; a checkpoint of
-    this step that is whole already is kept instead. ValueError when that fails, for example on a full disk; what was
-    there before is whole.
+    There is one safetensors file for each group of tensors, or, with `parts`, one for the parts that each process
+    holds. The files are written beside, with a manifest of their hashes, synced to the disk and then renamed; a
+    checkpoint of this step that is whole already is kept instead. All processes call this; `on_main` does something on
+    the main one alone and hands its result, or its ValueError, to all. ValueError when writing fails, for example on a
+    full disk; what was there before is whole.
     """
     target = folder / f"step-{step:06d}"
     temporary = folder / f"{WRITING}step-{step:06d}"
-    if target.exists() and damage(target) is None:
-        return target
-    try:
+
+    def begin() -> bool:
+        if target.exists() and damage(target) is None:
+            return False
         for left in folder.glob(f"{WRITING}*"):  # of runs that were killed
             shutil.rmtree(left)
         temporary.mkdir(parents=True)
-        for name, group in tensors.items():
-            save_file(
-                {key: t.detach().cpu().contiguous() for key, t in group.items()}, temporary / f"{name}.safetensors"
-            )
+        return True
+
+    def finish() -> None:
         (temporary / "progress.json").write_text(json.dumps({"step": step, **progress}, indent=2))
         files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": files}, indent=2))
@@ -51,25 +70,82 @@ def save_checkpoint(
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         _sync(folder)
-    except (OSError, SafetensorError) as error:
+        for old in _all(folder)[:-keep]:
+            shutil.rmtree(old)
+
+    def told(action: Callable[[], Any]) -> Any:
+        with _told_for_people(folder, step, temporary):
+            return action()
+
+    if not on_main(lambda: told(begin)):
+        return
+    if parts:
+        told(lambda: _write_parts(temporary, tensors))
+    else:
+        on_main(lambda: told(lambda: _write_groups(temporary, tensors)))
+    on_main(lambda: told(finish))
+
+
+def _write_groups(folder: Path, tensors: dict[str, Tensors]) -> None:
+    for name, group in tensors.items():
+        save_file({key: t.detach().cpu().contiguous() for key, t in group.items()}, folder / f"{name}.safetensors")
+
+
+def _write_parts(folder: Path, tensors: dict[str, Tensors]) -> None:
+    state = {f"{name}/{key}": t.detach() for name, group in tensors.items() for key, t in group.items()}
+    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+@contextmanager
+def _told_for_people(folder: Path, step: int, temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         kept = latest(folder)
         remedy = f"{kept} is whole: free some space and go on with --resume latest" if kept else "no checkpoint is kept"
-        raise ValueError(f"checkpoint of step {step} could not be written to {folder} ({error}); {remedy}") from None
-    for old in _all(folder)[:-keep]:
-        shutil.rmtree(old)
-    return target
+        raise ValueError(
+            f"checkpoint of step {step} could not be written to {folder} ({causes[0]}); {remedy}"
+        ) from None
 
 
-def load_checkpoint(path: Path, groups: list[str]) -> tuple[dict[str, Tensors], dict[str, Any]]:
+def load_checkpoint(
+    path: Path, groups: list[str], mesh: DeviceMesh | None = None
+) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """Tensors by group, and the progress, of a checkpoint that `damage` found whole.
 
-    ValueError when it belongs to another kind of run.
+    With a mesh each process gets its part of each tensor; how many processes wrote it does not matter. ValueError when
+    it belongs to another kind of run.
     """
-    wrong = [name for name in groups if not (path / f"{name}.safetensors").is_file()]
+    progress = _json(path / "progress.json")
+    if any(path.glob(PARTS)):
+        tensors = _read_parts(path, mesh)
+    else:
+        tensors = {name: _read_group(path / f"{name}.safetensors", mesh) for name in groups}
+    wrong = [name for name in groups if not tensors.get(name)]
     if wrong:
-        raise ValueError(f"{path} has no {wrong[0]}.safetensors: it belongs to another kind of run")
-    return {name: load_file(path / f"{name}.safetensors") for name in groups}, _json(path / "progress.json")
+        raise ValueError(f"{path} has no weights of {wrong[0]}: it belongs to another kind of run")
+    return tensors, progress
+
+
+def _read_group(file: Path, mesh: DeviceMesh | None) -> Tensors:
+    tensors = load_file(file) if file.is_file() else {}
+    return {name: split(tensor, mesh) for name, tensor in tensors.items()} if mesh else tensors
+
+
+def _read_parts(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensors]:
+    reader = HuggingFaceStorageReader(str(folder))
+    found = reader.read_metadata().state_dict_metadata
+    state = {name: empty(one.size, one.properties.dtype, mesh) for name, one in found.items()}  # type: ignore[union-attr]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(state, storage_reader=reader, no_dist=mesh is None)
+    tensors: dict[str, Tensors] = {}
+    for name, tensor in state.items():
+        group, key = name.split("/", 1)
+        tensors.setdefault(group, {})[key] = tensor
+    return tensors
 
 
 def damage(path: Path) -> str | None:

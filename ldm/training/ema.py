@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ldm.training.sharding import whole
+
 
 class EMA:
     """Averages a module's parameters in float32, with a decay that warms up: min(decay, (1 + n) / (10 + n))."""
@@ -22,16 +24,17 @@ class EMA:
         torch._foreach_lerp_(list(self.shadow.values()), live, 1 - decay)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The module holds the averaged weights inside the `with`, and its own again afterwards."""
-        own = {name: p.detach().clone() for name, p in self.module.named_parameters()}
-        self._copy(self.shadow)
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """`module`, the own one or its whole twin, holds the averages inside the `with`, and its weights afterwards."""
+        own = {name: p.detach().clone() for name, p in module.named_parameters()}
+        _copy(self.shadow, module)
         try:
             yield
         finally:
-            self._copy(own)
+            _copy(own, module)
 
-    @torch.no_grad()
-    def _copy(self, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self.module.named_parameters():
-            parameter.copy_(weights[name])
+
+@torch.no_grad()
+def _copy(weights: dict[str, Tensor], module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.copy_(whole(weights[name]))

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -24,6 +25,7 @@ from accelerate.utils import (
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import ScriptConfig, changes, write_yaml
@@ -33,6 +35,7 @@ from ldm.training import checkpoint
 from ldm.training.ema import EMA
 from ldm.training.health import Health
 from ldm.training.logs import Logs
+from ldm.training.sharding import sharded, whole
 from ldm.weights import fill
 
 Batch = Mapping[str, Any]
@@ -67,6 +70,8 @@ class TrainingConfig(ScriptConfig):
     """decay of the averaged weights, which validation, samples and the final model use"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
+    shard: bool = False
+    """split weights, averages and the optimizer's state over the processes (FSDP2): less memory, more traffic"""
     workers: int = Field(0, ge=0)
     """processes that load data"""
     timeout: int = Field(1800, ge=1)
@@ -220,18 +225,35 @@ class Trainer:
         self.identity = {"seed": config.seed, "batch_size": config.batch_size, **identity}
         self.folder = config.run / "checkpoints"
         self.step = 0
+        self.mesh = self._mesh()
+        layout = torch.contiguous_format if config.shard else torch.channels_last  # FSDP2 takes no other
         for player in players:
-            player.module.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.modules = {p.name: p.module for p in players}
-        self.optimizers = {p.name: accelerator.prepare_optimizer(self._optimizer(p.module)) for p in players}
-        self.ema = {p.name: EMA(p.module, config.ema) for p in players}
+            player.module.to(accelerator.device, memory_format=layout)  # type: ignore[call-overload]
+        self.modules = {p.name: sharded(p.module, self.mesh) if self.mesh else p.module for p in players}
+        self.optimizers = {
+            name: accelerator.prepare_optimizer(self._optimizer(module)) for name, module in self.modules.items()
+        }
+        self.ema = {name: EMA(module, config.ema) for name, module in self.modules.items()}
         self.health = {p.name: Health(limit=config.max_skipped) for p in players}
         self._resume_or_start()
-        self.prepared = {p.name: accelerator.prepare_model(p.module) for p in players}
+        self.prepared = {
+            name: accelerator.prepare_model(module, evaluation_mode=self.mesh is not None)  # without DDP around it
+            for name, module in self.modules.items()
+        }
         self.stop_signal: int | None = None
         self.launcher = os.getppid() if _launched() else None
         self.samples_of: Callable[[int], list[int]] = lambda step: []
         self.report: dict[str, Tensor] = {}
+
+    def _mesh(self) -> DeviceMesh | None:
+        """All processes in a row, if they share out the weights."""
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("accelerate's own FSDP is not used here: launch without --use_fsdp and pass --shard")
+        if not self.config.shard or self.accelerator.num_processes == 1:
+            return None
+        if self.accelerator.scaler is not None:
+            raise ValueError("shard: not with fp16, whose scaled gradients it does not share; take bf16")
+        return init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
 
     def _optimizer(self, module: nn.Module) -> torch.optim.AdamW:
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -284,7 +306,7 @@ class Trainer:
                 self.accelerator.backward(terms["loss"] / len(rounds))
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach() / len(rounds)
-        norm = self.accelerator.clip_grad_norm_(module.parameters(), self.config.max_norm)
+        norm = whole(self.accelerator.clip_grad_norm_(module.parameters(), self.config.max_norm))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         # With fp16 the scaler skips steps whose gradient overflows, which is how it finds its scale.
@@ -343,15 +365,19 @@ class Trainer:
 
     def _with_averages(self, action: Callable[[], Any]) -> None:
         """Run on the main process with the averaged weights in place, in eval mode."""
-        if self.accelerator.is_main_process:
-            with ExitStack() as stack:
-                for player in self.players:
-                    stack.enter_context(self.ema[player.name].applied())
-                    player.module.eval()
+        with ExitStack() as stack:
+            for player in self.players:
+                if self.accelerator.is_main_process:
+                    player.module.to(self.accelerator.device)  # it waits on the CPU where weights are split
+                stack.enter_context(self.ema[player.name].applied(player.module))
+                player.module.eval()
+            if self.accelerator.is_main_process:
                 with torch.no_grad():
                     action()
-            for player in self.players:
-                player.module.train()
+        for player in self.players:
+            player.module.train()
+            if self.mesh:
+                player.module.to("cpu" if self.accelerator.is_main_process else "meta")
         self.accelerator.wait_for_everyone()
         self.logs.restart_clock(self.step)
 
@@ -367,24 +393,28 @@ class Trainer:
 
     def _save(self) -> None:
         self._check_health()
-        if self.accelerator.is_main_process:
-            tensors: dict[str, checkpoint.Tensors] = {}
-            for name, module in self.modules.items():
-                tensors[name] = module.state_dict()
-                tensors[f"{name}_ema"] = self.ema[name].shadow
-                tensors[f"{name}_optimizer"] = checkpoint.optimizer_tensors(self.optimizers[name], _trained(module))
-            progress: dict[str, Any] = {"identity": self.identity}
-            progress["skipped"] = {name: health.skipped for name, health in self.health.items()}
-            if self.accelerator.scaler is not None:  # fp16
-                progress["scaler"] = self.accelerator.scaler.state_dict()
-            checkpoint.save_checkpoint(self.folder, self.step, tensors, progress, keep=self.config.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+        tensors: dict[str, checkpoint.Tensors] = {}
+        for name, module in self.modules.items():
+            tensors[name] = module.state_dict()
+            tensors[f"{name}_ema"] = self.ema[name].shadow
+            tensors[f"{name}_optimizer"] = checkpoint.optimizer_tensors(self.optimizers[name], _trained(module))
+        progress: dict[str, Any] = {"identity": self.identity}
+        progress["skipped"] = {name: health.skipped for name, health in self.health.items()}
+        if self.accelerator.scaler is not None:  # fp16
+            progress["scaler"] = self.accelerator.scaler.state_dict()
+        kept, parts = self.config.keep_checkpoints, self.mesh is not None
+        checkpoint.save_checkpoint(
+            self.folder, self.step, tensors, progress, keep=kept, on_main=self._on_main, parts=parts
+        )
         self.logs.restart_clock(self.step)
 
     def _resume_or_start(self) -> None:
         config = self.config
         if config.resume:
-            self._restore(self._found(config.resume))
+            path, damaged = self._on_main(lambda: checkpoint.resolve(str(config.resume), self.folder))
+            for line in damaged:
+                self.accelerator.print(f"{line}; going on from the one before")
+            self._restore(path)
         elif (found := checkpoint.latest(self.folder)) is not None:
             raise ValueError(
                 f"{config.run} already holds {found.name}: go on with --resume latest, or choose another --run"
@@ -402,25 +432,22 @@ class Trainer:
         }
         self.accelerator.init_trackers("ldm", init_kwargs=settings)
 
-    def _found(self, resume: str) -> Path:
-        """The checkpoint to resume from, which the main process chooses for all."""
-        choice: list[Any] = [None]
+    def _on_main(self, action: Callable[[], Any]) -> Any:
+        """Do something on the main process; its result, or its ValueError, is that of all."""
+        result: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:
-                path, damaged = checkpoint.resolve(resume, self.folder)
-                for line in damaged:
-                    self.accelerator.print(f"{line}; going on from the one before")
-                choice = [path]
+                result = [action()]
             except ValueError as error:
-                choice = [error]
-        found = broadcast_object_list(choice)[0]
-        if isinstance(found, ValueError):
-            raise found
-        return found
+                result = [error]
+        result = broadcast_object_list(result)
+        if isinstance(result[0], ValueError):
+            raise result[0]
+        return result[0]
 
     def _restore(self, path: Path) -> None:
         groups = [group for name in self.modules for group in (name, f"{name}_ema", f"{name}_optimizer")]
-        tensors, progress = checkpoint.load_checkpoint(path, groups)
+        tensors, progress = checkpoint.load_checkpoint(path, groups, self.mesh)
         for key, value in self.identity.items():
             before = progress["identity"].get(key)
             if before != value:
@@ -432,7 +459,8 @@ class Trainer:
                 f"{path} is at step {progress['step']}, past the {self.config.steps} steps asked for (--steps)"
             )
         for name, module in self.modules.items():
-            fill(module, tensors[name], path)
+            buffers = {key: whole(tensors[name][key]) for key, _ in module.named_buffers() if key in tensors[name]}
+            fill(module, tensors[name] | buffers, path)
             checkpoint.restore_optimizer(self.optimizers[name], _trained(module), tensors[f"{name}_optimizer"])
             for key, value in tensors[f"{name}_ema"].items():
                 self.ema[name].shadow[key].copy_(value)
