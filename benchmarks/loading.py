@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.data import CaptionedImages, DataConfig, collate
 from ldm.data.images import open_images
 from ldm.data.order import Order, permutation
-from ldm.data.shards import INDEX, Index, LatentShards, made_with, save_shard, shards_of
+from ldm.data.shards import INDEX, Index, LatentShards, Layout, made_with, save_shard, shards_of
 
 ROOT = Path(__file__).parents[1]
 PHOTOS, ROWS, SHARD, MANY, BATCH = 600, 16_384, 4_096, 10_000_000, 256
@@ -98,7 +98,7 @@ def worker_memory(data: Dataset[Any]) -> float:
 
 def first_batch(folder: Path, made: str) -> float:
     """Seconds to the first shuffled batch of ten million rows; of 2,442 files those are there that it takes from."""
-    names = [name for name, _, _ in shards_of("train", MANY, variants=1, shard_size=SHARD)]
+    names = [name for name, _, _ in shards_of("train", Layout(MANY, SHARD), variants=1)]
     order = Order(MANY, seed=0, batch_size=BATCH)
     wanted = {names[i // SHARD] for i in order.indices(0)}
     for name in wanted:
@@ -129,7 +129,7 @@ def main() -> None:
         found["images_per_second"] = {w: round(rate(data, w, count=512, batch=32), 1) for w in range(cores + 1)}
         found["worker_mib"] = round(worker_memory(data), 1)
         made = made_with(index(folder / "latents", ROWS).identity)
-        for shard_name, _, rows in shards_of("train", ROWS, variants=1, shard_size=SHARD):
+        for shard_name, _, rows in shards_of("train", Layout(ROWS, SHARD), variants=1):
             shard(folder / "latents" / shard_name, made, len(rows))
         found["latent_row_kib"] = round(
             sum(p.stat().st_size for p in (folder / "latents").glob("*.safetensors")) / ROWS / 1024, 2

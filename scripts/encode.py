@@ -13,7 +13,7 @@ from ldm.config import ScriptConfig, errors_for_people, parse, write_whole
 from ldm.data import DataConfig, open_dataset
 from ldm.data.order import Key
 from ldm.data.shapes import Split
-from ldm.data.shards import INDEX, WORDS, Index, is_whole, made_with, shards_of, write_shard
+from ldm.data.shards import INDEX, WORDS, Index, Layout, is_whole, made_with, save_groups, shards_of, write_shard
 from ldm.folders import newest
 from ldm.pipeline import identity_of_latents, load_vae, words_in
 from ldm.text import TextConfig, TextEncoder
@@ -53,8 +53,8 @@ def encode(config: Encode) -> Path:
     accelerator.print(sets["train"].describe())
     jobs = [
         (split, *shard)
-        for split in SPLITS
-        for shard in shards_of(split, len(sets[split]), variants=config.variants, shard_size=config.shard_size)
+        for split, data in sets.items()
+        for shard in shards_of(split, Layout(len(data), config.shard_size, data.groups), variants=config.variants)
     ]
     config.out.mkdir(parents=True, exist_ok=True)
     missing = [job for job in jobs if not is_whole(config.out / job[1], made)]
@@ -77,6 +77,7 @@ def encode(config: Encode) -> Path:
             shard_size=config.shard_size,
             variants=config.variants,
             rows={split: len(sets[split]) for split in SPLITS},
+            groups_sha256=save_groups(config.out, sets["train"].groups),
             shown=[sets["test"].caption(Key(i, 0, i)) for i in range(min(64, len(sets["test"])))],
         )
         write_whole(config.out / WORDS, "\n".join(words_in(sets["train"].captions)))

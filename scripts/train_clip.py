@@ -30,6 +30,8 @@ def train(config: TrainCLIP) -> Path:
         raise ValueError(
             "accumulate: the contrastive loss compares all images of a batch; leave it at 1 for train_clip"
         )
+    if config.data.bucket_step:
+        raise ValueError("data.bucket_step: the image tower takes squares; leave it at 0 for train_clip")
     accelerator = make_accelerator(config)
     data, held_out = (open_dataset(config.data, split, seed=config.seed) for split in ("train", "test"))
     accelerator.print(data.describe())

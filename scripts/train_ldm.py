@@ -57,8 +57,11 @@ class TrainLDM(TrainingConfig):
 
 def train(config: TrainLDM) -> Path:
     """Build the stage and run it; returns the model folder."""
-    if config.cache_latents and config.data.flip:
+    in_memory = config.cache_latents and config.latents is None
+    if in_memory and config.data.flip:
         raise ValueError("data.flip: cached latents can not be mirrored; add --no-cache-latents, or --data.no-flip")
+    if in_memory and config.data.bucket_step:
+        raise ValueError("data.bucket_step: cached latents are of one shape; add --no-cache-latents, or use encode.py")
     accelerator = make_accelerator(config)
     device = accelerator.device
     vae_folder = find_autoencoder(config)
@@ -66,6 +69,7 @@ def train(config: TrainLDM) -> Path:
     text = load_text(config)
     accelerator.print(f"autoencoder: {vae_folder or 'none'}; text: {described(text)}")
     check_widths(config, vae, text)
+    config.data.check_buckets(config.unet.factor * (vae.config.factor if vae else 1))
     data, held_out, words = open_data(config, vae_folder, text, accelerator.print)
     unet = UNet(config.unet, gradient_checkpointing=config.gradient_checkpointing)
     process = Process(config.process)
@@ -78,11 +82,17 @@ def train(config: TrainLDM) -> Path:
     fixed = collate(first_samples(held_out, 64))
     shown = held_out.index.shown if isinstance(held_out, LatentShards) else fixed["caption"]
     source: Dataset[Any] = data
-    if config.cache_latents and vae and isinstance(data, CaptionedImages):
+    if in_memory and vae and isinstance(data, CaptionedImages):
         accelerator.print(
             "latents: encoded once, with one crop of each image (--no-cache-latents: a new one each time)"
         )
         source = LatentCache(data, vae.encode, device=device, progress=accelerator.is_main_process)
+
+    def shape_of(batch: Batch) -> tuple[int, ...]:
+        """(c, h, w) of what is noised."""
+        if vae is None or "mean" in batch:
+            return tuple(batch["mean" if vae else "image"].shape[1:])
+        return vae.config.latent_shape(batch["image"])
 
     def latents(batch: Batch, noise: Tensor) -> Tensor:
         if vae is None:
@@ -107,11 +117,12 @@ def train(config: TrainLDM) -> Path:
         return (answer.float() - process.target(z, noise, t)).square().flatten(1).mean(1)
 
     def loss(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        z = latents(batch, draws.normal("latent", shape))
+        own = shape_of(batch)
+        z = latents(batch, draws.normal("latent", own))
         positions = torch.tensor(draws.positions, device=z.device)
         t = process.draw_times(draws.uniform("time"), positions, draws.batch_size)
         dropped = draws.uniform("dropout") < config.caption_dropout
-        error = errors(module, z, batch, draws.normal("noise", shape), t, dropped)
+        error = errors(module, z, batch, draws.normal("noise", own), t, dropped)
         return {"loss": (process.weight(t) * error).mean()}
 
     def validate() -> dict[str, float]:
@@ -153,6 +164,7 @@ def train(config: TrainLDM) -> Path:
             collate=collate,
             hooks=Hooks(validate=validate, sample=sample, save_model=pipeline.save, check=check),
             identity=identity,
+            groups=data.groups,
         )
     finally:
         accelerator.print("\n".join(one.report() for one in (data, held_out) if isinstance(one, CaptionedImages)))

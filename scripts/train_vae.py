@@ -33,7 +33,8 @@ class TrainVAE(TrainingConfig):
 
 def train(config: TrainVAE) -> Path:
     """Build the stage and run it; returns the model folder."""
-    side = config.vae.latent_size(config.data.size)
+    config.vae.latent_size(config.data.size)
+    config.data.check_buckets(config.vae.factor)
     if config.data.channels != config.vae.image_channels:
         raise ValueError(f"data.channels {config.data.channels} is not vae.image_channels {config.vae.image_channels}")
     accelerator = make_accelerator(config)
@@ -41,12 +42,12 @@ def train(config: TrainVAE) -> Path:
     accelerator.print(data.describe())
     vae = VAE(config.vae, gradient_checkpointing=config.gradient_checkpointing)
     if vae.linear is not None:  # a resumed run overwrites this with what it had learned
-        vae.linear.fit(torch.cat(list(image_batches(data, count=2048))))
+        vae.linear.fit(torch.cat(list(image_batches(data.squares(), count=2048))))
     fixed = collate(first_samples(held_out, 64))["image"]
-    shape = (config.vae.latent_channels, side, side)
 
     def loss(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        output, posterior = module(batch["image"], draws.normal("latent", shape))
+        noise = draws.normal("latent", config.vae.latent_shape(batch["image"]))
+        output, posterior = module(batch["image"], noise)
         return vae_loss(batch["image"], output, posterior, config.loss)
 
     def reconstruct(images: Tensor) -> Tensor:
@@ -64,7 +65,8 @@ def train(config: TrainVAE) -> Path:
         return pictures.grid(to_images(pairs), columns=8)
 
     def save_model(folder: Path) -> None:
-        measure_latents(vae, (images.to(accelerator.device) for images in image_batches(data, count=4096)))
+        batches = image_batches(data.squares(), count=4096)
+        measure_latents(vae, (images.to(accelerator.device) for images in batches))
         digest = save_weights(vae, folder / "vae.safetensors")
         values = {"data": config.data.to_dict(), "vae": config.vae.to_dict(), "vae_sha256": digest}
         folders.write_model(folder, "vae", values)
@@ -83,6 +85,7 @@ def train(config: TrainVAE) -> Path:
                 check=lambda: data.share_unreadable(total_of(accelerator)),
             ),
             identity={"data": config.data.identity(), "vae": config.vae.to_dict()},
+            groups=data.groups,
         )
     finally:
         accelerator.print(f"{data.report()}\n{held_out.report()}")

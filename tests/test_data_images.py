@@ -399,7 +399,7 @@ def test_grey(mode, color, grey):
     data = encoded(plain(color, mode=mode))
     assert images.decode(data, channels=1).mode == "L"
     assert images.decode(data, channels=1).getpixel((0, 0)) == grey
-    assert images.to_tensor(images.decode(data, channels=1), 8).shape == (1, 8, 8)
+    assert images.to_tensor(images.decode(data, channels=1), (8, 8)).shape == (1, 8, 8)
     if mode != "RGB":
         assert images.decode(data).getpixel((0, 0)) == (grey,) * 3
 
@@ -457,15 +457,15 @@ def test_files_that_are_left_out_are_told(tmp_path):
 
 def test_values_are_minus_one_to_one():
     image = plain((0, 51, 255))
-    pixels = images.to_tensor(image, 8)
+    pixels = images.to_tensor(image, (8, 8))
     assert pixels.dtype == torch.float32 and pixels.shape == (3, 8, 8) and pixels.is_contiguous()
     assert torch.allclose(pixels[:, 3, 3], torch.tensor([-1.0, -0.6, 1.0]))
-    assert torch.equal(images.to_tensor(plain(size=(8, 8)), 8), images.to_tensor(plain(), 8))
+    assert torch.equal(images.to_tensor(plain(size=(8, 8)), (8, 8)), images.to_tensor(plain(), (8, 8)))
 
 
 def test_resizing_is_antialiased():
     board = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
-    assert images.to_tensor(board, 8).abs().max() < 0.1
+    assert images.to_tensor(board, (8, 8)).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -474,7 +474,7 @@ def test_crops(wide):
     image = Image.fromarray(ramp if wide else ramp.T)
 
     def first(offset: int | None) -> float:
-        pixels = images.to_tensor(image, 10, offset=offset)
+        pixels = images.to_tensor(image, (10, 10), images.cut_of(image, (10, 10), offset))
         return ((pixels[0, 0, 0] + 1) * 127.5 / 6).item()
 
     assert first(None) == pytest.approx(15)
@@ -483,7 +483,7 @@ def test_crops(wide):
 
 
 def test_a_strip_is_cut_before_it_is_enlarged():
-    assert images.to_tensor(plain(size=(1, 100_000)), 64).shape == (3, 64, 64)
+    assert images.to_tensor(plain(size=(1, 100_000)), (64, 64)).shape == (3, 64, 64)
 
 
 def test_sizes_tell_how_a_picture_was_cut(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ ALLOWED = {
     "nn": set(),
     "weights": set(),
     "folders": {"config"},
-    "data": {"config", "keyed"},
+    "data": {"config", "keyed", "weights"},
     "vae": {"config", "nn"},
     "unet": {"config", "nn"},
     "text": {"config"},

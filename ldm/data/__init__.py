@@ -1,6 +1,8 @@
 """Where images and captions come from: one data set class over drawn scenes, emoji, folders, tables and the hub."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +17,19 @@ from tyro.conf import arg
 from ldm import keyed
 from ldm.config import Config
 from ldm.data import emoji, shapes
-from ldm.data.images import WHOLE, Encoded, Source, check_split, cut_at, decode, open_images, to_tensor, wordings_of
+from ldm.data.buckets import bucket_sides, choose_buckets
+from ldm.data.images import (
+    WHOLE,
+    Encoded,
+    Source,
+    check_split,
+    cut_of,
+    decode,
+    open_images,
+    shape_of,
+    to_tensor,
+    wordings_of,
+)
 from ldm.data.order import Key
 from ldm.data.shapes import Split
 
@@ -35,6 +49,9 @@ class DataConfig(Config):
     """shapes, pairs, emoji, a folder, a parquet file, or the id `org/name` of a hub data set"""
     size: int = Field(32, ge=8)
     """side of the square images, in pixels"""
+    bucket_step: int = Field(0, ge=0)
+    """0: squares; else training images keep about their shape, with sides that are multiples of this and an area of
+    about size x size, and each step takes images of one shape"""
     channels: Literal[1, 3] = 3
     """3 for colour, 1 for grey"""
     flip: bool = False
@@ -44,6 +61,13 @@ class DataConfig(Config):
     max_unreadable: float = Field(0.01, ge=0, le=1)
     """share of images that may be unreadable, each replaced by another one, before training stops"""
 
+    def check_buckets(self, factor: int) -> None:
+        """ValueError unless networks that divide each side by `factor` can take all buckets."""
+        if self.bucket_step % factor:
+            raise ValueError(
+                f"data.bucket_step {self.bucket_step} is not a multiple of {factor}, by which the networks divide sides"
+            )
+
     def identity(self) -> dict[str, Any]:
         """What decides the samples, which a resumed run must not change."""
         return self.model_dump(mode="json", exclude={"max_unreadable"})
@@ -52,6 +76,7 @@ class DataConfig(Config):
 class CaptionedImages(Dataset[dict[str, Any]]):
     """Images as float32 tensors (c, size, size) in [-1, 1], with a caption each and the sizes that tell how it was cut.
 
+    With buckets a training image has the sides of its bucket, `sides[groups[index]]`; `groups` is None for squares.
     Crop, flip and wording of a training sample depend on (seed, epoch, index) alone; a test sample has the centre crop
     and the first wording. An image that can not be read is replaced by another one of the set, the same at every call.
     """
@@ -63,6 +88,11 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         self._bad = torch.zeros(len(source.images), dtype=torch.bool).share_memory_()
         self._shared = 0  # how many of them all processes know
         self._check_readable()
+        self.sides, self.groups = [(config.size, config.size)], None
+        if config.bucket_step and self.training:
+            with ThreadPoolExecutor() as pool:
+                shapes_of_all = list(pool.map(self._shape, range(len(self))))
+            self.sides, self.groups = choose_buckets(shapes_of_all, bucket_sides(config.size, config.bucket_step))
 
     def __len__(self) -> int:
         return len(self.source.images)
@@ -74,7 +104,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
             except ValueError:
                 self._note_bad(index)
                 continue
-            return {**self._cut(image, key), "caption": self._wording(index, key)}
+            return {**self._cut(image, key, self._sides(key.index)), "caption": self._wording(index, key)}
         raise ValueError(f"{self.config.source}: {TRIES} images in a row can not be read, {self._remedy()}")
 
     def caption(self, key: Key) -> str:
@@ -107,7 +137,24 @@ class CaptionedImages(Dataset[dict[str, Any]]):
 
     def describe(self) -> str:
         """One line on what was found."""
-        return f"{self.source.description}; {len(self):,} in the {self._split} split"
+        found = f"{self.source.description}; {len(self):,} in the {self._split} split"
+        if self.groups is None:
+            return found
+        counts = self.groups.bincount(minlength=len(self.sides)).tolist()
+        listed = ", ".join(f"{w} x {h}: {n:,}" for (h, w), n in zip(self.sides, counts, strict=True))
+        return f"{found}; width x height: images, {listed}"
+
+    def squares(self) -> "CaptionedImages":
+        """The same images, cut to squares: where a batch holds images of any shape."""
+        other = copy(self)
+        other.sides, other.groups = [(self.config.size, self.config.size)], None
+        return other
+
+    def _shape(self, index: int) -> tuple[int, int]:
+        try:
+            return shape_of(self.source.images[index])
+        except ValueError:
+            return 1, 1
 
     def _decode(self, index: int) -> Image.Image:
         image = self.source.images[index]
@@ -118,17 +165,20 @@ class CaptionedImages(Dataset[dict[str, Any]]):
     def _draw(self, stream: str, key: Key) -> int:
         return keyed.key(self.seed, stream, key.epoch, key.index)
 
-    def _cut(self, image: Image.Image, key: Key) -> dict[str, Tensor]:
+    def _sides(self, index: int) -> tuple[int, int]:
+        return self.sides[0 if self.groups is None else int(self.groups[index])]
+
+    def _cut(self, image: Image.Image, key: Key, sides: tuple[int, int]) -> dict[str, Tensor]:
         """The image and its sizes (6,): height and width before, top and left of the cut, height and width after."""
-        size = self.config.size
-        square = image.width == image.height
-        offset = self._draw("crop", key) if self.training and not square else None
-        pixels, corner = to_tensor(image, size, offset=offset), cut_at(image, offset)
+        same = image.width * sides[0] == image.height * sides[1]  # shape: nothing is cut off
+        offset = self._draw("crop", key) if self.training and not same else None
+        cut = cut_of(image, sides, offset)
+        pixels, left = to_tensor(image, sides, cut), float(cut.left)
         if self.config.flip and self.training and self._draw("flip", key) % 2:
-            pixels, corner = pixels.flip(-1), (image.width - min(image.size) - corner[0], corner[1])
-        left, top = (round(place * size / min(image.size)) for place in corner)
+            pixels, left = pixels.flip(-1), image.width - cut.width - left
+        corner = [round(place * sides[0] / cut.height) for place in (cut.top, left)]
         width, height = image.info.get(WHOLE, image.size)
-        return {"image": pixels, "sizes": torch.tensor([height, width, top, left, size, size])}
+        return {"image": pixels, "sizes": torch.tensor([height, width, *corner, *sides])}
 
     def _wording(self, index: int, key: Key) -> str:
         entry = self.source.captions[index]

@@ -1,4 +1,4 @@
-"""Images that people have: folders, parquet files and hub data sets, found, read, decoded and cut to squares."""
+"""Images that people have: folders, parquet files and hub data sets, found, read, decoded and cut."""
 
 import csv
 import io
@@ -8,14 +8,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from ldm import keyed
+from ldm.data.buckets import Sides
 from ldm.data.shapes import Split
 
 if TYPE_CHECKING:
@@ -359,20 +360,48 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image
 
 
-def cut_at(image: Image.Image, offset: int | None) -> tuple[int, int]:
-    """Left and top of the square of the shorter side that `to_tensor` takes."""
-    slack = max(image.size) - min(image.size)
-    start = slack // 2 if offset is None else offset % (slack + 1)
-    return (start, 0) if image.width > image.height else (0, start)
+def shape_of(data: Encoded | Image.Image) -> Sides:
+    """Height and width of an upright image, from the head of its file; a square for a file that can not be read."""
+    if isinstance(data, Image.Image):
+        return data.height, data.width
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
+            told = image.getexif() if "exif" in image.info else {}  # else a PNG would be decoded to look for it
+            turned = told.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception:  # damaged files raise errors of many types in Pillow's decoders; `decode` tells which
+        return 1, 1
 
 
-def to_tensor(image: Image.Image, size: int, *, offset: int | None = None) -> Tensor:
-    """A square of the shorter side, made `size` pixels wide with antialiasing: (c, size, size), float32 in [-1, 1].
+class Cut(NamedTuple):
+    """The largest rectangle of some shape in an image, in its pixels."""
 
-    The square is the centre one, or begins at `offset` of the longer side (any number, modulo the places there are).
+    left: int
+    top: int
+    width: float
+    height: float
+
+
+def cut_of(image: Image.Image, sides: Sides, offset: int | None = None) -> Cut:
+    """Where the cut lies that has the shape of `sides` (height, width).
+
+    It is the centre one, or begins at `offset` of the side that is too long (any number, modulo the places there are).
     """
-    if image.size != (size, size):
-        short, (x, y) = min(image.size), cut_at(image, offset)
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + short, y + short))
-    pixels = torch.from_numpy(np.array(image).reshape(size, size, -1)).permute(2, 0, 1)
+    height, width = sides
+    wide = image.width * height > image.height * width
+    across = image.height * width / height if wide else image.width
+    down = image.height if wide else image.width * height / width
+    slack = int(image.width - across if wide else image.height - down)
+    start = slack // 2 if offset is None else offset % (slack + 1)
+    return Cut(start if wide else 0, 0 if wide else start, across, down)
+
+
+def to_tensor(image: Image.Image, sides: Sides, cut: Cut | None = None) -> Tensor:
+    """The cut (the centre one), made as large as `sides` with antialiasing: (c, height, width), float32 in [-1, 1]."""
+    height, width = sides
+    if image.size != (width, height):
+        left, top, across, down = cut or cut_of(image, sides)
+        box = (left, top, left + across, top + down)
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    pixels = torch.from_numpy(np.array(image).reshape(height, width, -1)).permute(2, 0, 1)
     return pixels.contiguous().float().div_(127.5).sub_(1)

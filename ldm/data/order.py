@@ -94,3 +94,36 @@ class Order(Sampler[list[Key]]):
     def _key(self, step: int, position: int) -> Key:
         index, epoch = sample_at(step * self.batch_size + position, size=self.size, seed=self.seed)
         return Key(index, epoch, position)
+
+
+class GroupedOrder(Order):
+    """An order whose every step takes samples of one group.
+
+    An epoch has all samples of all groups, and, in the last step of each group, some of it again. Which samples come
+    together, and which group comes when, is another for each epoch.
+    """
+
+    def __init__(self, groups: Tensor, **order: Any) -> None:
+        """`groups` holds the number of the group of each sample; the rest is that of `Order`."""
+        super().__init__(len(groups), **order)
+        self.groups = groups
+        self.steps = sum(-(-count // self.batch_size) for count in groups.bincount().tolist())  # in an epoch
+        self._drawn: tuple[int, Tensor] = (-1, groups)
+
+    def _key(self, step: int, position: int) -> Key:
+        epoch, number = divmod(step, self.steps)
+        if self._drawn[0] != epoch:
+            self._drawn = epoch, self._batches(epoch)
+        return Key(int(self._drawn[1][number, position]), epoch, position)
+
+    def _batches(self, epoch: int) -> Tensor:
+        """The samples of each step of an epoch: (steps, batch_size)."""
+        order = permutation(self.size, self.seed, epoch)
+        batches = []
+        for group in range(int(self.groups.max()) + 1):
+            own = order[self.groups[order] == group]
+            if len(own):
+                filled = own[torch.arange(-(-len(own) // self.batch_size) * self.batch_size) % len(own)]
+                batches.append(filled.view(-1, self.batch_size))
+        every = torch.cat(batches)
+        return every[torch.randperm(len(every), generator=keyed.generator(self.seed, "groups", epoch))]

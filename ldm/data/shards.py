@@ -2,19 +2,21 @@
 
 A folder holds index.json, words.txt and SPLIT-VARIANT-NUMBER.safetensors. A variant is one crop and flip of every
 image: variant v of n is what epochs v, v + n, ... would have cut. Each file tells its name and what it was made with,
-and each row has a checksum: a row that is read is a row that was written, and no file need be read whole for it.
+and each row has a checksum: a row that is read is a row that was written, and no file need be read whole for it. Where
+images have buckets, a file holds images of one bucket, and buckets.safetensors tells the bucket of each image.
 """
 
+import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -23,8 +25,9 @@ from ldm.config import Config
 from ldm.data import CaptionedImages, collate
 from ldm.data.order import Key
 from ldm.data.shapes import Split
+from ldm.weights import sha256
 
-INDEX, WORDS = "index.json", "words.txt"
+INDEX, WORDS, GROUPS = "index.json", "words.txt", "buckets.safetensors"
 OPEN = 64  # files that a process keeps open
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # images -> mean and log-variance of their latents
 Tokenize = Callable[[list[str]], Tensor]  # captions -> (n, length) ids
@@ -41,6 +44,8 @@ class Index(Config):
     rows: dict[Split, int]
     shown: list[str]
     """the first captions of the test split, for sample grids"""
+    groups_sha256: str | None = None
+    """hash of buckets.safetensors, where images have buckets"""
 
 
 def made_with(identity: dict[str, Any]) -> str:
@@ -48,17 +53,58 @@ def made_with(identity: dict[str, Any]) -> str:
     return str(keyed.key(json.dumps(identity, sort_keys=True)))
 
 
-def shards_of(split: Split, rows: int, *, variants: int, shard_size: int) -> list[tuple[str, int, range]]:
+class Layout:
+    """Which rows stand in which file: in their order, `shard_size` in each, and no two groups in one."""
+
+    def __init__(self, rows: int, shard_size: int, groups: Tensor | None = None) -> None:
+        self.rows, self.shard_size = rows, shard_size
+        self._order: Tensor | None = None
+        self._firsts, counts = [0], [rows]  # of each group: its first file, its rows
+        if groups is not None:
+            self._order, self._groups, counts = groups.argsort(stable=True), groups, groups.bincount().tolist()
+            self._rank = torch.empty_like(self._order)  # of each row in its group
+            starts = torch.tensor([0, *itertools.accumulate(counts[:-1])])
+            self._rank[self._order] = torch.arange(rows) - starts[groups[self._order]]
+        for count in counts[:-1]:
+            self._firsts.append(self._firsts[-1] - (-count // shard_size))
+        self._counts = counts
+
+    def files(self) -> list[Sequence[int]]:
+        """The rows of each file."""
+        starts = itertools.accumulate(self._counts[:-1], initial=0)
+        spans = [
+            range(first, min(first + self.shard_size, start + count))
+            for start, count in zip(starts, self._counts, strict=True)
+            for first in range(start, start + count, self.shard_size)
+        ]
+        return [span if self._order is None else self._order[span.start : span.stop].tolist() for span in spans]
+
+    def place(self, row: int) -> tuple[int, int]:
+        """The number of a row's file, and its place there."""
+        if self._order is None:
+            return divmod(row, self.shard_size)
+        number, place = divmod(int(self._rank[row]), self.shard_size)
+        return self._firsts[int(self._groups[row])] + number, place
+
+
+def shards_of(split: Split, layout: Layout, *, variants: int) -> list[tuple[str, int, Sequence[int]]]:
     """Name, variant and rows of every file of a split."""
     return [
-        (f"{split}-{variant:03}-{number:06}.safetensors", variant, range(first, min(first + shard_size, rows)))
+        (f"{split}-{variant:03}-{number:06}.safetensors", variant, rows)
         for variant in range(variants if split == "train" else 1)
-        for number, first in enumerate(range(0, rows, shard_size))
+        for number, rows in enumerate(layout.files())
     ]
 
 
 def write_shard(
-    path: Path, data: CaptionedImages, variant: int, rows: range, *, encode: Encode, tokenize: Tokenize, made: str
+    path: Path,
+    data: CaptionedImages,
+    variant: int,
+    rows: Sequence[int],
+    *,
+    encode: Encode,
+    tokenize: Tokenize,
+    made: str,
 ) -> None:
     """Encode some rows and write them; `made` is the hash of what decides them."""
     columns: dict[str, list[Tensor]] = {"mean": [], "deviation": [], "sizes": [], "ids": [], "wordings": []}
@@ -84,6 +130,16 @@ def save_shard(path: Path, tensors: dict[str, Tensor], made: str) -> None:
     beside = path.with_name(f".{path.name}")
     save_file({**tensors, "checksum": torch.tensor(sums)}, beside, {"name": path.name, "made": made})
     beside.replace(path)
+
+
+def save_groups(folder: Path, groups: Tensor | None) -> str | None:
+    """Write the group of each row of the train split, where there are groups; returns the hash of the file."""
+    if groups is None:
+        return None
+    beside = folder / f".{GROUPS}"
+    save_file({"groups": groups.short()}, beside)
+    beside.replace(folder / GROUPS)
+    return sha256(folder / GROUPS)
 
 
 def is_whole(path: Path, made: str) -> bool:
@@ -132,6 +188,14 @@ class LatentShards(Dataset[dict[str, Any]]):
         self.folder, self.split, self.seed = folder, split, seed
         self.index = read_index(folder)
         self.made = made_with(self.index.identity)
+        self.groups = self._read_groups() if split == "train" and self.index.groups_sha256 else None
+        self._layout = Layout(self.index.rows[split], self.index.shard_size, self.groups)
+
+    def _read_groups(self) -> Tensor:
+        path = self.folder / GROUPS
+        if not path.is_file() or sha256(path) != self.index.groups_sha256:
+            raise ValueError(f"{path} is missing or damaged: run scripts/encode.py again, which keeps what is whole")
+        return load_file(path)["groups"].long()
 
     def __len__(self) -> int:
         return self.index.rows[self.split]
@@ -139,7 +203,7 @@ class LatentShards(Dataset[dict[str, Any]]):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         training = self.split == "train"
         variant = key.epoch % self.index.variants if training else 0
-        number, row = divmod(key.index, self.index.shard_size)
+        number, row = self._layout.place(key.index)
         path = self.folder / f"{self.split}-{variant:03}-{number:06}.safetensors"
         try:
             found = read_row(_opened(path, self.made), row)
@@ -175,6 +239,6 @@ def _opened(path: Path, made: str) -> dict[str, Any]:
     return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
 
 
-def _batches(data: CaptionedImages, variant: int, rows: range, size: int = 64) -> Iterator[Any]:
-    for first in range(rows.start, rows.stop, size):
-        yield collate([data[Key(row, variant, row)] for row in range(first, min(first + size, rows.stop))])
+def _batches(data: CaptionedImages, variant: int, rows: Sequence[int], size: int = 64) -> Iterator[Any]:
+    for first in range(0, len(rows), size):
+        yield collate([data[Key(row, variant, row)] for row in rows[first : first + size]])

@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import ScriptConfig, changes, write_yaml
-from ldm.data.order import Key, Order
+from ldm.data.order import GroupedOrder, Key, Order
 from ldm.keyed import Draws
 from ldm.training import checkpoint
 from ldm.training.ema import EMA
@@ -161,22 +161,24 @@ def fit(
     collate: Callable[[list[Any]], Batch],
     hooks: Hooks,
     identity: dict[str, Any],
+    groups: Tensor | None = None,
 ) -> Path:
     """Train until `config.steps`, or a signal, and return the folder of the finished model.
 
+    With `groups`, the number of the group of each sample, all samples of a step are of one group.
     `identity` is what a checkpoint must agree on to be resumed: whatever decides the data, their order and the model.
     ValueError: nothing to resume, a run folder in use, a checkpoint of another run, a loss that is not finite.
     """
     trainer = Trainer(config, accelerator, players, hooks, identity)
-    order = Order(
-        len(data),  # type: ignore[arg-type]
-        seed=config.seed,
-        batch_size=config.batch_size,
-        start=trainer.step,
-        accumulate=config.accumulate,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
+    cut = {
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "start": trainer.step,
+        "accumulate": config.accumulate,
+        "rank": accelerator.process_index,
+        "world": accelerator.num_processes,
+    }
+    order = Order(len(data), **cut) if groups is None else GroupedOrder(groups, **cut)  # type: ignore[arg-type]
     trainer.samples_of = order.indices
     loader = DataLoader(
         KeyedDataset(data),

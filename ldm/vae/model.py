@@ -50,6 +50,11 @@ class VAEConfig(Config):
             raise ValueError(f"image size {size} is not a multiple of {self.factor}, the VAE's factor")
         return size // self.factor
 
+    def latent_shape(self, images: Tensor) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of images (b, c, h, w)."""
+        height, width = (self.latent_size(side) for side in images.shape[-2:])
+        return self.latent_channels, height, width
+
 
 class Posterior(NamedTuple):
     """A diagonal Gaussian over latents; both tensors are (b, c, h, w)."""
