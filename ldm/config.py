@@ -50,7 +50,7 @@ def parse(cls: type[Script], argv: Sequence[str] | None, *, default: Path | None
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        path = _config_flag(args) or default
+        path = config_flag(args) or default
         values = read_yaml(path) if path else {}
         config = cls.from_dict({**values, "config": path}, source=str(path))
         return tyro.cli(cls, args=args, default=config, description=description)
@@ -80,6 +80,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
     return values
+
+
+def config_flag(args: list[str]) -> Path | None:
+    """The file that `--config` names, if it is there."""
+    for position, arg in enumerate(args):
+        if arg.startswith("--config="):
+            return Path(arg.split("=", 1)[1])
+        if arg == "--config" and position + 1 < len(args):
+            return Path(args[position + 1])
+    return None
 
 
 def write_yaml(path: Path, config: Config) -> None:
@@ -114,15 +124,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def _config_flag(args: list[str]) -> Path | None:
-    for position, arg in enumerate(args):
-        if arg.startswith("--config="):
-            return Path(arg.split("=", 1)[1])
-        if arg == "--config" and position + 1 < len(args):
-            return Path(args[position + 1])
-    return None
 
 
 def _exit_message(text: str) -> str:

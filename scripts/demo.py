@@ -13,6 +13,7 @@ from typing import Any
 
 from ldm import figures
 from ldm.config import ScriptConfig, parse
+from ldm.training.machine import GIB, peak_resident
 from ldm.weights import sha256
 
 ROOT = Path(__file__).parents[1]
@@ -67,10 +68,11 @@ def write_report(run: Path, stages: dict[str, Path], seconds: dict[str, float]) 
     before = json.loads(report_file.read_text()) if report_file.is_file() else {"seconds": {}}
     spent = {name: round(max(value, before["seconds"].get(name, 0.0)), 1) for name, value in seconds.items()}
     measures = {name: value for name, value in found.items() if isinstance(value, dict)}
+    memory = max(peak_resident(who) for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
     report: dict[str, Any] = {
         "seconds": spent,
         "total_minutes": round(sum(spent.values()) / 60, 2),
-        "peak_memory_gib": max(round(peak_memory_gib(), 2), before.get("peak_memory_gib", 0.0)),
+        "peak_memory_gib": max(round(memory / GIB, 2), before.get("peak_memory_gib", 0.0)),
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "measures": measures,
         "model_hash": sha256(stages["ldm"] / "model/unet.safetensors")[:10],
@@ -98,12 +100,6 @@ def write_report(run: Path, stages: dict[str, Path], seconds: dict[str, float]) 
         f'  .venv/bin/python scripts/txt2img.py "a large blue star in the center on a red background" --model {model}\n'
         "  .venv/bin/accelerate launch scripts/train_clip.py --config configs/emoji-cpu/clip.yaml"
     )
-
-
-def peak_memory_gib() -> float:
-    """Largest resident memory of any process that the demo ran."""
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)) / unit
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from ldm.data import DataConfig, collate, open_dataset
 from ldm.data.order import first_samples
 from ldm.keyed import Draws
 from ldm.text.contrastive import CLIP, CLIPConfig, clip_loss, retrieval_accuracy
-from ldm.training.loop import Batch, Hooks, Player, TrainingConfig, fit, make_accelerator, total_of
+from ldm.training.loop import Batch, Fit, Hooks, Player, TrainingConfig, fit, make_accelerator, total_of
 
 DEFAULT = Path(__file__).parents[1] / "configs/shapes/clip.yaml"
 
@@ -24,8 +24,8 @@ class TrainCLIP(TrainingConfig):
     clip: CLIPConfig = CLIPConfig()
 
 
-def train(config: TrainCLIP) -> Path:
-    """Build the stage and run it; returns the model folder."""
+def train(config: TrainCLIP, fit: Fit = fit) -> Path:
+    """Build the stage and run it, with `fit` or with what looks at it in its place; returns the model folder."""
     if config.accumulate > 1:
         raise ValueError(
             "accumulate: the contrastive loss compares all images of a batch; leave it at 1 for train_clip"

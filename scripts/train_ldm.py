@@ -21,7 +21,7 @@ from ldm.folders import newest
 from ldm.keyed import Draws, generator
 from ldm.pipeline import Pipeline, conditions, identity_of_latents, initial_noise, load_vae, to_images, words_in
 from ldm.text import Text, TextConfig, TextEncoder, joined
-from ldm.training.loop import Batch, Hooks, Player, TrainingConfig, fit, make_accelerator, total_of
+from ldm.training.loop import Batch, Fit, Hooks, Player, TrainingConfig, fit, make_accelerator, total_of
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, Posterior
 from ldm.weights import sha256
@@ -55,8 +55,8 @@ class TrainLDM(TrainingConfig):
     """guidance scale of the sample grid; txt2img takes it as its default for this model"""
 
 
-def train(config: TrainLDM) -> Path:
-    """Build the stage and run it; returns the model folder."""
+def train(config: TrainLDM, fit: Fit = fit) -> Path:
+    """Build the stage and run it, with `fit` or with what looks at it in its place; returns the model folder."""
     in_memory = config.cache_latents and config.latents is None
     if in_memory and config.data.flip:
         raise ValueError("data.flip: cached latents can not be mirrored; add --no-cache-latents, or --data.no-flip")

@@ -13,7 +13,7 @@ from ldm.data import DataConfig, collate, open_dataset
 from ldm.data.order import first_samples, image_batches
 from ldm.keyed import Draws
 from ldm.pipeline import to_images
-from ldm.training.loop import Batch, Hooks, Player, TrainingConfig, fit, make_accelerator, total_of
+from ldm.training.loop import Batch, Fit, Hooks, Player, TrainingConfig, fit, make_accelerator, total_of
 from ldm.vae import VAE, VAEConfig
 from ldm.vae.losses import VAELossConfig, psnr, ssim, vae_loss
 from ldm.vae.statistics import measure_latents
@@ -31,8 +31,8 @@ class TrainVAE(TrainingConfig):
     loss: VAELossConfig = VAELossConfig()
 
 
-def train(config: TrainVAE) -> Path:
-    """Build the stage and run it; returns the model folder."""
+def train(config: TrainVAE, fit: Fit = fit) -> Path:
+    """Build the stage and run it, with `fit` or with what looks at it in its place; returns the model folder."""
     config.vae.latent_size(config.data.size)
     config.data.check_buckets(config.vae.factor)
     if config.data.channels != config.vae.image_channels:

@@ -35,6 +35,11 @@ def train(stage: str, run: Path, *flags: str) -> Path:
     return run / "model"
 
 
+def examine(stage: str, run: Path, *flags: str) -> None:
+    """Run the doctor in this process on the tiny recipe; its exit status is 1 when something is not well."""
+    importlib.import_module("doctor").main([stage, "--run", str(run), *COMMON.split(), *TINY[stage].split(), *flags])
+
+
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with finished clip, vae and ldm runs."""

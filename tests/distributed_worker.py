@@ -5,21 +5,28 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import train_vae  # noqa: F401
 from conftest import train
 
-from ldm.training.loop import Trainer
+from ldm.data.order import Order
+from ldm.training import doctor
+from ldm.training.loop import Trainer, order_of
+
+Script = Callable[..., object]  # conftest's `train` or `examine`
 
 
 class Harm(NamedTuple):
     """What befalls one process at a step.
 
-    It gets a signal, a gradient that is not finite ("poison"), a minute's sleep ("hang"), or a disk that takes no file
-    of more than a kilobyte ("full").
+    It gets a signal, a gradient that is not finite ("poison"), or that is not what the others have ("apart"), a
+    minute's sleep ("hang"), a disk that takes no file of more than a kilobyte ("full"), or, from the first step on, the
+    samples of the first process ("twin").
     """
 
     what: str
@@ -27,8 +34,10 @@ class Harm(NamedTuple):
     step: int
 
 
-def work(processes: int, stage: str, run: Path, flags: list[str], harm: Harm | None = None) -> None:
-    """Train in the process group that the environment names."""
+def work(
+    processes: int, stage: str, run: Path, flags: list[str], harm: Harm | None = None, script: Script = train
+) -> None:
+    """Train, or look at a training, in the process group that the environment names."""
     with pytest.MonkeyPatch.context() as patch:
         after, player_step = Trainer._after_step, Trainer._player_step
 
@@ -51,10 +60,18 @@ def work(processes: int, stage: str, run: Path, flags: list[str], harm: Harm | N
             if befalls(trainer, "poison", trainer.step + 1):
                 rounds = [(positions, {**batch, "image": batch["image"] * float("nan")}) for positions, batch in rounds]
             player_step(trainer, player, rounds)
+            if befalls(trainer, "apart", trainer.step + 1):
+                next(trainer.modules[player.name].parameters()).grad.add_(1e-3)
+
+        def twin(config, accelerator, data: Any, groups: Any, *, start: int) -> Order:  # type: ignore[no-untyped-def]
+            rank = 0 if harm and harm.what == "twin" else accelerator.process_index
+            first = SimpleNamespace(process_index=rank, num_processes=processes)
+            return order_of(config, first, data, groups, start=start)  # type: ignore[arg-type]
 
         patch.setattr(Trainer, "_after_step", after_step)
         patch.setattr(Trainer, "_player_step", poisoned_step)
-        train(stage, run, *flags)
+        patch.setattr(doctor, "order_of", twin)
+        script(stage, run, *flags)
 
 
 def work_as(rank: int, port: int, said: Path, processes: int, *more) -> None:  # type: ignore[no-untyped-def]

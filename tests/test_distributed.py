@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import train
-from distributed_worker import Harm, work_as
+from distributed_worker import Harm, Script, work_as
 from safetensors.torch import load_file
 from test_training import copy_stages_before, losses, tensors_of
 from torch import Tensor
@@ -191,14 +191,15 @@ def launch(
     *,
     harm: Harm | None = None,
     codes: Sequence[int] | None = None,
+    script: Script = train,
 ) -> str:
-    """What several processes say, all together; their exit codes must be the given ones, or 0.
+    """What several processes say that do what `script` does, all together; their exit codes must be the given, or 0.
 
     When one fails, the others get five seconds to follow before SIGTERM, as a launcher would send.
     """
     port, said = free_port(), [run.parent / f"{run.name}-{rank}.txt" for rank in range(processes)]
     group = [
-        FORKS.Process(target=work_as, args=(rank, port, said[rank], processes, stage, run, list(flags), harm))
+        FORKS.Process(target=work_as, args=(rank, port, said[rank], processes, stage, run, list(flags), harm, script))
         for rank in range(processes)
     ]
     for process in group:

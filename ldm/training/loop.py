@@ -39,6 +39,8 @@ from ldm.training.sharding import sharded, whole
 from ldm.weights import fill
 
 Batch = Mapping[str, Any]
+Batches = Iterator[tuple[list[Key], Batch]]
+Fit = Callable[..., Path]  # `fit`, or what takes its place
 LOST = re.compile("timed? ?out|connection (closed|reset)|peer", re.IGNORECASE)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
@@ -119,7 +121,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         raise ValueError("trackers: wandb is not installed; `pip install wandb` or leave it out")
     folders = ProjectConfiguration(str(config.run), logging_dir=str(config.run / "tensorboard"))
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))
-    accelerator = Accelerator(log_with=list(config.trackers), project_config=folders, kwargs_handlers=[patience])
+    accelerator = Accelerator(
+        log_with=list(config.trackers) or None, project_config=folders, kwargs_handlers=[patience]
+    )
     set_seed(config.seed)  # initial weights; every later draw is keyed
     if accelerator.device.type == "cpu":
         _share_cores()
@@ -170,16 +174,34 @@ def fit(
     ValueError: nothing to resume, a run folder in use, a checkpoint of another run, a loss that is not finite.
     """
     trainer = Trainer(config, accelerator, players, hooks, identity)
+    order = order_of(config, accelerator, data, groups, start=trainer.step)
+    trainer.samples_of = order.indices
+    return trainer.run(batches_of(config, accelerator, data, collate, order))
+
+
+def order_of(
+    config: TrainingConfig, accelerator: Accelerator, data: Dataset[Any], groups: Tensor | None, *, start: int
+) -> Order:
+    """Which samples this process takes from step `start` on."""
     cut = {
         "seed": config.seed,
         "batch_size": config.batch_size,
-        "start": trainer.step,
+        "start": start,
         "accumulate": config.accumulate,
         "rank": accelerator.process_index,
         "world": accelerator.num_processes,
     }
-    order = Order(len(data), **cut) if groups is None else GroupedOrder(groups, **cut)  # type: ignore[arg-type]
-    trainer.samples_of = order.indices
+    return Order(len(data), **cut) if groups is None else GroupedOrder(groups, **cut)  # type: ignore[arg-type]
+
+
+def batches_of(
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    data: Dataset[Any],
+    collate: Callable[[list[Any]], Batch],
+    order: Order,
+) -> Batches:
+    """The micro-batches of this process with the keys of their samples, loaded as the configuration says."""
     loader = DataLoader(
         KeyedDataset(data),
         batch_sampler=order,
@@ -189,7 +211,7 @@ def fit(
         timeout=config.timeout if config.workers else 0,
         pin_memory=accelerator.device.type == "cuda",
     )
-    return trainer.run(iter(loader))
+    return iter(loader)
 
 
 class KeyedDataset(Dataset[tuple[Key, Any]]):
@@ -203,13 +225,13 @@ class KeyedDataset(Dataset[tuple[Key, Any]]):
 
 
 class KeyedCollate:
-    """Collates samples and keeps their positions in the global batch."""
+    """Collates samples and keeps their keys."""
 
     def __init__(self, collate: Callable[[list[Any]], Batch]) -> None:
         self.collate = collate
 
-    def __call__(self, samples: list[tuple[Key, Any]]) -> tuple[list[int], Batch]:
-        return [key.position for key, _ in samples], self.collate([sample for _, sample in samples])
+    def __call__(self, samples: list[tuple[Key, Any]]) -> tuple[list[Key], Batch]:
+        return [key for key, _ in samples], self.collate([sample for _, sample in samples])
 
 
 class Trainer:
@@ -264,43 +286,50 @@ class Trainer:
             trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
 
-    def run(self, batches: Iterator[tuple[list[int], Batch]]) -> Path:
+    def run(self, batches: Batches) -> Path:
         """Take all remaining steps."""
-        config = self.config
-        self.logs = Logs(config.run, self.accelerator, steps=config.steps, start=self.step)
-        try:
+        with self.logging(self.config.steps):
             with self._signals():
-                while self.step < config.steps:
-                    self._train_step(batches)
+                while self.step < self.config.steps:
+                    self.train_step(batches)
                     self._after_step()
                     if self._stopped():
-                        self._save()
+                        self.save()
                         self.logs.say(f"stopped at step {self.step}; continue with --resume latest")
                         raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
             return self._finish()
+
+    @contextmanager
+    def logging(self, steps: int) -> Iterator[None]:
+        """What steps need around them: open logs, and a ValueError when another process is gone."""
+        self.logs = Logs(self.config.run, self.accelerator, steps=steps, start=self.step)
+        try:
+            yield
         except RuntimeError as error:  # of a collective operation; torch has no type for them
             if self.accelerator.num_processes == 1 or not LOST.search(str(error)):
                 raise
             raise ValueError(
-                f"another process did not answer within {config.timeout} s at step {self.step}, or is gone: look at "
-                "what it said; --resume latest goes on from the last checkpoint"
+                f"another process did not answer within {self.config.timeout} s at step {self.step}, or is gone: look "
+                "at what it said; --resume latest goes on from the last checkpoint"
             ) from None
         finally:
             self.logs.close()
 
-    def _train_step(self, batches: Iterator[tuple[list[int], Batch]]) -> None:
+    def train_step(self, batches: Batches) -> None:
+        """One optimizer step of each player; `report` then holds its losses and the norms of its gradients."""
         rounds = [_next(batches) for _ in range(self.config.accumulate)]
         self.report = {}
         for player in self.players:
             self._player_step(player, rounds)
         self.step += 1
 
-    def _player_step(self, player: Player, rounds: list[tuple[list[int], Batch]]) -> None:
+    def _player_step(self, player: Player, rounds: list[tuple[list[Key], Batch]]) -> None:
         module, optimizer = self.prepared[player.name], self.optimizers[player.name]
         optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
-        for number, (positions, batch) in enumerate(rounds):
+        for number, (keys, batch) in enumerate(rounds):
             last = number == len(rounds) - 1
+            positions = [key.position for key in keys]
             draws = Draws(self.config.seed, self.step, positions, self.config.batch_size, self.accelerator.device)
             with nullcontext() if last else self.accelerator.no_sync(module):
                 with self.accelerator.autocast():
@@ -354,18 +383,18 @@ class Trainer:
             self.logs.train(step, values, batch_size=config.batch_size)
         last = step == config.steps
         if step % config.validate_every == 0 or last:
-            self._with_averages(lambda: self.logs.write(step, self.hooks.validate()))
+            self.with_averages(lambda: self.logs.write(step, self.hooks.validate()))
         if step % config.sample_every == 0 or last:
-            self._with_averages(self._sample)
+            self.with_averages(self._sample)
         if step % config.checkpoint_every == 0 or last:
-            self._save()
+            self.save()
 
     def _sample(self) -> None:
         image = self.hooks.sample()
         if image is not None:
             self.logs.picture(self.step, image)
 
-    def _with_averages(self, action: Callable[[], Any]) -> None:
+    def with_averages(self, action: Callable[[], Any]) -> None:
         """Run on the main process with the averaged weights in place, in eval mode."""
         with ExitStack() as stack:
             for player in self.players:
@@ -388,12 +417,13 @@ class Trainer:
 
     def _finish(self) -> Path:
         folder = self.config.run / "model"
-        self._with_averages(lambda: self.hooks.save_model(folder))
+        self.with_averages(lambda: self.hooks.save_model(folder))
         return folder
 
     # Saving and resuming.
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
         self._check_health()
         tensors: dict[str, checkpoint.Tensors] = {}
         for name, module in self.modules.items():
@@ -416,7 +446,7 @@ class Trainer:
             path, damaged = self._on_main(lambda: checkpoint.resolve(str(config.resume), self.folder))
             for line in damaged:
                 self.accelerator.print(f"{line}; going on from the one before")
-            self._restore(path)
+            self.restore(path)
         elif (found := checkpoint.latest(self.folder)) is not None:
             raise ValueError(
                 f"{config.run} already holds {found.name}: go on with --resume latest, or choose another --run"
@@ -447,7 +477,8 @@ class Trainer:
             raise result[0]
         return result[0]
 
-    def _restore(self, path: Path) -> None:
+    def restore(self, path: Path) -> None:
+        """Go back, or on, to a checkpoint; ValueError when it is of another run."""
         groups = [group for name in self.modules for group in (name, f"{name}_ema", f"{name}_optimizer")]
         tensors, progress = checkpoint.load_checkpoint(path, groups, self.mesh)
         for key, value in self.identity.items():
@@ -505,7 +536,7 @@ class Trainer:
         return bool(self.accelerator.reduce(flag, "sum").item())
 
 
-def _next(batches: Iterator[tuple[list[int], Batch]]) -> tuple[list[int], Batch]:
+def _next(batches: Batches) -> tuple[list[Key], Batch]:
     """The next micro-batch; an error of a loading process comes without the traceback that torch wraps it in."""
     try:
         return next(batches)

@@ -1,0 +1,122 @@
+"""What a training step costs: FLOP and memory from a dry run without any numbers, and its time, measured."""
+
+import math
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from ldm.training.machine import synchronize
+
+KEPT = 16  # bytes for a trained parameter between steps: weight, two moments of Adam, average; gradients come on top
+FIRST, TIMED = 2, 3  # steps of a measurement
+
+Build = Callable[[], nn.Module]
+Loss = Callable[[nn.Module, int, torch.device], Tensor]  # of a batch of so many images
+
+
+class Cost(NamedTuple):
+    """What a step of some images needs."""
+
+    parameters: int  # that are trained
+    weights: int  # bytes of all parameters that are not
+    flop: int  # forward and backward
+    live: int  # bytes at the peak of the step, beside weights and Adam's moments: activations and gradients
+
+    def memory(self, processes: int = 1, *, split: bool = False) -> int:
+        """Bytes in each process; `split`: what belongs to parameters is split over them (--shard)."""
+        if split:
+            return (KEPT + 4) * self.parameters // processes + self.live - 4 * self.parameters + self.weights
+        buckets = 4 * self.parameters if processes > 1 else 0  # in which gradients travel
+        return KEPT * self.parameters + buckets + self.live + self.weights
+
+
+class Meter(TorchDispatchMode):
+    """Counts FLOP, and the bytes of tensors that are alive, beside those of `known`.
+
+    torch's FlopCounterMode counts the same FLOP, but its hooks keep tensors alive.
+    """
+
+    def __init__(self, known: nn.Module) -> None:
+        super().__init__()
+        self.flop = self.now = self.peak = 0
+        self.alive = {tensor.untyped_storage()._cdata: 0 for tensor in known.state_dict(keep_vars=True).values()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if count := flop_registry.get(func.overloadpacket):
+            self.flop += count(*args, **kwargs, out_val=out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._meet(tensor.untyped_storage())
+        return out
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.alive.pop(key)
+
+
+def dry_run(build: Build, loss: Loss, images: int, *, bf16: bool) -> Cost:
+    """A training step on tensors that have shapes and no numbers, so in no time and no memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module = build()
+        with Meter(module) as meter:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                value = loss(module, images, torch.device("cpu"))
+            value.backward()
+        parameters = list(module.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        frozen = 4 * (sum(p.numel() for p in parameters) - trained)
+        return Cost(trained, frozen, meter.flop, meter.peak)
+
+
+def seconds_of_step(build: Build, loss: Loss, images: int, device: torch.device, *, bf16: bool) -> float:
+    """The mean of some real steps, on random images."""
+    module = build().to(device)
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            value = loss(module, images, device)
+        value.backward()
+        optimizer.step()
+
+    for _ in range(FIRST):
+        step()
+    synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(TIMED):
+        step()
+    synchronize(device)
+    return (time.perf_counter() - begin) / TIMED
+
+
+def largest_batch(memory: Callable[[int], int], room: int, wanted: int) -> int:
+    """Of the divisors of `wanted` the largest number of images whose memory fits in `room` bytes; 0 when none does.
+
+    Memory is the largest of some lines (the peak is at the end of the forward pass, or within the backward pass), so
+    what lies between two points of it is below the line through them.
+    """
+    one, all_ = memory(1), memory(wanted)
+    if all_ <= room:
+        return wanted
+    if one > room:
+        return 0
+    most = 1 + math.floor((room - one) / (all_ - one) * (wanted - 1))
+    return max(divisor for divisor in range(1, most + 1) if wanted % divisor == 0)

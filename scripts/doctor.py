@@ -1,0 +1,51 @@
+"""Take twenty real steps of a training on this machine, with its configuration, and tell what they show.
+
+The first word names the stage: clip, vae or ldm. Without it the name of the configuration file does, as in
+configs/shapes/vae.yaml; else it is ldm. All other flags are those of scripts/train_STAGE.py.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from ldm.config import config_flag, errors_for_people, parse
+from ldm.training.checks import Check
+from ldm.training.doctor import examine
+
+STAGES = ("clip", "vae", "ldm")
+
+
+def stage_of(args: list[str]) -> tuple[str, list[str]]:
+    """The stage that a command line names, and the flags that remain."""
+    if args and args[0] in STAGES:
+        return args[0], args[1:]
+    file = config_flag(args)
+    return (file.stem if file and file.stem in STAGES else "ldm"), args
+
+
+def look(stage: str, args: list[str]) -> list[Check]:
+    """Parse the flags of a training script, and let it run under the doctor's eyes, beside its own run."""
+    script = importlib.import_module(f"train_{stage}")  # that one alone: train_clip takes seconds to import
+    settings = getattr(script, f"Train{stage.upper()}")
+    config = parse(settings, args, default=script.DEFAULT, description=str(__doc__))
+    beside = config.run.with_name(f".{config.run.name}-doctor")  # from where `latest` finds the stages before
+    found: list[Check] = []
+    with errors_for_people():
+        changed = {"run": beside, "trackers": (), "resume": None}
+        script.train(config.model_copy(update=changed), fit=partial(examine, found=found))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line; the exit status is 1 when something is not well."""
+    found = look(*stage_of(list(sys.argv[1:] if argv is None else argv)))
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(["", *(check.line() for check in found)]))
+    if not all(check.ok for check in found):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The doctor finds a sound run sound, and each thing that is broken."""
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import examine
+from distributed_worker import Harm
+from test_distributed import SHARD, environment, launch  # noqa: F401
+from test_training import copy_stages_before
+
+from ldm.data.order import Key
+from ldm.training import checks, loop
+from ldm.training.checks import Check
+from ldm.training.loop import Trainer, TrainingConfig
+
+CHECKS = (
+    "devices and precision",
+    "gradients on all ranks",
+    "data of the ranks",
+    "learning rate at the end",
+    "step after save and load",
+    "loss falls",
+    "memory head-room",
+    "images/s",
+    "time to finish",
+    "disk needed",
+)
+LONG = ["--steps", "4000", "--validate-every", "1000", "--sample-every", "1000", "--checkpoint-every", "1000"]
+
+
+class Usage(NamedTuple):
+    """What `shutil.disk_usage` gives."""
+
+    total: int
+    used: int
+    free: int
+
+
+def states(told: str) -> dict[str, str]:
+    """ok or FAILED of each check in a report."""
+    lines = [line for line in told.splitlines() if line.startswith(("ok ", "FAILED "))]
+    return {line[8:34].strip(): line.split()[0] for line in lines}
+
+
+def failing(told: str) -> list[str]:
+    return [name for name, state in states(told).items() if state == "FAILED"]
+
+
+@pytest.mark.parametrize("stage", ["clip", "vae", "ldm"])
+def test_a_sound_run_is_found_sound_and_nothing_of_it_is_touched(
+    stage: str, tiny_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy_stages_before(stage, tiny_runs, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    examine(stage, tmp_path / stage, *LONG)
+    told = capsys.readouterr().out
+    assert tuple(states(told)) == CHECKS and failing(told) == [], told
+    assert "20 steps of 8 samples over 1 process, none taken twice" in told
+    assert "bit-equal: weights and averages" in told and "for 4,000 steps" in told
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flags", [["--accumulate", "2"], SHARD], ids=["accumulate", "sharded"])
+def test_two_processes_are_found_sound(flags: list[str], tmp_path: Path) -> None:
+    told = launch("vae", tmp_path / "vae", 2, [*LONG, *flags], script=examine)
+    assert tuple(states(told)) == CHECKS and failing(told) == [], told
+    assert told.count("images/s   ") == 1, "the main process alone reports"
+    assert "2 processes on cpu" in told and "bit-equal on 2 processes" in told
+    assert ("put together from their parts" in told) == ("--shard" in flags)
+    assert "20 steps of 8 samples over 2 processes, none taken twice" in told
+    assert not (tmp_path / ".vae-doctor").exists()
+
+
+def test_two_processes_with_the_same_data_or_other_gradients_are_found(tmp_path: Path) -> None:
+    told = launch("vae", tmp_path / "vae", 2, LONG, script=examine, harm=Harm("twin", 0, 0), codes=[1, 1])
+    assert failing(told) == ["data of the ranks"], told
+    assert "80 taken twice" in told and "launch with accelerate or torchrun" in told
+    told = launch("vae", tmp_path / "vae", 2, LONG, script=examine, harm=Harm("apart", 1, 19), codes=[1, 1])
+    assert "gradients on all ranks" in failing(told) and "start all processes with one launcher" in told
+
+
+def test_what_is_broken_in_one_process_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is nearly full, a restore that is not exact, a learning rate that is no more."""
+    restore = Trainer.restore
+
+    def inexact(trainer: Trainer, path: Path) -> None:
+        restore(trainer, path)
+        with torch.no_grad():
+            next(trainer.modules["vae"].parameters()).mul_(1 + 1e-6)
+
+    monkeypatch.setattr(Trainer, "restore", inexact)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
+    with pytest.raises(SystemExit, match="1"):
+        examine("vae", tmp_path / "vae", *LONG, "--learning-rate", "1e-30", "--warmup", "5000")
+    told = capsys.readouterr().out
+    wrong = ["learning rate at the end", "step after save and load", "loss falls", "disk needed"]
+    assert failing(told) == wrong, told
+    for remedy in ("--warmup 200 or more --steps", "please report", "--warmup 5, with which", "--keep-checkpoints 1"):
+        assert remedy in told
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_learning_rate_that_ends_early_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checks.schedule(TrainingConfig(decay="cosine")).ok
+    early = lambda config, step: loop.learning_rate(config, 4 * step)  # noqa: E731  # stepped by each of 4 processes
+    monkeypatch.setattr(checks, "learning_rate", early)
+    check = checks.schedule(TrainingConfig(decay="linear"))
+    assert not check.ok and "it is 0 from step 251 on" in check.remedy
+
+
+CONFIG = TrainingConfig(steps=1000, batch_size=4)
+SECONDS: dict[str, Any] = {"step": 1.0, "validate": 1.0, "sample": 1.0, "save": 1.0, "model": 1.0}
+TWO = [[[Key(0, 0, 0), Key(1, 0, 1)]], [[Key(2, 0, 2), Key(0, 1, 3)]]]
+JUDGED = [
+    (
+        checks.devices(["a cuda:0", "a cuda:1"], "GPU", "bfloat16", on_gpu=True, gpus=2),
+        checks.devices(["a cuda:0", "a cuda:0"], "GPU", "bfloat16", on_gpu=True, gpus=2),
+        "--num_processes",
+    ),
+    (
+        checks.devices(["a cpu"], "cpu", "float32", on_gpu=False, gpus=0),
+        checks.devices(["a cpu"], "cpu", "float32", on_gpu=False, gpus=1),
+        "without --cpu",
+    ),
+    (checks.disjoint(TWO, batch_size=4), checks.disjoint([TWO[0], TWO[0]], batch_size=4), "launch with"),
+    (checks.resumed(1e-3, on_gpu=True), checks.resumed(1e-3, on_gpu=False), "report it"),
+    (checks.resumed(None, on_gpu=False), checks.resumed(1.0, on_gpu=True), "report it"),
+    (checks.falls(1, [2, 3, 1], CONFIG, step=200), checks.falls(2, [2, 1, 3], CONFIG, step=200), "lower --learning"),
+    (checks.falls(2, [2, 1], CONFIG, step=20), checks.falls(2, [2, float("nan")], CONFIG, step=20), "--warmup 5"),
+    (checks.falls(2, [2, 1], CONFIG, step=20), checks.falls(0.9, [2, 1], CONFIG, step=20), "lower --learning-rate"),
+    (checks.memory(89, 100, on_gpu=True), checks.memory(91, 100, on_gpu=True), "--gradient-checkpointing"),
+    (checks.rate(1.0, 0.4, CONFIG), checks.rate(1.0, 0.6, CONFIG), "--workers 2"),
+    (checks.finish(SECONDS, CONFIG), checks.finish(SECONDS | {"sample": 1e3}, CONFIG), "--sample-every"),
+    (checks.disk(100, 50, 350, CONFIG), checks.disk(100, 50, 349, CONFIG), "--keep-checkpoints 1"),
+]
+
+
+@pytest.mark.parametrize(("well", "wrong", "remedy"), JUDGED, ids=lambda value: getattr(value, "name", ""))
+def test_what_numbers_say(well: Check, wrong: Check, remedy: str) -> None:
+    assert well.ok and well.line().startswith("ok ") and "\n" not in well.line()
+    assert not wrong.ok and wrong.line().startswith("FAILED ") and remedy in wrong.line().splitlines()[1]
+
+
+def test_the_stage_is_named_or_follows_from_the_file() -> None:
+    from doctor import stage_of
+
+    assert stage_of(["vae", "--steps", "9"]) == ("vae", ["--steps", "9"])
+    assert stage_of(["--config", "configs/emoji/clip.yaml"])[0] == "clip"
+    assert stage_of(["--config=configs/shapes/ddpm_pixels.yaml"])[0] == "ldm"
+
+
+def test_too_few_steps_are_told(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="at four steps at least"):
+        examine("vae", tmp_path / "vae", "--steps", "3")
