@@ -2,7 +2,9 @@
 
 import difflib
 import os
+import reprlib
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,15 @@ import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ldm.files import write_text
+
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")  # tyro shows pydantic's text for a wrong flag
+
+
+# What PyYAML raises for a file that is none, also for a tag with a value that is not of its kind.
+YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+SHORT = reprlib.Repr()  # shows a value of a faulty file, which can be of any size
+SHORT.maxstring, SHORT.maxother, SHORT.maxlevel = 100, 100, 2
 
 
 class Config(BaseModel):
@@ -62,11 +72,18 @@ def parse(cls: type[Script], argv: Sequence[str] | None, *, default: Path | None
 
 @contextmanager
 def errors_for_people() -> Iterator[None]:
-    """Turn a ValueError, which says what is wrong and what to do, or a failing disk into a short message, status 1."""
+    """Turn a ValueError, which says what is wrong and what to do, or a failing disk into a short message, status 1.
+
+    A thread that writes, as tensorboard has one, hands its error to the main thread, so it is not shown twice.
+    """
+    shown = threading.excepthook
+    threading.excepthook = lambda told: None if issubclass(told.exc_type, OSError) else shown(told)
     try:
         yield
     except (ValueError, OSError) as error:
         raise SystemExit(_exit_message(str(error))) from None
+    finally:
+        threading.excepthook = shown
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -74,8 +91,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such configuration file; see configs/ for those that ship with ldm")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_bytes())
+    except YAML_ERRORS as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
@@ -94,15 +111,7 @@ def config_flag(args: list[str]) -> Path | None:
 
 def write_yaml(path: Path, config: Config) -> None:
     """Write the resolved configuration, without the path of the file it came from."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, yaml.safe_dump(_resolved(config), sort_keys=False, default_flow_style=None, width=100))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside, then put it in place, so that a process that is killed leaves no half of it."""
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    write_text(path, yaml.safe_dump(_resolved(config), sort_keys=False, default_flow_style=None, width=100))
 
 
 def changes(path: Path, config: Config) -> list[str]:
@@ -133,7 +142,7 @@ def _exit_message(text: str) -> str:
 def _explain(cls: type[BaseModel], error: ValidationError, source: str) -> list[str]:
     lines = []
     for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"])
+        where = " ".join(".".join(map(str, fault["loc"])).split())
         if fault["type"] == "extra_forbidden":
             names = _field_names(cls, fault["loc"][:-1])
             near = difflib.get_close_matches(str(fault["loc"][-1]), names, n=1)
@@ -142,7 +151,7 @@ def _explain(cls: type[BaseModel], error: ValidationError, source: str) -> list[
         else:
             message = fault["msg"].removeprefix("Value error, ")
             value = fault["input"]
-            shown = f" (got {value!r})" if isinstance(value, str | int | float | list | tuple | None) else ""
+            shown = f" (got {SHORT.repr(value)})" if isinstance(value, str | int | float | list | tuple | None) else ""
             lines.append(f"{source}: {where + ': ' if where else ''}{message}{shown}")
     return lines
 

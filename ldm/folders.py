@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ldm.config import Config, write_whole
+from ldm.config import Config
+from ldm.files import write_text
 
 FORMAT = "ldm-model-1"
 Card = TypeVar("Card", bound=Config)
@@ -12,7 +13,7 @@ Card = TypeVar("Card", bound=Config)
 
 def write_model(folder: Path, kind: str, values: dict[str, Any]) -> None:
     """Write model.json, which is last to appear: a folder that has it is finished."""
-    write_whole(folder / "model.json", json.dumps({"format": FORMAT, "kind": kind, **values}, indent=2))
+    write_text(folder / "model.json", json.dumps({"format": FORMAT, "kind": kind, **values}, indent=2))
 
 
 def read_model(folder: Path, kind: str, card: type[Card]) -> Card:
@@ -50,5 +51,5 @@ def newest(kind: str, root: Path, *, script: str) -> Path:
 def _values(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged: copy the model folder again, or remove it") from None

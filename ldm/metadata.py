@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from ldm.config import Config
 from ldm.data.images import decode
 from ldm.diffusion.guidance import GuidanceConfig
-from ldm.pictures import extended
+from ldm.pictures import extended, save
 from ldm.weights import sha256
 
 CHUNK = "ldm"
@@ -76,7 +76,7 @@ class Record(Config):
     height: int
     seed: int
     num_images: int
-    index: int
+    index: int = Field(ge=0)
     variation: tuple[int, float] | None = None
     tile: int | None = None
     source: SourceRecord | None = None
@@ -84,6 +84,12 @@ class Record(Config):
     model_hash: str
     weaker: str | None = None
     weaker_hash: str | None = None
+
+    @model_validator(mode="after")
+    def _is_of_its_batch(self) -> "Record":
+        if self.index >= self.num_images:
+            raise ValueError(f"index {self.index} is none of {self.num_images} pictures")
+        return self
 
     @property
     def call(self) -> dict[str, Any]:
@@ -98,7 +104,7 @@ def save_png(path: Path, image: Image.Image, record: Record) -> None:
     info = PngInfo()
     info.add_itxt("parameters", parameters(record))
     info.add_itxt(CHUNK, json.dumps(record.to_dict(), ensure_ascii=False, sort_keys=True))
-    image.save(path, pnginfo=info)
+    save(image, path, pnginfo=info)
 
 
 def read_png(path: Path) -> Record:
@@ -108,7 +114,7 @@ def read_png(path: Path) -> Record:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = image.text.get(CHUNK)  # type: ignore[attr-defined]
-    except OSError:
+    except Exception:  # damaged files raise errors of many types in Pillow's decoder
         raise ValueError(f"{path} is no PNG file that can be read") from None
     if text is None:
         raise ValueError(f"{path} was not painted by txt2img, or lost its metadata: it can not be reproduced")

@@ -2,9 +2,19 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from ldm.files import in_place_of
+
+
+def save(image: Image.Image, path: Path, **options: Any) -> None:
+    """Write a picture whole; `options` are Pillow's."""
+    with in_place_of(path) as beside:
+        image.save(beside, **options)
 
 
 def grid(images: Sequence[Image.Image], *, columns: int | None = None, scale: int = 1, gap: int = 2) -> Image.Image:

@@ -30,6 +30,7 @@ from ldm.diffusion.guidance import (
 )
 from ldm.diffusion.process import Process, ProcessConfig
 from ldm.diffusion.samplers import Step, find_sampler, invert, run
+from ldm.files import write_text
 from ldm.interop import compvis, diffusers
 from ldm.interop.parts import Parts
 from ldm.text import Text, TextConfig, TextEncoder, TextStates, joined
@@ -143,9 +144,8 @@ class Pipeline:
     def save(self, folder: str | Path) -> None:
         """Write a model folder that explains itself."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.unet, folder / "unet.safetensors")
-        (folder / "words.txt").write_text("\n".join(sorted(self.words)))
+        write_text(folder / "words.txt", "\n".join(sorted(self.words)))
         names = ("text", "second_text")
         texts = {
             name: encoder.config.to_dict() | {"model": encoder.save(folder / name)}

@@ -4,23 +4,15 @@ import hashlib
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from ldm.files import write_tensors
 
 
 def save_weights(module: nn.Module, path: Path) -> str:
-    """Write a module's weights beside, put them in the place of what was there, and return the file's SHA-256.
-
-    ValueError when that fails, for example on a full disk; what was there before is whole.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, temporary)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"{path} could not be written ({error}): free some space and try again") from None
+    """Write a module's weights whole and return the file's SHA-256."""
+    write_tensors(path, module.state_dict())
     return sha256(path)
 
 

@@ -51,9 +51,8 @@ def run(config: Data) -> int:
     )
     print("\n".join(report.lines(config.size, config.limit)))
     if config.sheet and shown:
-        config.sheet.parent.mkdir(parents=True, exist_ok=True)
         thumbs = [seen.thumb for seen in shown if seen.thumb]
-        pictures.captioned(thumbs, [seen.caption for seen in shown], columns=8).save(config.sheet)
+        pictures.save(pictures.captioned(thumbs, [seen.caption for seen in shown], columns=8), config.sheet)
         print(f"contact sheet: {config.sheet}")
     if config.quarantine:
         move(Path(config.source), config.quarantine, list(report.unreadable))

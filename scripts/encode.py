@@ -9,15 +9,16 @@ from accelerate import Accelerator
 from pydantic import Field
 from tqdm import tqdm
 
-from ldm.config import ScriptConfig, errors_for_people, parse, write_whole
+from ldm.config import ScriptConfig, errors_for_people, parse
 from ldm.data import DataConfig, open_dataset
 from ldm.data.order import Key
 from ldm.data.shapes import Split
 from ldm.data.shards import INDEX, WORDS, Index, Layout, is_whole, made_with, save_groups, shards_of, write_shard
+from ldm.files import write_text
 from ldm.folders import newest
 from ldm.pipeline import identity_of_latents, load_vae, words_in
 from ldm.text import TextConfig, TextEncoder
-from ldm.training.loop import total_of
+from ldm.training.loop import is_lost, total_of
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -40,9 +41,8 @@ class Encode(ScriptConfig):
     """of crops and flips, as in train_ldm"""
 
 
-def encode(config: Encode) -> Path:
+def encode(config: Encode, accelerator: Accelerator) -> Path:
     """Write what is not written yet, over all processes, then the index; returns the folder."""
-    accelerator = Accelerator()
     folder = config.autoencoder
     if folder == "latest":
         folder = str(newest("vae", config.out.parent, script="accelerate launch scripts/train_vae.py"))
@@ -80,8 +80,8 @@ def encode(config: Encode) -> Path:
             groups_sha256=save_groups(config.out, sets["train"].groups),
             shown=[sets["test"].caption(Key(i, 0, i)) for i in range(min(64, len(sets["test"])))],
         )
-        write_whole(config.out / WORDS, "\n".join(words_in(sets["train"].captions)))
-        write_whole(config.out / INDEX, json.dumps(index.to_dict()))
+        write_text(config.out / WORDS, "\n".join(words_in(sets["train"].captions)))
+        write_text(config.out / INDEX, json.dumps(index.to_dict()))
         size = sum((config.out / name).stat().st_size for _, name, _, _ in jobs)
         print(f"{config.out}: {len(jobs)} files, {size / 2**20:,.1f} MiB")
         print(sets["train"].report())
@@ -103,7 +103,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     config = parse(Encode, argv, default=None, description=__doc__)
     with errors_for_people():
-        encode(config)
+        accelerator = Accelerator()
+        try:
+            encode(config, accelerator)
+        except RuntimeError as error:
+            if not is_lost(accelerator, error):
+                raise
+            raise ValueError("another process is gone: look at what it said, then start encode.py again") from None
 
 
 if __name__ == "__main__":

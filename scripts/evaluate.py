@@ -17,6 +17,7 @@ from ldm.data.order import image_batches
 from ldm.diffusion.samplers import find_sampler
 from ldm.evaluation import metrics
 from ldm.evaluation.classifier import RECIPE, AttributeClassifier, check_classifier, count_right, train_classifier
+from ldm.files import write_text
 from ldm.pipeline import Pipeline, initial_noise
 from ldm.vae.losses import psnr, ssim
 from ldm.weights import load_weights, save_weights
@@ -57,7 +58,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         )
     settings = {"guidance_scale": guidance(pipeline, config), "steps": config.steps, "sampler": config.sampler}
     values = {"model": str(folder), **settings, **{name: e._asdict() for name, e in report.items()}}
-    (folder.parent / "evaluation.json").write_text(json.dumps(values, indent=2))
+    write_text(folder.parent / "evaluation.json", json.dumps(values, indent=2))
     print(table(report))
     return values
 

@@ -194,7 +194,7 @@ def paint_all(
         def tick(number: int, step: Step) -> None:
             bar.update()
             if config.previews:
-                pictures.grid(pipeline.preview(step.data)).save(config.out / "preview.png")
+                pictures.save(pictures.grid(pipeline.preview(step.data)), config.out / "preview.png")
 
         for prompt in prompts:
             for first in batches:
@@ -227,7 +227,7 @@ def save_all(painted: list[Painted], out: Path) -> list[Path]:
         save_png(file, image, record)
     if len(painted) > 1:
         files.append(out / f"grid-{number:05d}.png")
-        pictures.grid([image for image, _ in painted]).save(files[-1])
+        pictures.save(pictures.grid([image for image, _ in painted]), files[-1])
     return files
 
 

@@ -1,4 +1,4 @@
-"""Trains one tiny stage as one of several processes; started by test_distributed.py, by itself or under torchrun."""
+"""Trains one tiny stage, or encodes, as one of several processes; started by test_distributed.py, or under torchrun."""
 
 import os
 import resource
@@ -10,8 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import encode
 import pytest
 import train_vae  # noqa: F401
+from accelerate import PartialState
 from conftest import train
 
 from ldm.data.order import Order
@@ -37,7 +39,7 @@ class Harm(NamedTuple):
 def work(
     processes: int, stage: str, run: Path, flags: list[str], harm: Harm | None = None, script: Script = train
 ) -> None:
-    """Train, or look at a training, in the process group that the environment names."""
+    """Train, look at a training, or encode to the folder `run`, in the process group that the environment names."""
     with pytest.MonkeyPatch.context() as patch:
         after, player_step = Trainer._after_step, Trainer._player_step
 
@@ -52,8 +54,7 @@ def work(
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(60)
             elif befalls(trainer, "full", trainer.step):
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+                fill_disk()
             after(trainer)
 
         def poisoned_step(trainer: Trainer, player, rounds) -> None:  # type: ignore[no-untyped-def]
@@ -71,7 +72,19 @@ def work(
         patch.setattr(Trainer, "_after_step", after_step)
         patch.setattr(Trainer, "_player_step", poisoned_step)
         patch.setattr(doctor, "order_of", twin)
-        script(stage, run, *flags)
+        if stage == "encode":
+            if harm == ("full", int(os.environ["RANK"]), 0):
+                fill_disk()
+            encode.main(["--out", str(run), *flags])
+            assert PartialState().num_processes == processes, "the processes did not find each other"
+        else:
+            script(stage, run, *flags)
+
+
+def fill_disk() -> None:
+    """Let the system refuse to write more than a kilobyte to a file."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
 
 def work_as(rank: int, port: int, said: Path, processes: int, *more) -> None:  # type: ignore[no-untyped-def]

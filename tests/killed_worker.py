@@ -3,24 +3,79 @@
 Each run is a fork of this process, which has imported everything and holds no thread, so a start takes milliseconds.
 """
 
+import functools
 import json
 import os
 import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import encode
 import torch
 import torch._dynamo  # what the first optimizer of a process imports: with it here, no fork pays for it
+from accelerate import Accelerator
 from test_training import losses, tensors_of, toy, toy_config
+from torch import Tensor
 
+from ldm import files
+from ldm.data import DataConfig, shapes
+from ldm.text import TextConfig
 from ldm.training import checkpoint
 
-STEPS, KILLS = 24, 200
+STEPS = 24
 
 
-def start(run: Path) -> int:
+def train(run: Path) -> None:
+    """Go on with a toy run, or begin it."""
+    resume = "latest" if checkpoint.latest(run / "checkpoints") else None
+    toy(toy_config(run, steps=STEPS, checkpoint_every=2, trackers=(), resume=resume))
+
+
+def trained(run: Path) -> dict[str, Any]:
+    """What a finished run has: its weights as bytes, and its losses."""
+    return {**{name: t.numpy().tobytes() for name, t in tensors_of(run, STEPS).items()}, "losses": losses(run)}
+
+
+def encoder(stages: Path) -> Callable[[Path], None]:
+    """A function that encodes with finished stages, which all runs share, to a folder on a slow disk."""
+    config = encode.Encode(
+        autoencoder=str(stages / "vae/model"),
+        text=TextConfig(model=f"local-dir:{stages}/clip/model"),
+        data=DataConfig(size=16),
+        shard_size=10,
+    )
+    vae, text = encode.load_vae(Path(config.autoencoder)), encode.text_of(config)
+    shapes.load = functools.partial(shapes.load, count=60)
+    sets = {split: encode.open_dataset(config.data, split, seed=config.seed) for split in encode.SPLITS}
+    encode.load_vae, encode.text_of = lambda folder: vae, lambda config: text
+    encode.open_dataset = lambda config, split, seed: sets[split]
+    files.save_file = slowly(files.save_file)
+    return lambda run: encode.encode(config.model_copy(update={"out": run}), Accelerator())
+
+
+def slowly(save: Callable[..., None]) -> Callable[..., None]:
+    """`save`, whose file is only half there for some milliseconds, so that kills meet it."""
+
+    def save_in_halves(tensors: dict[str, Tensor], path: Path, *more: Any) -> None:
+        save(tensors, path, *more)
+        whole = path.read_bytes()
+        for end in (len(whole) // 2, len(whole)):
+            path.write_bytes(whole[:end])
+            time.sleep(0.01)
+
+    return save_in_halves
+
+
+def encoded(run: Path) -> dict[str, Any]:
+    """All bytes of a folder."""
+    return {file.name: file.read_bytes() for file in run.iterdir()}
+
+
+def start(work: Callable[[Path], None], run: Path) -> int:
     """Fork a run that goes on where the last one was killed; returns its process id."""
     child = os.fork()
     if child:
@@ -28,39 +83,40 @@ def start(run: Path) -> int:
     said = os.open(run.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    resume = "latest" if checkpoint.latest(run / "checkpoints") else None
-    toy(toy_config(run, steps=STEPS, checkpoint_every=2, trackers=(), resume=resume))
+    work(run)
     os._exit(0)
 
 
-def main(folder: Path) -> None:
-    """Print how many were killed, how many of them while they wrote a checkpoint, and how many runs were finished."""
+def main(folder: Path, kills: int, work: Callable[[Path], None], finished_with: Callable[[Path], Any]) -> None:
+    """Print how many were killed, how many of them while they wrote a file, and how many runs were finished."""
     torch.set_num_threads(1)
     draw = random.Random(0)
     whole, window = folder / "whole", 0.2  # seconds; finds by itself how long a run takes on this machine
-    assert os.waitpid(start(whole), 0)[1] == 0
-    want, want_losses = tensors_of(whole, STEPS), losses(whole)
+    assert os.waitpid(start(work, whole), 0)[1] == 0, whole.with_suffix(".txt").read_text()
+    want = finished_with(whole)
     killed = writing = finished = 0
-    while killed < KILLS or (folder / f"run-{finished}").exists():
+    while killed < kills or (folder / f"run-{finished}").exists():
         run = folder / f"run-{finished}"
-        child = start(run)
-        if killed < KILLS:
+        child = start(work, run)
+        if killed < kills:
             time.sleep(draw.uniform(0, window))
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         if os.WIFSIGNALED(status):
             killed += 1
             window *= 1.1
-            writing += any((run / "checkpoints").glob(".writing-*"))
+            writing += any(run.rglob(".*"))
             continue
         window *= 0.8
         assert status == 0, f"a run did not go on after it was killed: {run.with_suffix('.txt').read_text()}"
-        found = tensors_of(run, STEPS)
-        assert found.keys() == want.keys() and all(torch.equal(found[name], want[name]) for name in want)
-        assert losses(run) == want_losses
+        assert finished_with(run) == want
         finished += 1
     print(json.dumps({"killed": killed, "writing": writing, "finished": finished}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    folder, kills, stages = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    if stages:
+        main(folder, kills, encoder(Path(stages[0])), encoded)
+    else:
+        main(folder, kills, train, trained)

@@ -163,7 +163,7 @@ def test_a_path_that_leads_out_of_the_folder(photos, name):
 @pytest.mark.parametrize(
     ("file", "content", "told"),
     [
-        ("metadata.csv", "name,text\na.png,x\n", "no column file_name; name each image's path"),
+        ("metadata.csv", "name,text\na.png,x\n", "no column file_name, or no row; name each image's path"),
         ("metadata.csv", "file_name,words\na.png,x\n", "no caption column; call it caption, text or prompt"),
         (
             "metadata.jsonl",

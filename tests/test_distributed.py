@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import encode
 import pytest
 import torch
 from conftest import train
@@ -26,7 +27,7 @@ from ldm.data.images import split_by_name
 from ldm.training.checkpoint import load_checkpoint
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-PATHS = os.pathsep.join(str(path) for path in (WORKER.parent, WORKER.parents[1] / "scripts"))
+PATHS = os.pathsep.join(str(path) for path in (WORKER.parent, WORKER.parents[1] / "scripts", WORKER.parents[1]))
 FORKS = multiprocessing.get_context("forkserver")  # its processes have all imports from the start
 FORKS.set_forkserver_preload(["distributed_worker"])
 MODULE = {"clip": "clip", "vae": "vae", "ldm": "unet"}
@@ -84,6 +85,37 @@ def test_a_disk_that_is_full_for_one_process_stops_both(tmp_path: Path) -> None:
     assert told.count("checkpoint of step 4 could not be written to ") == 2 and "File too large" in told
     assert "step-000002 is whole: free some space and go on with --resume latest" in told
     assert [path.name for path in (tmp_path / "vae/checkpoints").iterdir()] == ["step-000002"]
+
+
+def encoding(runs: Path) -> list[str]:
+    """Flags that encode with the tiny stages, to several files of several variants."""
+    stages = ["--autoencoder", str(runs / "vae/model"), "--text.model", f"local-dir:{runs}/clip/model"]
+    return [*stages, "--data.size", "16", "--data.flip", "--variants", "2", "--shard-size", "90"]
+
+
+def test_two_processes_encode_what_one_does(tiny_runs: Path, tmp_path: Path) -> None:
+    """To the byte, in every file; each writes about half of them."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    encode.main(["--out", str(one), *encoding(tiny_runs)])
+    launch("encode", two, 2, encoding(tiny_runs))
+    assert contents(one) == contents(two) and len(contents(two)) == 8 + 4 + 2
+
+
+def test_a_disk_that_is_full_for_one_process_stops_encoding(tiny_runs: Path, tmp_path: Path) -> None:
+    """What the other one wrote is kept, and a second call ends as one without a full disk."""
+    flags, one, two = encoding(tiny_runs), tmp_path / "one", tmp_path / "two"
+    told = launch("encode", two, 2, flags, harm=Harm("full", 1, 0), codes=[1, 1])
+    assert "safetensors could not be written" in told and "free some space and try again" in told
+    assert "error: another process is gone: look at what it said, then start encode.py again" in told
+    assert "Traceback" not in told and not list(two.glob(".*"))
+    encode.main(["--out", str(one), *flags])
+    assert contents(two).items() < contents(one).items() and contents(two)
+    encode.main(["--out", str(two), *flags])
+    assert contents(two) == contents(one)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_what_can_not_be_split_is_told(tmp_path: Path) -> None:

@@ -15,13 +15,25 @@ WORKER = Path(__file__).with_name("killed_worker.py")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs")
 def test_200_kills_change_no_bit(tmp_path: Path) -> None:
     """SIGKILL, also while a checkpoint is written: what goes on ends as the run that was never killed."""
-    paths = os.pathsep.join(str(p) for p in (WORKER.parent, WORKER.parents[1] / "scripts"))
+    told = kill(tmp_path, 200)
+    assert told["killed"] == 200 and told["writing"] >= 1 and told["finished"] >= 1, told
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs")
+def test_20_kills_of_encode_change_no_byte(tiny_runs: Path, tmp_path: Path) -> None:
+    """Also while a file is written: a second call ends with the files of one that was never killed, and no other."""
+    told = kill(tmp_path, 20, tiny_runs)
+    assert told["killed"] == 20 and told["writing"] >= 1 and told["finished"] >= 1, told
+
+
+def kill(*arguments: object) -> dict[str, int]:
+    """What the worker tells of its kills."""
+    paths = os.pathsep.join(str(p) for p in (WORKER.parent, WORKER.parents[1] / "scripts", WORKER.parents[1]))
     done = subprocess.run(
-        [sys.executable, str(WORKER), str(tmp_path)],
+        [sys.executable, str(WORKER), *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["killed"] == 200 and told["writing"] >= 1 and told["finished"] >= 1, told
+    return json.loads(done.stdout.splitlines()[-1])

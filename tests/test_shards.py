@@ -118,7 +118,7 @@ def test_a_changed_file_is_never_read(runs: Path, tmp_path: Path) -> None:
     save_file(
         {**rows, "ids": small["ids"][: small["last"][7]]},
         file,
-        {"name": file.name, "made": shards.made_with(index.identity)},
+        shards.label(file.name, shards.made_with(index.identity)),
     )
     whole = file.read_bytes()
     held_out = shards.LatentShards(folder, "test", seed=0)

@@ -22,19 +22,20 @@ SCRIPTS: dict[str, type[ScriptConfig]] = {
 }
 # What each package may import of ldm, beside itself.
 ALLOWED = {
-    "config": set(),
+    "files": set(),
+    "config": {"files"},
     "keyed": set(),
     "nn": set(),
-    "weights": set(),
-    "folders": {"config"},
-    "data": {"config", "keyed", "weights"},
+    "weights": {"files"},
+    "folders": {"config", "files"},
+    "data": {"config", "files", "keyed", "weights"},
     "vae": {"config", "nn"},
     "unet": {"config", "nn"},
-    "text": {"config"},
+    "text": {"config", "files"},
     "diffusion": {"config"},
-    "training": {"config", "keyed", "data", "weights"},
+    "training": {"config", "data", "files", "keyed", "pictures", "weights"},
     "evaluation": {"data", "diffusion", "keyed"},
-    "interop": {"diffusion", "text", "unet", "vae"},
+    "interop": {"diffusion", "files", "text", "unet", "vae"},
 }
 
 

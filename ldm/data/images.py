@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -29,6 +30,7 @@ SIDECARS = (".txt", ".caption")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 MAX_MEGAPIXELS = 64
+HALF = re.compile("[\ud800-\udfff]")  # of a character, as a JSON escape or a file name of another encoding has
 WHOLE = "whole"  # in a picture's info: its size, where it was decoded to a smaller one
 HELD_OUT = 0.05  # share of the items that make the test split of a set without one
 
@@ -63,11 +65,12 @@ class Column(Sequence[Encoded]):
 
     def __getitem__(self, index: int) -> Encoded:  # type: ignore[override]
         cell = self.rows[index][self.name]
-        if isinstance(cell, bytes):
-            return cell
-        if not cell or (cell["bytes"] is None and not cell["path"]):
-            raise ValueError("holds no image")
-        return cell["bytes"] if cell["bytes"] is not None else _confined(cell["path"], self.roots)
+        data, path = (cell["bytes"], cell["path"]) if isinstance(cell, dict) else (cell, None)
+        if isinstance(data, bytes):
+            return data
+        if data is None and path and isinstance(path, str):
+            return _confined(path, self.roots)
+        raise ValueError("holds no image")
 
     def select(self, chosen: Sequence[int]) -> "Column":
         """The rows at the `chosen` positions."""
@@ -104,7 +107,7 @@ def open_images(source: str, split: Split) -> Source:
     ValueError: nothing there, no image, captions that point nowhere or out of the folder, an unknown split.
     """
     check_split(split)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # which leaves a user that is not known as it is
     if path.is_dir():
         return _open_folder(path, split)
     if path.is_file() and path.suffix == ".parquet":
@@ -155,6 +158,9 @@ def _walk(root: Path) -> list[str]:
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [(Path(folder) / name).relative_to(root).as_posix() for name in files if not name.startswith(".")]
+    for name in found:
+        if HALF.search(name):
+            raise ValueError(f"{root}: the name {name!a} is not in UTF-8; rename that file")
     return sorted(found)
 
 
@@ -172,16 +178,17 @@ def _sidecar_captions(root: Path, images: list[str], files: set[str]) -> tuple[d
 def _metadata_captions(path: Path, images: set[str]) -> tuple[dict[str, list[str]], str]:
     """Captions by file name; a file that is listed twice has two."""
     rows = _read_metadata(path)
-    columns = set(rows[0]) if rows else set()
+    columns = {column for row in rows for column in row}
     if "file_name" not in columns:
-        raise ValueError(f"{path}: there is no column file_name; name each image's path in the folder there")
+        raise ValueError(f"{path}: there is no column file_name, or no row; name each image's path in the folder there")
     column = next((name for name in CAPTION_COLUMNS if name in columns), None)
     if column is None:
         raise ValueError(f"{path}: there is no caption column; call it caption, text or prompt")
     captions: dict[str, list[str]] = {}
     for row in rows:
-        name = _inside(_text(row.get("file_name")), path)
-        captions.setdefault(name, []).extend(filter(None, [_text(row.get(column))]))
+        name = _inside(row.get("file_name"), path)
+        wordings = _wordings(row.get(column), f"{path}: {_text(name)}")
+        captions.setdefault(name, []).extend(filter(None, wordings_of(wordings)))
     missing = sorted(set(captions) - images)
     if missing:
         raise ValueError(
@@ -197,19 +204,32 @@ def _read_metadata(path: Path) -> list[dict[str, Any]]:
 
         try:
             return pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowException:
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError):
             raise ValueError(f"{path}: no parquet file, or a damaged one; write it again or take it out") from None
     text = _read_text(path)
     if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
+        return _read_csv(path, text)
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                rows.append(dict(json.loads(line)))
-            except (ValueError, TypeError):
-                raise ValueError(f"{path}: line {number} is no JSON object; write one object in each line") from None
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: line {number} is no JSON object; write one object in each line")
+            rows.append(row)
     return rows
+
+
+def _read_csv(path: Path, text: str) -> list[dict[str, Any]]:
+    rows = csv.DictReader(io.StringIO(text), strict=True)
+    try:
+        return list(rows)
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}: line {rows.reader.line_num} is no CSV ({error}); is a quote left open there?"
+        ) from None
 
 
 def _read_text(path: Path) -> str:
@@ -219,11 +239,15 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path}: not UTF-8 text; save it as UTF-8") from None
 
 
-def _inside(name: str, path: Path) -> str:
-    """The normalised relative path; ValueError when it leads out of the folder."""
+def _inside(name: Any, path: Path) -> str:
+    """The normalised relative path; ValueError when it is no text or leads out of the folder."""
+    if not isinstance(name, str):
+        raise ValueError(f"{path}: file_name {reprlib.repr(name)} is no text; name an image's path in the folder there")
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or PureWindowsPath(name).drive:
-        raise ValueError(f"{path}: file_name {name} leads out of the folder; use paths relative to {path.parent}")
+        raise ValueError(
+            f"{path}: file_name {_text(name)} leads out of the folder; use paths relative to {path.parent}"
+        )
     return pure.as_posix()
 
 
@@ -234,13 +258,29 @@ def _confined(path: str, roots: Sequence[Path]) -> Path:
     return full
 
 
+def _wordings(cell: Any, where: str) -> str | list[str]:
+    """The caption of a cell, or the captions of one that holds a list; ValueError for what is no text."""
+    if isinstance(cell, list):
+        return [text for text in (_caption(item, where) for item in cell) if text]
+    return _caption(cell, where)
+
+
+def _caption(value: Any, where: str) -> str:
+    """A caption in one line; nothing for a missing one, which pandas writes as NaN. Numbers are text, too."""
+    if value is None or value != value:
+        return ""
+    if not isinstance(value, str | int | float) or HALF.search(text := _text(value)):
+        raise ValueError(f"{where}: the caption {reprlib.repr(value)} is no text; write text, or a list of texts")
+    return text
+
+
 def _text(value: Any) -> str:
-    """A caption in one line; nothing for a missing one."""
-    return "" if value is None else " ".join(str(value).split())
+    """A value in one line."""
+    return " ".join(str(value).split())
 
 
 def _first(names: Sequence[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+    return ", ".join(map(_text, names[:count])) + (", ..." if len(names) > count else "")
 
 
 # Tables.
@@ -251,7 +291,7 @@ def _open_parquet(path: Path, split: Split) -> Source:
 
     try:
         rows = datasets.Dataset.from_parquet(str(path))
-    except (datasets.exceptions.DatasetGenerationError, ValueError):
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError, TypeError, LookupError):
         raise ValueError(
             f"{path}: no parquet file, a damaged one or an empty one; choose another --data.source"
         ) from None
@@ -292,16 +332,21 @@ def _table(rows: "datasets.Dataset", where: str, roots: Sequence[Path]) -> Sourc
     caption = next((name for name in CAPTION_COLUMNS if name in rows.features), None)
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    cells = rows[caption][:] if caption else []
-    captions: Captions = [_wordings(cell) for cell in cells] or [""] * len(rows)
+    captions: Captions = [""] * len(rows)
+    if caption:
+        captions = [_wordings(cell, f"{where}, row {i}") for i, cell in enumerate(_cells(rows, caption, where))]
     said = f"captions from column `{caption}`, {sum(map(bool, captions)):,} captioned" if caption else "no captions"
     names = [f"row {i}" for i in range(len(rows))]
     description = f"images: {len(rows):,} rows of {where}, column `{image}`, {said}"
     return Source(names, Column(rows.select_columns([image]), image, roots), captions, description)
 
 
-def _wordings(cell: Any) -> str | list[str]:
-    return [text for text in map(_text, cell) if text] if isinstance(cell, list) else _text(cell)
+def _cells(rows: "datasets.Dataset", column: str, where: str) -> list[Any]:
+    """A column as it was written: what looks like an image in it is not decoded, and no path in it is followed."""
+    try:
+        return rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    except (ValueError, OverflowError):  # times that Python has none for
+        raise ValueError(f"{where}: column {column} is no text; write text, or lists of texts") from None
 
 
 def _image_column(features: "datasets.Features") -> str | None:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field, NonNegativeInt
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -25,6 +26,7 @@ from ldm.config import Config
 from ldm.data import CaptionedImages, collate
 from ldm.data.order import Key
 from ldm.data.shapes import Split
+from ldm.files import write_tensors
 from ldm.weights import sha256
 
 INDEX, WORDS, GROUPS = "index.json", "words.txt", "buckets.safetensors"
@@ -39,9 +41,9 @@ class Index(Config):
     format: Literal["ldm-latents-1"] = "ldm-latents-1"
     identity: dict[str, Any]
     """data, seed, and the hashes of the VAE and of the tokenizer"""
-    shard_size: int
-    variants: int
-    rows: dict[Split, int]
+    shard_size: int = Field(ge=1)
+    variants: int = Field(ge=1)
+    rows: dict[Split, NonNegativeInt] = Field(min_length=2)
     shown: list[str]
     """the first captions of the test split, for sample grids"""
     groups_sha256: str | None = None
@@ -123,22 +125,23 @@ def write_shard(
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor], made: str) -> None:
-    """Write the columns of a file, with a checksum of each row, beside, then in place."""
+    """Write the columns of a file, with a checksum of each row, whole."""
     firsts = torch.cat([tensors["last"].new_zeros(1), tensors["last"][:-1]])
     spans = zip(firsts.tolist(), tensors["last"].tolist(), strict=True)
     sums = [checksum(_row(tensors, i, first, last)) for i, (first, last) in enumerate(spans)]
-    beside = path.with_name(f".{path.name}")
-    save_file({**tensors, "checksum": torch.tensor(sums)}, beside, {"name": path.name, "made": made})
-    beside.replace(path)
+    write_tensors(path, {**tensors, "checksum": torch.tensor(sums)}, label(path.name, made))
+
+
+def label(name: str, made: str) -> dict[str, str]:
+    """What a file tells of itself: one entry, as safetensors writes several in any order and files shall be equal."""
+    return {"file": f"{name} {made}"}
 
 
 def save_groups(folder: Path, groups: Tensor | None) -> str | None:
     """Write the group of each row of the train split, where there are groups; returns the hash of the file."""
     if groups is None:
         return None
-    beside = folder / f".{GROUPS}"
-    save_file({"groups": groups.short()}, beside)
-    beside.replace(folder / GROUPS)
+    write_tensors(folder / GROUPS, {"groups": groups.short()})
     return sha256(folder / GROUPS)
 
 
@@ -146,7 +149,7 @@ def is_whole(path: Path, made: str) -> bool:
     """Whether a file was written, with what `made` stands for."""
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() == {"name": path.name, "made": made}
+            return file.metadata() == label(path.name, made)
     except (OSError, SafetensorError):
         return False
 
@@ -171,11 +174,12 @@ def read_index(folder: Path) -> Index:
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} holds no finished latents (no {INDEX}): make them with scripts/encode.py")
     try:
-        return Index.from_dict(json.loads((folder / INDEX).read_text()), source=f"{folder}/{INDEX}")
-    except (json.JSONDecodeError, TypeError):
+        values = json.loads((folder / INDEX).read_text())
+    except (ValueError, RecursionError):
         raise ValueError(
             f"{folder}/{INDEX} is damaged: run scripts/encode.py again, which keeps what is whole"
         ) from None
+    return Index.from_dict(values, source=f"{folder}/{INDEX}")
 
 
 class LatentShards(Dataset[dict[str, Any]]):

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.diffusion.process import Prediction, Process, ProcessConfig
+from ldm.files import write_tensors
 from ldm.interop import names
 from ldm.interop.parts import (
     FIRST,
@@ -105,8 +105,7 @@ def write(parts: Parts, file: Path) -> None:
         state |= {prefix + name: tensor for name, tensor in tower.items()}
     state |= {name: torch.tensor([]) for name, told in _xl_flags(process).items() if joined and told}
     state["alphas_cumprod"] = parts.process.alpha(torch.arange(1, 1001, dtype=torch.float64) / 1000).square().float()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, file)
+    write_tensors(file, state)
 
 
 def _is_first(parts: Parts) -> bool:

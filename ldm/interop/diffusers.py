@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.diffusion.process import Process, ProcessConfig
+from ldm.files import write_tensors, write_text
 from ldm.interop import names
 from ldm.interop.parts import (
     FIRST,
@@ -212,14 +212,13 @@ def _write_text(folder: Path, number: str, text: TextEncoder, *, joined: bool) -
     }
     _write_json(folder / f"text_encoder{number}/config.json", text_values)
     tensors = names.text_in_transformers(tower.state_dict(), layers, projected=projected)
-    save_file(tensors, folder / f"text_encoder{number}/model.safetensors", PYTORCH)
+    write_tensors(folder / f"text_encoder{number}/model.safetensors", tensors, PYTORCH)
     _write_tokenizer(folder / f"tokenizer{number}", text)
 
 
 def _write_part(folder: Path, values: dict[str, Any], state: dict[str, Tensor], rename: names.Rename) -> None:
     _write_json(folder / "config.json", values)
-    tensors = {rename(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, folder / f"{WEIGHTS}.safetensors", PYTORCH)
+    write_tensors(folder / f"{WEIGHTS}.safetensors", {rename(name): tensor for name, tensor in state.items()}, PYTORCH)
 
 
 def _write_tokenizer(folder: Path, text: TextEncoder) -> None:
@@ -231,7 +230,7 @@ def _write_tokenizer(folder: Path, text: TextEncoder) -> None:
     vocabulary = {SPECIAL.get(token, token): number for token, number in tokenizer.encoder.items()}
     _write_json(folder / "vocab.json", vocabulary)
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
     special = {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
@@ -244,8 +243,7 @@ def _write_tokenizer(folder: Path, text: TextEncoder) -> None:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False))
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False))
 
 
 def unet_config(values: dict[str, Any], folder: Path) -> UNetConfig:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.config import Config
+from ldm.files import write_tensors, write_text
 from ldm.text.encoder import CONFIG_NAME, WEIGHTS_NAME, make_tokenizer
 
 
@@ -59,11 +59,10 @@ class CLIP(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write a folder that open_clip loads as `local-dir:FOLDER`."""
-        folder.mkdir(parents=True, exist_ok=True)
         preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
         config = {"model_cfg": self.architecture, "preprocess_cfg": preprocess}
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2))
-        save_file({name: t.contiguous() for name, t in self.model.state_dict().items()}, folder / WEIGHTS_NAME)
+        write_text(folder / CONFIG_NAME, json.dumps(config, indent=2))
+        write_tensors(folder / WEIGHTS_NAME, self.model.state_dict())
 
 
 def clip_loss(*, rank: int, world: int) -> ClipLoss:

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.config import Config
+from ldm.files import in_place_of, write_tensors, write_text
 from ldm.text.prompts import parse
 
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
@@ -250,18 +251,16 @@ class TextEncoder(nn.Module):
     def save(self, folder: Path) -> str:
         """Write a local or converted tower to `folder` and return how to name it there; a public one is only named."""
         if self.source == CONVERTED:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / CONFIG_NAME).write_text(json.dumps({"model_cfg": self.tower.cfg}, indent=2))
-            tensors = {name: tensor.contiguous() for name, tensor in self.tower.state_dict().items()}
-            save_file(tensors, folder / WEIGHTS_NAME)
+            write_text(folder / CONFIG_NAME, json.dumps({"model_cfg": self.tower.cfg}, indent=2))
+            write_tensors(folder / WEIGHTS_NAME, self.tower.state_dict())
             return LOCAL + folder.name
         if not self.source.startswith(LOCAL):
             return self.source
-        folder.mkdir(parents=True, exist_ok=True)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             origin = Path(self.source.removeprefix(LOCAL)) / name
             if not (folder / name).exists() or not origin.samefile(folder / name):
-                shutil.copyfile(origin, folder / name)
+                with in_place_of(folder / name) as beside:
+                    shutil.copyfile(origin, beside)
         return LOCAL + folder.name
 
 

@@ -104,7 +104,11 @@ def _told_for_people(folder: Path, step: int, temporary: Path) -> Iterator[None]
         shutil.rmtree(temporary, ignore_errors=True)
         causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         kept = latest(folder)
-        remedy = f"{kept} is whole: free some space and go on with --resume latest" if kept else "no checkpoint is kept"
+        remedy = (
+            f"{kept} is whole: free some space and go on with --resume latest"
+            if kept
+            else "no checkpoint is kept: free some space and start again"
+        )
         raise ValueError(
             f"checkpoint of step {step} could not be written to {folder} ({causes[0]}); {remedy}"
         ) from None

@@ -3,13 +3,16 @@
 import json
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.config import write_whole
+from ldm import pictures
+from ldm.files import disk_errors, write_text
+
+RESUME = "go on with --resume latest"
 
 
 class Logs:
@@ -18,7 +21,9 @@ class Logs:
     def __init__(self, run: Path, accelerator: Accelerator, *, steps: int, start: int) -> None:
         self.run, self.accelerator, self.main = run, accelerator, accelerator.is_main_process
         self.bar = tqdm(total=steps, initial=start, disable=not self.main, desc=run.name, unit="step", mininterval=1.0)
-        self.file = _open_log(run / "log.jsonl", start) if self.main else None
+        self.file = run / "log.jsonl"
+        if self.main:
+            _cut_log(self.file, start)
         self.clock, self.clock_step = time.perf_counter(), start
 
     def step(self, step: int) -> None:
@@ -35,23 +40,20 @@ class Logs:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append a line to log.jsonl and tell the trackers."""
-        if self.file:
-            self.file.write(json.dumps({"step": step, **{k: _round(v) for k, v in values.items()}}) + "\n")
-            self.file.flush()
-        self.accelerator.log(values, step=step)
+        self.note(step, {k: _round(v) for k, v in values.items()})
+        with disk_errors(self.run / "tensorboard", RESUME):
+            self.accelerator.log(values, step=step)
 
     def note(self, step: int, values: dict[str, Any]) -> None:
         """Append what is no scalar to log.jsonl."""
-        if self.file:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
-            self.file.flush()
+        if self.main:
+            with disk_errors(self.file, RESUME), self.file.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
 
     def picture(self, step: int, image: Image.Image) -> None:
         """Keep a sample picture of this step."""
         if self.main:
-            folder = self.run / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            image.save(folder / f"step-{step:06d}.png")
+            pictures.save(image, self.run / f"samples/step-{step:06d}.png")
 
     def say(self, message: str) -> None:
         """A line for the person who watches, above the bar."""
@@ -63,15 +65,16 @@ class Logs:
         self.clock, self.clock_step = time.perf_counter(), step
 
     def close(self) -> None:
-        """Flush and close everything."""
+        """Close the bar and the trackers."""
         self.bar.close()
-        if self.file:
-            self.file.close()
-        self.accelerator.end_training()
+        try:
+            self.accelerator.end_training()
+        except OSError as error:
+            self.say(f"{self.run}/tensorboard could not be written to the end ({error})")
 
 
-def _open_log(path: Path, start: int) -> IO[str]:
-    """The log of a run that goes on after step `start`, without what a killed run wrote past its checkpoint."""
+def _cut_log(path: Path, start: int) -> None:
+    """Leave in the log of a run that goes on after step `start` what is not past its checkpoint."""
     kept = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -80,8 +83,7 @@ def _open_log(path: Path, start: int) -> IO[str]:
             continue
         if step <= start:
             kept.append(line + "\n")
-    write_whole(path, "".join(kept))
-    return path.open("a")
+    write_text(path, "".join(kept))
 
 
 def _round(value: float) -> float:

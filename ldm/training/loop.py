@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import ScriptConfig, changes, write_yaml
 from ldm.data.order import GroupedOrder, Key, Order
+from ldm.files import disk_errors
 from ldm.keyed import Draws
 from ldm.training import checkpoint
 from ldm.training.ema import EMA
@@ -133,6 +134,11 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 def total_of(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
     """A function that sums a tensor over all processes."""
     return lambda values: accelerator.reduce(values.to(accelerator.device), "sum").cpu()
+
+
+def is_lost(accelerator: Accelerator, error: RuntimeError) -> bool:
+    """Whether a collective operation failed since another process is gone; torch has no type for that."""
+    return accelerator.num_processes > 1 and LOST.search(str(error)) is not None
 
 
 def _launched() -> bool:
@@ -305,8 +311,8 @@ class Trainer:
         self.logs = Logs(self.config.run, self.accelerator, steps=steps, start=self.step)
         try:
             yield
-        except RuntimeError as error:  # of a collective operation; torch has no type for them
-            if self.accelerator.num_processes == 1 or not LOST.search(str(error)):
+        except RuntimeError as error:
+            if not is_lost(self.accelerator, error):
                 raise
             raise ValueError(
                 f"another process did not answer within {self.config.timeout} s at step {self.step}, or is gone: look "
@@ -462,7 +468,8 @@ class Trainer:
             "tensorboard": {"purge_step": self.step + 1},  # what a run that was killed told past its checkpoint
             "wandb": {"name": str(config.run), "config": config.to_dict()},
         }
-        self.accelerator.init_trackers("ldm", init_kwargs=settings)
+        with disk_errors(config.run / "tensorboard"):
+            self.accelerator.init_trackers("ldm", init_kwargs=settings)
 
     def _on_main(self, action: Callable[[], Any]) -> Any:
         """Do something on the main process; its result, or its ValueError, is that of all."""

@@ -1,0 +1,158 @@
+"""A full disk: one line names the file and the remedy, what was there is whole, and it goes on with more room."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import encode
+import pytest
+import torch
+import txt2img
+from conftest import train
+from PIL import Image
+from safetensors.torch import load_file
+from test_distributed import contents, encoding
+from test_training import assert_same, full_disk, tensors_of
+
+from ldm import pictures
+from ldm.config import write_yaml
+from ldm.files import write_tensors, write_text
+from ldm.training import checkpoint
+from ldm.training.logs import Logs
+from ldm.training.loop import TrainingConfig
+
+
+class Disk:
+    """A disk of a few kilobytes."""
+
+    def __init__(self, folder: Path, kilobytes: int) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self._mount(f"size={kilobytes}k")
+
+    def grow(self) -> None:
+        self._mount("remount,size=64m")
+
+    def _mount(self, options: str) -> None:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.folder)], capture_output=True)
+        if done.returncode:
+            pytest.skip("mounting is not allowed here")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Disk]]:
+    """Makes a disk of some kilobytes."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("mounting is not allowed here")
+    yield lambda kilobytes: Disk(tmp_path / "disk", kilobytes)
+    subprocess.run(["umount", "-l", str(tmp_path / "disk")], capture_output=True)
+
+
+def refused(action: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that ends a script."""
+    with pytest.raises(SystemExit) as caught:
+        action()
+    told = str(caught.value.code)
+    assert told.startswith("error: ") and "No space left on device" in told and "free some space and " in told
+    shown = capsys.readouterr()
+    assert len(told.splitlines()) == 1 and "Traceback" not in shown.out + shown.err
+    return told
+
+
+def check_whole(folder: Path) -> None:
+    """Every file can be read, and none is left beside; the log may end in a line that was cut."""
+    for file in filter(Path.is_file, folder.rglob("*")):
+        assert not file.name.startswith("."), file
+        if file.suffix == ".png":
+            Image.open(file).load()
+        elif file.suffix == ".safetensors":
+            load_file(file)
+        elif file.suffix == ".json":
+            json.loads(file.read_text())
+    assert all(checkpoint.damage(path) is None for path in folder.glob("*/checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "file"),
+    [
+        (4, "tensorboard"),
+        (16, "samples/step-000002.png"),
+        (2000, "checkpoints"),
+        (3000, "checkpoints"),
+        (5600, "model/vae.safetensors"),
+    ],
+)
+def test_training(
+    kilobytes: int, file: str, tiny_runs: Path, disk: Callable[[int], Disk], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It goes on from the last checkpoint, or starts again, and ends as a run that never met a full disk."""
+    small = disk(kilobytes)
+    run, flags = small.folder / "vae", ["--sample-every", "2"]
+    told = refused(lambda: train("vae", run, *flags), capsys)
+    assert f"{run}/{file}" in told
+    check_whole(small.folder)
+    small.grow()
+    kept = checkpoint.latest(run / "checkpoints")
+    assert (kept is not None) == ("--resume latest" in told or file.startswith("model"))
+    train("vae", run, *flags, *(["--resume", "latest"] if kept else []))
+    check_whole(small.folder)
+    assert_same(tensors_of(run, 4), tensors_of(tiny_runs / "vae", 4))
+
+
+def test_encoding(
+    tiny_runs: Path, disk: Callable[[int], Disk], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was written stays, and a second call makes the files of one that never met a full disk."""
+    small, flags = disk(200), encoding(tiny_runs)
+    out = small.folder / "latents"
+    assert "safetensors could not be written" in refused(lambda: encode.main(["--out", str(out), *flags]), capsys)
+    check_whole(out)
+    before = contents(out)
+    small.grow()
+    encode.main(["--out", str(out), *flags])
+    encode.main(["--out", str(tmp_path / "whole"), *flags])
+    assert before and before.items() < contents(out).items() and contents(out) == contents(tmp_path / "whole")
+
+
+def test_painting(tiny_model: Path, disk: Callable[[int], Disk], capsys: pytest.CaptureFixture[str]) -> None:
+    """The pictures that found room are whole, and the grid that did not is the old one, or is not there."""
+    small = disk(8)
+    command = ["a star", "--num-images", "2", "--steps", "2", "--model", str(tiny_model), "--out", str(small.folder)]
+    told = refused(lambda: txt2img.main(command), capsys)
+    assert f"{small.folder}/grid-00000.png could not be written" in told
+    assert sorted(contents(small.folder)) == ["00000.png", "00001.png"]
+    check_whole(small.folder)
+    small.grow()
+    txt2img.main(command)
+    assert sorted(contents(small.folder)) == [*(f"0000{i}.png" for i in range(4)), "grid-00002.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.json", lambda path: write_text(path, "x" * 100)),
+        ("a.yaml", lambda path: write_yaml(path, TrainingConfig())),
+        ("a.safetensors", lambda path: write_tensors(path, {"x": torch.zeros(100)})),
+        ("a.png", lambda path: pictures.save(Image.effect_noise((32, 32), 50), path)),
+    ],
+)
+def test_what_was_there_is_whole(name: str, write: Callable[[Path], None], tmp_path: Path) -> None:
+    (tmp_path / name).write_text("before")
+    with full_disk(), pytest.raises(ValueError, match=f"{name} could not be written .*: free some space and try again"):
+        write(tmp_path / name)
+    assert contents(tmp_path) == {name: b"before"}
+
+
+def test_the_log_names_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def limited(logs: Logs, step: int, values: dict[str, float]) -> None:
+        with full_disk():
+            note(logs, step, values)
+
+    note = Logs.note
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Logs, "note", limited)
+        with pytest.raises(SystemExit, match=r"log.jsonl could not be written .* go on with --resume latest"):
+            train("vae", tmp_path / "vae")
+    assert "Traceback" not in capsys.readouterr().err
