@@ -11,7 +11,7 @@ from ldm.data import DataConfig, collate, open_dataset
 from ldm.data.order import first_samples
 from ldm.keyed import Draws
 from ldm.text.contrastive import CLIP, CLIPConfig, clip_loss, retrieval_accuracy
-from ldm.training.loop import Batch, Fit, Hooks, Player, TrainingConfig, fit, make_accelerator, total_of
+from ldm.training.loop import Batch, Fit, Hooks, Player, Stage, TrainingConfig, fit, make_accelerator, total_of
 
 DEFAULT = Path(__file__).parents[1] / "configs/shapes/clip.yaml"
 
@@ -51,21 +51,20 @@ def train(config: TrainCLIP, fit: Fit = fit) -> Path:
         clip.save(folder)
         folders.write_model(folder, "text tower", {"data": config.data.source})
 
+    stage = Stage(
+        players=[Player("clip", clip, loss)],
+        data=data,
+        collate=collate,
+        hooks=Hooks(
+            validate=validate,
+            sample=lambda: None,
+            save_model=save_model,
+            check=lambda: data.share_unreadable(total_of(accelerator)),
+        ),
+        identity={"data": config.data.identity(), "clip": config.clip.to_dict()},
+    )
     try:
-        return fit(
-            config,
-            accelerator=accelerator,
-            players=[Player("clip", clip, loss)],
-            data=data,
-            collate=collate,
-            hooks=Hooks(
-                validate=validate,
-                sample=lambda: None,
-                save_model=save_model,
-                check=lambda: data.share_unreadable(total_of(accelerator)),
-            ),
-            identity={"data": config.data.identity(), "clip": config.clip.to_dict()},
-        )
+        return fit(config, accelerator, stage)
     finally:
         accelerator.print(f"{data.report()}\n{held_out.report()}")
 

@@ -21,7 +21,7 @@ from ldm.folders import newest
 from ldm.keyed import Draws, generator
 from ldm.pipeline import Pipeline, conditions, identity_of_latents, initial_noise, load_vae, to_images, words_in
 from ldm.text import Text, TextConfig, TextEncoder, joined
-from ldm.training.loop import Batch, Fit, Hooks, Player, TrainingConfig, fit, make_accelerator, total_of
+from ldm.training.loop import Batch, Fit, Hooks, Player, Stage, TrainingConfig, fit, make_accelerator, total_of
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, Posterior
 from ldm.weights import sha256
@@ -88,19 +88,16 @@ def train(config: TrainLDM, fit: Fit = fit) -> Path:
         )
         source = LatentCache(data, vae.encode, device=device, progress=accelerator.is_main_process)
 
-    def shape_of(batch: Batch) -> tuple[int, ...]:
-        """(c, h, w) of what is noised."""
-        if vae is None or "mean" in batch:
-            return tuple(batch["mean" if vae else "image"].shape[1:])
-        return vae.config.latent_shape(batch["image"])
-
-    def latents(batch: Batch, noise: Tensor) -> Tensor:
+    def latents(batch: Batch, noise: Callable[[torch.Size], Tensor]) -> Tensor:
+        """What is noised, (b, c, h, w); `noise` draws that of the posterior, for a shape (c, h, w)."""
         if vae is None:
             return batch["image"]
         if "mean" in batch:
-            return vae.standardize(Posterior(batch["mean"], batch["logvar"]).sample(noise))
-        with torch.no_grad():
-            return vae.standardize(vae.encode(batch["image"]).sample(noise))
+            posterior = Posterior(batch["mean"], batch["logvar"])
+        else:
+            with torch.no_grad():
+                posterior = vae.encode(batch["image"])
+        return vae.standardize(posterior.sample(noise(posterior.mean.shape[1:])))
 
     empty = text.tokenize([""]) if text else torch.zeros(1, 1)
 
@@ -117,18 +114,18 @@ def train(config: TrainLDM, fit: Fit = fit) -> Path:
         return (answer.float() - process.target(z, noise, t)).square().flatten(1).mean(1)
 
     def loss(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        own = shape_of(batch)
-        z = latents(batch, draws.normal("latent", own))
+        z = latents(batch, lambda own: draws.normal("latent", own))
         positions = torch.tensor(draws.positions, device=z.device)
         t = process.draw_times(draws.uniform("time"), positions, draws.batch_size)
         dropped = draws.uniform("dropout") < config.caption_dropout
-        error = errors(module, z, batch, draws.normal("noise", own), t, dropped)
+        error = errors(module, z, batch, draws.normal("noise", z.shape[1:]), t, dropped)
         return {"loss": (process.weight(t) * error).mean()}
 
     def validate() -> dict[str, float]:
         count = len(fixed["sizes"])
         noise = torch.randn(2, count, *shape, generator=generator(config.seed, "validation")).to(device)
-        z = latents({name: value.to(device) for name, value in fixed.items() if isinstance(value, Tensor)}, noise[0])
+        moved = {name: value.to(device) for name, value in fixed.items() if isinstance(value, Tensor)}
+        z = latents(moved, lambda own: noise[0])
         by_time = {
             f"validation_loss_t{t}": errors(unet, z, fixed, noise[1], torch.full((count,), t, device=device))
             for t in VALIDATION_TIMES
@@ -155,17 +152,16 @@ def train(config: TrainLDM, fit: Fit = fit) -> Path:
     for name, encoder in zip(("", "second_"), text.encoders if text else (), strict=False):
         values = {"text_sha256": sha256(encoder.weights), **encoder.config.identity()}
         identity |= {name + key: value for key, value in values.items()}
+    stage = Stage(
+        players=[Player("unet", unet, loss)],
+        data=source,
+        collate=collate,
+        hooks=Hooks(validate=validate, sample=sample, save_model=pipeline.save, check=check),
+        identity=identity,
+        groups=data.groups,
+    )
     try:
-        return fit(
-            config,
-            accelerator=accelerator,
-            players=[Player("unet", unet, loss)],
-            data=source,
-            collate=collate,
-            hooks=Hooks(validate=validate, sample=sample, save_model=pipeline.save, check=check),
-            identity=identity,
-            groups=data.groups,
-        )
+        return fit(config, accelerator, stage)
     finally:
         accelerator.print("\n".join(one.report() for one in (data, held_out) if isinstance(one, CaptionedImages)))
 

@@ -13,7 +13,7 @@ from ldm.data import DataConfig, collate, open_dataset
 from ldm.data.order import first_samples, image_batches
 from ldm.keyed import Draws
 from ldm.pipeline import to_images
-from ldm.training.loop import Batch, Fit, Hooks, Player, TrainingConfig, fit, make_accelerator, total_of
+from ldm.training.loop import Batch, Fit, Hooks, Player, Stage, TrainingConfig, fit, make_accelerator, total_of
 from ldm.vae import VAE, VAEConfig
 from ldm.vae.losses import VAELossConfig, psnr, ssim, vae_loss
 from ldm.vae.statistics import measure_latents
@@ -71,22 +71,21 @@ def train(config: TrainVAE, fit: Fit = fit) -> Path:
         values = {"data": config.data.to_dict(), "vae": config.vae.to_dict(), "vae_sha256": digest}
         folders.write_model(folder, "vae", values)
 
+    stage = Stage(
+        players=[Player("vae", vae, loss)],
+        data=data,
+        collate=collate,
+        hooks=Hooks(
+            validate=validate,
+            sample=sample,
+            save_model=save_model,
+            check=lambda: data.share_unreadable(total_of(accelerator)),
+        ),
+        identity={"data": config.data.identity(), "vae": config.vae.to_dict()},
+        groups=data.groups,
+    )
     try:
-        return fit(
-            config,
-            accelerator=accelerator,
-            players=[Player("vae", vae, loss)],
-            data=data,
-            collate=collate,
-            hooks=Hooks(
-                validate=validate,
-                sample=sample,
-                save_model=save_model,
-                check=lambda: data.share_unreadable(total_of(accelerator)),
-            ),
-            identity={"data": config.data.identity(), "vae": config.vae.to_dict()},
-            groups=data.groups,
-        )
+        return fit(config, accelerator, stage)
     finally:
         accelerator.print(f"{data.report()}\n{held_out.report()}")
 

@@ -64,10 +64,10 @@ def work(
             if befalls(trainer, "apart", trainer.step + 1):
                 next(trainer.modules[player.name].parameters()).grad.add_(1e-3)
 
-        def twin(config, accelerator, data: Any, groups: Any, *, start: int) -> Order:  # type: ignore[no-untyped-def]
+        def twin(config, accelerator, stage: Any, *, start: int) -> Order:  # type: ignore[no-untyped-def]
             rank = 0 if harm and harm.what == "twin" else accelerator.process_index
             first = SimpleNamespace(process_index=rank, num_processes=processes)
-            return order_of(config, first, data, groups, start=start)  # type: ignore[arg-type]
+            return order_of(config, first, stage, start=start)  # type: ignore[arg-type]
 
         patch.setattr(Trainer, "_after_step", after_step)
         patch.setattr(Trainer, "_player_step", poisoned_step)

@@ -26,7 +26,7 @@ from ldm.data.order import Key, sample_at
 from ldm.keyed import Draws
 from ldm.training import checkpoint, loop
 from ldm.training.ema import EMA
-from ldm.training.loop import Batch, Hooks, Player, Trainer, TrainingConfig, fit, learning_rate, make_accelerator
+from ldm.training.loop import Batch, Hooks, Player, Stage, Trainer, TrainingConfig, fit, learning_rate, make_accelerator
 from ldm.weights import save_weights
 
 STAGES = ("clip", "vae", "ldm")
@@ -64,9 +64,7 @@ def toy(
         bad = float("nan") if draws.step + 1 in poison else 1e4 if draws.step + 1 == jump else 1.0
         return {"loss": error.square().mean() * bad}
 
-    return fit(
-        config,
-        accelerator=accelerator,
+    stage = Stage(
         players=players or [Player("toy", model, loss)],
         data=Numbers(),
         collate=torch.utils.data.default_collate,
@@ -77,6 +75,7 @@ def toy(
         ),
         identity={"model": "toy"},
     )
+    return fit(config, accelerator, stage)
 
 
 def toy_config(run: Path, **values: Any) -> TrainingConfig:
@@ -427,7 +426,7 @@ def test_ema_warms_up_and_hands_the_weights_back() -> None:
         want = decay * want + (1 - decay) * 1.0
     assert ema.shadow["weight"].item() == pytest.approx(want)
     module.weight.data.fill_(7.0)
-    with ema.applied(module):
+    with ema.applied():
         assert module.weight.item() == pytest.approx(want)
     assert module.weight.item() == 7.0
 

@@ -119,9 +119,9 @@ class GroupedOrder(Order):
     def _batches(self, epoch: int) -> Tensor:
         """The samples of each step of an epoch: (steps, batch_size)."""
         order = permutation(self.size, self.seed, epoch)
-        batches = []
-        for group in range(int(self.groups.max()) + 1):
-            own = order[self.groups[order] == group]
+        groups, batches = self.groups[order], []
+        for group in range(int(groups.max()) + 1):
+            own = order[groups == group]
             if len(own):
                 filled = own[torch.arange(-(-len(own) // self.batch_size) * self.batch_size) % len(own)]
                 batches.append(filled.view(-1, self.batch_size))

@@ -59,7 +59,7 @@ class Layout:
     """Which rows stand in which file: in their order, `shard_size` in each, and no two groups in one."""
 
     def __init__(self, rows: int, shard_size: int, groups: Tensor | None = None) -> None:
-        self.rows, self.shard_size = rows, shard_size
+        self.shard_size = shard_size
         self._order: Tensor | None = None
         self._firsts, counts = [0], [rows]  # of each group: its first file, its rows
         if groups is not None:

@@ -7,19 +7,17 @@ import time
 from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Dataset
 
 from ldm.data.order import Key
 from ldm.training import checkpoint, checks
 from ldm.training.checks import Check
-from ldm.training.loop import Batch, Batches, Hooks, Player, Trainer, TrainingConfig, batches_of, order_of
+from ldm.training.loop import Batches, Stage, Trainer, TrainingConfig, batches_of, order_of
 from ldm.training.machine import peak_memory, synchronize, total_memory
 from ldm.training.sharding import whole
 
@@ -27,18 +25,7 @@ STEPS, START, AGAIN = 20, 5, 10  # real steps; those left out of the rate; how o
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def examine(
-    config: TrainingConfig,
-    *,
-    accelerator: Accelerator,
-    players: list[Player],
-    data: Dataset[Any],
-    collate: Callable[[list[Any]], Batch],
-    hooks: Hooks,
-    identity: dict[str, Any],
-    groups: Tensor | None = None,
-    found: list[Check],
-) -> Path:
+def examine(config: TrainingConfig, accelerator: Accelerator, stage: Stage, *, found: list[Check]) -> Path:
     """Takes the place of `fit`: some steps in `config.run`, which is removed; what they show is added to `found`.
 
     ValueError: what `fit` says, fewer than four steps, and a step that the memory does not hold.
@@ -48,9 +35,8 @@ def examine(
     _remove(config.run, accelerator)  # what a killed one left
     accelerator.wait_for_everyone()
     try:
-        trainer = Trainer(config, accelerator, players, hooks, identity)
-        examination = Examination(trainer, data, collate, groups)
-        with trainer.logging(examination.steps):
+        examination = Examination(Trainer(config, accelerator, stage), stage)
+        with examination.trainer.logging(examination.steps):
             found += examination.checks()
     except torch.OutOfMemoryError:
         raise ValueError(
@@ -70,14 +56,8 @@ def _remove(run: Path, accelerator: Accelerator) -> None:
 class Examination:
     """Takes the steps, as the loop does, and measures. All processes do the same and find the same."""
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        data: Dataset[Any],
-        collate: Callable[[list[Any]], Batch],
-        groups: Tensor | None,
-    ) -> None:
-        self.trainer, self.data, self.collate, self.groups = trainer, data, collate, groups
+    def __init__(self, trainer: Trainer, stage: Stage) -> None:
+        self.trainer, self.stage = trainer, stage
         self.config, self.accelerator = trainer.config, trainer.accelerator
         self.device = self.accelerator.device
         self.on_gpu = self.device.type == "cuda"
@@ -110,8 +90,8 @@ class Examination:
     # What is done.
 
     def _batches(self, step: int) -> Batches:
-        order = order_of(self.config, self.accelerator, self.data, self.groups, start=step)
-        return batches_of(self.config, self.accelerator, self.data, self.collate, order)
+        order = order_of(self.config, self.accelerator, self.stage, start=step)
+        return batches_of(self.config, self.accelerator, self.stage, order)
 
     def _watched(self, batches: Batches) -> Batches:
         """The same batches; keeps their keys and the time that they took."""

@@ -24,14 +24,18 @@ class EMA:
         torch._foreach_lerp_(list(self.shadow.values()), live, 1 - decay)
 
     @contextmanager
-    def applied(self, module: nn.Module) -> Iterator[None]:
-        """`module`, the own one or its whole twin, holds the averages inside the `with`, and its weights afterwards."""
-        own = {name: p.detach().clone() for name, p in module.named_parameters()}
-        _copy(self.shadow, module)
+    def applied(self) -> Iterator[None]:
+        """The module holds the averaged weights inside the `with`, and its own again afterwards."""
+        own = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+        _copy(self.shadow, self.module)
         try:
             yield
         finally:
-            _copy(own, module)
+            _copy(own, self.module)
+
+    def gather(self, module: nn.Module) -> None:
+        """Fill the whole twin of a module that is split with the averages; all processes must call this."""
+        _copy(self.shadow, module)
 
 
 @torch.no_grad()

@@ -41,7 +41,6 @@ from ldm.weights import fill
 
 Batch = Mapping[str, Any]
 Batches = Iterator[tuple[list[Key], Batch]]
-Fit = Callable[..., Path]  # `fit`, or what takes its place
 LOST = re.compile("timed? ?out|connection (closed|reset)|peer", re.IGNORECASE)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
@@ -116,6 +115,25 @@ class Hooks:
     check: Callable[[], None] = lambda: None
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What is trained, and on what.
+
+    `identity` is what a checkpoint must agree on to be resumed: whatever decides the data, their order and the model.
+    With `groups`, the number of the group of each sample, all samples of a step are of one group.
+    """
+
+    players: list[Player]
+    data: Dataset[Any]
+    collate: Callable[[list[Any]], Batch]
+    hooks: Hooks
+    identity: dict[str, Any]
+    groups: Tensor | None = None
+
+
+Fit = Callable[[TrainingConfig, Accelerator, Stage], Path]  # `fit`, or what takes its place
+
+
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """accelerate's engine, with precision and devices as `accelerate launch` was told."""
     if "wandb" in config.trackers and not is_wandb_available():
@@ -162,32 +180,18 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     return rate * (1 - done) if config.decay == "linear" else rate
 
 
-def fit(
-    config: TrainingConfig,
-    *,
-    accelerator: Accelerator,
-    players: list[Player],
-    data: Dataset[Any],
-    collate: Callable[[list[Any]], Batch],
-    hooks: Hooks,
-    identity: dict[str, Any],
-    groups: Tensor | None = None,
-) -> Path:
+def fit(config: TrainingConfig, accelerator: Accelerator, stage: Stage) -> Path:
     """Train until `config.steps`, or a signal, and return the folder of the finished model.
 
-    With `groups`, the number of the group of each sample, all samples of a step are of one group.
-    `identity` is what a checkpoint must agree on to be resumed: whatever decides the data, their order and the model.
     ValueError: nothing to resume, a run folder in use, a checkpoint of another run, a loss that is not finite.
     """
-    trainer = Trainer(config, accelerator, players, hooks, identity)
-    order = order_of(config, accelerator, data, groups, start=trainer.step)
+    trainer = Trainer(config, accelerator, stage)
+    order = order_of(config, accelerator, stage, start=trainer.step)
     trainer.samples_of = order.indices
-    return trainer.run(batches_of(config, accelerator, data, collate, order))
+    return trainer.run(batches_of(config, accelerator, stage, order))
 
 
-def order_of(
-    config: TrainingConfig, accelerator: Accelerator, data: Dataset[Any], groups: Tensor | None, *, start: int
-) -> Order:
+def order_of(config: TrainingConfig, accelerator: Accelerator, stage: Stage, *, start: int) -> Order:
     """Which samples this process takes from step `start` on."""
     cut = {
         "seed": config.seed,
@@ -197,21 +201,17 @@ def order_of(
         "rank": accelerator.process_index,
         "world": accelerator.num_processes,
     }
-    return Order(len(data), **cut) if groups is None else GroupedOrder(groups, **cut)  # type: ignore[arg-type]
+    if stage.groups is not None:
+        return GroupedOrder(stage.groups, **cut)
+    return Order(len(stage.data), **cut)  # type: ignore[arg-type]
 
 
-def batches_of(
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    data: Dataset[Any],
-    collate: Callable[[list[Any]], Batch],
-    order: Order,
-) -> Batches:
+def batches_of(config: TrainingConfig, accelerator: Accelerator, stage: Stage, order: Order) -> Batches:
     """The micro-batches of this process with the keys of their samples, loaded as the configuration says."""
     loader = DataLoader(
-        KeyedDataset(data),
+        KeyedDataset(stage.data),
         batch_sampler=order,
-        collate_fn=KeyedCollate(collate),
+        collate_fn=KeyedCollate(stage.collate),
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
         timeout=config.timeout if config.workers else 0,
@@ -243,28 +243,21 @@ class KeyedCollate:
 class Trainer:
     """The state of a run: prepared modules, optimizers, averages and the number of the next step."""
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        accelerator: Accelerator,
-        players: list[Player],
-        hooks: Hooks,
-        identity: dict[str, Any],
-    ) -> None:
-        self.config, self.accelerator, self.players, self.hooks = config, accelerator, players, hooks
-        self.identity = {"seed": config.seed, "batch_size": config.batch_size, **identity}
+    def __init__(self, config: TrainingConfig, accelerator: Accelerator, stage: Stage) -> None:
+        self.config, self.accelerator, self.players, self.hooks = config, accelerator, stage.players, stage.hooks
+        self.identity = {"seed": config.seed, "batch_size": config.batch_size, **stage.identity}
         self.folder = config.run / "checkpoints"
         self.step = 0
         self.mesh = self._mesh()
         layout = torch.contiguous_format if config.shard else torch.channels_last  # FSDP2 takes no other
-        for player in players:
+        for player in self.players:
             player.module.to(accelerator.device, memory_format=layout)  # type: ignore[call-overload]
-        self.modules = {p.name: sharded(p.module, self.mesh) if self.mesh else p.module for p in players}
+        self.modules = {p.name: sharded(p.module, self.mesh) if self.mesh else p.module for p in self.players}
         self.optimizers = {
             name: accelerator.prepare_optimizer(self._optimizer(module)) for name, module in self.modules.items()
         }
         self.ema = {name: EMA(module, config.ema) for name, module in self.modules.items()}
-        self.health = {p.name: Health(limit=config.max_skipped) for p in players}
+        self.health = {p.name: Health(limit=config.max_skipped) for p in self.players}
         self._resume_or_start()
         self.prepared = {
             name: accelerator.prepare_model(module, evaluation_mode=self.mesh is not None)  # without DDP around it
@@ -402,19 +395,22 @@ class Trainer:
 
     def with_averages(self, action: Callable[[], Any]) -> None:
         """Run on the main process with the averaged weights in place, in eval mode."""
+        main = self.accelerator.is_main_process
         with ExitStack() as stack:
             for player in self.players:
-                if self.accelerator.is_main_process:
-                    player.module.to(self.accelerator.device)  # it waits on the CPU where weights are split
-                stack.enter_context(self.ema[player.name].applied(player.module))
+                if self.mesh:
+                    player.module.to(self.accelerator.device if main else "meta")  # it waited on the CPU
+                    self.ema[player.name].gather(player.module)
+                elif main:
+                    stack.enter_context(self.ema[player.name].applied())
                 player.module.eval()
-            if self.accelerator.is_main_process:
+            if main:
                 with torch.no_grad():
                     action()
         for player in self.players:
             player.module.train()
-            if self.mesh:
-                player.module.to("cpu" if self.accelerator.is_main_process else "meta")
+            if self.mesh and main:
+                player.module.to("cpu")
         self.accelerator.wait_for_everyone()
         self.logs.restart_clock(self.step)
 
