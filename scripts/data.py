@@ -11,8 +11,8 @@ from tyro.conf import Positional
 
 from ldm import pictures
 from ldm.config import ScriptConfig, errors_for_people, parse
+from ldm.data import DataConfig, open_files
 from ldm.data.check import check
-from ldm.data.images import open_images
 from ldm.text.encoder import make_tokenizer
 
 
@@ -21,7 +21,7 @@ class Data(ScriptConfig):
 
     command: Positional[Literal["check"]] = "check"
     source: Positional[str] = ""
-    """folder, parquet file or hub id, as in data.source"""
+    """folder, parquet file, hub id or shards, as in data.source"""
     size: int = Field(256, ge=8)
     """side that training will want"""
     limit: int = Field(77, ge=3)
@@ -39,7 +39,7 @@ def run(config: Data) -> int:
     """Print the report; returns how many images can not be read."""
     if not config.source:
         raise ValueError("name a folder, as in `python scripts/data.py check my_photos`")
-    sources = [open_images(config.source, split) for split in ("train", "test")]
+    sources = [open_files(config.source, split, streams=DataConfig().streams) for split in ("train", "test")]
     print(sources[0].description)
     encode = make_tokenizer(config.limit).encode_all
     report, shown = check(

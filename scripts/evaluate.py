@@ -68,7 +68,7 @@ def vae_fidelity(pipeline: Pipeline, data: DataConfig, config: Evaluate) -> dict
     assert pipeline.vae is not None
     found: dict[str, list[float]] = {"VAE PSNR, dB": [], "VAE SSIM": []}
     held_out = open_dataset(data, "test", seed=config.seed)
-    for batch in image_batches(held_out, count=config.count, batch_size=config.batch_size):
+    for batch in image_batches(held_out, held_out.spread(config.count), batch_size=config.batch_size):
         images = batch.to(config.device)
         with torch.no_grad():
             output = pipeline.vae.decode(pipeline.vae.encode(images).mean).clamp(-1, 1)

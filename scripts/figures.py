@@ -54,7 +54,7 @@ def draw(config: Figures) -> None:
         figures.prompts(pipeline, config.prompts).save(config.out / "prompts.png")
         return
     held_out = open_dataset(DataConfig(**pipeline.about["data"]), "test", seed=0)
-    images = next(image_batches(held_out, count=3))
+    images = next(image_batches(held_out, held_out.spread(3)))
     scale = pipeline.about["guidance_scale"]
     painted = [pipeline(prompt, guidance_scale=scale, seed=seed)[0] for seed, prompt in enumerate(PROMPTS)]
     captioned(painted, PROMPTS, columns=4).save(config.out / "samples.png")

@@ -61,7 +61,8 @@ def train(config: TrainCLIP, fit: Fit = fit) -> Path:
             save_model=save_model,
             check=lambda: data.share_unreadable(total_of(accelerator)),
         ),
-        identity={"data": config.data.identity(), "clip": config.clip.to_dict()},
+        identity={"data": data.identity(), "clip": config.clip.to_dict()},
+        order=data.order,
     )
     try:
         return fit(config, accelerator, stage)

@@ -146,7 +146,7 @@ def train(config: TrainLDM, fit: Fit = fit) -> Path:
         if isinstance(data, CaptionedImages):
             data.share_unreadable(total_of(accelerator))
 
-    identity: dict[str, Any] = {"data": config.data.identity()}
+    identity: dict[str, Any] = {"data": data.identity()}
     identity |= {"unet": config.unet.to_dict(), "process": config.process.to_dict()}
     identity["vae_sha256"] = sha256(vae_folder / "vae.safetensors") if vae_folder else None
     for name, encoder in zip(("", "second_"), text.encoders if text else (), strict=False):
@@ -158,7 +158,7 @@ def train(config: TrainLDM, fit: Fit = fit) -> Path:
         collate=collate,
         hooks=Hooks(validate=validate, sample=sample, save_model=pipeline.save, check=check),
         identity=identity,
-        groups=data.groups,
+        order=data.order,
     )
     try:
         return fit(config, accelerator, stage)

@@ -42,7 +42,7 @@ def train(config: TrainVAE, fit: Fit = fit) -> Path:
     accelerator.print(data.describe())
     vae = VAE(config.vae, gradient_checkpointing=config.gradient_checkpointing)
     if vae.linear is not None:  # a resumed run overwrites this with what it had learned
-        vae.linear.fit(torch.cat(list(image_batches(data.squares(), count=2048))))
+        vae.linear.fit(torch.cat(list(image_batches(data.squares(), data.spread(2048)))))
     fixed = collate(first_samples(held_out, 64))["image"]
 
     def loss(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ def train(config: TrainVAE, fit: Fit = fit) -> Path:
         return pictures.grid(to_images(pairs), columns=8)
 
     def save_model(folder: Path) -> None:
-        batches = image_batches(data.squares(), count=4096)
+        batches = image_batches(data.squares(), data.spread(4096))
         measure_latents(vae, (images.to(accelerator.device) for images in batches))
         digest = save_weights(vae, folder / "vae.safetensors")
         values = {"data": config.data.to_dict(), "vae": config.vae.to_dict(), "vae_sha256": digest}
@@ -81,8 +81,8 @@ def train(config: TrainVAE, fit: Fit = fit) -> Path:
             save_model=save_model,
             check=lambda: data.share_unreadable(total_of(accelerator)),
         ),
-        identity={"data": config.data.identity(), "vae": config.vae.to_dict()},
-        groups=data.groups,
+        identity={"data": data.identity(), "vae": config.vae.to_dict()},
+        order=data.order,
     )
     try:
         return fit(config, accelerator, stage)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from ldm import keyed
-from ldm.data.order import Key, Order, first_samples, image_batches, permutation, sample_at
+from ldm.data.order import Key, Order, evenly, first_samples, image_batches, permutation, sample_at
 
 
 class Echo(Dataset):
@@ -111,8 +111,8 @@ def test_first_samples_stops_at_the_end():
 def test_image_batches_spread_over_the_set():
     whole = [batch[:, 0, 0, 0].tolist() for batch in image_batches(Echo(5), batch_size=2)]
     assert whole == [[0, 1], [2, 3], [4]]
-    assert [batch[:, 0, 0, 0].tolist() for batch in image_batches(Echo(9), count=3)] == [[0, 3, 6]]
-    assert sum(len(batch) for batch in image_batches(Echo(4), count=10)) == 4
+    assert [batch[:, 0, 0, 0].tolist() for batch in image_batches(Echo(9), evenly(3, 9))] == [[0, 3, 6]]
+    assert evenly(10, 4) == [0, 1, 2, 3]
 
 
 def test_draws_do_not_depend_on_how_the_batch_is_cut():

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm.data.order import Key, sample_at
+from ldm.data.order import Key, Order, sample_at
 from ldm.keyed import Draws
 from ldm.training import checkpoint, loop
 from ldm.training.ema import EMA
@@ -74,6 +75,7 @@ def toy(
             save_model=lambda folder: None,
         ),
         identity={"model": "toy"},
+        order=partial(Order, len(Numbers())),
     )
     return fit(config, accelerator, stage)
 

@@ -1,8 +1,9 @@
 """Where images and captions come from: one data set class over drawn scenes, emoji, folders, tables and the hub."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,8 +31,9 @@ from ldm.data.images import (
     to_tensor,
     wordings_of,
 )
-from ldm.data.order import Key
+from ldm.data.order import GroupedOrder, Key, Order, StreamOrder
 from ldm.data.shapes import Split
+from ldm.data.streams import Shards, UnreadableShard, in_shards, open_shards
 
 if TYPE_CHECKING:
     import datasets
@@ -46,7 +48,8 @@ class DataConfig(Config):
     """Which images, and how they are cut."""
 
     source: str = "shapes"
-    """shapes, pairs, emoji, a folder, a parquet file, or the id `org/name` of a hub data set"""
+    """shapes, pairs, emoji, a folder, a parquet file, the id `org/name` of a hub data set, or tar and parquet shards: a
+    folder of them, a pattern such as `photos/{000..099}.tar`, an address such as `s3://bucket/photos`"""
     size: int = Field(32, ge=8)
     """side of the square images, in pixels"""
     bucket_step: int = Field(0, ge=0)
@@ -56,6 +59,8 @@ class DataConfig(Config):
     """3 for colour, 1 for grey"""
     flip: bool = False
     """mirror every second training image at random; off because it also mirrors writing, left and right"""
+    streams: int = Field(16, ge=1)
+    """shards that a step takes images of; three times as many are kept on each machine"""
     font: Annotated[Path | None, arg(aliases=["--font"])] = None
     """colour-emoji font file for source emoji; found by itself when left out"""
     max_unreadable: float = Field(0.01, ge=0, le=1)
@@ -89,6 +94,8 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         self._shared = 0  # how many of them all processes know
         self._check_readable()
         self.sides, self.groups = [(config.size, config.size)], None
+        if config.bucket_step and isinstance(source, Shards):
+            raise ValueError("data.bucket_step: the shapes of images in shards are not known ahead; leave it at 0")
         if config.bucket_step and self.training:
             with ThreadPoolExecutor() as pool:
                 shapes_of_all = list(pool.map(self._shape, range(len(self))))
@@ -97,10 +104,32 @@ class CaptionedImages(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.source.images)
 
+    @property
+    def order(self) -> Callable[..., Order]:
+        """Makes the order of its samples."""
+        if isinstance(self.source, Shards):
+            rows = [span.rows for span in self.source.spans]
+            return partial(StreamOrder, rows, streams=self.config.streams)
+        return partial(Order, len(self)) if self.groups is None else partial(GroupedOrder, self.groups)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the samples, which a resumed run must not change."""
+        return {**self.config.identity(), "items": self.source.digest()}
+
+    def expect(self, keys: Sequence[Key]) -> None:
+        """Make ready for these samples, which are read next."""
+        self.source.expect(keys, self.seed)
+
+    def spread(self, count: int) -> list[int]:
+        """`count` samples that are spread over the set, as far as they can be had soon."""
+        return self.source.spread(count)
+
     def __getitem__(self, key: Key) -> dict[str, Any]:
         for index in self._candidates(key.index):
             try:
                 image = self._decode(index)
+            except UnreadableShard:
+                raise
             except ValueError:
                 self._note_bad(index)
                 continue
@@ -117,8 +146,8 @@ class CaptionedImages(Dataset[dict[str, Any]]):
 
     @property
     def captions(self) -> Iterator[str]:
-        """All wordings of all images, without decoding any."""
-        for entry in self.source.captions:
+        """All wordings of all images, without decoding any; none of a set in shards, which had to be fetched for it."""
+        for entry in () if isinstance(self.source, Shards) else self.source.captions:
             yield from wordings_of(entry)
 
     @property
@@ -192,8 +221,9 @@ class CaptionedImages(Dataset[dict[str, Any]]):
 
     def _candidates(self, index: int) -> Iterator[int]:
         """`index`, then those that stand in for it, without the ones known to be unreadable."""
+        near = self.source.near(index)
         for attempt in range(TRIES):
-            candidate = keyed.key("stand-in", index, attempt) % len(self) if attempt else index
+            candidate = near[keyed.key("stand-in", index, attempt) % len(near)] if attempt else index
             if not self._bad[candidate]:
                 yield candidate
 
@@ -226,6 +256,8 @@ class CaptionedImages(Dataset[dict[str, Any]]):
     def _error(self, index: int) -> str | None:
         try:
             self._decode(index)
+        except UnreadableShard:
+            raise
         except ValueError as error:
             return str(error)
         return None
@@ -252,10 +284,16 @@ def open_dataset(config: DataConfig, split: Split, *, seed: int) -> CaptionedIma
         "pairs": lambda: _scenes(shapes.load_pairs(split, config.size), config, "pairs: scenes of two objects"),
         "emoji": lambda: _emoji(config, split),
     }
-    source = drawn[config.source]() if config.source in drawn else open_images(config.source, split)
+    files = partial(open_files, config.source, split, streams=config.streams)
+    source = drawn.get(config.source, files)()
     if not source.names:
         raise ValueError(f"{config.source}: one image alone leaves none for the test split; add at least one more")
     return CaptionedImages(source, config, split, seed=seed)
+
+
+def open_files(source: str, split: Split, *, streams: int) -> Source:
+    """One split of what a person has: images, a table of them, or shards. ValueError as in `open_dataset`."""
+    return open_shards(source, split, streams=streams) if in_shards(source) else open_images(source, split)
 
 
 def _scenes(rows: "datasets.Dataset", config: DataConfig, description: str) -> Source:

@@ -1,6 +1,7 @@
 """Images that people have: folders, parquet files and hub data sets, found, read, decoded and cut."""
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ldm import keyed
 from ldm.data.buckets import Sides
+from ldm.data.order import Key, evenly
 from ldm.data.shapes import Split
 
 if TYPE_CHECKING:
@@ -52,6 +54,21 @@ class Source:
         names, captions = [self.names[i] for i in chosen], [self.captions[i] for i in chosen]
         images = self.images.select(chosen) if isinstance(self.images, Column) else [self.images[i] for i in chosen]
         return Source(names, images, captions, self.description)
+
+    def near(self, index: int) -> range:
+        """The items that can stand in for one that can not be read."""
+        return range(len(self.names))
+
+    def spread(self, count: int) -> list[int]:
+        """`count` items, spread over all."""
+        return evenly(count, len(self.names))
+
+    def digest(self) -> str:
+        """A hash of which items there are."""
+        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:16]
+
+    def expect(self, keys: Sequence[Key], seed: int) -> None:
+        """Make ready for these samples, which are read next."""
 
 
 class Column(Sequence[Encoded]):
@@ -187,7 +204,7 @@ def _metadata_captions(path: Path, images: set[str]) -> tuple[dict[str, list[str
     captions: dict[str, list[str]] = {}
     for row in rows:
         name = _inside(row.get("file_name"), path)
-        wordings = _wordings(row.get(column), f"{path}: {_text(name)}")
+        wordings = wordings_in(row.get(column), f"{path}: {_text(name)}")
         captions.setdefault(name, []).extend(filter(None, wordings_of(wordings)))
     missing = sorted(set(captions) - images)
     if missing:
@@ -258,7 +275,7 @@ def _confined(path: str, roots: Sequence[Path]) -> Path:
     return full
 
 
-def _wordings(cell: Any, where: str) -> str | list[str]:
+def wordings_in(cell: Any, where: str) -> str | list[str]:
     """The caption of a cell, or the captions of one that holds a list; ValueError for what is no text."""
     if isinstance(cell, list):
         return [text for text in (_caption(item, where) for item in cell) if text]
@@ -323,10 +340,7 @@ def _table(rows: "datasets.Dataset", where: str, roots: Sequence[Path]) -> Sourc
     """The image and caption columns of a table. Rows have no names of their own, so their number is the name."""
     import datasets
 
-    image = _image_column(rows.features)
-    if image is None:
-        columns = _first(list(rows.features), 12)
-        raise ValueError(f"{where}: none of the columns {columns} holds images; choose another --data.source")
+    image = image_column(rows.features, where)
     if not len(rows):
         raise ValueError(f"{where}: holds no rows; choose another --data.source")
     caption = next((name for name in CAPTION_COLUMNS if name in rows.features), None)
@@ -334,7 +348,7 @@ def _table(rows: "datasets.Dataset", where: str, roots: Sequence[Path]) -> Sourc
         rows = rows.cast_column(image, datasets.Image(decode=False))
     captions: Captions = [""] * len(rows)
     if caption:
-        captions = [_wordings(cell, f"{where}, row {i}") for i, cell in enumerate(_cells(rows, caption, where))]
+        captions = [wordings_in(cell, f"{where}, row {i}") for i, cell in enumerate(_cells(rows, caption, where))]
     said = f"captions from column `{caption}`, {sum(map(bool, captions)):,} captioned" if caption else "no captions"
     names = [f"row {i}" for i in range(len(rows))]
     description = f"images: {len(rows):,} rows of {where}, column `{image}`, {said}"
@@ -349,7 +363,8 @@ def _cells(rows: "datasets.Dataset", column: str, where: str) -> list[Any]:
         raise ValueError(f"{where}: column {column} is no text; write text, or lists of texts") from None
 
 
-def _image_column(features: "datasets.Features") -> str | None:
+def image_column(features: "datasets.Features", where: str) -> str:
+    """The first column of a table that holds images; ValueError when there is none."""
     import datasets
 
     def holds_bytes(feature: Any) -> bool:
@@ -358,7 +373,11 @@ def _image_column(features: "datasets.Features") -> str | None:
         return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
 
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    return next(iter(typed + [name for name, feature in features.items() if holds_bytes(feature)]), None)
+    found = typed + [name for name, feature in features.items() if holds_bytes(feature)]
+    if not found:
+        columns = _first(list(features), 12)
+        raise ValueError(f"{where}: none of the columns {columns} holds images; choose another --data.source")
+    return found[0]
 
 
 # Pixels.

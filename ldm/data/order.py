@@ -1,7 +1,9 @@
 """Which sample comes when: a pure function of (seed, epoch, position), whatever the processes and workers."""
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -31,21 +33,41 @@ def sample_at(place: int, *, size: int, seed: int) -> tuple[int, int]:
     return int(permutation(size, seed, epoch)[offset]), epoch
 
 
+@lru_cache(maxsize=4)
+def file_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch goes through `count` files."""
+    return torch.randperm(count, generator=keyed.generator(seed, "files", epoch)).tolist()
+
+
+@lru_cache(maxsize=64)
+def row_order(size: int, seed: int, epoch: int, file: int) -> Tensor:
+    """The order in which an epoch takes the rows of a file."""
+    return torch.randperm(size, generator=keyed.generator(seed, "rows", epoch, file))
+
+
 def first_samples(dataset: Dataset[Any], count: int) -> list[Any]:
     """The first `count` samples of a data set, the same at every call: for validation."""
     return [dataset[Key(index, 0, index)] for index in range(min(count, len(dataset)))]  # type: ignore[arg-type]
 
 
-def image_batches(dataset: Dataset[Any], *, count: int | None = None, batch_size: int = 64) -> Iterator[Tensor]:
-    """The images of a data set, or `count` of them spread over it, in batches (b, c, h, w)."""
-    for batch in sample_batches(dataset, count=count, batch_size=batch_size):
+def evenly(count: int, total: int) -> list[int]:
+    """`count` of the numbers below `total`, or all of them if there are no more."""
+    return [i * total // min(count, total) for i in range(min(count, total))]
+
+
+def image_batches(
+    dataset: Dataset[Any], chosen: Sequence[int] | None = None, *, batch_size: int = 64
+) -> Iterator[Tensor]:
+    """The images of a data set, all or the `chosen` ones, in batches (b, c, h, w)."""
+    for batch in sample_batches(dataset, chosen, batch_size=batch_size):
         yield batch["image"]
 
 
-def sample_batches(dataset: Dataset[Any], *, count: int | None = None, batch_size: int = 64) -> Iterator[Any]:
-    """The samples of a data set, or `count` of them spread over it, in collated batches."""
-    total = len(dataset)  # type: ignore[arg-type]
-    chosen = [i * total // min(count or total, total) for i in range(min(count or total, total))]
+def sample_batches(
+    dataset: Dataset[Any], chosen: Sequence[int] | None = None, *, batch_size: int = 64
+) -> Iterator[Any]:
+    """The samples of a data set, all or the `chosen` ones, in collated batches."""
+    chosen = range(len(dataset)) if chosen is None else chosen  # type: ignore[arg-type]
     for first in range(0, len(chosen), batch_size):
         yield default_collate([dataset[Key(i, 0, i)] for i in chosen[first : first + batch_size]])
 
@@ -127,3 +149,38 @@ class GroupedOrder(Order):
                 batches.append(filled.view(-1, self.batch_size))
         every = torch.cat(batches)
         return every[torch.randperm(len(every), generator=keyed.generator(self.seed, "groups", epoch))]
+
+
+class StreamOrder(Order):
+    """An order that goes from file to file, so that a set need not lie on the disk as a whole.
+
+    An epoch draws an order of all files, and of the rows in each. That row of rows is cut into equal streams, and
+    each step takes a run of positions from each stream: a process that has few positions needs few files at a time.
+    A stream has each of its rows once in an epoch; the next one begins when its own rows are through.
+    """
+
+    def __init__(self, rows: Sequence[int], *, streams: int, **order: Any) -> None:
+        """`rows` of each file; `streams`, or the next smaller number that divides the batch; the rest as in `Order`."""
+        super().__init__(sum(rows), **order)
+        self.rows, self.starts = rows, [0, *accumulate(rows)]
+        self.streams = next(n for n in range(min(streams, self.size), 0, -1) if self.batch_size % n == 0)
+        self._drawn: dict[int, tuple[list[int], list[int]]] = {}
+
+    def _key(self, step: int, position: int) -> Key:
+        own = self.batch_size // self.streams  # positions of a stream
+        stream, place = position // own, step * own + position % own
+        first, end = (self.size * n // self.streams for n in (stream, stream + 1))
+        epoch, offset = divmod(place, end - first)
+        return Key(self._index(epoch, first + offset), epoch, position)
+
+    def _index(self, epoch: int, place: int) -> int:
+        """The sample at a place of the whole epoch."""
+        if epoch not in self._drawn:  # streams are at most one epoch apart
+            files = file_order(len(self.rows), self.seed, epoch)
+            ends = list(accumulate(self.rows[file] for file in files))
+            self._drawn = {e: drawn for e, drawn in self._drawn.items() if e >= epoch - 1} | {epoch: (files, ends)}
+        files, ends = self._drawn[epoch]
+        number = bisect_right(ends, place)
+        file = files[number]
+        row = row_order(self.rows[file], self.seed, epoch, file)[place - ends[number]]  # counted from its end
+        return self.starts[file] + int(row)

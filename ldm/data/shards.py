@@ -10,7 +10,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from ldm import keyed
 from ldm.config import Config
 from ldm.data import CaptionedImages, collate
-from ldm.data.order import Key
+from ldm.data.order import GroupedOrder, Key, Order
 from ldm.data.shapes import Split
 from ldm.files import write_tensors
 from ldm.weights import sha256
@@ -203,6 +203,15 @@ class LatentShards(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return self.index.rows[self.split]
+
+    @property
+    def order(self) -> Callable[..., Order]:
+        """Makes the order of its samples."""
+        return partial(Order, len(self)) if self.groups is None else partial(GroupedOrder, self.groups)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the samples, which a resumed run must not change."""
+        return self.index.identity["data"]
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         training = self.split == "train"

@@ -29,7 +29,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import ScriptConfig, changes, write_yaml
-from ldm.data.order import GroupedOrder, Key, Order
+from ldm.data import CaptionedImages
+from ldm.data.order import Key, Order
 from ldm.files import disk_errors
 from ldm.keyed import Draws
 from ldm.training import checkpoint
@@ -120,7 +121,7 @@ class Stage:
     """What is trained, and on what.
 
     `identity` is what a checkpoint must agree on to be resumed: whatever decides the data, their order and the model.
-    With `groups`, the number of the group of each sample, all samples of a step are of one group.
+    `order` makes the order of the samples: see `Order` for what it is given.
     """
 
     players: list[Player]
@@ -128,7 +129,7 @@ class Stage:
     collate: Callable[[list[Any]], Batch]
     hooks: Hooks
     identity: dict[str, Any]
-    groups: Tensor | None = None
+    order: Callable[..., Order]
 
 
 Fit = Callable[[TrainingConfig, Accelerator, Stage], Path]  # `fit`, or what takes its place
@@ -201,9 +202,7 @@ def order_of(config: TrainingConfig, accelerator: Accelerator, stage: Stage, *, 
         "rank": accelerator.process_index,
         "world": accelerator.num_processes,
     }
-    if stage.groups is not None:
-        return GroupedOrder(stage.groups, **cut)
-    return Order(len(stage.data), **cut)  # type: ignore[arg-type]
+    return stage.order(**cut)
 
 
 def batches_of(config: TrainingConfig, accelerator: Accelerator, stage: Stage, order: Order) -> Batches:
@@ -226,8 +225,10 @@ class KeyedDataset(Dataset[tuple[Key, Any]]):
     def __init__(self, data: Dataset[Any]) -> None:
         self.data = data
 
-    def __getitem__(self, key: Key) -> tuple[Key, Any]:
-        return key, self.data[key]
+    def __getitems__(self, keys: list[Key]) -> list[tuple[Key, Any]]:
+        if isinstance(self.data, CaptionedImages):
+            self.data.expect(keys)
+        return [(key, self.data[key]) for key in keys]
 
 
 class KeyedCollate:

@@ -1,0 +1,468 @@
+"""Sets in shards, tar or parquet files of any file system: each is fetched when its turn comes, and makes room again.
+
+The rows of all shards are counted once. A shard that is needed becomes a file in the cache folder of `datasets`, which
+all processes of a machine share: encoded images, captions, or why a row can not be used.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import tarfile
+import threading
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from filelock import FileLock
+from torch.utils.data import get_worker_info
+from tqdm import tqdm
+
+from ldm.data.images import (
+    CAPTION_COLUMNS,
+    HELD_OUT,
+    METADATA,
+    SUFFIXES,
+    Source,
+    check_split,
+    image_column,
+    wordings_in,
+    wordings_of,
+)
+from ldm.data.order import Key, evenly, file_order
+from ldm.data.shapes import Split
+from ldm.files import in_place_of
+
+if TYPE_CHECKING:
+    import datasets
+
+TARS = (".tar", ".tar.gz", ".tgz")
+TEXTS = ("txt", *CAPTION_COLUMNS)  # endings of the files in a tar that hold a caption
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+TEST = re.compile(r"(^|[^a-z])(test|val|valid|validation)([^a-z]|$)")  # in the name of a held-out shard
+VERSION = ("ETag", "etag", "blob_id", "mtime", "created", "LastModified")  # what file systems tell of a file's content
+LARGEST = 2**28  # bytes of an encoded image
+CHUNK = 64  # rows that are in memory while a shard is fetched
+KEPT = 3  # files that are kept for each stream: its own, the next, and one that another process has not left yet
+SLOTS = threading.Semaphore(4)  # files that a process fetches ahead at a time
+
+
+class UnreadableShard(ValueError):
+    """A whole shard that can not be read, which no other image can stand in for."""
+
+
+class Shard(NamedTuple):
+    """A file of a set, and a name for its content."""
+
+    url: str
+    size: int  # bytes
+    key: str
+
+
+class Span(NamedTuple):
+    """The rows of a shard that are in a split."""
+
+    shard: Shard
+    first: int
+    rows: int
+
+
+class Row(NamedTuple):
+    """What a shard says of one image; `error` says why it can not be used."""
+
+    image: bytes | None
+    captions: list[str]
+    error: str | None
+
+
+def in_shards(source: str) -> bool:
+    """Whether a source names shards: an address, a pattern, a tar file, or a folder of tar or parquet files."""
+    if "://" in source or set(source) & set("*?") or RANGE.search(source) or source.endswith(TARS):
+        return True
+    folder = Path(os.path.expanduser(source))
+    if not folder.is_dir():
+        return False
+    names = [name for part in (folder, *filter(Path.is_dir, folder.iterdir())) for name in os.listdir(part)]
+    return any(map(_is_shard, names)) and not any(name.lower().endswith(SUFFIXES) for name in names)
+
+
+def open_shards(source: str, split: Split, *, streams: int) -> "Shards":
+    """One split of a set in shards, of which at most 3 x `streams` are kept on this machine at a time.
+
+    Shards that are named test or validation are held out; where there are none, the first 5 % of the rows of each.
+    ValueError: no shard there, or one that can not be read.
+    """
+    import datasets  # slow, and other sets do not need it here
+
+    check_split(split)
+    shards = find_shards(source)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "shards" / _short(source)
+    spans = _split(list(zip(shards, count_rows(shards, folder), strict=True)), split)
+    store = Store(spans, folder, keep=KEPT * streams)
+    told = f"shards: {len(shards):,} of {source}, fetched into {folder} as they are needed"
+    return Shards(Rows(store, "name"), Rows(store, "image"), Rows(store, "captions"), told, spans=spans, store=store)
+
+
+@dataclass(frozen=True)
+class Shards(Source):
+    """A source whose items lie in shards."""
+
+    spans: Sequence[Span] = ()
+    store: "Store" = field(kw_only=True)
+    _expected: dict[int, int] = field(default_factory=dict, init=False)  # the last epoch in which a shard was needed
+
+    def near(self, index: int) -> range:
+        """The items of the same shard."""
+        number = self.store.place(index)[0]
+        return range(self.store.starts[number], self.store.starts[number + 1])
+
+    def spread(self, count: int) -> list[int]:
+        """Items of at most 16 shards, which are spread over the set."""
+        chosen = evenly(16, len(self.spans))
+        items = [index for number in chosen for index in self.near(self.store.starts[number])]
+        return [items[i] for i in evenly(count, len(items))]
+
+    def digest(self) -> str:
+        """A hash of which shards there are, and how many rows of each."""
+        return _short(json.dumps([(Path(span.shard.url).name, *span[1:]) for span in self.spans]))
+
+    def expect(self, keys: Iterable[Key], seed: int) -> None:
+        """In a loading process, begin to fetch the shards of these samples, and those that come after them."""
+        if get_worker_info() is None:
+            return
+        for key in keys:
+            number = self.store.place(key.index)[0]
+            if self._expected.get(number) != key.epoch:
+                self._expected[number] = key.epoch
+                order = file_order(len(self.spans), seed, key.epoch)
+                here = order.index(number)
+                self.store.fetch_ahead(order[here : here + 2])
+
+
+class Rows(Sequence[Any]):
+    """One field of all rows, read when it is asked for."""
+
+    def __init__(self, store: "Store", name: str) -> None:
+        self.store, self.name = store, name
+
+    def __len__(self) -> int:
+        return self.store.starts[-1]
+
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]
+        number, row = self.store.place(range(len(self))[index])
+        if self.name == "name":
+            return f"{self.store.spans[number].shard.url}, row {row}"
+        found = self.store.rows(number)[row]
+        if self.name == "image" and found["error"]:
+            raise ValueError(found["error"])
+        return found[self.name]
+
+
+class Store:
+    """The shards that are on this machine."""
+
+    def __init__(self, spans: Sequence[Span], folder: Path, *, keep: int) -> None:
+        self.spans, self.folder, self.keep = spans, folder, keep
+        self.starts = [0, *itertools.accumulate(span.rows for span in spans)]
+        self._opened: dict[int, datasets.Dataset] = {}
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The number of an item's span, and its row in the shard."""
+        number = bisect_right(self.starts, index) - 1
+        return number, self.spans[number].first + index - self.starts[number]
+
+    def rows(self, number: int) -> "datasets.Dataset":
+        """The rows of a shard, fetched if need be."""
+        if number not in self._opened:
+            opened = self._open(self.spans[number].shard)
+            if len(self._opened) >= self.keep:
+                self._opened.pop(next(iter(self._opened)), None)
+            self._opened[number] = opened
+        return self._opened[number]
+
+    def _open(self, shard: Shard) -> "datasets.Dataset":
+        import datasets
+
+        while True:
+            path = self._fetch(shard)
+            try:
+                os.utime(path)  # it was used
+                return datasets.Dataset.from_file(str(path))
+            except FileNotFoundError:  # another process made room meanwhile
+                continue
+
+    def fetch_ahead(self, numbers: Sequence[int]) -> None:
+        """Begin to fetch shards that will be needed; one that fails is tried again, and told of, in its turn."""
+        for number in numbers:
+            if not self._path(self.spans[number].shard).exists():
+                threading.Thread(target=self._try, args=[self.spans[number].shard], daemon=True).start()
+
+    def _try(self, shard: Shard) -> None:
+        with SLOTS, contextlib.suppress(ValueError):
+            self._fetch(shard)
+
+    def _fetch(self, shard: Shard) -> Path:
+        path = self._path(shard)
+        with FileLock(self.folder / f".lock-{int(shard.key, 16) % 64}"):  # one process fetches it for all
+            if not path.is_file():
+                with in_place_of(path) as beside:
+                    write_rows(beside, read_rows(shard.url))
+                self._make_room()
+        return path
+
+    def _path(self, shard: Shard) -> Path:
+        return self.folder / f"{shard.key}.arrow"
+
+    def _make_room(self) -> None:
+        """Remove the files that were not used for the longest time. Who has one open can go on reading it."""
+        for path in sorted(self.folder.glob("[!.]*.arrow"), key=_last_use)[: -self.keep]:
+            path.unlink(missing_ok=True)
+
+
+def _last_use(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another process made room meanwhile
+        return 0
+
+
+# Which shards there are.
+
+
+def find_shards(source: str) -> list[Shard]:
+    """All shards that an address, a pattern with *, ? or {000..099}, a file or a folder names, in order.
+
+    Where there are tar files there are no other shards: a parquet file beside one tells of its rows. ValueError: none.
+    """
+    with ThreadPoolExecutor(16) as pool:
+        try:
+            found = dict(itertools.chain.from_iterable(pool.map(_listed, _addresses(source))))
+        except ImportError as error:
+            raise ValueError(f"data.source {source}: {error} (pip install it)") from None
+        except Exception as error:  # file systems raise errors of many types
+            raise ValueError(f"data.source {source} can not be listed: {_reason(error)}") from None
+    urls = [url for url in found if url.lower().endswith(TARS)] or list(filter(_is_shard, found))
+    if not urls:
+        raise ValueError(f"data.source {source}: no tar or parquet file there; choose another --data.source")
+    return [Shard(url, found[url]["size"], _short(f"{url} {_version(found[url])}")) for url in sorted(urls)]
+
+
+def _addresses(source: str) -> list[str]:
+    """A source with {000..099} written out."""
+    bounds = RANGE.search(source)
+    if not bounds:
+        return [source]
+    first, last = bounds.groups()
+    numbers = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    return [other for number in numbers for other in _addresses(source.replace(bounds[0], number, 1))]
+
+
+def _listed(address: str) -> list[tuple[str, dict[str, Any]]]:
+    """The files at an address, with what their file system tells of each."""
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(os.path.expanduser(address))
+    if set(path) & set("*?"):
+        found = system.glob(path, detail=True)
+    elif system.isdir(path):
+        found = system.find(path, detail=True)
+    else:
+        found = {path: system.info(path)}
+    local = "://" not in address
+    return [(name if local else system.unstrip_protocol(name), info) for name, info in found.items()]
+
+
+def _version(info: dict[str, Any]) -> str:
+    return f"{info['size']} {next((info[name] for name in VERSION if info.get(name)), '')}"
+
+
+def _is_shard(name: str) -> bool:
+    return name.lower().endswith((*TARS, ".parquet")) and Path(name).name not in METADATA
+
+
+def _split(counted: list[tuple[Shard, int]], split: Split) -> list[Span]:
+    """The rows that are in a split."""
+    names = [shard.url.lower().split("/") for shard, _ in counted]
+    shared = len(list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))))
+    named = [any(map(TEST.search, parts[shared:])) for parts in names]
+    if any(named) and not all(named):
+        return [
+            Span(shard, 0, rows)
+            for (shard, rows), test in zip(counted, named, strict=True)
+            if rows and test == (split == "test")
+        ]
+    spans = []
+    for shard, rows in counted:
+        held = math.ceil(HELD_OUT * rows) if rows > 1 else 0
+        spans.append(Span(shard, 0, held) if split == "test" else Span(shard, held, rows - held))
+    return [span for span in spans if span.rows]
+
+
+def count_rows(shards: Sequence[Shard], folder: Path) -> list[int]:
+    """The rows of each shard; what was counted once is kept in `folder`. A tar file must be read whole for it.
+
+    UnreadableShard: one that can not be read, or is cut off.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock-rows"), open(folder / "rows.jsonl", "a+", encoding="utf-8") as kept:
+        kept.seek(0)
+        known = dict(filter(None, map(_counted, kept)))
+        missing = [shard for shard in shards if shard.key not in known]
+        with ThreadPoolExecutor(16) as pool:
+            counts = pool.map(_count, missing)
+            bar = tqdm(missing, desc="rows of shards", unit="shard", disable=None if missing else True)
+            for shard, rows in zip(bar, counts, strict=True):
+                known[shard.key] = rows
+                kept.write(json.dumps({"shard": shard.key, "rows": rows}) + "\n")
+                kept.flush()
+    return [known[shard.key] for shard in shards]
+
+
+def _counted(line: str) -> tuple[str, int] | None:
+    """What a line of the counts says; nothing for one that was cut off."""
+    try:
+        told = json.loads(line)
+        return str(told["shard"]), int(told["rows"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+# What is in them.
+
+
+def _count(shard: Shard) -> int:
+    with _readable(shard.url):
+        if shard.url.lower().endswith(".tar") and shard.size % tarfile.BLOCKSIZE:
+            raise ValueError("it is cut off")  # tarfile takes half a header for the end
+        if shard.url.lower().endswith(TARS):
+            return sum(1 for _ in _samples(shard.url))
+        import pyarrow.parquet
+
+        with _opened(shard.url) as file:
+            return pyarrow.parquet.read_metadata(file).num_rows
+
+
+def read_rows(url: str) -> Iterator[Row]:
+    """The rows of a shard. UnreadableShard when it can not be read, or is cut off."""
+    with _readable(url):
+        yield from map(_tar_row, _samples(url)) if url.lower().endswith(TARS) else _parquet_rows(url)
+
+
+@contextlib.contextmanager
+def _readable(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (GeneratorExit, UnreadableShard):
+        raise
+    except Exception as error:  # file systems and formats raise errors of many types
+        raise UnreadableShard(
+            f"{url} can not be read ({_reason(error)}); repair it, or take it out of --data.source"
+        ) from None
+
+
+def _samples(url: str) -> Iterator[dict[str, bytes]]:
+    """The samples of a tar file that have an image.
+
+    Each is a run of files that are named alike up to the first dot, by what follows it.
+    """
+    from datasets.download.streaming_download_manager import StreamingDownloadManager  # which tries again
+
+    members = StreamingDownloadManager().iter_archive(url)
+    for _, files in itertools.groupby(members, key=lambda member: _name(member[0])[0]):
+        sample: dict[str, bytes] = {}
+        for path, file in files:
+            sample.setdefault(_name(path)[1], file.read(LARGEST))
+        if _image_of(sample) is not None:
+            yield sample
+
+
+def _name(path: str) -> tuple[str, str]:
+    """Name of the sample, and ending, of a file in a tar."""
+    folder, _, name = path.rpartition("/")
+    stem, _, ending = name.partition(".")
+    return f"{folder}/{stem}", ending.lower()
+
+
+def _image_of(sample: dict[str, bytes]) -> bytes | None:
+    return next((data for ending, data in sample.items() if f".{ending}".endswith(SUFFIXES)), None)
+
+
+def _tar_row(sample: dict[str, bytes]) -> Row:
+    image = _image_of(sample)
+    try:
+        return Row(image, _tar_captions(sample), None)
+    except ValueError as error:
+        return Row(None, [], str(error))
+
+
+def _tar_captions(sample: dict[str, bytes]) -> list[str]:
+    try:
+        for ending in TEXTS:
+            if ending in sample:
+                return _captions(sample[ending].decode("utf-8-sig"), "its text")
+        told = json.loads(sample.get("json", b"{}"))
+        found = next((told[name] for name in CAPTION_COLUMNS if name in told), None)
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError("its caption is not UTF-8, or no JSON") from None
+    return _captions(found, "its JSON")
+
+
+def _captions(cell: Any, where: str) -> list[str]:
+    return list(filter(None, wordings_of(wordings_in(cell, where))))
+
+
+def _parquet_rows(url: str) -> Iterator[Row]:
+    import datasets
+    import pyarrow.parquet
+
+    with _opened(url) as file:
+        table = pyarrow.parquet.ParquetFile(file)
+        features = datasets.Features.from_arrow_schema(table.schema_arrow)
+        image = image_column(features, url)
+        caption = next((name for name in CAPTION_COLUMNS if name in features), None)
+        for batch in table.iter_batches(CHUNK, columns=[name for name in (image, caption) if name]):
+            for values in batch.to_pylist():
+                yield _parquet_row(values[image], values[caption] if caption else None)
+
+
+def _parquet_row(cell: Any, caption: Any) -> Row:
+    data = cell["bytes"] if isinstance(cell, dict) else cell  # no path that a stranger wrote is followed
+    if not isinstance(data, bytes):
+        return Row(None, [], "holds no image")
+    try:
+        return Row(data, _captions(caption, "its row"), None)
+    except ValueError as error:
+        return Row(None, [], str(error))
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write a file that can be read row by row."""
+    import pyarrow
+
+    schema = pyarrow.schema(
+        {"image": pyarrow.large_binary(), "captions": pyarrow.list_(pyarrow.string()), "error": pyarrow.string()}
+    )
+    rest = iter(rows)
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+        while chunk := list(itertools.islice(rest, CHUNK)):
+            writer.write(pyarrow.RecordBatch.from_pylist([row._asdict() for row in chunk], schema=schema))
+
+
+def _opened(url: str) -> Any:
+    from datasets.utils.file_utils import xopen  # fsspec's open, which tries again where the network fails
+
+    return xopen(url, "rb")
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

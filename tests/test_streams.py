@@ -1,0 +1,303 @@
+"""Sets in shards: every row comes once, in an order that processes and stops do not change, from a small cache."""
+
+import io
+import tarfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import data as data_script
+import datasets
+import encode
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import train
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_distributed import launch
+from test_training import losses
+from torch.utils.data import DataLoader
+
+from ldm.data import DataConfig, open_dataset
+from ldm.data.order import Key, StreamOrder, file_order
+from ldm.data.streams import UnreadableShard, find_shards, in_shards, open_shards
+from ldm.training.loop import KeyedDataset
+
+TARS, ROWS = 6, 20
+
+
+def png(number: int, size: tuple[int, int] = (24, 16)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (number % 256, number // 256, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def write_set(folder: Path, *, tars: int = TARS, rows: int = ROWS) -> Path:
+    """Tars with a picture of its own in each row, whose number is its caption."""
+    folder.mkdir()
+    for shard in range(tars):
+        numbers = range(shard * rows, (shard + 1) * rows)
+        files = [(f"{i:05}.{end}", data) for i in numbers for end, data in (("png", png(i)), ("txt", b"%d" % i))]
+        write_tar(folder / f"{shard:03}.tar", files)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache/shards"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return write_set(tmp_path / "photos")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any),
+    streams=st.integers(1, 9),
+    batch=st.sampled_from([1, 4, 6, 12]),
+    seed=st.integers(0, 3),
+)
+def test_each_row_comes_once_in_an_epoch(rows: list[int], streams: int, batch: int, seed: int) -> None:
+    """No row is lost or comes twice, over three epochs, wherever the steps end."""
+    order = StreamOrder(rows, streams=streams, seed=seed, batch_size=batch)
+    size = sum(rows)
+    assert batch % order.streams == 0 and order.streams <= min(streams, size)
+    keys = [key for keys in islice(order, 3 * -(-size // batch) + batch) for key in keys]
+    for epoch in range(3):
+        seen = sorted(key.index for key in keys if key.epoch == epoch)
+        assert seen == list(range(size))
+    if size > 10:
+        first, second = ([key.index for key in keys if key.epoch == epoch] for epoch in (0, 1))
+        assert first != second
+
+
+def test_each_process_takes_its_part_from_files_of_its_own() -> None:
+    rows = [50] * 32
+    whole = StreamOrder(rows, streams=8, seed=0, batch_size=16)
+    parts = [StreamOrder(rows, streams=8, seed=0, batch_size=16, rank=rank, world=4) for rank in range(4)]
+    later = StreamOrder(rows, streams=8, seed=0, batch_size=16, start=7)
+    files: list[set[int]] = [set() for _ in parts]
+    for step, (keys, *cuts) in enumerate(islice(zip(whole, *parts, strict=True), 100)):
+        assert [key for cut in cuts for key in cut] == keys
+        for own, cut in zip(files, cuts, strict=True):
+            own |= {key.index // 50 for key in cut}
+        if step >= 7:
+            assert next(iter(StreamOrder(rows, streams=8, seed=0, batch_size=16, start=step))) == keys
+    assert next(iter(later)) == [later._key(7, position) for position in range(16)]
+    assert sum(map(len, files)) == 32 and set().union(*files) == set(range(32))
+
+
+def test_a_step_needs_few_files() -> None:
+    order = StreamOrder([100] * 40, streams=4, seed=0, batch_size=8)
+    steps = [{key.index // 100 for key in keys} for keys in islice(order, 500)]
+    assert all(len(files) <= 4 for files in steps) and len(set().union(*steps)) == 40
+
+
+def test_rows_are_what_the_tars_hold(photos: Path) -> None:
+    data, held_out = (
+        open_dataset(DataConfig(source=str(photos), size=16), split, seed=0) for split in ("train", "test")
+    )
+    assert (len(data), len(held_out)) == (TARS * (ROWS - 1), TARS)  # 5 % of each shard, at least one
+    seen = []
+    for split in (data, held_out):
+        for index in range(len(split)):
+            sample = split[Key(index, 0, 0)]
+            number = int(sample["caption"])
+            assert sample["image"][0, 8, 8].item() == pytest.approx(number / 127.5 - 1, abs=1e-5)
+            assert sample["sizes"].tolist() == [16, 24, 0, int(sample["sizes"][3]), 16, 16]
+            seen.append(number)
+    assert sorted(seen) == list(range(TARS * ROWS))
+    assert (
+        f"shards: {TARS} of {photos}" in data.describe()
+        and f"{TARS * (ROWS - 1)} in the train split" in data.describe()
+    )
+    assert data.source.names[0] == f"{photos}/000.tar, row 1"
+
+
+def test_only_what_is_needed_lies_in_the_cache(photos: Path, cache: Path) -> None:
+    source = open_shards(str(photos), "train", streams=1)
+    for index in range(len(source.images)):
+        assert source.captions[index] and source.images[index]
+        assert len(list(cache.rglob("*.arrow"))) <= 3
+    assert len(list(cache.rglob("*.arrow"))) == 3
+    counts = next(cache.rglob("rows.jsonl"))
+    before = counts.read_text()
+    assert len(before.splitlines()) == TARS
+    counts.write_text(before + '{"shard": "cut o')
+    (photos / "000.tar").unlink()
+    assert len(open_shards(str(photos), "train", streams=1).images) == (TARS - 1) * (ROWS - 1)
+    write_tar(photos / "001.tar", [("1.png", png(1)), ("2.png", png(2))])  # another file of that name
+    assert len(open_shards(str(photos), "train", streams=1).images) == (TARS - 2) * (ROWS - 1) + 1
+
+
+def test_all_kinds_of_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    files = [
+        ("a/1.jpg", b"no picture"),
+        ("a/1.json", b'{"caption": "from JSON", "sha256": "x"}'),
+        ("a/2.left.png", png(2)),
+        ("a/2.txt", b"two  words\n"),
+        ("a/2.json", b"{"),
+        ("a/3.txt", b"no image"),
+        ("b/3.webp", png(3)),
+        ("b/3.caption", b"\xff"),
+        ("b/4.PNG", png(4)),
+        ("b/4.json", b'{"text": {"a": 1}}'),
+        ("__meta__", b""),
+        ("b/5.png", png(5)),
+        ("b/5.prompt", b"five"),
+        ("b/6.png", png(6)),
+    ]
+    write_tar(folder / "x.tgz", files)
+    pyarrow.parquet.write_table(pyarrow.table({"key": [1]}), folder / "x.parquet")  # what img2dataset leaves there
+    source = open_shards(str(folder), "train", streams=1)
+    found = [source.captions[i] for i in range(len(source.images))]
+    assert found == [["two words"], [], [], ["five"], []]  # the first is held out
+    assert source.images[0] == png(2) and source.images[4] == png(6)
+    for index, error in ((1, "not UTF-8"), (2, "its JSON: the caption .* is no text")):
+        with pytest.raises(ValueError, match=error):
+            source.images[index]
+    data = open_dataset(DataConfig(source=str(folder), size=16, max_unreadable=1), "train", seed=0)
+    samples = [data[Key(i, 0, i)] for i in range(5)]
+    assert {sample["caption"] for sample in samples} == {"two words", "five", ""}
+    assert len(data.unreadable) == 2 and "x.tgz, row 2: its caption is not UTF-8" in data.report()
+
+
+def test_parquet_shards_on_any_file_system(tmp_path: Path) -> None:
+    """By address, pattern and range; a path in a table is not followed; shards that are named test are held out."""
+    system = fsspec.filesystem("memory")
+    for name, first in (("train-000", 0), ("train-001", 10), ("test-000", 20)):
+        images = [{"bytes": png(i), "path": None} for i in range(first, first + 9)]
+        images.append({"bytes": None, "path": str(tmp_path / "secret.png")})
+        table = pyarrow.table(
+            {"image": images, "text": [[str(i), ""] for i in range(first, first + 10)], "x": [0] * 10}
+        )
+        with system.open(f"/set/{name}.parquet", "wb") as file:
+            pyarrow.parquet.write_table(table, file)
+    (tmp_path / "secret.png").write_bytes(png(0))
+    try:
+        for address in ("memory://set", "memory://set/*.parquet"):
+            train_set, test_set = (open_shards(address, split, streams=2) for split in ("train", "test"))
+            assert (len(train_set.images), len(test_set.images)) == (20, 10)
+            assert [test_set.captions[i] for i in (0, 3)] == [["20"], ["23"]] and train_set.images[11] == png(11)
+            with pytest.raises(ValueError, match="holds no image"):
+                train_set.images[9]
+        assert [s.url for s in find_shards("memory://set/train-{000..001}.parquet")] == [
+            f"memory:///set/train-00{i}.parquet" for i in (0, 1)
+        ]
+    finally:
+        system.rm("/set", recursive=True)
+
+
+def test_what_names_shards(photos: Path, tmp_path: Path) -> None:
+    assert all(map(in_shards, (str(photos), "a/{00..12}.tar", "s3://bucket", "x/*.parquet", "x.tar")))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/metadata.parquet").touch()
+    assert not any(map(in_shards, ("org/name", "shapes", str(tmp_path / "images"), "x.parquet")))
+    (photos / "1.png").touch()
+    assert not in_shards(str(photos))
+    for source, error in (
+        (str(tmp_path / "none/*.tar"), "no tar or parquet file there"),
+        (str(tmp_path / "none.tar"), "none.tar can not be listed"),
+        ("nothing://x", "can not be listed: Protocol not known: nothing"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            open_shards(source, "train", streams=1)
+    with pytest.raises(ValueError, match="the shapes of images in shards are not known ahead"):
+        open_dataset(DataConfig(source=f"{photos}/*.tar", size=16, bucket_step=8), "train", seed=0)
+
+
+def test_a_damaged_shard_is_named(photos: Path) -> None:
+    whole = (photos / "002.tar").read_bytes()
+    for end in (len(whole) // 2 + 100, 2 * 1024 + 512, 10):  # in a header, before the data, in the first header
+        (photos / "002.tar").write_bytes(whole[:end])
+        with pytest.raises(UnreadableShard, match=r"002\.tar can not be read \(.*\); repair it, or take it out"):
+            open_shards(str(photos), "train", streams=1)
+    (photos / "002.tar").write_bytes(whole)
+    data = open_dataset(DataConfig(source=str(photos), size=16), "train", seed=0)
+    (photos / "003.tar").write_bytes(b"")
+    with pytest.raises(UnreadableShard, match=r"003\.tar can not be read"):
+        data[Key(3 * (ROWS - 1), 0, 0)]
+    assert not data.unreadable  # no image is blamed for it
+
+
+def test_an_unreadable_image_is_replaced_by_one_of_its_shard(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "photos", tars=3)
+    files = [(f"{i}.{end}", data) for i in range(ROWS) for end, data in (("png", png(i)), ("txt", b"%d" % i))]
+    files[10] = ("5.png", b"damaged")
+    write_tar(folder / "001.tar", files)
+    data = open_dataset(DataConfig(source=str(folder), size=16, max_unreadable=0.5), "train", seed=0)
+    sample = data[Key(ROWS - 1 + 4, 0, 0)]
+    assert 1 <= int(sample["caption"]) < ROWS and int(sample["caption"]) != 5
+    assert data.unreadable == [f"{folder}/001.tar, row 5: no PNG, JPEG or WEBP image"]
+    assert len(data.source.store._opened) == 2  # the first images are tried at the start, and its own shard
+
+
+def test_shards_are_fetched_ahead(photos: Path, cache: Path) -> None:
+    """By a loading process: those of its samples, and those that come next."""
+    data = open_dataset(DataConfig(source=str(photos), size=16, streams=2), "train", seed=0)
+    order = data.order(seed=0, batch_size=4)
+    keys = next(iter(order))
+    needed = [data.source.store.place(key.index)[0] for key in (keys[0], keys[2])]
+    files = file_order(TARS, 0, 0)
+    ahead = {*needed, *(files[files.index(number) + 1] for number in needed)}
+    loader = DataLoader(
+        KeyedDataset(data), batch_sampler=[keys], num_workers=1, collate_fn=list, persistent_workers=True
+    )
+    rest = iter(loader)
+    next(rest)
+    wanted = {data.source.store._path(data.source.spans[number].shard) for number in ahead}
+    deadline = time.monotonic() + 20
+    while not wanted <= set(cache.rglob("*.arrow")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def train_apart(stage: str, run: Path, *flags: str) -> None:
+    """Train with a cache beside the run, in a process that was forked before the tests changed the setting."""
+    datasets.config.HF_DATASETS_CACHE = run.parent / "cache"
+    train(stage, run, *flags)
+
+
+def test_processes_and_stops_change_nothing(photos: Path, tmp_path: Path) -> None:
+    """Two processes with loading processes of their own, and a stop, give the run of one without."""
+    flags = ["--data.source", f"{photos}/{{000..005}}.tar", "--data.streams", "4"]
+    train("vae", tmp_path / "whole/vae", *flags)
+    train("vae", tmp_path / "cut/vae", *flags, "--steps", "2", "--workers", "2")
+    train("vae", tmp_path / "cut/vae", *flags, "--resume", "latest", "--workers", "2")
+    whole, cut = losses(tmp_path / "whole/vae"), losses(tmp_path / "cut/vae")
+    assert whole == cut and len(whole) == 4
+    launch("vae", tmp_path / "two", 2, [*flags, "--workers", "1"], script=train_apart)
+    assert losses(tmp_path / "two") == pytest.approx(whole, rel=1e-5)
+    write_tar(photos / "000.tar", [("1.png", png(1)), ("2.png", png(2))])
+    with pytest.raises(SystemExit, match="was made with data .*resume with the same data"):
+        train("vae", tmp_path / "cut/vae", *flags, "--resume", "latest", "--steps", "9")
+
+
+def test_other_stages_read_shards(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """train_clip and train_ldm, encode.py, and data.py check."""
+    flags = ["--data.source", str(photos)]
+    train("clip", tmp_path / "clip", *flags)
+    train("vae", tmp_path / "vae", *flags)
+    train("ldm", tmp_path / "ldm", *flags, "--no-cache-latents")
+    encode.main(["--out", str(tmp_path / "latents"), *flags, "--data.size", "16", "--shard-size", "50"])
+    train("ldm", tmp_path / "cached", *flags, "--latents", str(tmp_path / "latents"))
+    assert len(losses(tmp_path / "cached")) == len(losses(tmp_path / "ldm")) == 4
+    capsys.readouterr()
+    data_script.main(["check", str(photos), "--size", "16"])
+    assert f"{TARS * ROWS} images, 0 unreadable" in capsys.readouterr().out
