@@ -31,6 +31,7 @@ from ldm.diffusion.guidance import (
 from ldm.diffusion.process import Process, ProcessConfig
 from ldm.diffusion.samplers import Step, find_sampler, invert, run
 from ldm.files import write_text
+from ldm.folders import newest
 from ldm.interop import compvis, diffusers
 from ldm.interop.parts import Parts
 from ldm.text import Text, TextConfig, TextEncoder, TextStates, joined
@@ -552,6 +553,29 @@ def identity_of_latents(data: DataConfig, seed: int, vae: Path, text: Text) -> d
         "vae_sha256": sha256(vae / "vae.safetensors"),
         "tokenizer_sha256": tokenizer_hash(text.tokenizer),
     }
+
+
+def identity_of_text(text: Text | None) -> dict[str, Any]:
+    """What decides the states of captions: weights and settings of each tower."""
+    values: dict[str, Any] = {}
+    for name, encoder in zip(("", "second_"), text.encoders if text else (), strict=False):
+        told = {"text_sha256": sha256(encoder.weights), **encoder.config.identity()}
+        values |= {name + key: value for key, value in told.items()}
+    return values
+
+
+def find_text(towers: Sequence[TextConfig], beside: Path, script: str) -> Text | None:
+    """The frozen text tower, or two; None for unconditional diffusion. `latest` is a finished one `beside` the run.
+
+    ValueError when there is none, with the `script` that trains one.
+    """
+    encoders = []
+    for tower in towers:
+        latest = tower.model == "latest"
+        source = f"local-dir:{newest('text tower', beside, script=script)}" if latest else tower.model
+        if source != "none":
+            encoders.append(TextEncoder.load(tower, source=source))
+    return joined(encoders)
 
 
 def load_vae(folder: Path) -> VAE:

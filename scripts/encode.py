@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +17,8 @@ from ldm.data.shapes import Split
 from ldm.data.shards import INDEX, WORDS, Index, Layout, is_whole, made_with, save_groups, shards_of, write_shard
 from ldm.files import write_text
 from ldm.folders import newest
-from ldm.pipeline import identity_of_latents, load_vae, words_in
-from ldm.text import TextConfig, TextEncoder
+from ldm.pipeline import find_text, identity_of_latents, identity_of_text, load_vae, words_in
+from ldm.text import TextConfig, keep
 from ldm.training.loop import is_lost, total_of
 
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -33,6 +34,10 @@ class Encode(ScriptConfig):
     """model folder of a train_vae run; `latest`: the newest finished one beside `out`"""
     text: TextConfig = TextConfig()
     """whose tokenizer reads the captions"""
+    second_text: TextConfig = TextConfig(model="none")
+    """another tower, as in train_ldm, for its states"""
+    text_states: bool = False
+    """also keep what the text towers say of each caption, so that none has to run while the U-Net is trained"""
     variants: int = Field(1, ge=1)
     """crops and flips of each training image; epoch e of a run takes variant e modulo this"""
     shard_size: int = Field(4096, ge=1)
@@ -46,10 +51,16 @@ def encode(config: Encode, accelerator: Accelerator) -> Path:
     folder = config.autoencoder
     if folder == "latest":
         folder = str(newest("vae", config.out.parent, script="accelerate launch scripts/train_vae.py"))
-    vae, text = load_vae(Path(folder)).to(accelerator.device), text_of(config)
-    identity = identity_of_latents(config.data, config.seed, Path(folder), text)
-    made = made_with(identity)
+    towers = (config.text, config.second_text)
+    text = find_text(towers, config.out.parent, "accelerate launch scripts/train_clip.py")
+    if text is None:
+        raise ValueError("text.model none: name the text tower that train_ldm will have")
+    vae, text = load_vae(Path(folder)).to(accelerator.device), text.to(accelerator.device)
     sets = {split: open_dataset(config.data, split, seed=config.seed) for split in SPLITS}
+    identity = identity_of_latents(config.data, config.seed, Path(folder), text)
+    identity |= {"items": {split: data.source.digest() for split, data in sets.items()}}
+    identity |= identity_of_text(text) if config.text_states else {}
+    made = made_with(identity)
     accelerator.print(sets["train"].describe())
     jobs = [
         (split, *shard)
@@ -65,10 +76,11 @@ def encode(config: Encode, accelerator: Accelerator) -> Path:
     def latents(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return vae.encode(images.to(accelerator.device))
 
+    states = partial(keep, text) if config.text_states else None
     own = missing[accelerator.process_index :: accelerator.num_processes]
     for split, name, variant, rows in tqdm(own, unit="file", disable=not accelerator.is_main_process):
         path = config.out / name
-        write_shard(path, sets[split], variant, rows, encode=latents, tokenize=text.tokenize, made=made)
+        write_shard(path, sets[split], variant, rows, encode=latents, tokenize=text.tokenize, keep=states, made=made)
     accelerator.wait_for_everyone()
     sets["train"].share_unreadable(total_of(accelerator))
     if accelerator.is_main_process:
@@ -87,16 +99,6 @@ def encode(config: Encode, accelerator: Accelerator) -> Path:
         print(sets["train"].report())
     accelerator.wait_for_everyone()
     return config.out
-
-
-def text_of(config: Encode) -> TextEncoder:
-    """The tower whose tokenizer is used."""
-    source = config.text.model
-    if source == "latest":
-        source = (
-            f"local-dir:{newest('text tower', config.out.parent, script='accelerate launch scripts/train_clip.py')}"
-        )
-    return TextEncoder.load(config.text, source=source)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Train the U-Net on noised latents (or pixels) under frozen text states."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,18 @@ from ldm.data.shards import WORDS, LatentShards
 from ldm.diffusion.process import Process, ProcessConfig
 from ldm.folders import newest
 from ldm.keyed import Draws, generator
-from ldm.pipeline import Pipeline, conditions, identity_of_latents, initial_noise, load_vae, to_images, words_in
-from ldm.text import Text, TextConfig, TextEncoder, joined
+from ldm.pipeline import (
+    Pipeline,
+    conditions,
+    find_text,
+    identity_of_latents,
+    identity_of_text,
+    initial_noise,
+    load_vae,
+    to_images,
+    words_in,
+)
+from ldm.text import Text, TextConfig, TextStates, keep, kept
 from ldm.training.loop import Batch, Fit, Hooks, Player, Stage, TrainingConfig, fit, make_accelerator, total_of
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, Posterior
@@ -66,7 +77,7 @@ def train(config: TrainLDM, fit: Fit = fit) -> Path:
     device = accelerator.device
     vae_folder = find_autoencoder(config)
     vae = load_vae(vae_folder) if vae_folder else None
-    text = load_text(config)
+    text = find_text((config.text, config.second_text), config.run.parent, script_of(config, "clip"))
     accelerator.print(f"autoencoder: {vae_folder or 'none'}; text: {described(text)}")
     check_widths(config, vae, text)
     config.data.check_buckets(config.unet.factor * (vae.config.factor if vae else 1))
@@ -99,16 +110,24 @@ def train(config: TrainLDM, fit: Fit = fit) -> Path:
                 posterior = vae.encode(batch["image"])
         return vae.standardize(posterior.sample(noise(posterior.mean.shape[1:])))
 
-    empty = text.tokenize([""]) if text else torch.zeros(1, 1)
+    if text:
+        empty = text.tokenize([""])
+        said_of_empty = keep(text, empty)
+
+    def states_of(batch: Batch, dropped: Tensor | None) -> TextStates:
+        """What the text tower says of the captions, with those of "" where one is dropped."""
+        assert text
+        if "tokens" in batch:
+            said = batch["ids"], batch["tokens"], batch["pooled"]
+            return kept(text, *map(partial(without, dropped), said, (empty, *said_of_empty)))
+        ids = batch["ids"].cpu() if "ids" in batch else text.tokenize(batch["caption"])
+        return text.id_states(without(dropped, ids, empty))
 
     def errors(
         module: nn.Module, z: Tensor, batch: Batch, noise: Tensor, t: Tensor, dropped: Tensor | None = None
     ) -> Tensor:
         """Squared error of each image, whose caption may be dropped: (b,)."""
-        states = None
-        if text:
-            ids = batch["ids"].cpu() if "ids" in batch else text.tokenize(batch["caption"])
-            states = text.id_states(ids if dropped is None else torch.where(dropped.cpu()[:, None], empty, ids))
+        states = states_of(batch, dropped) if text else None
         sizes = batch["sizes"].to(device) if config.unet.size_width else None
         answer = module(process.mix(z, noise, t), process.timestep(t), *conditions(text, states), sizes)
         return (answer.float() - process.target(z, noise, t)).square().flatten(1).mean(1)
@@ -149,9 +168,7 @@ def train(config: TrainLDM, fit: Fit = fit) -> Path:
     identity: dict[str, Any] = {"data": data.identity()}
     identity |= {"unet": config.unet.to_dict(), "process": config.process.to_dict()}
     identity["vae_sha256"] = sha256(vae_folder / "vae.safetensors") if vae_folder else None
-    for name, encoder in zip(("", "second_"), text.encoders if text else (), strict=False):
-        values = {"text_sha256": sha256(encoder.weights), **encoder.config.identity()}
-        identity |= {name + key: value for key, value in values.items()}
+    identity |= identity_of_text(text)
     stage = Stage(
         players=[Player("unet", unet, loss)],
         data=source,
@@ -181,12 +198,15 @@ def open_data(
         raise ValueError("latents: encode.py made them with a VAE and a text tower; leave out `none` for both")
     train, test = (LatentShards(config.latents, split, seed=config.seed) for split in ("train", "test"))
     index, wanted = train.index, identity_of_latents(config.data, config.seed, vae, text)
+    with_states = "text_sha256" in index.identity
+    wanted |= identity_of_text(text) if with_states else {}
     if wrong := [key for key in wanted if index.identity.get(key) != wanted[key]]:
         told = "; ".join(f"{key} is {wanted[key]}, there {index.identity.get(key)}" for key in wrong)
         raise ValueError(
             f"{config.latents} was made with something else: {told}; run scripts/encode.py for this recipe"
         )
-    say(f"latents: {len(train):,} of {index.variants} variants in {config.latents}; {len(test):,} held out")
+    states = ", with text states" if with_states else ""
+    say(f"latents: {len(train):,} of {index.variants} variants in {config.latents}{states}; {len(test):,} held out")
     return train, test, folders.read_text(config.latents / WORDS).split()
 
 
@@ -206,17 +226,12 @@ def script_of(config: TrainLDM, stage: str) -> str:
     return f"accelerate launch scripts/train_{stage}.py{recipe} --run {config.run.parent / stage}"
 
 
-def load_text(config: TrainLDM) -> Text | None:
-    """The frozen text tower, or two; None for unconditional diffusion."""
-    encoders = []
-    for tower in (config.text, config.second_text):
-        source = tower.model
-        if source == "latest":
-            folder = newest("text tower", config.run.parent, script=script_of(config, "clip"))
-            source = f"local-dir:{folder}"
-        if source != "none":
-            encoders.append(TextEncoder.load(tower, source=source))
-    return joined(encoders)
+def without(dropped: Tensor | None, values: Tensor, empty: Tensor) -> Tensor:
+    """Values of captions (b, ...) with those of an empty one (1, ...) where the caption is dropped (b,)."""
+    if dropped is None:
+        return values
+    where = dropped.to(values.device).view(-1, *[1] * (values.ndim - 1))
+    return torch.where(where, empty.to(values.device), values)
 
 
 def described(text: Text | None) -> str:

@@ -48,10 +48,10 @@ def encoder(stages: Path) -> Callable[[Path], None]:
         data=DataConfig(size=16),
         shard_size=10,
     )
-    vae, text = encode.load_vae(Path(config.autoencoder)), encode.text_of(config)
+    vae, text = encode.load_vae(Path(config.autoencoder)), encode.find_text([config.text], stages, "")
     shapes.load = functools.partial(shapes.load, count=60)
     sets = {split: encode.open_dataset(config.data, split, seed=config.seed) for split in encode.SPLITS}
-    encode.load_vae, encode.text_of = lambda folder: vae, lambda config: text
+    encode.load_vae, encode.find_text = lambda folder: vae, lambda *towers: text
     encode.open_dataset = lambda config, split, seed: sets[split]
     files.save_file = slowly(files.save_file)
     return lambda run: encode.encode(config.model_copy(update={"out": run}), Accelerator())

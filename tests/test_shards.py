@@ -3,7 +3,9 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import encode
 import pytest
@@ -16,8 +18,10 @@ from test_training import losses
 from ldm.data import DataConfig, open_dataset, shards
 from ldm.data.order import Key
 from ldm.pipeline import load_vae
+from ldm.text.encoder import TextTower
 
 SIZE = ["--data.size", "16"]
+TEXT = ["--text.layer", "penultimate", "--text.pooled"]  # as configs/shapes/ldm.yaml has it
 
 
 def make(runs: Path, *flags: str) -> Path:
@@ -46,6 +50,28 @@ def test_training_from_latents_equals_training_from_images(runs: Path, tiny_runs
     assert words[0] == words[1]
     last = [json.loads((run / "ldm/log.jsonl").read_text().splitlines()[-1]) for run in (runs, tiny_runs)]
     assert last[0]["validation_loss"] == pytest.approx(last[1]["validation_loss"], rel=2e-3)
+
+
+def test_training_from_text_states_runs_no_tower(runs: Path, tiny_runs: Path, tmp_path: Path) -> None:
+    """But for that of "", and of the sample grid. A tower that says something else is refused."""
+    for name in ("clip", "vae"):
+        shutil.copytree(runs / name, tmp_path / name)
+    flags = ["--latents", str(make(tmp_path, "--text-states", *TEXT))]
+    asked: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextTower, "forward", counted(asked, TextTower.forward))
+        train("ldm", tmp_path / "ldm", *flags, "--sample-every", "99", "--caption-dropout", "0.5")
+    assert asked == [1, 2 * 16]  # ""; the sample grid at the end, and "" for each of its prompts
+    with pytest.raises(SystemExit, match="something else: layer is last, there penultimate; run scripts/encode"):
+        train("ldm", tmp_path / "other", *flags, "--text.layer", "last")
+    train("ldm", runs / "dropped", "--latents", str(runs / "latents"), "--caption-dropout", "0.5")
+    want, found = losses(runs / "dropped"), losses(tmp_path / "ldm")
+    assert want.keys() == found.keys() and max(abs(found[step] / want[step] - 1) for step in want) < 2e-3
+
+
+def counted(sizes: list[int], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that notes the size of each batch."""
+    return lambda self, ids, **rest: sizes.append(len(ids)) or forward(self, ids, **rest)
 
 
 def test_what_is_whole_is_kept(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,13 +4,14 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.text import JoinedEncoder, TextConfig, TextEncoder
+from ldm.text import JoinedEncoder, TextConfig, TextEncoder, keep, kept
 from ldm.text.encoder import CONFIG_NAME, WEIGHTS_NAME
 
 PROMPTS = ["a red circle", "", "a very small blue ring in the top left corner, on white"]
@@ -50,6 +51,27 @@ def test_states_are_those_of_open_clip(layer: str, quick_gelu: bool, normalize: 
     torch.testing.assert_close(ours.pooled, pooled, rtol=1e-5, atol=1e-5)
     ends = (ids == 49407).int().argmax(1) + 1
     assert ours.mask.sum(1).tolist() == ends.tolist() and length == ends.max()
+
+
+@pytest.mark.parametrize("values", [{}, {"padding": 49407}, {"zero_empty": True, "pooled": True}])
+@pytest.mark.parametrize("two", [False, True])
+def test_states_that_are_kept_are_the_same(values: dict[str, Any], two: bool, folder: Path) -> None:
+    """Kept one by one, or together, and put in batches of any length."""
+    text: Any = load(folder, **values)
+    text = JoinedEncoder(text, load(folder, layer="penultimate", **values)) if two else text
+    ids = text.tokenize(PROMPTS)
+    tokens, pooled = keep(text, ids)
+    alone = [keep(text, ids[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(tokens, torch.cat([own for own, _ in alone]), rtol=1e-5, atol=1e-5)
+    for chosen in ([0, 1], [2, 1], [1]):
+        want, found = text.id_states(ids[chosen]), kept(text, ids[chosen], tokens[chosen], pooled[chosen])
+        seen = torch.ones(want.tokens.shape[:2], dtype=torch.bool) if want.mask is None else want.mask
+        assert (found.mask is None) == (want.mask is None) and (
+            found.mask is None or torch.equal(found.mask, want.mask)
+        )
+        assert found.tokens.shape == want.tokens.shape
+        torch.testing.assert_close(found.tokens[seen], want.tokens[seen], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.pooled, want.pooled, rtol=1e-5, atol=1e-5)
 
 
 def test_two_towers_say_both(folder: Path) -> None:

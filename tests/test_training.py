@@ -185,8 +185,8 @@ def test_the_frozen_stages_are_not_changed_by_training(
     copy_stages_before("ldm", tiny_runs, tmp_path)
     frozen: dict[str, nn.Module] = {}
     optimizers: list[torch.optim.Optimizer] = []
-    load_text, load_vae, optimizer = train_ldm.load_text, train_ldm.load_vae, Trainer._optimizer
-    monkeypatch.setattr(train_ldm, "load_text", lambda config: frozen.setdefault("text", load_text(config)))
+    find_text, load_vae, optimizer = train_ldm.find_text, train_ldm.load_vae, Trainer._optimizer
+    monkeypatch.setattr(train_ldm, "find_text", lambda *given: frozen.setdefault("text", find_text(*given)))
     monkeypatch.setattr(train_ldm, "load_vae", lambda folder: frozen.setdefault("vae", load_vae(folder)))
     monkeypatch.setattr(Trainer, "_optimizer", lambda self, m: optimizers.append(optimizer(self, m)) or optimizers[-1])
     train("ldm", tmp_path / "ldm")

@@ -30,17 +30,20 @@ from ldm.files import write_tensors
 from ldm.weights import sha256
 
 INDEX, WORDS, GROUPS = "index.json", "words.txt", "buckets.safetensors"
+STATES = "tokens", "pooled"  # what a text tower says of each wording
 OPEN = 64  # files that a process keeps open
+BATCH = 64  # images, or captions, that are encoded at a time
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # images -> mean and log-variance of their latents
+Keep = Callable[[Tensor], tuple[Tensor, Tensor]]  # ids -> token states and pooled vectors, each of a fixed size
 Tokenize = Callable[[list[str]], Tensor]  # captions -> (n, length) ids
 
 
 class Index(Config):
     """What a folder of latents holds, and what it was made with."""
 
-    format: Literal["ldm-latents-1"] = "ldm-latents-1"
+    format: Literal["ldm-latents-2"] = "ldm-latents-2"
     identity: dict[str, Any]
-    """data, seed, and the hashes of the VAE and of the tokenizer"""
+    """data, seed, and the hashes of the VAE and of the tokenizer; of the text towers, too, where states are kept"""
     shard_size: int = Field(ge=1)
     variants: int = Field(ge=1)
     rows: dict[Split, NonNegativeInt] = Field(min_length=2)
@@ -106,9 +109,10 @@ def write_shard(
     *,
     encode: Encode,
     tokenize: Tokenize,
+    keep: Keep | None,
     made: str,
 ) -> None:
-    """Encode some rows and write them; `made` is the hash of what decides them."""
+    """Encode some rows and write them, with text states where `keep` gives them; `made` is what decides them all."""
     columns: dict[str, list[Tensor]] = {"mean": [], "deviation": [], "sizes": [], "ids": [], "wordings": []}
     for batch in _batches(data, variant, rows):
         mean, logvar = encode(batch["image"])
@@ -119,6 +123,10 @@ def write_shard(
         wordings = data.wordings(Key(row, variant, row))
         columns["ids"].append(tokenize(wordings).int())
         columns["wordings"].append(torch.tensor([len(wordings)]))
+    if keep is not None:
+        for ids in torch.cat(columns["ids"]).split(BATCH):
+            for name, states in zip(STATES, keep(ids.long()), strict=True):
+                columns.setdefault(name, []).append(states.half().cpu())
     tensors = {name: torch.cat(parts) for name, parts in columns.items()}
     tensors["last"] = tensors.pop("wordings").cumsum(0)  # row of `ids` after the last wording of each row
     save_shard(path, tensors, made)
@@ -166,7 +174,8 @@ def checksum(row: dict[str, Tensor]) -> int:
 def _row(columns: Any, index: int, first: int, last: int) -> dict[str, Tensor]:
     """Everything of one row; `columns` are tensors by name, or slices of a file."""
     row = {name: columns[name][index : index + 1] for name in ("mean", "deviation", "sizes")}
-    return {**row, "ids": columns["ids"][first:last], "span": torch.tensor([index, first, last])}
+    wordings = {name: columns[name][first:last] for name in ("ids", *STATES) if name in columns}
+    return {**row, **wordings, "span": torch.tensor([index, first, last])}
 
 
 def read_index(folder: Path) -> Index:
@@ -183,9 +192,10 @@ def read_index(folder: Path) -> Index:
 
 
 class LatentShards(Dataset[dict[str, Any]]):
-    """The samples of a split with the mean and log-variance of their latents, and token ids for a caption.
+    """The samples of a split with the mean and log-variance of their latents, and the token ids of a caption.
 
-    Wordings are drawn as `CaptionedImages` draws them, so a run with the cache takes the captions of one without.
+    Where they were kept there are also the states of its tokens, and its pooled vector. Wordings are drawn as
+    `CaptionedImages` draws them, so a run with the cache takes the captions of one without.
     """
 
     def __init__(self, folder: Path, split: Split, *, seed: int) -> None:
@@ -211,7 +221,7 @@ class LatentShards(Dataset[dict[str, Any]]):
 
     def identity(self) -> dict[str, Any]:
         """What decides the samples, which a resumed run must not change."""
-        return self.index.identity["data"]
+        return {**self.index.identity["data"], "items": self.index.identity["items"][self.split]}
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         training = self.split == "train"
@@ -229,6 +239,7 @@ class LatentShards(Dataset[dict[str, Any]]):
             "logvar": 2 * found["deviation"][0].float().clamp_min(1e-7).log(),
             "sizes": found["sizes"][0].long(),
             "ids": found["ids"][chosen].long(),
+            **{name: found[name][chosen].float() for name in STATES if name in found},
         }
 
 
@@ -252,6 +263,6 @@ def _opened(path: Path, made: str) -> dict[str, Any]:
     return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
 
 
-def _batches(data: CaptionedImages, variant: int, rows: Sequence[int], size: int = 64) -> Iterator[Any]:
-    for first in range(0, len(rows), size):
-        yield collate([data[Key(row, variant, row)] for row in rows[first : first + size]])
+def _batches(data: CaptionedImages, variant: int, rows: Sequence[int]) -> Iterator[Any]:
+    for first in range(0, len(rows), BATCH):
+        yield collate([data[Key(row, variant, row)] for row in rows[first : first + BATCH]])

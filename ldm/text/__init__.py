@@ -2,7 +2,8 @@
 
 from ldm.text.encoder import TextConfig, TextEncoder, TextStates
 from ldm.text.joined import JoinedEncoder, joined
+from ldm.text.kept import keep, kept
 
 Text = TextEncoder | JoinedEncoder
 
-__all__ = ["JoinedEncoder", "Text", "TextConfig", "TextEncoder", "TextStates", "joined"]
+__all__ = ["JoinedEncoder", "Text", "TextConfig", "TextEncoder", "TextStates", "joined", "keep", "kept"]
