@@ -4,6 +4,7 @@
 
 Images: JPEGs of 1024 x 768 from a folder, decoded, cut and resized to 512, by the number of loading processes. Latents:
 rows of 4 x 32 x 32 (256 pixels, factor 8) from files of 4,096, in shuffled order. First batch: of ten million rows.
+Shards: tar and parquet files of the same JPEGs, counted, fetched into the cache, read in shuffled order, decoded.
 """
 
 import io
@@ -11,25 +12,28 @@ import json
 import os
 import platform
 import subprocess
+import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow.parquet
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data import CaptionedImages, DataConfig, collate
-from ldm.data.images import open_images
-from ldm.data.order import Order, permutation
+from ldm.data import DataConfig, collate, open_dataset
+from ldm.data.order import Order, StreamOrder, permutation
 from ldm.data.shards import INDEX, Index, LatentShards, Layout, made_with, save_shard, shards_of
+from ldm.data.streams import open_shards
 
 ROOT = Path(__file__).parents[1]
-PHOTOS, ROWS, SHARD, MANY, BATCH = 600, 16_384, 4_096, 10_000_000, 256
-IDENTITY: dict[str, Any] = {"data": {}, "seed": 0, "vae_sha256": "", "tokenizer_sha256": ""}
+PHOTOS, ROWS, SHARD, MANY, BATCH, SHARDS = 600, 16_384, 4_096, 10_000_000, 256, 4
+IDENTITY: dict[str, Any] = {"data": {}, "items": {}, "seed": 0, "vae_sha256": "", "tokenizer_sha256": ""}
 
 
 def photos(folder: Path) -> None:
@@ -66,8 +70,58 @@ def index(folder: Path, rows: int) -> Index:
 
 def batches(data: Dataset[Any], workers: int, batch: int = BATCH) -> Iterator[Any]:
     """Shuffled batches, as training takes them."""
-    order = Order(len(data), seed=0, batch_size=batch)  # type: ignore[arg-type]
+    order = data.order(seed=0, batch_size=batch)  # type: ignore[attr-defined]
     return iter(DataLoader(data, batch_sampler=order, collate_fn=collate, num_workers=workers))
+
+
+def tar(path: Path, images: Sequence[Path]) -> None:
+    """A shard in webdataset's layout: an image and its caption after each other."""
+    with tarfile.open(path, "w") as file:
+        for image in images:
+            file.add(image, image.name)
+            caption = tarfile.TarInfo(f"{image.stem}.txt")
+            caption.size = len(image.stem)
+            file.addfile(caption, io.BytesIO(image.stem.encode()))
+
+
+def parquet(path: Path, images: Sequence[Path]) -> None:
+    """A shard as hub data sets have them."""
+    cells = [{"bytes": image.read_bytes(), "path": None} for image in images]
+    table = pyarrow.table({"image": cells, "caption": [image.stem for image in images]})
+    pyarrow.parquet.write_table(table, path, row_group_size=100)
+
+
+def shards(folder: Path, images: list[Path], cores: int) -> dict[str, Any]:
+    """What shards of all images cost, by their format, and what a loading process needs for them."""
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    found: dict[str, Any] = {}
+    for write in (tar, parquet):
+        kind = write.__name__
+        (folder / kind).mkdir()
+        for number in range(SHARDS):
+            write(folder / kind / f"{number}.{kind}", images[number::SHARDS])
+        start = time.perf_counter()
+        source = open_shards(str(folder / kind), "train", streams=SHARDS)
+        counted = time.perf_counter()
+        for number in range(SHARDS):
+            source.store.rows(number)
+        fetched = time.perf_counter()
+        found[f"{kind}_rows_counted_per_second"] = round(len(images) / (counted - start))
+        found[f"{kind}_rows_fetched_per_second"] = round(len(images) / (fetched - counted))
+        order = iter(StreamOrder([span.rows for span in source.spans], streams=SHARDS, seed=0, batch_size=BATCH))
+        keys = [key for _ in range(20) for key in next(order)]
+        start = time.perf_counter()
+        for key in keys:
+            source.images[key.index]
+        found[f"{kind}_rows_read_per_second"] = round(len(keys) / (time.perf_counter() - start))
+    config = DataConfig(source=str(folder / "tar"), size=512, streams=SHARDS)
+    data = open_dataset(config, "train", seed=0)
+    found["images_per_second"] = {w: round(rate(data, w, count=512, batch=32), 1) for w in range(cores + 1)}
+    found["worker_mib"] = round(worker_memory(data), 1)
+    start = time.perf_counter()
+    next(iter(StreamOrder([10_000] * (MANY // 10_000), streams=16, seed=0, batch_size=BATCH)))
+    found["seconds_to_first_keys_of_10_million"] = round(time.perf_counter() - start, 3)
+    return found
 
 
 def rate(data: Dataset[Any], workers: int, *, count: int, batch: int) -> float:
@@ -122,12 +176,12 @@ def main() -> None:
         for part in ("photos", "latents", "many"):
             (folder / part).mkdir()
         photos(folder / "photos")
-        source = open_images(str(folder / "photos"), "train")
-        data = CaptionedImages(source, DataConfig(source="photos", size=512), "train", seed=0)
+        data = open_dataset(DataConfig(source=str(folder / "photos"), size=512), "train", seed=0)
         mean = sum(path.stat().st_size for path in (folder / "photos").iterdir()) / PHOTOS
         found["jpeg_kib"] = round(mean / 1024, 1)
         found["images_per_second"] = {w: round(rate(data, w, count=512, batch=32), 1) for w in range(cores + 1)}
         found["worker_mib"] = round(worker_memory(data), 1)
+        found["shards"] = shards(folder, sorted((folder / "photos").iterdir()), cores)
         made = made_with(index(folder / "latents", ROWS).identity)
         for shard_name, _, rows in shards_of("train", Layout(ROWS, SHARD), variants=1):
             shard(folder / "latents" / shard_name, made, len(rows))

@@ -19,7 +19,7 @@ from ldm.files import write_text
 from ldm.folders import newest
 from ldm.pipeline import find_text, identity_of_latents, identity_of_text, load_vae, words_in
 from ldm.text import TextConfig, keep
-from ldm.training.loop import is_lost, total_of
+from ldm.training.loop import gather_of, is_lost
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -82,7 +82,7 @@ def encode(config: Encode, accelerator: Accelerator) -> Path:
         path = config.out / name
         write_shard(path, sets[split], variant, rows, encode=latents, tokenize=text.tokenize, keep=states, made=made)
     accelerator.wait_for_everyone()
-    sets["train"].share_unreadable(total_of(accelerator))
+    sets["train"].share_unreadable(gather_of(accelerator))
     if accelerator.is_main_process:
         index = Index(
             identity=identity,

@@ -11,7 +11,7 @@ from ldm.data import DataConfig, collate, open_dataset
 from ldm.data.order import first_samples
 from ldm.keyed import Draws
 from ldm.text.contrastive import CLIP, CLIPConfig, clip_loss, retrieval_accuracy
-from ldm.training.loop import Batch, Fit, Hooks, Player, Stage, TrainingConfig, fit, make_accelerator, total_of
+from ldm.training.loop import Batch, Fit, Hooks, Player, Stage, TrainingConfig, fit, gather_of, make_accelerator
 
 DEFAULT = Path(__file__).parents[1] / "configs/shapes/clip.yaml"
 
@@ -59,7 +59,7 @@ def train(config: TrainCLIP, fit: Fit = fit) -> Path:
             validate=validate,
             sample=lambda: None,
             save_model=save_model,
-            check=lambda: data.share_unreadable(total_of(accelerator)),
+            check=lambda: data.share_unreadable(gather_of(accelerator)),
         ),
         identity={"data": data.identity(), "clip": config.clip.to_dict()},
         order=data.order,

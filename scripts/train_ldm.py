@@ -32,7 +32,7 @@ from ldm.pipeline import (
     words_in,
 )
 from ldm.text import Text, TextConfig, TextStates, keep, kept
-from ldm.training.loop import Batch, Fit, Hooks, Player, Stage, TrainingConfig, fit, make_accelerator, total_of
+from ldm.training.loop import Batch, Fit, Hooks, Player, Stage, TrainingConfig, fit, gather_of, make_accelerator
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, Posterior
 from ldm.weights import sha256
@@ -163,7 +163,7 @@ def train(config: TrainLDM, fit: Fit = fit) -> Path:
 
     def check() -> None:
         if isinstance(data, CaptionedImages):
-            data.share_unreadable(total_of(accelerator))
+            data.share_unreadable(gather_of(accelerator))
 
     identity: dict[str, Any] = {"data": data.identity()}
     identity |= {"unet": config.unet.to_dict(), "process": config.process.to_dict()}

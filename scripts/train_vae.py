@@ -13,7 +13,7 @@ from ldm.data import DataConfig, collate, open_dataset
 from ldm.data.order import first_samples, image_batches
 from ldm.keyed import Draws
 from ldm.pipeline import to_images
-from ldm.training.loop import Batch, Fit, Hooks, Player, Stage, TrainingConfig, fit, make_accelerator, total_of
+from ldm.training.loop import Batch, Fit, Hooks, Player, Stage, TrainingConfig, fit, gather_of, make_accelerator
 from ldm.vae import VAE, VAEConfig
 from ldm.vae.losses import VAELossConfig, psnr, ssim, vae_loss
 from ldm.vae.statistics import measure_latents
@@ -79,7 +79,7 @@ def train(config: TrainVAE, fit: Fit = fit) -> Path:
             validate=validate,
             sample=sample,
             save_model=save_model,
-            check=lambda: data.share_unreadable(total_of(accelerator)),
+            check=lambda: data.share_unreadable(gather_of(accelerator)),
         ),
         identity={"data": data.identity(), "vae": config.vae.to_dict()},
         order=data.order,

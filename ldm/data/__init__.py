@@ -91,7 +91,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         self._split, self.training = split, split == "train"
         # In shared memory, so that the main process sees what its loading processes met.
         self._bad = torch.zeros(len(source.images), dtype=torch.bool).share_memory_()
-        self._shared = 0  # how many of them all processes know
+        self._shared: set[int] = set()  # those that all processes know
         self._check_readable()
         self.sides, self.groups = [(config.size, config.size)], None
         if config.bucket_step and isinstance(source, Shards):
@@ -227,15 +227,16 @@ class CaptionedImages(Dataset[dict[str, Any]]):
             if not self._bad[candidate]:
                 yield candidate
 
-    def share_unreadable(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Learn what the other processes could not read; `total` sums a tensor over all of them.
+    def share_unreadable(self, gather: Callable[[list[int]], list[int]]) -> None:
+        """Learn what the other processes could not read; `gather` joins the lists of all of them.
 
         ValueError, in every process, when that is more than the configuration allows.
         """
-        new = self._bad.sum().float() - self._shared
-        if total(new) > 0:
-            self._bad |= total(self._bad.float()) > 0
-            self._shared = int(self._bad.sum())
+        more = int(self._bad.sum()) > len(self._shared)
+        own = set(self._bad.nonzero().flatten().tolist()) - self._shared if more else set()
+        new = gather(sorted(own))
+        self._shared |= set(new)
+        self._bad[new] = True
         self._check_cap()
 
     def _note_bad(self, index: int) -> None:

@@ -19,6 +19,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    gather_object,
     is_wandb_available,
     set_seed,
 )
@@ -150,9 +151,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def total_of(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
-    """A function that sums a tensor over all processes."""
-    return lambda values: accelerator.reduce(values.to(accelerator.device), "sum").cpu()
+def gather_of(accelerator: Accelerator) -> Callable[[list[int]], list[int]]:
+    """A function that joins the lists of all processes."""
+    return lambda own: gather_object(own) if accelerator.num_processes > 1 else own
 
 
 def is_lost(accelerator: Accelerator, error: RuntimeError) -> bool:
