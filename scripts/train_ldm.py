@@ -82,6 +82,8 @@ def train(config: TrainLDM, fit: Fit = fit) -> Path:
     check_widths(config, vae, text)
     config.data.check_buckets(config.unet.factor * (vae.config.factor if vae else 1))
     data, held_out, words = open_data(config, vae_folder, text, accelerator.print)
+    if in_memory and isinstance(data, CaptionedImages) and data.in_shards:
+        raise ValueError("data.source: shards are too many to be cached; add --no-cache-latents, or use encode.py")
     unet = UNet(config.unet, gradient_checkpointing=config.gradient_checkpointing)
     process = Process(config.process)
     about = {"data": config.data.to_dict(), "guidance_scale": config.sample_guidance}

@@ -295,6 +295,8 @@ def test_other_stages_read_shards(photos: Path, tmp_path: Path, capsys: pytest.C
     train("clip", tmp_path / "clip", *flags)
     train("vae", tmp_path / "vae", *flags)
     train("ldm", tmp_path / "ldm", *flags, "--no-cache-latents")
+    with pytest.raises(SystemExit, match="shards are too many to be cached; add --no-cache-latents"):
+        train("ldm", tmp_path / "other", *flags)
     encode.main(["--out", str(tmp_path / "latents"), *flags, "--data.size", "16", "--shard-size", "50"])
     train("ldm", tmp_path / "cached", *flags, "--latents", str(tmp_path / "latents"))
     assert len(losses(tmp_path / "cached")) == len(losses(tmp_path / "ldm")) == 4

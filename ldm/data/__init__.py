@@ -105,6 +105,11 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         return len(self.source.images)
 
     @property
+    def in_shards(self) -> bool:
+        """Whether the set may be larger than the disk."""
+        return isinstance(self.source, Shards)
+
+    @property
     def order(self) -> Callable[..., Order]:
         """Makes the order of its samples."""
         if isinstance(self.source, Shards):
@@ -147,7 +152,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
     @property
     def captions(self) -> Iterator[str]:
         """All wordings of all images, without decoding any; none of a set in shards, which had to be fetched for it."""
-        for entry in () if isinstance(self.source, Shards) else self.source.captions:
+        for entry in () if self.in_shards else self.source.captions:
             yield from wordings_of(entry)
 
     @property

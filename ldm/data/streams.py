@@ -61,7 +61,7 @@ class Shard(NamedTuple):
     """A file of a set, and a name for its content."""
 
     url: str
-    size: int  # bytes
+    size: int  # bytes, 0 where it is not told
     key: str
 
 
@@ -250,7 +250,7 @@ def find_shards(source: str) -> list[Shard]:
     urls = [url for url in found if url.lower().endswith(TARS)] or list(filter(_is_shard, found))
     if not urls:
         raise ValueError(f"data.source {source}: no tar or parquet file there; choose another --data.source")
-    return [Shard(url, found[url]["size"], _short(f"{url} {_version(found[url])}")) for url in sorted(urls)]
+    return [Shard(url, found[url]["size"] or 0, _short(f"{url} {_version(found[url])}")) for url in sorted(urls)]
 
 
 def _addresses(source: str) -> list[str]:
@@ -371,15 +371,21 @@ def _samples(url: str) -> Iterator[dict[str, bytes]]:
 
     Each is a run of files that are named alike up to the first dot, by what follows it.
     """
-    from datasets.download.streaming_download_manager import StreamingDownloadManager  # which tries again
-
-    members = StreamingDownloadManager().iter_archive(url)
-    for _, files in itertools.groupby(members, key=lambda member: _name(member[0])[0]):
+    for _, files in itertools.groupby(_members(url), key=lambda member: _name(member[0])[0]):
         sample: dict[str, bytes] = {}
-        for path, file in files:
-            sample.setdefault(_name(path)[1], file.read(LARGEST))
+        for path, data in files:
+            sample.setdefault(_name(path)[1], data)
         if _image_of(sample) is not None:
             yield sample
+
+
+def _members(url: str) -> Iterator[tuple[str, bytes]]:
+    """Path and content of each file in a tar, without hidden ones, and of large ones the begin."""
+    with _opened(url) as file, tarfile.open(fileobj=file, mode="r|*", bufsize=2**17) as tar:
+        for member in tar:
+            if (content := tar.extractfile(member)) and not member.name.rpartition("/")[2].startswith((".", "__")):
+                yield member.name, content.read(LARGEST)
+            tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all
 
 
 def _name(path: str) -> tuple[str, str]:
@@ -457,7 +463,8 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 def _opened(url: str) -> Any:
     from datasets.utils.file_utils import xopen  # fsspec's open, which tries again where the network fails
 
-    return xopen(url, "rb")
+    through = url.startswith(("http", "hf:")) and url.lower().endswith(TARS)
+    return xopen(url, "rb", **({"block_size": 0} if through else {}))  # 0: in one request from begin to end
 
 
 def _short(text: str) -> str:
