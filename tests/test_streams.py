@@ -230,6 +230,9 @@ def test_a_damaged_shard_is_named(photos: Path) -> None:
             open_shards(str(photos), "train", streams=1)
     (photos / "002.tar").write_bytes(whole)
     data = open_dataset(DataConfig(source=str(photos), size=16), "train", seed=0)
+    write_tar(photos / "004.tar", [("1.png", png(1))])
+    with pytest.raises(UnreadableShard, match=r"004\.tar has 1 rows now, not 20: start again"):
+        data[Key(4 * (ROWS - 1), 0, 0)]
     (photos / "003.tar").write_bytes(b"")
     with pytest.raises(UnreadableShard, match=r"003\.tar can not be read"):
         data[Key(3 * (ROWS - 1), 0, 0)]

@@ -83,11 +83,9 @@ class Row(NamedTuple):
 
 def in_shards(source: str) -> bool:
     """Whether a source names shards: an address, a pattern, a tar file, or a folder of tar or parquet files."""
-    if "://" in source or set(source) & set("*?") or RANGE.search(source) or source.endswith(TARS):
-        return True
     folder = Path(os.path.expanduser(source))
     if not folder.is_dir():
-        return False
+        return bool("://" in source or set(source) & set("*?") or RANGE.search(source) or source.endswith(TARS))
     names = [name for part in (folder, *filter(Path.is_dir, folder.iterdir())) for name in os.listdir(part)]
     return any(map(_is_shard, names)) and not any(name.lower().endswith(SUFFIXES) for name in names)
 
@@ -180,7 +178,12 @@ class Store:
     def rows(self, number: int) -> "datasets.Dataset":
         """The rows of a shard, fetched if need be."""
         if number not in self._opened:
-            opened = self._open(self.spans[number].shard)
+            span = self.spans[number]
+            opened = self._open(span.shard)
+            if len(opened) < span.first + span.rows:
+                raise UnreadableShard(
+                    f"{span.shard.url} has {len(opened):,} rows now, not {span.first + span.rows:,}: start again"
+                )
             if len(self._opened) >= self.keep:
                 self._opened.pop(next(iter(self._opened)), None)
             self._opened[number] = opened
