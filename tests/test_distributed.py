@@ -82,8 +82,8 @@ def test_two_processes_equal_one(stage: str, flags: list[str], tiny_runs: Path, 
 
 def test_a_disk_that_is_full_for_one_process_stops_both(tmp_path: Path) -> None:
     told = launch("vae", tmp_path / "vae", 2, ["--shard"], harm=Harm("full", 1, 3), codes=[1, 1])
-    assert told.count("checkpoint of step 4 could not be written to ") == 2 and "File too large" in told
-    assert "step-000002 is whole: free some space and go on with --resume latest" in told
+    assert told.count("step-000004 could not be written (") == 2 and "File too large" in told
+    assert "free some space and go on with --resume latest, from step-000002" in told
     assert [path.name for path in (tmp_path / "vae/checkpoints").iterdir()] == ["step-000002"]
 
 

@@ -320,9 +320,38 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(
         toy(toy_config(tmp_path, resume=str(file.parent)))
     toy(toy_config(tmp_path, resume="latest"))
     told = capsys.readouterr().out
-    assert "step-000008 can not be resumed from: " in told and "; going on from the one before" in told
+    assert "step-000008 can not be resumed from: " in told and "it is damaged-step-000008 now, going on" in told
     assert_same(want, tensors_of(tmp_path, 8))
     assert losses(tmp_path) == want_losses
+
+
+def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:
+    """Not even where it is newer than all that the run writes after it."""
+    toy(toy_config(tmp_path))
+    (tmp_path / "checkpoints/step-000008/progress.json").write_text("")
+    toy(toy_config(tmp_path, steps=7, keep_checkpoints=1, resume="latest"))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["damaged-step-000008", "step-000007"]
+
+
+def test_going_back_takes_another_run(tmp_path: Path) -> None:
+    """For of the checkpoints of two courses the newest would be the wrong one."""
+    toy(toy_config(tmp_path / "a"))
+    earlier = str(tmp_path / "a/checkpoints/step-000006")
+    with pytest.raises(ValueError, match="holds step-000008: go on with --resume latest, or from .*6 in another --run"):
+        toy(toy_config(tmp_path / "a", learning_rate=0.2, resume=earlier))
+    toy(toy_config(tmp_path / "b", resume=earlier))
+    assert_same(tensors_of(tmp_path / "a", 8), tensors_of(tmp_path / "b", 8))
+
+
+def test_a_disk_that_fails_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy(toy_config(tmp_path))
+
+    def failing(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "sha256", failing)
+    told = checkpoint.damage(tmp_path / "checkpoints/step-000008")
+    assert told == "it can not be read ([Errno 5] Input/output error)"
 
 
 def test_two_thousand_changed_checkpoints_are_never_taken_for_whole(tmp_path: Path) -> None:
@@ -356,7 +385,8 @@ def test_a_full_disk_keeps_the_old_checkpoint_whole(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(
-        ValueError, match=r"step 6 could not be written .*File too large.*step-000003 is whole: free some space"
+        ValueError,
+        match=r"step-000006 could not be written .*File too large.*: free some space and go on with .*, from step-000003",
     ):
         toy(toy_config(tmp_path))
     monkeypatch.undo()

@@ -5,25 +5,24 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
+from ldm.files import disk_errors
 from ldm.training.sharding import empty, split
 from ldm.weights import sha256
 
 FORMAT, MANIFEST = "ldm-checkpoint-2", "manifest.json"
-WRITING, PARTS = ".writing-", "shard-*.safetensors"
+WRITING, DAMAGED, PARTS = ".writing-", "damaged-", "shard-*.safetensors"
 PATTERN = re.compile(r"step-(\d{6,})$")
 
 Tensors = dict[str, Tensor]
@@ -73,9 +72,16 @@ def save_checkpoint(
         for old in _all(folder)[:-keep]:
             shutil.rmtree(old)
 
+    kept = latest(folder)
+    remedy = f"go on with --resume latest, from {kept.name}" if kept else "start again"
+
     def told(action: Callable[[], Any]) -> Any:
-        with _told_for_people(folder, step, temporary):
-            return action()
+        try:
+            with disk_errors(target, remedy):
+                return action()
+        except ValueError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
     if not on_main(lambda: told(begin)):
         return
@@ -93,25 +99,10 @@ def _write_groups(folder: Path, tensors: dict[str, Tensors]) -> None:
 
 def _write_parts(folder: Path, tensors: dict[str, Tensors]) -> None:
     state = {f"{name}/{key}": t.detach() for name, group in tensors.items() for key, t in group.items()}
-    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-
-
-@contextmanager
-def _told_for_people(folder: Path, step: int, temporary: Path) -> Iterator[None]:
     try:
-        yield
-    except (OSError, SafetensorError, CheckpointException) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        kept = latest(folder)
-        remedy = (
-            f"{kept} is whole: free some space and go on with --resume latest"
-            if kept
-            else "no checkpoint is kept: free some space and start again"
-        )
-        raise ValueError(
-            f"checkpoint of step {step} could not be written to {folder} ({causes[0]}); {remedy}"
-        ) from None
+        dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:  # of each process that failed, told to all
+        raise next(iter(error.failures.values()))[0] from None
 
 
 def load_checkpoint(
@@ -154,6 +145,13 @@ def _read_parts(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensors]:
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, each file of which must have the hash in its manifest; None when it is whole."""
+    try:
+        return _damage(path)
+    except OSError as error:  # of a disk that fails
+        return f"it can not be read ({error})"
+
+
+def _damage(path: Path) -> str | None:
     if not (path / MANIFEST).is_file():
         return f"it has no {MANIFEST}, as a folder such as RUN/checkpoints/step-000500 has"
     try:
@@ -177,18 +175,31 @@ def latest(folder: Path) -> Path | None:
 def resolve(resume: str, folder: Path) -> tuple[Path, list[str]]:
     """What `--resume latest|PATH` means: for `latest` the newest that is whole, and what is wrong with newer ones.
 
-    ValueError when there is nothing to resume from.
+    Those are set aside, so that they neither count as kept nor as the newest. ValueError when there is nothing to
+    resume from, and for a PATH where `folder` holds a newer one, which is of another course.
     """
-    newest_first = _all(folder)[::-1] if resume == "latest" else [Path(resume)]
+    found, named = _all(folder), Path(resume)
+    newest_first = found[::-1] if resume == "latest" else [named]
     if not newest_first:
         raise ValueError(f"{folder} holds no checkpoint to resume from; start without --resume")
-    damaged: list[str] = []
+    if resume != "latest" and found and found[-1].resolve() != named.resolve():
+        raise ValueError(f"{folder} holds {found[-1].name}: go on with --resume latest, or from {named} in another --run")
+    damaged: list[tuple[Path, str]] = []
     for path in newest_first:
         reason = damage(path)
         if reason is None:
-            return path, damaged
-        damaged.append(f"{path} can not be resumed from: {reason}")
-    raise ValueError(f"{'; '.join(damaged)}; name another checkpoint, or start anew with another --run")
+            return path, [f"{told}; it is {_set_aside(bad)} now" for bad, told in damaged]
+        damaged.append((path, f"{path} can not be resumed from: {reason}"))
+    told_of_all = "; ".join(told for _, told in damaged)
+    raise ValueError(f"{told_of_all}; name another checkpoint, or start anew with another --run")
+
+
+def _set_aside(path: Path) -> str:
+    aside = path.with_name(f"{DAMAGED}{path.name}")
+    with disk_errors(aside):
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    return aside.name
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> Tensors:

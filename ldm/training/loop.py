@@ -449,7 +449,7 @@ class Trainer:
         if config.resume:
             path, damaged = self._on_main(lambda: checkpoint.resolve(str(config.resume), self.folder))
             for line in damaged:
-                self.accelerator.print(f"{line}; going on from the one before")
+                self.accelerator.print(f"{line}, going on from the one before")
             self.restore(path)
         elif (found := checkpoint.latest(self.folder)) is not None:
             raise ValueError(
