@@ -18,7 +18,7 @@ from conftest import train
 
 from ldm.data.order import Order
 from ldm.training import doctor
-from ldm.training.loop import Trainer, order_of
+from ldm.training.loop import Batches, Trainer, batches_of, order_of
 
 Script = Callable[..., object]  # conftest's `train` or `examine`
 
@@ -27,8 +27,8 @@ class Harm(NamedTuple):
     """What befalls one process at a step.
 
     It gets a signal, a gradient that is not finite ("poison"), or that is not what the others have ("apart"), a
-    minute's sleep ("hang"), a disk that takes no file of more than a kilobyte ("full"), or, from the first step on, the
-    samples of the first process ("twin").
+    minute's sleep ("hang"), a disk that takes no file of more than a kilobyte ("full"), or, from the first step on,
+    late, the samples of the first process ("twin").
     """
 
     what: str
@@ -71,7 +71,13 @@ def work(
 
         patch.setattr(Trainer, "_after_step", after_step)
         patch.setattr(Trainer, "_player_step", poisoned_step)
+        def late(config, accelerator, *more: Any) -> Batches:  # type: ignore[no-untyped-def]
+            for batch in batches_of(config, accelerator, *more):
+                time.sleep(0.2 if harm and harm.what == "twin" and accelerator.process_index else 0)
+                yield batch
+
         patch.setattr(doctor, "order_of", twin)
+        patch.setattr(doctor, "batches_of", late)
         if stage == "encode":
             if harm == ("full", int(os.environ["RANK"]), 0):
                 fill_disk()

@@ -74,9 +74,10 @@ def test_two_processes_are_found_sound(flags: list[str], tmp_path: Path) -> None
     assert not (tmp_path / ".vae-doctor").exists()
 
 
-def test_two_processes_with_the_same_data_or_other_gradients_are_found(tmp_path: Path) -> None:
+def test_two_processes_with_the_same_and_slow_data_or_other_gradients_are_found(tmp_path: Path) -> None:
     told = launch("vae", tmp_path / "vae", 2, LONG, script=examine, harm=Harm("twin", 0, 0), codes=[1, 1])
-    assert failing(told) == ["data of the ranks"], told
+    assert failing(told) == ["data of the ranks", "images/s"], told
+    assert "data are slower than training" in told, "the first process waits for the second alone"
     assert "80 taken twice" in told and "launch with accelerate or torchrun" in told
     told = launch("vae", tmp_path / "vae", 2, LONG, script=examine, harm=Harm("apart", 1, 19), codes=[1, 1])
     assert "gradients on all ranks" in failing(told) and "start all processes with one launcher" in told
@@ -116,6 +117,7 @@ def test_a_learning_rate_that_ends_early_is_found(monkeypatch: pytest.MonkeyPatc
 CONFIG = TrainingConfig(steps=1000, batch_size=4)
 SECONDS: dict[str, Any] = {"step": 1.0, "validate": 1.0, "sample": 1.0, "save": 1.0, "model": 1.0}
 TWO = [[[Key(0, 0, 0), Key(1, 0, 1)]], [[Key(2, 0, 2), Key(0, 1, 3)]]]
+AGAIN = [[[Key(0, 0, 0), Key(1, 0, 1)]], [[Key(0, 0, 2), Key(1, 0, 3)]]]  # a bucket of two images
 JUDGED = [
     (
         checks.devices(["a cuda:0", "a cuda:1"], "GPU", "bfloat16", on_gpu=True, gpus=2),
@@ -128,6 +130,7 @@ JUDGED = [
         "without --cpu",
     ),
     (checks.disjoint(TWO, batch_size=4), checks.disjoint([TWO[0], TWO[0]], batch_size=4), "launch with"),
+    (checks.disjoint(AGAIN, batch_size=4), checks.disjoint([AGAIN[0], AGAIN[0]], batch_size=4), "launch with"),
     (checks.resumed(1e-3, on_gpu=True), checks.resumed(1e-3, on_gpu=False), "report it"),
     (checks.resumed(None, on_gpu=False), checks.resumed(1.0, on_gpu=True), "report it"),
     (checks.falls(1, [2, 3, 1], CONFIG, step=200), checks.falls(2, [2, 1, 3], CONFIG, step=200), "lower --learning"),

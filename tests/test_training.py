@@ -178,6 +178,14 @@ def test_the_loss_scale_of_fp16_is_resumed(tmp_path: Path) -> None:
     assert_same(tensors_of(whole, 8), tensors_of(run, 8))
 
 
+def test_a_loss_of_another_process_that_is_not_finite_counts_with_fp16(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "reduce", lambda self, tensor, how: tensor + (float("nan") if how == "sum" else 0))
+    toy(toy_config(tmp_path, steps=1), fp16=True)
+    assert "toy: the gradient was not finite, skipped: step 1; 1 so far" in capsys.readouterr().out
+
+
 def test_the_frozen_stages_are_not_changed_by_training(
     tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

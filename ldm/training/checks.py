@@ -53,8 +53,11 @@ def gradients(sums: Tensor, *, split: bool) -> Check:
 
 
 def disjoint(seen: Sequence[Sequence[Sequence[Key]]], *, batch_size: int) -> Check:
-    """`seen`: of each process, of each step, the keys of its samples."""
-    steps = [{key[:2] for keys in step for key in keys} for step in zip(*seen, strict=True)]  # index and epoch
+    """`seen`: of each process, of each step, the keys of its samples.
+
+    A bucket that has fewer images than a step gives some of them again, but each place in the step once.
+    """
+    steps = [{key for keys in step for key in keys} for step in zip(*seen, strict=True)]
     twice = sum(batch_size - len(step) for step in steps)
     value = f"{len(steps)} steps of {batch_size} samples over {_processes(len(seen))}, {twice or 'none'} taken twice"
     remedy = "each process must know its rank: launch with accelerate or torchrun, not one by one"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -37,7 +37,7 @@ def examine(config: TrainingConfig, accelerator: Accelerator, stage: Stage, *, f
     try:
         examination = Examination(Trainer(config, accelerator, stage), stage)
         with examination.trainer.logging(examination.steps):
-            found += examination.checks()
+            found += broadcast_object_list(examination.checks())  # each has clocks of its own
     except torch.OutOfMemoryError:
         raise ValueError(
             f"memory: a step of {config.batch_size} images does not fit: try --accumulate {2 * config.accumulate}, "
@@ -54,7 +54,7 @@ def _remove(run: Path, accelerator: Accelerator) -> None:
 
 
 class Examination:
-    """Takes the steps, as the loop does, and measures. All processes do the same and find the same."""
+    """Takes the steps, as the loop does, and measures. All processes must do the same."""
 
     def __init__(self, trainer: Trainer, stage: Stage) -> None:
         self.trainer, self.stage = trainer, stage
@@ -103,7 +103,10 @@ class Examination:
             yield keys, batch
 
     def _take_steps(self) -> tuple[float, float, float]:
-        """All steps but the last; returns the loss of the first, the seconds of one, and the share that data took."""
+        """All steps but the last; returns the loss of the first, the seconds of one, and the share that data took.
+
+        That is of the process that waited longest: the others wait for it, and not for data.
+        """
         watched, start, stop = self._watched(self._batches(0)), min(START, self.steps // 4), self.steps - 1
         self._step(watched)
         first = self._loss()
@@ -115,7 +118,7 @@ class Examination:
             self._step(watched)
         synchronize(self.device)
         spent = time.perf_counter() - begin
-        return first, spent / (stop - start), self.waited / spent
+        return first, spent / (stop - start), max(gather_object([self.waited / spent]))
 
     def _loss(self) -> float:
         """Of the step that was taken, over all processes."""

@@ -342,7 +342,7 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         # With fp16 the scaler skips steps whose gradient overflows, which is how it finds its scale.
-        judged = norm if self.accelerator.scaler is None else sums["loss"]
+        judged = norm if self.accelerator.scaler is None else self.accelerator.reduce(sums["loss"], "sum")
         skip = self.health[player.name].note(self.step + 1, sums["loss"], judged)
         if self.accelerator.scaler is None:
             optimizer.optimizer.found_inf = skip
