@@ -71,6 +71,7 @@ def work(
 
         patch.setattr(Trainer, "_after_step", after_step)
         patch.setattr(Trainer, "_player_step", poisoned_step)
+
         def late(config, accelerator, *more: Any) -> Batches:  # type: ignore[no-untyped-def]
             for batch in batches_of(config, accelerator, *more):
                 time.sleep(0.2 if harm and harm.what == "twin" and accelerator.process_index else 0)

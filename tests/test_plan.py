@@ -13,9 +13,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from ldm.config import ScriptConfig, parse
-from ldm.training import budget
+from ldm.training import budget, planning
 from ldm.training.budget import Cost, dry_run, largest_batch, seconds_of_step
 from ldm.training.machine import GIB
+from ldm.training.planning import Job, Machine, Recipe, fit_in, machine_of
+from ldm.unet import UNet
 
 CPU = torch.device("cpu")
 SMALL = {"gpus": 0, "memory_gib": 8.0, "tflops": 0.05, "size": 32, "images": 9072}  # about what two cores reach
@@ -24,11 +26,11 @@ SMALL = {"gpus": 0, "memory_gib": 8.0, "tflops": 0.05, "size": 32, "images": 907
 plan.jobs_of = cache(plan.jobs_of)  # so that dry runs of one test are there for the next
 
 
-def jobs(recipe: str, size: int) -> dict[str, plan.Job]:
+def jobs(recipe: str, size: int) -> dict[str, Job]:
     return {job.stage: job for job in plan.jobs_of(plan.ROOT / "configs" / recipe, size)}
 
 
-def real_peak(job: plan.Job, images: int, recompute: bool) -> int:
+def real_peak(job: Job, images: int, recompute: bool) -> int:
     """Bytes that a real forward and backward pass had at once, beside the weights, as torch's profiler saw them."""
     module = job.build(recompute)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -84,7 +86,7 @@ def test_a_large_network_costs_what_is_known_of_it() -> None:
         z, states = torch.ones(images, 4, 64, 64, device=device), torch.ones(images, 77, 1024, device=device)
         return module(z, torch.ones(images, device=device), states).sum()
 
-    found = dry_run(lambda: plan.UNet(config), loss, 1, bf16=True)
+    found = dry_run(lambda: UNet(config), loss, 1, bf16=True)
     assert found.parameters == 865_910_724 and found.flop / 3 / 804e9 == pytest.approx(1, rel=0.04)
 
 
@@ -115,6 +117,11 @@ def test_more_time_takes_a_larger_recipe_and_its_commands_are_read(hours: float,
         assert config.data.size == 32 and config.run == Path("runs/plan") / stage  # type: ignore[attr-defined]
 
 
+def test_a_folder_with_a_space_is_one_word_of_the_commands() -> None:
+    told = plan.plan(Plan(hours=0.02, source="my photos", **SMALL))
+    assert all("my photos" in shlex.split(line) for line in told if line.startswith("accelerate"))
+
+
 def test_too_little_time_cuts_steps_and_warm_up() -> None:
     told = "\n".join(plan.plan(Plan(hours=0.02, **SMALL)))
     assert "so there is time for " in told and " of them" in told
@@ -129,16 +136,18 @@ def test_what_does_not_fit_is_made_smaller_or_told(monkeypatch: pytest.MonkeyPat
     The contrastive loss compares a whole batch, so its batch gets smaller.
     """
     known = lambda job, images, recompute, bf16: Cost(1000, 0, 1, 4000 + images * (100 if recompute else 1000))  # noqa: E731
-    monkeypatch.setattr(plan, "cost", known)
+    monkeypatch.setattr(planning, "cost", known)
     job, clip = jobs("emoji", 64)["ldm"], jobs("emoji", 64)["clip"]
-    one = [plan.fit_in(job, plan.Machine(1, room, None, 1.0)) for room in (148_000, 60_000, 20_500)]
+    one = [fit_in(job, Machine(1, room, None, 1.0)) for room in (148_000, 60_000, 20_500)]
     assert [(row.images, row.recompute, row.split) for row in one] == [(128, 0, 0), (32, 0, 0), (4, 1, 0)]
-    assert [plan.accumulate(row) for row in one] == [1, 4, 32] and all(row.batch == 128 for row in one)
-    four = plan.fit_in(job, plan.Machine(4, 20_500, None, 1.0))
-    assert (four.images, four.recompute, four.split, four.batch, plan.accumulate(four)) == (32, True, True, 128, 1)
-    assert plan.fit_in(clip, plan.Machine(1, 60_000, None, 1.0)).batch == 32
+    assert [row.accumulate for row in one] == [1, 4, 32] and all(row.batch == 128 for row in one)
+    four = fit_in(job, Machine(4, 20_500, None, 1.0))
+    assert (four.images, four.recompute, four.split, four.batch, four.accumulate) == (32, True, True, 128, 1)
+    assert fit_in(clip, Machine(1, 60_000, None, 1.0)).batch == 32
+    with pytest.raises(ValueError, match="clip.yaml: one image needs"):  # its logit scale can not be split
+        fit_in(clip, Machine(4, 20_500, None, 1.0))
     with pytest.raises(ValueError, match="one image needs .* there is room for"):
-        plan.fit_in(job, plan.Machine(1, 20_000, None, 1.0))
+        fit_in(job, Machine(1, 20_000, None, 1.0))
 
 
 def test_no_rate_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +156,10 @@ def test_no_rate_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this machine has a GPU, and measures it")
     with pytest.raises(ValueError, match="no recipe of configs/ is near"):
         plan.recipes(4096)
-    shapes = [plan.Recipe("shapes", list(jobs("shapes", 32).values()))]
+    assert [recipe.name for recipe in plan.recipes(40)] == ["emoji-cpu", "shapes"], "patches of emoji do not divide it"
+    with pytest.raises(ValueError, match="--size 100: configs/emoji: .* is not a multiple of .*; 32, 64"):
+        plan.recipes(100)
+    shapes = [Recipe("shapes", list(jobs("shapes", 32).values()))]
     monkeypatch.setattr(plan, "recipes", lambda size: shapes)
     told = plan.plan(Plan(gpus=1, memory_gib=24, size=32))
     assert "give --tflops" in told[-1] and "TFLOP/s a GPU needed" in told[2]
@@ -157,6 +169,6 @@ def test_no_rate_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_machine_has_room_for_less_than_its_memory() -> None:
-    machine = plan.machine_of(Plan(**SMALL))
+    machine = machine_of(0, 8.0, 0.05)
     assert machine.room == int(0.9 * 8 * GIB) - GIB and machine.device is None
     assert math.isclose(Cost(10, 4, 0, 40).memory(), 10 * budget.KEPT + 44)

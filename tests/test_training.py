@@ -345,7 +345,7 @@ def test_going_back_takes_another_run(tmp_path: Path) -> None:
     """For of the checkpoints of two courses the newest would be the wrong one."""
     toy(toy_config(tmp_path / "a"))
     earlier = str(tmp_path / "a/checkpoints/step-000006")
-    with pytest.raises(ValueError, match="holds step-000008: go on with --resume latest, or from .*6 in another --run"):
+    with pytest.raises(ValueError, match="holds step-000008: take --resume latest, or go on from .*6 in another --run"):
         toy(toy_config(tmp_path / "a", learning_rate=0.2, resume=earlier))
     toy(toy_config(tmp_path / "b", resume=earlier))
     assert_same(tensors_of(tmp_path / "a", 8), tensors_of(tmp_path / "b", 8))
@@ -394,7 +394,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_whole(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(
         ValueError,
-        match=r"step-000006 could not be written .*File too large.*: free some space and go on with .*, from step-000003",
+        match=r"step-000006 could not be written .*File too large.*: free some space and .*, from step-000003",
     ):
         toy(toy_config(tmp_path))
     monkeypatch.undo()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ldm.training.machine import synchronize
@@ -47,20 +46,20 @@ class Meter(TorchDispatchMode):
     def __init__(self, known: nn.Module) -> None:
         super().__init__()
         self.flop = self.now = self.peak = 0
-        self.alive = {tensor.untyped_storage()._cdata: 0 for tensor in known.state_dict(keep_vars=True).values()}
+        self.alive = {id(tensor.untyped_storage()): 0 for tensor in known.state_dict(keep_vars=True).values()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if count := flop_registry.get(func.overloadpacket):
             self.flop += count(*args, **kwargs, out_val=out)
-        for tensor in tree_leaves(out):
+        for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
                 self._meet(tensor.untyped_storage())
         return out
 
     def _meet(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = id(storage)  # torch keeps the object as long as the memory lives
         if key not in self.alive:
             self.alive[key] = storage.nbytes()
             self.now += storage.nbytes()
@@ -72,7 +71,10 @@ class Meter(TorchDispatchMode):
 
 
 def dry_run(build: Build, loss: Loss, images: int, *, bf16: bool) -> Cost:
-    """A training step on tensors that have shapes and no numbers, so in no time and no memory."""
+    """A training step on tensors that have shapes and no numbers, so in no time and no memory.
+
+    They count as tensors of the CPU, for the meta device knows no autocast and would keep activations in float32.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = build()
         with Meter(module) as meter:

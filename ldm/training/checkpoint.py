@@ -183,7 +183,9 @@ def resolve(resume: str, folder: Path) -> tuple[Path, list[str]]:
     if not newest_first:
         raise ValueError(f"{folder} holds no checkpoint to resume from; start without --resume")
     if resume != "latest" and found and found[-1].resolve() != named.resolve():
-        raise ValueError(f"{folder} holds {found[-1].name}: go on with --resume latest, or from {named} in another --run")
+        raise ValueError(
+            f"{folder} holds {found[-1].name}: go on with --resume latest, or from {named} in another --run"
+        )
     damaged: list[tuple[Path, str]] = []
     for path in newest_first:
         reason = damage(path)
