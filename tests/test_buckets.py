@@ -60,6 +60,8 @@ def test_an_image_goes_to_the_nearest_bucket_that_has_enough() -> None:
         distances = [abs(math.log(w / h) - math.log(width / height)) for h, w in used]
         assert distances[group] == pytest.approx(min(distances))
     assert choose_buckets([(3, 4)], sides)[1].tolist() == [0]
+    few = choose_buckets([(1, 1)] * 20 + [(2, 3)] * 10 + [(1, 3)] * 9, sides)
+    assert few[0] == [(384, 640), (512, 512)] and few[1].tolist() == [1] * 20 + [0] * 19
 
 
 def test_each_step_takes_one_group_and_each_epoch_all_samples() -> None:

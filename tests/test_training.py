@@ -345,7 +345,7 @@ def test_going_back_takes_another_run(tmp_path: Path) -> None:
     """For of the checkpoints of two courses the newest would be the wrong one."""
     toy(toy_config(tmp_path / "a"))
     earlier = str(tmp_path / "a/checkpoints/step-000006")
-    with pytest.raises(ValueError, match="holds step-000008: take --resume latest, or go on from .*6 in another --run"):
+    with pytest.raises(ValueError, match="holds step-000008: go on with --resume latest, or from .*6 in another --run"):
         toy(toy_config(tmp_path / "a", learning_rate=0.2, resume=earlier))
     toy(toy_config(tmp_path / "b", resume=earlier))
     assert_same(tensors_of(tmp_path / "a", 8), tensors_of(tmp_path / "b", 8))

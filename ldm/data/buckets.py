@@ -27,12 +27,14 @@ def bucket_sides(size: int, step: int) -> list[Sides]:
 def choose_buckets(shapes: Sequence[Sides], sides: Sequence[Sides]) -> tuple[list[Sides], Tensor]:
     """The buckets in use for images of these heights and widths, and the number of the bucket of each image.
 
-    It is the one whose ratio of width and height is nearest, in logarithms.
+    It is the one whose ratio of width and height is nearest, in logarithms. Where none has 32 images, half of what the
+    largest has is enough.
     """
     wanted = torch.tensor([math.log(width / height) for height, width in shapes])
     nearest = _nearest(wanted, sides)
     counts = nearest.bincount(minlength=len(sides))
-    kept = (counts >= min(FEWEST, int(counts.max()))).nonzero().flatten().tolist()
+    most = int(counts.max())
+    kept = (counts >= (FEWEST if most >= FEWEST else most / 2)).nonzero().flatten().tolist()
     used = [sides[i] for i in kept]
     return used, _nearest(wanted, used)
 
