@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from ldm.data import DataConfig, open_dataset
 from ldm.data.order import Key, StreamOrder, file_order
-from ldm.data.streams import UnreadableShard, find_shards, in_shards, open_shards
+from ldm.data.streams import UnreadableShard, find_shards, in_shards, open_shards, read_rows
 from ldm.training.loop import KeyedDataset
 
 TARS, ROWS = 6, 20
@@ -204,6 +204,26 @@ def test_parquet_shards_on_any_file_system(tmp_path: Path) -> None:
         system.rm("/set", recursive=True)
 
 
+def test_cells_of_any_kind(tmp_path: Path) -> None:
+    """What is wrong in one cell is told of its row alone, and other columns are of no matter."""
+    texts = pyarrow.array([b"a", b"\xff", b"", None]).cast(pyarrow.binary()).view(pyarrow.string())
+    images = pyarrow.array([png(0), png(1), png(2), None])
+    pairs = pyarrow.array([[("a", 1)]] * 4, pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    (tmp_path / "set").mkdir()
+    table = pyarrow.table({"pairs": pairs, "image": images, "caption": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "set/1.parquet")
+    times = pyarrow.array([2**62, 0, 0, 0], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(table.set_column(2, "caption", times), tmp_path / "set/2.parquet")
+    found = list(read_rows(str(tmp_path / "set/1.parquet")))
+    assert [row.captions for row in found] == [["a"], [], [], []]
+    assert [row.error for row in found] == [None, "its caption is not UTF-8", None, "holds no image"]
+    assert all(row.error for row in read_rows(str(tmp_path / "set/2.parquet")))
+    for number in range(3):
+        pyarrow.parquet.write_table(table[:1], tmp_path / f"set/{number}.parquet")
+    with pytest.raises(ValueError, match="no row is left for the test split; write larger shards, or name one test"):
+        open_shards(str(tmp_path / "set"), "test", streams=1)
+
+
 def test_what_names_shards(photos: Path, tmp_path: Path) -> None:
     assert all(map(in_shards, (str(photos), "a/{00..12}.tar", "s3://bucket", "x/*.parquet", "x.tar")))
     (tmp_path / "images").mkdir()
@@ -249,6 +269,14 @@ def test_an_unreadable_image_is_replaced_by_one_of_its_shard(tmp_path: Path) -> 
     assert 1 <= int(sample["caption"]) < ROWS and int(sample["caption"]) != 5
     assert data.unreadable == [f"{folder}/001.tar, row 5: no PNG, JPEG or WEBP image"]
     assert len(data.source.store._opened) == 2  # the first images are tried at the start, and its own shard
+    write_tar(folder / "001.tar", [(f"{i}.png", b"damaged") for i in range(ROWS)])
+    data = open_dataset(DataConfig(source=str(folder), size=16, max_unreadable=0.5), "train", seed=0)
+    other = int(data[Key(ROWS - 1 + 4, 0, 0)]["caption"])
+    assert (
+        not ROWS <= other < 2 * ROWS and len(data.unreadable) > 5
+    )  # where most of it is damaged, one of another shard
+    data.source.store.path(data.source.spans[1].shard).unlink()
+    assert f"{folder}/001.tar, row 5" in data.unreadable  # without the reason, for which it had to be fetched again
 
 
 def test_shards_are_fetched_ahead(photos: Path, cache: Path) -> None:
@@ -264,7 +292,7 @@ def test_shards_are_fetched_ahead(photos: Path, cache: Path) -> None:
     )
     rest = iter(loader)
     next(rest)
-    wanted = {data.source.store._path(data.source.spans[number].shard) for number in ahead}
+    wanted = {data.source.store.path(data.source.spans[number].shard) for number in ahead}
     deadline = time.monotonic() + 20
     while not wanted <= set(cache.rglob("*.arrow")):
         assert time.monotonic() < deadline

@@ -158,8 +158,13 @@ class CaptionedImages(Dataset[dict[str, Any]]):
     @property
     def unreadable(self) -> list[str]:
         """`name: error` of every image that could not be read so far, in this process or its loading processes."""
-        bad = self._bad.nonzero().flatten().tolist()
-        return [f"{self.source.names[index]}: {self._error(index) or 'readable by now'}" for index in bad]
+        return self._told(self._bad.nonzero().flatten().tolist())
+
+    def _told(self, bad: Sequence[int]) -> list[str]:
+        """`name: error` of images; of one that had to be fetched again the name alone."""
+        errors = [self._error(index) or "readable by now" if self.source.at_hand(index) else None for index in bad]
+        names = [self.source.names[index] for index in bad]
+        return [f"{name}: {error}" if error else name for name, error in zip(names, errors, strict=True)]
 
     def report(self) -> str:
         """How many images could not be read, and which: for the end of a run."""
@@ -226,9 +231,10 @@ class CaptionedImages(Dataset[dict[str, Any]]):
 
     def _candidates(self, index: int) -> Iterator[int]:
         """`index`, then those that stand in for it, without the ones known to be unreadable."""
-        near = self.source.near(index)
+        near, every = self.source.near(index), range(len(self))
         for attempt in range(TRIES):
-            candidate = near[keyed.key("stand-in", index, attempt) % len(near)] if attempt else index
+            others = near if attempt < TRIES // 2 else every
+            candidate = others[keyed.key("stand-in", index, attempt) % len(others)] if attempt else index
             if not self._bad[candidate]:
                 yield candidate
 
@@ -257,7 +263,8 @@ class CaptionedImages(Dataset[dict[str, Any]]):
             )
 
     def _remedy(self) -> str:
-        return f"{'; '.join(self.unreadable[:5])}; repair or remove them, or raise --data.max-unreadable"
+        first = self._bad.nonzero().flatten()[:5].tolist()
+        return f"{'; '.join(self._told(first))}; repair or remove them, or raise --data.max-unreadable"
 
     def _error(self, index: int) -> str | None:
         try:

@@ -56,8 +56,12 @@ class Source:
         return Source(names, images, captions, self.description)
 
     def near(self, index: int) -> range:
-        """The items that can stand in for one that can not be read."""
+        """The items that stand in for one that can not be read, before any other does."""
         return range(len(self.names))
+
+    def at_hand(self, index: int) -> bool:
+        """Whether an item can be read again without fetching anything."""
+        return True
 
     def spread(self, count: int) -> list[int]:
         """`count` items, spread over all."""

@@ -102,6 +102,10 @@ def open_shards(source: str, split: Split, *, streams: int) -> "Shards":
     shards = find_shards(source)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "shards" / _short(source)
     spans = _split(list(zip(shards, count_rows(shards, folder), strict=True)), split)
+    if not spans:
+        raise ValueError(
+            f"data.source {source}: no row is left for the {split} split; write larger shards, or name one test"
+        )
     store = Store(spans, folder, keep=KEPT * streams)
     told = f"shards: {len(shards):,} of {source}, fetched into {folder} as they are needed"
     return Shards(Rows(store, "name"), Rows(store, "image"), Rows(store, "captions"), told, spans=spans, store=store)
@@ -119,6 +123,10 @@ class Shards(Source):
         """The items of the same shard."""
         number = self.store.place(index)[0]
         return range(self.store.starts[number], self.store.starts[number + 1])
+
+    def at_hand(self, index: int) -> bool:
+        """Whether its shard is on this machine."""
+        return self.store.path(self.spans[self.store.place(index)[0]].shard).exists()
 
     def spread(self, count: int) -> list[int]:
         """Items of at most 16 shards, which are spread over the set."""
@@ -203,7 +211,7 @@ class Store:
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
         """Begin to fetch shards that will be needed; one that fails is tried again, and told of, in its turn."""
         for number in numbers:
-            if not self._path(self.spans[number].shard).exists():
+            if not self.path(self.spans[number].shard).exists():
                 threading.Thread(target=self._try, args=[self.spans[number].shard], daemon=True).start()
 
     def _try(self, shard: Shard) -> None:
@@ -211,7 +219,7 @@ class Store:
             self._fetch(shard)
 
     def _fetch(self, shard: Shard) -> Path:
-        path = self._path(shard)
+        path = self.path(shard)
         with FileLock(self.folder / f".lock-{int(shard.key, 16) % 64}"):  # one process fetches it for all
             if not path.is_file():
                 with in_place_of(path) as beside:
@@ -219,7 +227,8 @@ class Store:
                 self._make_room()
         return path
 
-    def _path(self, shard: Shard) -> Path:
+    def path(self, shard: Shard) -> Path:
+        """Where a shard is kept."""
         return self.folder / f"{shard.key}.arrow"
 
     def _make_room(self) -> None:
@@ -432,21 +441,29 @@ def _parquet_rows(url: str) -> Iterator[Row]:
 
     with _opened(url) as file:
         table = pyarrow.parquet.ParquetFile(file)
-        features = datasets.Features.from_arrow_schema(table.schema_arrow)
+        schema, features = table.schema_arrow, datasets.Features()
+        for column in schema:
+            with contextlib.suppress(ValueError, NotImplementedError):  # a type that it has no name for: no image
+                features |= datasets.Features.from_arrow_schema(pyarrow.schema([column], metadata=schema.metadata))
         image = image_column(features, url)
         caption = next((name for name in CAPTION_COLUMNS if name in features), None)
-        for batch in table.iter_batches(CHUNK, columns=[name for name in (image, caption) if name]):
-            for values in batch.to_pylist():
-                yield _parquet_row(values[image], values[caption] if caption else None)
+        columns = [image, *([caption] if caption else [])]
+        for batch in table.iter_batches(CHUNK, columns=columns):
+            for number in range(batch.num_rows):
+                yield _parquet_row(*(batch[name][number] for name in columns))
 
 
-def _parquet_row(cell: Any, caption: Any) -> Row:
-    data = cell["bytes"] if isinstance(cell, dict) else cell  # no path that a stranger wrote is followed
-    if not isinstance(data, bytes):
-        return Row(None, [], "holds no image")
+def _parquet_row(cell: Any, *caption: Any) -> Row:
+    """A row from cells of arrow."""
     try:
-        return Row(data, _captions(caption, "its row"), None)
-    except ValueError as error:
+        data = cell.as_py()
+        data = data["bytes"] if isinstance(data, dict) else data  # no path that a stranger wrote is followed
+        if not isinstance(data, bytes):
+            raise ValueError("holds no image")
+        return Row(data, _captions(caption[0].as_py() if caption else None, "its row"), None)
+    except UnicodeDecodeError:
+        return Row(None, [], "its caption is not UTF-8")
+    except (ValueError, OverflowError) as error:
         return Row(None, [], str(error))
 
 
