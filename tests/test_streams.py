@@ -1,5 +1,6 @@
 """Sets in shards: every row comes once, in an order that processes and stops do not change, from a small cache."""
 
+import gzip
 import io
 import tarfile
 import time
@@ -244,11 +245,14 @@ def test_what_names_shards(photos: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_shard_is_named(photos: Path) -> None:
     whole = (photos / "002.tar").read_bytes()
-    for end in (len(whole) // 2 + 100, 2 * 1024 + 512, 10):  # in a header, before the data, in the first header
-        (photos / "002.tar").write_bytes(whole[:end])
+    damaged = [bytes([*whole[:8192], 255 ^ whole[8192], *whole[8193:]])]  # a header, which tarfile takes for the end
+    for end in (len(whole) // 2 + 100, 2 * 1024 + 512, 10, 8192):  # in a header, before data, in the first, between two
+        damaged += [whole[:end], gzip.compress(whole[:end])]
+    for content in damaged:
+        (photos / "002.tar").write_bytes(content)
         with pytest.raises(UnreadableShard, match=r"002\.tar can not be read \(.*\); repair it, or take it out"):
             open_shards(str(photos), "train", streams=1)
-    (photos / "002.tar").write_bytes(whole)
+    (photos / "002.tar").write_bytes(gzip.compress(whole))  # its name is no matter
     data = open_dataset(DataConfig(source=str(photos), size=16), "train", seed=0)
     write_tar(photos / "004.tar", [("1.png", png(1))])
     with pytest.raises(UnreadableShard, match=r"004\.tar has 1 rows now, not 20: start again"):

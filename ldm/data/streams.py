@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from filelock import FileLock
 from torch.utils.data import get_worker_info
@@ -48,6 +48,14 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 TEST = re.compile(r"(^|[^a-z])(test|val|valid|validation)([^a-z]|$)")  # in the name of a held-out shard
 VERSION = ("ETag", "etag", "blob_id", "mtime", "created", "LastModified")  # what file systems tell of a file's content
 LARGEST = 2**28  # bytes of an encoded image
+LONGEST = 2**20  # bytes of a text
+NAMING = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    b"X",
+)  # read into memory
 CHUNK = 64  # rows that are in memory while a shard is fetched
 KEPT = 3  # files that are kept for each stream: its own, the next, and one that another process has not left yet
 SLOTS = threading.Semaphore(4)  # files that a process fetches ahead at a time
@@ -350,8 +358,6 @@ def _counted(line: str) -> tuple[str, int] | None:
 
 def _count(shard: Shard) -> int:
     with _readable(shard.url):
-        if shard.url.lower().endswith(".tar") and shard.size % tarfile.BLOCKSIZE:
-            raise ValueError("it is cut off")  # tarfile takes half a header for the end
         if shard.url.lower().endswith(TARS):
             return sum(1 for _ in _samples(shard.url))
         import pyarrow.parquet
@@ -378,6 +384,23 @@ def _readable(url: str) -> Iterator[None]:
         ) from None
 
 
+class Member(tarfile.TarInfo):
+    """A header in a tar; one that is damaged or missing is an error, while tarfile takes it for the end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """The header in a block; zeros alone end a tar."""
+        try:
+            found = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+                raise
+            raise ValueError(f"it is damaged, or cut off: {error}") from None
+        if found.size < 0 or (found.type in NAMING and found.size > LONGEST):
+            raise ValueError(f"a header of it tells of {found.size:,} bytes")
+        return found
+
+
 def _samples(url: str) -> Iterator[dict[str, bytes]]:
     """The samples of a tar file that have an image.
 
@@ -393,7 +416,7 @@ def _samples(url: str) -> Iterator[dict[str, bytes]]:
 
 def _members(url: str) -> Iterator[tuple[str, bytes]]:
     """Path and content of each file in a tar, without hidden ones, and of large ones the begin."""
-    with _opened(url) as file, tarfile.open(fileobj=file, mode="r|*", bufsize=2**17) as tar:
+    with _opened(url) as file, tarfile.open(fileobj=file, mode="r|*", bufsize=2**17, tarinfo=Member) as tar:
         for member in tar:
             if (content := tar.extractfile(member)) and not member.name.rpartition("/")[2].startswith((".", "__")):
                 yield member.name, content.read(LARGEST)
