@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import encode
 import pytest
 import torch
@@ -14,10 +15,13 @@ from conftest import train
 from PIL import Image
 from safetensors.torch import load_file
 from test_distributed import contents, encoding
+from test_streams import write_set
 from test_training import assert_same, full_disk, tensors_of
 
 from ldm import pictures
 from ldm.config import write_yaml
+from ldm.data import DataConfig, open_dataset
+from ldm.data.order import Key
 from ldm.files import write_tensors, write_text
 from ldm.training import checkpoint
 from ldm.training.logs import Logs
@@ -156,3 +160,19 @@ def test_the_log_names_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         with pytest.raises(SystemExit, match=r"log.jsonl could not be written .* go on with --resume latest"):
             train("vae", tmp_path / "vae")
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_shard_that_finds_no_room(
+    disk: Callable[[int], Disk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is to blame, and no image."""
+    photos = write_set(tmp_path / "photos")
+    small = disk(32)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", small.folder)
+    data = open_dataset(DataConfig(source=str(photos), size=16), "train", seed=0)
+    (small.folder / "more").write_bytes(bytes(16384))
+    with pytest.raises(ValueError, match=r"arrow could not be written \(.*No space left.*free some space"):
+        [data[Key(index, 0, 0)] for index in range(len(data))]
+    assert not data._bad.any()
+    small.grow()
+    assert len([data[Key(index, 0, 0)] for index in range(len(data))]) == len(data)

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import pickle
 import tarfile
 import time
 from itertools import islice
@@ -143,6 +144,32 @@ def test_only_what_is_needed_lies_in_the_cache(photos: Path, cache: Path) -> Non
     assert len(open_shards(str(photos), "train", streams=1).images) == (TARS - 1) * (ROWS - 1)
     write_tar(photos / "001.tar", [("1.png", png(1)), ("2.png", png(2))])  # another file of that name
     assert len(open_shards(str(photos), "train", streams=1).images) == (TARS - 2) * (ROWS - 1) + 1
+
+
+def test_the_cache_heals_itself(photos: Path, cache: Path) -> None:
+    """Files that were cut off, left by a killed process or removed while they were open; a copy for a new process."""
+    source = open_shards(str(photos), "train", streams=1)
+    assert source.images[0] == png(1)
+    path = next(cache.rglob("*.arrow"))
+    copied = pickle.dumps(source)
+    path.with_name(f".{path.name}").touch()
+    whole = path.read_bytes()
+    for end in (0, 100, len(whole) // 2, len(whole)):
+        path.write_bytes(whole[:end])
+        source = open_shards(str(photos), "train", streams=1)
+        assert source.images[0] == png(1) and len(list(cache.rglob("*.arrow"))) == 1
+    path.unlink()
+    assert source.images[0] == png(1) and source.images[ROWS] == png(ROWS + 2)
+    assert len(source.store._opened) == 1  # the other would take room on the disk
+    assert pickle.loads(copied).images[0] == png(1)
+
+
+def test_a_file_in_use_is_kept(photos: Path, cache: Path) -> None:
+    source = open_shards(str(photos), "train", streams=1)
+    assert source.images[0]
+    path = next(cache.rglob("*.arrow"))
+    for index in range(len(source.images)):
+        assert source.images[index] and source.images[0] and path.exists()
 
 
 def test_all_kinds_of_rows(tmp_path: Path) -> None:

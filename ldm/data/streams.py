@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
@@ -37,7 +37,7 @@ from ldm.data.images import (
 )
 from ldm.data.order import Key, evenly, file_order
 from ldm.data.shapes import Split
-from ldm.files import in_place_of
+from ldm.files import disk_errors, in_place_of
 
 if TYPE_CHECKING:
     import datasets
@@ -62,7 +62,7 @@ SLOTS = threading.Semaphore(4)  # files that a process fetches ahead at a time
 
 
 class UnreadableShard(ValueError):
-    """A whole shard that can not be read, which no other image can stand in for."""
+    """A whole shard that can not be read, or not be kept, which no other image can stand in for."""
 
 
 class Shard(NamedTuple):
@@ -185,36 +185,44 @@ class Store:
         self.spans, self.folder, self.keep = spans, folder, keep
         self.starts = [0, *itertools.accumulate(span.rows for span in spans)]
         self._opened: dict[int, datasets.Dataset] = {}
+        self._remove_unfinished()
 
     def place(self, index: int) -> tuple[int, int]:
         """The number of an item's span, and its row in the shard."""
         number = bisect_right(self.starts, index) - 1
         return number, self.spans[number].first + index - self.starts[number]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the files that are open, which may be gone when another process begins."""
+        return {**self.__dict__, "_opened": {}}
+
     def rows(self, number: int) -> "datasets.Dataset":
         """The rows of a shard, fetched if need be."""
+        shard, first, rows = self.spans[number]
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.path(shard))  # it is used
         if number not in self._opened:
-            span = self.spans[number]
-            opened = self._open(span.shard)
-            if len(opened) < span.first + span.rows:
-                raise UnreadableShard(
-                    f"{span.shard.url} has {len(opened):,} rows now, not {span.first + span.rows:,}: start again"
-                )
-            if len(self._opened) >= self.keep:
-                self._opened.pop(next(iter(self._opened)), None)
+            # A removed file takes room until all have closed it.
+            self._opened = {n: file for n, file in self._opened.items() if self.path(self.spans[n].shard).exists()}
+            opened = self._open(shard)
+            if len(opened) < first + rows:
+                self.path(shard).unlink(missing_ok=True)
+                raise UnreadableShard(f"{shard.url} has {len(opened):,} rows now, not {first + rows:,}: start again")
             self._opened[number] = opened
         return self._opened[number]
 
     def _open(self, shard: Shard) -> "datasets.Dataset":
         import datasets
+        import pyarrow
 
         while True:
             path = self._fetch(shard)
             try:
-                os.utime(path)  # it was used
                 return datasets.Dataset.from_file(str(path))
             except FileNotFoundError:  # another process made room meanwhile
                 continue
+            except (pyarrow.ArrowInvalid, OSError):  # the machine failed before all of it was on the disk
+                path.unlink(missing_ok=True)
 
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
         """Begin to fetch shards that will be needed; one that fails is tried again, and told of, in its turn."""
@@ -228,12 +236,24 @@ class Store:
 
     def _fetch(self, shard: Shard) -> Path:
         path = self.path(shard)
-        with FileLock(self.folder / f".lock-{int(shard.key, 16) % 64}"):  # one process fetches it for all
-            if not path.is_file():
-                with in_place_of(path) as beside:
-                    write_rows(beside, read_rows(shard.url))
-                self._make_room()
+        try:
+            with disk_errors(path), self._lock(shard.key):  # one process fetches it for all
+                if not path.is_file():
+                    with in_place_of(path) as beside:
+                        write_rows(beside, read_rows(shard.url))
+                    self._make_room()
+        except ValueError as error:  # no image is to blame for a full disk
+            raise UnreadableShard(str(error)) from None
         return path
+
+    def _lock(self, key: str, timeout: float = -1) -> FileLock:
+        return FileLock(self.folder / f".lock-{int(key, 16) % 64}", timeout=timeout)
+
+    def _remove_unfinished(self) -> None:
+        """Remove what processes left that were killed."""
+        for beside in self.folder.glob(".*.arrow"):
+            with contextlib.suppress(Timeout), self._lock(beside.stem[1:], timeout=0):
+                beside.unlink(missing_ok=True)
 
     def path(self, shard: Shard) -> Path:
         """Where a shard is kept."""
@@ -329,8 +349,12 @@ def count_rows(shards: Sequence[Shard], folder: Path) -> list[int]:
 
     UnreadableShard: one that can not be read, or is cut off.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock-rows"), open(folder / "rows.jsonl", "a+", encoding="utf-8") as kept:
+    path = folder / "rows.jsonl"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(disk_errors(path))
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(FileLock(folder / ".lock-rows"))
+        kept = stack.enter_context(open(path, "a+", encoding="utf-8"))
         kept.seek(0)
         known = dict(filter(None, map(_counted, kept)))
         missing = [shard for shard in shards if shard.key not in known]
