@@ -201,15 +201,16 @@ class Store:
         shard, first, rows = self.spans[number]
         with contextlib.suppress(FileNotFoundError):
             os.utime(self.path(shard))  # it is used
-        if number not in self._opened:
-            # A removed file takes room until all have closed it.
-            self._opened = {n: file for n, file in self._opened.items() if self.path(self.spans[n].shard).exists()}
+        opened = self._opened.get(number)
+        if opened is None:
             opened = self._open(shard)
             if len(opened) < first + rows:
                 self.path(shard).unlink(missing_ok=True)
                 raise UnreadableShard(f"{shard.url} has {len(opened):,} rows now, not {first + rows:,}: start again")
-            self._opened[number] = opened
-        return self._opened[number]
+            # A removed file takes room until all have closed it. (Threads may do this at once.)
+            kept = {n: file for n, file in list(self._opened.items()) if self.path(self.spans[n].shard).exists()}
+            self._opened = {**kept, number: opened}
+        return opened
 
     def _open(self, shard: Shard) -> "datasets.Dataset":
         import datasets
