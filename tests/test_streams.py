@@ -169,7 +169,7 @@ def test_a_file_in_use_is_kept(photos: Path, cache: Path) -> None:
     assert source.images[0]
     path = next(cache.rglob("*.arrow"))
     for index in range(len(source.images)):
-        assert source.images[index] and source.images[0] and path.exists()
+        assert source.images[index] and path.exists() and source.images[0]
 
 
 def test_all_kinds_of_rows(tmp_path: Path) -> None:
