@@ -2,9 +2,11 @@
 
 import gzip
 import io
+import os
 import pickle
 import tarfile
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from test_distributed import launch
 from test_training import losses
 from torch.utils.data import DataLoader
 
-from ldm.data import DataConfig, open_dataset
+from ldm.data import DataConfig, open_dataset, streams
 from ldm.data.order import Key, StreamOrder, file_order
 from ldm.data.streams import UnreadableShard, find_shards, in_shards, open_shards, read_rows
 from ldm.training.loop import KeyedDataset
@@ -37,8 +39,12 @@ def png(number: int, size: tuple[int, int] = (24, 16)) -> bytes:
     return buffer.getvalue()
 
 
-def write_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
+def write_tar(path: Path, files: list[tuple[str, bytes]], links: Sequence[str] = ()) -> None:
     with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as tar:
+        for name in links:  # to a file outside
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(link)
         for name, data in files:
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -190,8 +196,9 @@ def test_all_kinds_of_rows(tmp_path: Path) -> None:
         ("b/5.png", png(5)),
         ("b/5.prompt", b"five"),
         ("b/6.png", png(6)),
+        ("b/6.npy", b"of no matter"),
     ]
-    write_tar(folder / "x.tgz", files)
+    write_tar(folder / "x.tgz", files, links=["a/0.png", "b/7.png"])
     pyarrow.parquet.write_table(pyarrow.table({"key": [1]}), folder / "x.parquet")  # what img2dataset leaves there
     source = open_shards(str(folder), "train", streams=1)
     found = [source.captions[i] for i in range(len(source.images))]
@@ -252,6 +259,14 @@ def test_cells_of_any_kind(tmp_path: Path) -> None:
         open_shards(str(tmp_path / "set"), "test", streams=1)
 
 
+def test_large_images_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(streams, "LARGEST", 1000)
+    write_tar(tmp_path / "x.tar", [(f"{i}.png", bytes(600)) for i in range(5)] + [("6.png", bytes(5000))])
+    rows = list(read_rows(str(tmp_path / "x.tar")))
+    assert [len(row.image) for row in rows] == [600] * 5 + [1000]
+    assert [len(chunk) for chunk in streams._chunks(rows)] == [2, 2, 2]
+
+
 def test_what_names_shards(photos: Path, tmp_path: Path) -> None:
     assert all(map(in_shards, (str(photos), "a/{00..12}.tar", "s3://bucket", "x/*.parquet", "x.tar")))
     (tmp_path / "images").mkdir()
@@ -266,6 +281,10 @@ def test_what_names_shards(photos: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=error):
             open_shards(source, "train", streams=1)
+    Path(os.fsdecode(os.fsencode(photos / "x") + b"\xff.tar")).touch()
+    with pytest.raises(ValueError, match=r"x\\udcff.tar' is not in UTF-8; rename that file"):
+        find_shards(f"{photos}/*.tar")
+    Path(os.fsdecode(os.fsencode(photos / "x") + b"\xff.tar")).unlink()
     with pytest.raises(ValueError, match="the shapes of images in shards are not known ahead"):
         open_dataset(DataConfig(source=f"{photos}/*.tar", size=16, bucket_step=8), "train", seed=0)
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ldm.data.images import (
     CAPTION_COLUMNS,
+    HALF,
     HELD_OUT,
     METADATA,
     SUFFIXES,
@@ -47,7 +48,7 @@ TEXTS = ("txt", *CAPTION_COLUMNS)  # endings of the files in a tar that hold a c
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 TEST = re.compile(r"(^|[^a-z])(test|val|valid|validation)([^a-z]|$)")  # in the name of a held-out shard
 VERSION = ("ETag", "etag", "blob_id", "mtime", "created", "LastModified")  # what file systems tell of a file's content
-LARGEST = 2**28  # bytes of an encoded image
+LARGEST = 2**28  # bytes of an encoded image, and of those in memory while a shard is fetched
 LONGEST = 2**20  # bytes of a text
 NAMING = (
     tarfile.GNUTYPE_LONGNAME,
@@ -56,7 +57,7 @@ NAMING = (
     tarfile.XGLTYPE,
     b"X",
 )  # read into memory
-CHUNK = 64  # rows that are in memory while a shard is fetched
+CHUNK = 64  # rows that are in memory while a shard is fetched, or fewer large ones
 KEPT = 3  # files that are kept for each stream: its own, the next, and one that another process has not left yet
 SLOTS = threading.Semaphore(4)  # files that a process fetches ahead at a time
 
@@ -291,6 +292,8 @@ def find_shards(source: str) -> list[Shard]:
     urls = [url for url in found if url.lower().endswith(TARS)] or list(filter(_is_shard, found))
     if not urls:
         raise ValueError(f"data.source {source}: no tar or parquet file there; choose another --data.source")
+    for url in filter(HALF.search, urls):
+        raise ValueError(f"data.source {source}: the name {url!a} is not in UTF-8; rename that file")
     return [Shard(url, found[url]["size"] or 0, _short(f"{url} {_version(found[url])}")) for url in sorted(urls)]
 
 
@@ -440,11 +443,12 @@ def _samples(url: str) -> Iterator[dict[str, bytes]]:
 
 
 def _members(url: str) -> Iterator[tuple[str, bytes]]:
-    """Path and content of each file in a tar, without hidden ones, and of large ones the begin."""
+    """Path and content of the images and captions in a tar, without hidden ones, and of large ones the begin."""
     with _opened(url) as file, tarfile.open(fileobj=file, mode="r|*", bufsize=2**17, tarinfo=Member) as tar:
         for member in tar:
-            if (content := tar.extractfile(member)) and not member.name.rpartition("/")[2].startswith((".", "__")):
-                yield member.name, content.read(LARGEST)
+            most, hidden = _most(_name(member.name)[1]), member.name.rpartition("/")[2].startswith((".", "__"))
+            if member.isfile() and most and not hidden and (content := tar.extractfile(member)):
+                yield member.name, content.read(most)
             tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all
 
 
@@ -453,6 +457,13 @@ def _name(path: str) -> tuple[str, str]:
     folder, _, name = path.rpartition("/")
     stem, _, ending = name.partition(".")
     return f"{folder}/{stem}", ending.lower()
+
+
+def _most(ending: str) -> int:
+    """The bytes that are read of a file, by its ending; 0: it is neither image nor caption."""
+    if f".{ending}".endswith(SUFFIXES):
+        return LARGEST
+    return LONGEST if ending in (*TEXTS, "json") else 0
 
 
 def _image_of(sample: dict[str, bytes]) -> bytes | None:
@@ -522,10 +533,21 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     schema = pyarrow.schema(
         {"image": pyarrow.large_binary(), "captions": pyarrow.list_(pyarrow.string()), "error": pyarrow.string()}
     )
-    rest = iter(rows)
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
-        while chunk := list(itertools.islice(rest, CHUNK)):
+        for chunk in _chunks(rows):
             writer.write(pyarrow.RecordBatch.from_pylist([row._asdict() for row in chunk], schema=schema))
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """As many rows as may be in memory."""
+    chunk: list[Row] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == CHUNK or sum(len(row.image or b"") for row in chunk) > LARGEST:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
 def _opened(url: str) -> Any:
