@@ -152,7 +152,7 @@ def test_only_what_is_needed_lies_in_the_cache(photos: Path, cache: Path) -> Non
     assert len(open_shards(str(photos), "train", streams=1).images) == (TARS - 2) * (ROWS - 1) + 1
 
 
-def test_the_cache_heals_itself(photos: Path, cache: Path) -> None:
+def test_the_cache_heals_itself(photos: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that were cut off, left by a killed process or removed while they were open; a copy for a new process."""
     source = open_shards(str(photos), "train", streams=1)
     assert source.images[0] == png(1)
@@ -168,6 +168,9 @@ def test_the_cache_heals_itself(photos: Path, cache: Path) -> None:
     assert source.images[0] == png(1) and source.images[ROWS] == png(ROWS + 2)
     assert len(source.store._opened) == 1  # the other would take room on the disk
     assert pickle.loads(copied).images[0] == png(1)
+    monkeypatch.setattr(streams, "write_rows", lambda path, rows: path.write_bytes(b""))
+    with pytest.raises(UnreadableShard, match=r"005\.tar was fetched 8 times, and .*arrow can not be read"):
+        source.images[len(source.images) - 1]
 
 
 def test_a_file_in_use_is_kept(photos: Path, cache: Path) -> None:

@@ -58,6 +58,7 @@ NAMING = (
     b"X",
 )  # read into memory
 CHUNK = 64  # rows that are in memory while a shard is fetched, or fewer large ones
+FETCHES = 8  # times that a shard is fetched before its file counts as unreadable
 KEPT = 3  # files that are kept for each stream: its own, the next, and one that another process has not left yet
 SLOTS = threading.Semaphore(4)  # files that a process fetches ahead at a time
 
@@ -70,7 +71,6 @@ class Shard(NamedTuple):
     """A file of a set, and a name for its content."""
 
     url: str
-    size: int  # bytes, 0 where it is not told
     key: str
 
 
@@ -217,14 +217,16 @@ class Store:
         import datasets
         import pyarrow
 
-        while True:
+        for _ in range(FETCHES):
             path = self._fetch(shard)
             try:
                 return datasets.Dataset.from_file(str(path))
             except FileNotFoundError:  # another process made room meanwhile
-                continue
-            except (pyarrow.ArrowInvalid, OSError):  # the machine failed before all of it was on the disk
+                reason = "it is removed at once"
+            except (pyarrow.ArrowInvalid, OSError) as error:  # the machine failed before all of it was on the disk
+                reason = _reason(error)
                 path.unlink(missing_ok=True)
+        raise UnreadableShard(f"{shard.url} was fetched {FETCHES} times, and {path} can not be read: {reason}")
 
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
         """Begin to fetch shards that will be needed; one that fails is tried again, and told of, in its turn."""
@@ -294,7 +296,7 @@ def find_shards(source: str) -> list[Shard]:
         raise ValueError(f"data.source {source}: no tar or parquet file there; choose another --data.source")
     for url in filter(HALF.search, urls):
         raise ValueError(f"data.source {source}: the name {url!a} is not in UTF-8; rename that file")
-    return [Shard(url, found[url]["size"] or 0, _short(f"{url} {_version(found[url])}")) for url in sorted(urls)]
+    return [Shard(url, _short(f"{url} {_version(found[url])}")) for url in sorted(urls)]
 
 
 def _addresses(source: str) -> list[str]:
