@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import pickle
+import random
 import tarfile
 import time
 from collections.abc import Sequence
@@ -171,6 +172,32 @@ def test_the_cache_heals_itself(photos: Path, cache: Path, monkeypatch: pytest.M
     monkeypatch.setattr(streams, "write_rows", lambda path, rows: path.write_bytes(b""))
     with pytest.raises(UnreadableShard, match=r"005\.tar was fetched 8 times, and .*arrow can not be read"):
         source.images[len(source.images) - 1]
+
+
+def test_a_changed_file_is_never_read(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits turned, bytes cut off or changed: each row is the one that was written, or an error."""
+    source = open_shards(str(write_set(tmp_path / "photos", tars=1, rows=5)), "train", streams=1)
+    want, draw, seen = list(zip(source.images, source.captions, strict=True)), random.Random(0), 0
+    path = next(cache.rglob("*.arrow"))
+    whole = path.read_bytes()
+    monkeypatch.setattr(streams, "FETCHES", 1)
+    for number in range(200):
+        place = draw.randrange(len(whole))
+        path.unlink(missing_ok=True)  # an open one is mapped into memory
+        path.write_bytes(
+            (
+                whole[:place] + bytes([whole[place] ^ (1 << draw.randrange(8))]) + whole[place + 1 :],
+                whole[:place],
+                whole[:place] + draw.randbytes(8) + whole[place + 8 :],
+            )[number % 3]
+        )
+        source.store._opened.clear()
+        try:
+            assert list(zip(source.images, source.captions, strict=True)) == want
+        except UnreadableShard as error:
+            assert "arrow can not be read: " in str(error) or "arrow was damaged, and is removed: start" in str(error)
+            seen += 1
+    assert seen > 150  # the others had a change in what no row is read from
 
 
 def test_a_file_in_use_is_kept(photos: Path, cache: Path) -> None:

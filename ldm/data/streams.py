@@ -13,6 +13,7 @@ import os
 import re
 import tarfile
 import threading
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -174,6 +175,8 @@ class Rows(Sequence[Any]):
         if self.name == "name":
             return f"{self.store.spans[number].shard.url}, row {row}"
         found = self.store.rows(number)[row]
+        if found.pop("checksum") != _checksum(found):
+            raise UnreadableShard(self.store.forget(number))
         if self.name == "image" and found["error"]:
             raise ValueError(found["error"])
         return found[self.name]
@@ -220,13 +223,24 @@ class Store:
         for _ in range(FETCHES):
             path = self._fetch(shard)
             try:
-                return datasets.Dataset.from_file(str(path))
+                opened = datasets.Dataset.from_file(str(path))
+                opened.data.validate(full=True)  # without it a changed offset would be followed out of the file
+                if opened.data.schema != _schema():
+                    raise ValueError("it has other columns")
+                return opened
             except FileNotFoundError:  # another process made room meanwhile
                 reason = "it is removed at once"
-            except (pyarrow.ArrowInvalid, OSError) as error:  # the machine failed before all of it was on the disk
+            except (pyarrow.ArrowException, ValueError, OSError) as error:  # not all of it came to the disk
                 reason = _reason(error)
                 path.unlink(missing_ok=True)
         raise UnreadableShard(f"{shard.url} was fetched {FETCHES} times, and {path} can not be read: {reason}")
+
+    def forget(self, number: int) -> str:
+        """Remove the file of a shard, which was changed; returns what to say."""
+        path = self.path(self.spans[number].shard)
+        path.unlink(missing_ok=True)
+        self._opened.pop(number, None)
+        return f"{path} was damaged, and is removed: start again"
 
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
         """Begin to fetch shards that will be needed; one that fails is tried again, and told of, in its turn."""
@@ -532,12 +546,24 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write a file that can be read row by row."""
     import pyarrow
 
-    schema = pyarrow.schema(
-        {"image": pyarrow.large_binary(), "captions": pyarrow.list_(pyarrow.string()), "error": pyarrow.string()}
-    )
+    schema = _schema()
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
         for chunk in _chunks(rows):
-            writer.write(pyarrow.RecordBatch.from_pylist([row._asdict() for row in chunk], schema=schema))
+            told = [{**row._asdict(), "checksum": _checksum(row._asdict())} for row in chunk]
+            writer.write(pyarrow.RecordBatch.from_pylist(told, schema=schema))
+
+
+def _checksum(row: dict[str, Any]) -> int:
+    """CRC-32 of what is kept of a row."""
+    return zlib.crc32(json.dumps([row["captions"], row["error"]]).encode(), zlib.crc32(row["image"] or b""))
+
+
+def _schema() -> Any:
+    import pyarrow
+
+    captions = pyarrow.list_(pyarrow.string())
+    columns = {"image": pyarrow.large_binary(), "captions": captions, "error": pyarrow.string()}
+    return pyarrow.schema({**columns, "checksum": pyarrow.uint32()})
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
