@@ -31,7 +31,7 @@ from ldm.data.images import (
     to_tensor,
     wordings_of,
 )
-from ldm.data.order import GroupedOrder, Key, Order, StreamOrder
+from ldm.data.order import Key, Order, StreamOrder, order_over
 from ldm.data.shapes import Split
 from ldm.data.streams import Shards, UnreadableShard, in_shards, open_shards
 
@@ -115,7 +115,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         if isinstance(self.source, Shards):
             rows = [span.rows for span in self.source.spans]
             return partial(StreamOrder, rows, streams=self.config.streams)
-        return partial(Order, len(self)) if self.groups is None else partial(GroupedOrder, self.groups)
+        return order_over(len(self), self.groups)
 
     def identity(self) -> dict[str, Any]:
         """What decides the samples, which a resumed run must not change."""

@@ -69,7 +69,7 @@ class Source:
 
     def digest(self) -> str:
         """A hash of which items there are."""
-        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:16]
+        return short_hash("\n".join(self.names))
 
     def expect(self, keys: Sequence[Key], seed: int) -> None:
         """Make ready for these samples, which are read next."""
@@ -101,6 +101,17 @@ class Column(Sequence[Encoded]):
 def wordings_of(entry: str | list[str]) -> list[str]:
     """The captions of one item."""
     return [entry] if isinstance(entry, str) else entry
+
+
+def check_names(names: Sequence[str], where: str) -> None:
+    """ValueError unless all names of files are UTF-8."""
+    for name in filter(HALF.search, names):
+        raise ValueError(f"{where}: the name {name!a} is not in UTF-8; rename that file")
+
+
+def short_hash(text: str) -> str:
+    """16 hexadecimal digits that tell texts apart."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_split(split: str) -> None:
@@ -179,9 +190,7 @@ def _walk(root: Path) -> list[str]:
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [(Path(folder) / name).relative_to(root).as_posix() for name in files if not name.startswith(".")]
-    for name in found:
-        if HALF.search(name):
-            raise ValueError(f"{root}: the name {name!a} is not in UTF-8; rename that file")
+    check_names(found, str(root))
     return sorted(found)
 
 

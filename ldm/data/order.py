@@ -1,8 +1,8 @@
 """Which sample comes when: a pure function of (seed, epoch, position), whatever the processes and workers."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -149,6 +149,11 @@ class GroupedOrder(Order):
                 batches.append(filled.view(-1, self.batch_size))
         every = torch.cat(batches)
         return every[torch.randperm(len(every), generator=keyed.generator(self.seed, "groups", epoch))]
+
+
+def order_over(size: int, groups: Tensor | None) -> Callable[..., Order]:
+    """Makes the order of `size` samples, in steps of one group where they have groups."""
+    return partial(Order, size) if groups is None else partial(GroupedOrder, groups)
 
 
 class StreamOrder(Order):

@@ -10,7 +10,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from ldm import keyed
 from ldm.config import Config
 from ldm.data import CaptionedImages, collate
-from ldm.data.order import GroupedOrder, Key, Order
+from ldm.data.order import Key, Order, order_over
 from ldm.data.shapes import Split
 from ldm.files import write_tensors
 from ldm.weights import sha256
@@ -217,7 +217,7 @@ class LatentShards(Dataset[dict[str, Any]]):
     @property
     def order(self) -> Callable[..., Order]:
         """Makes the order of its samples."""
-        return partial(Order, len(self)) if self.groups is None else partial(GroupedOrder, self.groups)
+        return order_over(len(self), self.groups)
 
     def identity(self) -> dict[str, Any]:
         """What decides the samples, which a resumed run must not change."""

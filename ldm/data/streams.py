@@ -5,7 +5,6 @@ all processes of a machine share: encoded images, captions, or why a row can not
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -27,13 +26,14 @@ from tqdm import tqdm
 
 from ldm.data.images import (
     CAPTION_COLUMNS,
-    HALF,
     HELD_OUT,
     METADATA,
     SUFFIXES,
     Source,
+    check_names,
     check_split,
     image_column,
+    short_hash,
     wordings_in,
     wordings_of,
 )
@@ -110,7 +110,7 @@ def open_shards(source: str, split: Split, *, streams: int) -> "Shards":
 
     check_split(split)
     shards = find_shards(source)
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "shards" / _short(source)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "shards" / short_hash(source)
     spans = _split(list(zip(shards, count_rows(shards, folder), strict=True)), split)
     if not spans:
         raise ValueError(
@@ -146,7 +146,7 @@ class Shards(Source):
 
     def digest(self) -> str:
         """A hash of which shards there are, and how many rows of each."""
-        return _short(json.dumps([(Path(span.shard.url).name, *span[1:]) for span in self.spans]))
+        return short_hash(json.dumps([(Path(span.shard.url).name, *span[1:]) for span in self.spans]))
 
     def expect(self, keys: Iterable[Key], seed: int) -> None:
         """In a loading process, begin to fetch the shards of these samples, and those that come after them."""
@@ -308,9 +308,8 @@ def find_shards(source: str) -> list[Shard]:
     urls = [url for url in found if url.lower().endswith(TARS)] or list(filter(_is_shard, found))
     if not urls:
         raise ValueError(f"data.source {source}: no tar or parquet file there; choose another --data.source")
-    for url in filter(HALF.search, urls):
-        raise ValueError(f"data.source {source}: the name {url!a} is not in UTF-8; rename that file")
-    return [Shard(url, _short(f"{url} {_version(found[url])}")) for url in sorted(urls)]
+    check_names(urls, f"data.source {source}")
+    return [Shard(url, short_hash(f"{url} {_version(found[url])}")) for url in sorted(urls)]
 
 
 def _addresses(source: str) -> list[str]:
@@ -583,10 +582,6 @@ def _opened(url: str) -> Any:
 
     through = url.startswith(("http", "hf:")) and url.lower().endswith(TARS)
     return xopen(url, "rb", **({"block_size": 0} if through else {}))  # 0: in one request from begin to end
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _reason(error: Exception) -> str:
