@@ -92,6 +92,23 @@ def test_what_is_whole_is_kept(runs: Path, tmp_path: Path, capsys: pytest.Captur
     assert f"0 of {len(files)} files are there" in capsys.readouterr().out
 
 
+def test_numbers_beyond_float16_are_refused(runs: Path, tmp_path: Path) -> None:
+    large, none = torch.full((1, 1, 1, 1), 7e4), torch.zeros(1, 1, 1, 1)
+    for mean, states, told in ((large, none, "latents reach 70000"), (none, large, "text tower reach 70000")):
+        with pytest.raises(ValueError, match=f"the .*{told}, beyond the 65,504 of float16: train without"):
+            shards.write_shard(
+                tmp_path / "train-000-000000.safetensors",
+                open_dataset(DataConfig(size=16), "train", seed=0),
+                0,
+                range(1),
+                encode=lambda images, mean=mean: (mean, none),
+                tokenize=lambda texts: torch.zeros(len(texts), 4),
+                keep=lambda ids, states=states: (states, states),
+                made="made",
+            )
+    assert not list(tmp_path.iterdir())
+
+
 def test_variants_are_what_the_epochs_would_have_cut(runs: Path, tmp_path: Path) -> None:
     for name in ("clip", "vae"):
         shutil.copytree(runs / name, tmp_path / name)

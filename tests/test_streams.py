@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import data as data_script
 import datasets
@@ -308,6 +309,8 @@ def test_what_names_shards(photos: Path, tmp_path: Path) -> None:
         (str(tmp_path / "none/*.tar"), "no tar or parquet file there"),
         (str(tmp_path / "none.tar"), "none.tar can not be listed"),
         ("nothing://x", "can not be listed: Protocol not known: nothing"),
+        ("zip://*.tar::memory://a.zip", "files inside other files are not read; unpack them first"),
+        ("memory://{0..9}/{000..99999999999}.tar", "more than 1,000,000 addresses; write a shorter range"),
     ):
         with pytest.raises(ValueError, match=error):
             open_shards(source, "train", streams=1)
@@ -328,6 +331,14 @@ def test_a_damaged_shard_is_named(photos: Path) -> None:
         (photos / "002.tar").write_bytes(content)
         with pytest.raises(UnreadableShard, match=r"002\.tar can not be read \(.*\); repair it, or take it out"):
             open_shards(str(photos), "train", streams=1)
+    for size, kind in ((-512, tarfile.REGTYPE), (2**21, tarfile.GNUTYPE_LONGNAME)):
+        header = tarfile.TarInfo("1.png")
+        header.size, header.type = size, kind
+        (photos / "002.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(2**22))
+        with pytest.raises(
+            UnreadableShard, match=rf"002\.tar can not be read \(a header of it tells of {size:,} bytes"
+        ):
+            open_shards(str(photos), "train", streams=1)
     (photos / "002.tar").write_bytes(gzip.compress(whole))  # its name is no matter
     data = open_dataset(DataConfig(source=str(photos), size=16), "train", seed=0)
     write_tar(photos / "004.tar", [("1.png", png(1))])
@@ -337,6 +348,19 @@ def test_a_damaged_shard_is_named(photos: Path) -> None:
     with pytest.raises(UnreadableShard, match=r"003\.tar can not be read"):
         data[Key(3 * (ROWS - 1), 0, 0)]
     assert not data.unreadable  # no image is blamed for it
+
+
+def test_counts_that_can_not_be_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"image": [png(0)]}), tmp_path / "1.parquet")
+    for total, groups in ((3, [2]), (-1, [-1]), (10**15, [])):
+        told = SimpleNamespace(
+            num_rows=total,
+            num_row_groups=len(groups),
+            row_group=lambda i, rows=groups: SimpleNamespace(num_rows=rows[i]),
+        )
+        monkeypatch.setattr(pyarrow.parquet, "read_metadata", lambda file, told=told: told)
+        with pytest.raises(UnreadableShard, match="its counts of rows are damaged"):
+            open_shards(f"{tmp_path}/*.parquet", "train", streams=1)
 
 
 def test_an_unreadable_image_is_replaced_by_one_of_its_shard(tmp_path: Path) -> None:

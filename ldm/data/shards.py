@@ -112,12 +112,15 @@ def write_shard(
     keep: Keep | None,
     made: str,
 ) -> None:
-    """Encode some rows and write them, with text states where `keep` gives them; `made` is what decides them all."""
+    """Encode some rows and write them, with text states where `keep` gives them; `made` is what decides them all.
+
+    ValueError: numbers that float16 does not hold.
+    """
     columns: dict[str, list[Tensor]] = {"mean": [], "deviation": [], "sizes": [], "ids": [], "wordings": []}
     for batch in _batches(data, variant, rows):
         mean, logvar = encode(batch["image"])
-        columns["mean"].append(mean.half().cpu())
-        columns["deviation"].append((0.5 * logvar).exp().half().cpu())
+        columns["mean"].append(_half(mean, "latents"))
+        columns["deviation"].append(_half((0.5 * logvar).exp(), "latents"))
         columns["sizes"].append(batch["sizes"].int())
     for row in rows:
         wordings = data.wordings(Key(row, variant, row))
@@ -126,10 +129,18 @@ def write_shard(
     if keep is not None:
         for ids in torch.cat(columns["ids"]).split(BATCH):
             for name, states in zip(STATES, keep(ids.long()), strict=True):
-                columns.setdefault(name, []).append(states.half().cpu())
+                columns.setdefault(name, []).append(_half(states, "states of the text tower"))
     tensors = {name: torch.cat(parts) for name, parts in columns.items()}
     tensors["last"] = tensors.pop("wordings").cumsum(0)  # row of `ids` after the last wording of each row
     save_shard(path, tensors, made)
+
+
+def _half(numbers: Tensor, told: str) -> Tensor:
+    halves = numbers.half()
+    if not halves.isfinite().all():
+        largest = numbers.abs().max().item()
+        raise ValueError(f"the {told} reach {largest:g}, beyond the 65,504 of float16: train without keeping them")
+    return halves.cpu()
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor], made: str) -> None:

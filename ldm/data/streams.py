@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 TARS = (".tar", ".tar.gz", ".tgz")
 TEXTS = ("txt", *CAPTION_COLUMNS)  # endings of the files in a tar that hold a caption
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+MOST = 10**6  # addresses that ranges may stand for
 TEST = re.compile(r"(^|[^a-z])(test|val|valid|validation)([^a-z]|$)")  # in the name of a held-out shard
 VERSION = ("ETag", "etag", "blob_id", "mtime", "created", "LastModified")  # what file systems tell of a file's content
 LARGEST = 2**28  # bytes of an encoded image, and of those in memory while a shard is fetched
@@ -298,6 +299,10 @@ def find_shards(source: str) -> list[Shard]:
 
     Where there are tar files there are no other shards: a parquet file beside one tells of its rows. ValueError: none.
     """
+    if "::" in source:
+        raise ValueError(f"data.source {source}: files inside other files are not read; unpack them first")
+    if math.prod(int(last) - int(first) + 1 for first, last in RANGE.findall(source)) > MOST:
+        raise ValueError(f"data.source {source} stands for more than {MOST:,} addresses; write a shorter range, or *")
     with ThreadPoolExecutor(16) as pool:
         try:
             found = dict(itertools.chain.from_iterable(pool.map(_listed, _addresses(source))))
@@ -338,7 +343,7 @@ def _listed(address: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _version(info: dict[str, Any]) -> str:
-    return f"{info['size']} {next((info[name] for name in VERSION if info.get(name)), '')}"
+    return f"{info.get('size', '')} {next((info[name] for name in VERSION if info.get(name)), '')}"
 
 
 def _is_shard(name: str) -> bool:
@@ -406,7 +411,11 @@ def _count(shard: Shard) -> int:
         import pyarrow.parquet
 
         with _opened(shard.url) as file:
-            return pyarrow.parquet.read_metadata(file).num_rows
+            told = pyarrow.parquet.read_metadata(file)
+        groups = [told.row_group(i).num_rows for i in range(told.num_row_groups)]
+        if min(groups, default=0) < 0 or sum(groups) != told.num_rows:
+            raise ValueError("its counts of rows are damaged")
+        return told.num_rows
 
 
 def read_rows(url: str) -> Iterator[Row]:
