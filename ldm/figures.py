@@ -121,9 +121,13 @@ def loss_curves(runs: Sequence[Path], path: Path) -> None:
             points = [(line["step"], line[name]) for line in lines if name in line]
             if points:
                 own = axis if name.endswith("loss") else axis.twinx()
-                own.plot(*zip(*points, strict=True), label=name, color="C0" if name == "loss" else "C1")
-                own.set_ylabel(name.replace("_", " "), color="C0" if name == "loss" else "C1")
-                if name.endswith("loss"):
+                told, color = name.replace("_", " "), "C0" if name == "loss" else "C1"
+                own.plot(*zip(*points, strict=True), label=told, color=color)
+                if name == "validation_loss":
+                    own.legend()
+                else:
+                    own.set_ylabel(told, color=color)
+                if own is axis:
                     own.set_yscale("log")
         axis.set_title(run.name)
         axis.set_xlabel("step")
