@@ -182,7 +182,7 @@ def main() -> None:
         found["images_per_second"] = {w: round(rate(data, w, count=512, batch=32), 1) for w in range(cores + 1)}
         found["worker_mib"] = round(worker_memory(data), 1)
         found["shards"] = shards(folder, sorted((folder / "photos").iterdir()), cores)
-        made = made_with(index(folder / "latents", ROWS).identity)
+        made = made_with(index(folder / "latents", ROWS).identity, SHARD)
         for shard_name, _, rows in shards_of("train", Layout(ROWS, SHARD), variants=1):
             shard(folder / "latents" / shard_name, made, len(rows))
         found["latent_row_kib"] = round(

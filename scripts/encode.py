@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from pydantic import Field
 from tqdm import tqdm
 
@@ -44,6 +46,8 @@ class Encode(ScriptConfig):
     """images in a file"""
     seed: int = 0
     """of crops and flips, as in train_ldm"""
+    timeout: int = Field(6 * 3600, ge=1, le=10**8)
+    """seconds after which a process that waits for the others to finish gives up"""
 
 
 def encode(config: Encode, accelerator: Accelerator) -> Path:
@@ -56,11 +60,12 @@ def encode(config: Encode, accelerator: Accelerator) -> Path:
     if text is None:
         raise ValueError("text.model none: name the text tower that train_ldm will have")
     vae, text = load_vae(Path(folder)).to(accelerator.device), text.to(accelerator.device)
+    config.data.check_channels(vae.config.image_channels)
     sets = {split: open_dataset(config.data, split, seed=config.seed) for split in SPLITS}
     identity = identity_of_latents(config.data, config.seed, Path(folder), text)
     identity |= {"items": {split: data.source.digest() for split, data in sets.items()}}
     identity |= identity_of_text(text) if config.text_states else {}
-    made = made_with(identity)
+    made = made_with(identity, config.shard_size)
     accelerator.print(sets["train"].describe())
     jobs = [
         (split, *shard)
@@ -105,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     config = parse(Encode, argv, default=None, description=__doc__)
     with errors_for_people():
-        accelerator = Accelerator()
+        patience = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))
+        accelerator = Accelerator(kwargs_handlers=[patience])
         try:
             encode(config, accelerator)
         except RuntimeError as error:

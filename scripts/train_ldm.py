@@ -80,6 +80,8 @@ def train(config: TrainLDM, fit: Fit = fit) -> Path:
     text = find_text((config.text, config.second_text), config.run.parent, script_of(config, "clip"))
     accelerator.print(f"autoencoder: {vae_folder or 'none'}; text: {described(text)}")
     check_widths(config, vae, text)
+    if vae and config.latents is None:
+        config.data.check_channels(vae.config.image_channels)
     config.data.check_buckets(config.unet.factor * (vae.config.factor if vae else 1))
     data, held_out, words = open_data(config, vae_folder, text, accelerator.print)
     if in_memory and isinstance(data, CaptionedImages) and data.in_shards:

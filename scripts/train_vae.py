@@ -35,8 +35,7 @@ def train(config: TrainVAE, fit: Fit = fit) -> Path:
     """Build the stage and run it, with `fit` or with what looks at it in its place; returns the model folder."""
     config.vae.latent_size(config.data.size)
     config.data.check_buckets(config.vae.factor)
-    if config.data.channels != config.vae.image_channels:
-        raise ValueError(f"data.channels {config.data.channels} is not vae.image_channels {config.vae.image_channels}")
+    config.data.check_channels(config.vae.image_channels)
     accelerator = make_accelerator(config)
     data, held_out = (open_dataset(config.data, split, seed=config.seed) for split in ("train", "test"))
     accelerator.print(data.describe())

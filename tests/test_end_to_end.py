@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import encode
 import pytest
 import torch
 import train_ldm
@@ -147,8 +148,12 @@ def test_widths_that_do_not_fit_name_the_flag(tiny_runs: Path, tmp_path: Path) -
         train("ldm", tmp_path / "ldm", "--text.no-pooled")
     with pytest.raises(SystemExit, match="image size 18 is not a multiple of 4, the VAE's factor"):
         train("vae", tmp_path / "other", "--data.size", "18")
-    with pytest.raises(SystemExit, match=r"data.channels 1 is not vae.image_channels 3"):
-        train("vae", tmp_path / "other", "--data.channels", "1")
+    told = r"data.channels is 1, the VAE wants 3: --data.channels 3, or a VAE .* --vae.image-channels 1"
+    for stage in ("vae", "ldm"):
+        with pytest.raises(SystemExit, match=told):
+            train(stage, tmp_path / "other", "--data.channels", "1")
+    with pytest.raises(SystemExit, match=told):
+        encode.main(["--out", str(tmp_path / "latents"), "--data.size", "16", "--data.channels", "1"])
 
 
 def test_missing_stages_name_the_script_that_makes_them(tmp_path: Path) -> None:

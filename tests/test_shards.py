@@ -90,6 +90,8 @@ def test_what_is_whole_is_kept(runs: Path, tmp_path: Path, capsys: pytest.Captur
     assert changed == files[1:3] and (tmp_path / "latents/index.json").read_text() == told
     make(tmp_path, "--seed", "1")
     assert f"0 of {len(files)} files are there" in capsys.readouterr().out
+    make(tmp_path, "--seed", "1", "--shard-size", "50")  # files of the same names hold other rows
+    assert "\n0 of " in capsys.readouterr().out
 
 
 def test_numbers_beyond_float16_are_refused(runs: Path, tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_a_changed_file_is_never_read(runs: Path, tmp_path: Path) -> None:
     save_file(
         {**rows, "ids": small["ids"][: small["last"][7]]},
         file,
-        shards.label(file.name, shards.made_with(index.identity)),
+        shards.label(file.name, shards.made_with(index.identity, index.shard_size)),
     )
     whole = file.read_bytes()
     held_out = shards.LatentShards(folder, "test", seed=0)

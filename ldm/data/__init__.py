@@ -73,6 +73,14 @@ class DataConfig(Config):
                 f"data.bucket_step {self.bucket_step} is not a multiple of {factor}, by which the networks divide sides"
             )
 
+    def check_channels(self, wanted: int) -> None:
+        """ValueError unless images have the channels that a VAE wants."""
+        if self.channels != wanted:
+            raise ValueError(
+                f"data.channels is {self.channels}, the VAE wants {wanted}: --data.channels {wanted}, "
+                f"or a VAE that was trained with --vae.image-channels {self.channels}"
+            )
+
     def identity(self) -> dict[str, Any]:
         """What decides the samples, which a resumed run must not change."""
         return self.model_dump(mode="json", exclude={"max_unreadable"})

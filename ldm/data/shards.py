@@ -41,7 +41,7 @@ Tokenize = Callable[[list[str]], Tensor]  # captions -> (n, length) ids
 class Index(Config):
     """What a folder of latents holds, and what it was made with."""
 
-    format: Literal["ldm-latents-2"] = "ldm-latents-2"
+    format: Literal["ldm-latents-3"] = "ldm-latents-3"
     identity: dict[str, Any]
     """data, seed, and the hashes of the VAE and of the tokenizer; of the text towers, too, where states are kept"""
     shard_size: int = Field(ge=1)
@@ -53,9 +53,9 @@ class Index(Config):
     """hash of buckets.safetensors, where images have buckets"""
 
 
-def made_with(identity: dict[str, Any]) -> str:
-    """A short name of what decides latents and ids, which stands in each file."""
-    return str(keyed.key(json.dumps(identity, sort_keys=True)))
+def made_with(identity: dict[str, Any], shard_size: int) -> str:
+    """A short name of what decides latents, ids, and which rows are where; it stands in each file."""
+    return str(keyed.key(json.dumps([identity, shard_size], sort_keys=True)))
 
 
 class Layout:
@@ -212,7 +212,7 @@ class LatentShards(Dataset[dict[str, Any]]):
     def __init__(self, folder: Path, split: Split, *, seed: int) -> None:
         self.folder, self.split, self.seed = folder, split, seed
         self.index = read_index(folder)
-        self.made = made_with(self.index.identity)
+        self.made = made_with(self.index.identity, self.index.shard_size)
         self.groups = self._read_groups() if split == "train" and self.index.groups_sha256 else None
         self._layout = Layout(self.index.rows[split], self.index.shard_size, self.groups)
 
