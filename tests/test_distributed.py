@@ -151,9 +151,10 @@ def test_a_run_that_one_process_stops_goes_on_with_another_number(
     """
     batch = ["--batch-size", "12", "--decay", "cosine"]
     train("vae", tmp_path / "whole", *batch, *first[:1])
-    codes = [128 + signal.SIGTERM, 128 + signal.SIGUSR1]
+    codes = [128 + signal.SIGUSR1] * 2
     launch("vae", tmp_path / "stopped", 2, [*batch, *first], harm=Harm("signal", 1, 2), codes=codes)
     assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-000002"]
+    assert (tmp_path / "stopped/stopped").read_text() == "step 2\n"
     for processes in (1, 3, 4) if first == then else (2,):
         run = tmp_path / str(processes)
         shutil.copytree(tmp_path / "stopped", run)
@@ -163,7 +164,7 @@ def test_a_run_that_one_process_stops_goes_on_with_another_number(
         else:
             launch("vae", run, processes, flags)
         assert close(losses(tmp_path / "whole"), losses(run), 1e-5 if first == then else 1e-4)
-        assert rates(tmp_path / "whole") == rates(run)
+        assert rates(tmp_path / "whole") == rates(run) and not (run / "stopped").exists()
 
 
 def test_a_gradient_that_is_not_finite_on_one_process_is_skipped_by_all(tmp_path: Path) -> None:

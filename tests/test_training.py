@@ -150,12 +150,26 @@ def test_a_run_whose_launcher_is_gone_saves_and_stops(tmp_path: Path, monkeypatc
     parents = iter(range(100))
     monkeypatch.setattr(loop.os, "getppid", lambda: max(0, next(parents) - 2))
     toy(toy_config(tmp_path / "alone"))
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    parents = iter(range(100))
-    with pytest.raises(SystemExit) as stopped:
-        toy(toy_config(tmp_path / "launched", checkpoint_every=8))
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert [path.name for path in (tmp_path / "launched/checkpoints").iterdir()] == ["step-000003"]
+    for launcher in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        parents = iter(range(100))
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setenv(launcher, "no")
+            toy(toy_config(tmp_path / launcher, checkpoint_every=8))
+        assert stopped.value.code == 128 + signal.SIGTERM
+        assert [path.name for path in (tmp_path / launcher / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_a_signal_to_the_group_spares_the_loading_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run, which such a signal asks to stop, needs them until the step is done."""
+    own, read = os.getpgrp(), Numbers.__getitem__
+
+    def apart(self: Numbers, key: Key) -> Any:
+        if os.getpgrp() == own:
+            raise ValueError("it would get the signal")
+        return read(self, key)
+
+    monkeypatch.setattr(Numbers, "__getitem__", apart)
+    toy(toy_config(tmp_path, workers=1))
 
 
 def test_other_settings_at_a_resume_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +180,9 @@ def test_other_settings_at_a_resume_are_told(tmp_path: Path, capsys: pytest.Capt
     assert told in capsys.readouterr().out
     toy(toy_config(tmp_path, learning_rate=0.2, resume="latest"))
     assert "other settings" not in capsys.readouterr().out
+    (tmp_path / "config.yaml").write_text("")  # cut off when the power went
+    toy(toy_config(tmp_path, resume="latest"))
+    assert "found NoneType; which settings changed is not known" in capsys.readouterr().out
 
 
 def test_the_loss_scale_of_fp16_is_resumed(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.config import ScriptConfig, changes, write_yaml
 from ldm.data import CaptionedImages
 from ldm.data.order import Key, Order
-from ldm.files import disk_errors
+from ldm.files import disk_errors, write_text
 from ldm.keyed import Draws
 from ldm.training import checkpoint
 from ldm.training.ema import EMA
@@ -43,6 +43,7 @@ from ldm.weights import fill
 
 Batch = Mapping[str, Any]
 Batches = Iterator[tuple[list[Key], Batch]]
+STOPPED = "stopped"  # file of a run that a signal ended, for schedulers: launchers change the exit code
 LOST = re.compile("timed? ?out|connection (closed|reset)|peer", re.IGNORECASE)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
@@ -78,7 +79,7 @@ class TrainingConfig(ScriptConfig):
     """split weights, averages and the optimizer's state over the processes (FSDP2): less memory, more traffic"""
     workers: int = Field(0, ge=0)
     """processes that load data"""
-    timeout: int = Field(1800, ge=1)
+    timeout: int = Field(1800, ge=1, le=10**8)
     """seconds after which a process that waits for another one, or for data, gives up"""
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(500, ge=1)
@@ -162,12 +163,12 @@ def is_lost(accelerator: Accelerator, error: RuntimeError) -> bool:
 
 
 def _launched() -> bool:
-    """Whether `accelerate launch` started this process."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ
+    """Whether `accelerate launch` or torchrun started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _share_cores() -> None:
-    """Undo the one thread a process that `accelerate launch` sets where it finds no GPU: share out all cores."""
+    """Undo the one thread a process that launchers set where they find no GPU: share out all cores."""
     if _launched() and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
@@ -214,10 +215,17 @@ def batches_of(config: TrainingConfig, accelerator: Accelerator, stage: Stage, o
         collate_fn=KeyedCollate(stage.collate),
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
+        worker_init_fn=_in_own_group,
         timeout=config.timeout if config.workers else 0,
         pin_memory=accelerator.device.type == "cuda",
     )
     return iter(loader)
+
+
+def _in_own_group(worker: int) -> None:
+    """Spare a loading process the signals to the group of a run, which answers them itself and needs it until then."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 class KeyedDataset(Dataset[tuple[Key, Any]]):
@@ -294,10 +302,11 @@ class Trainer:
                 while self.step < self.config.steps:
                     self.train_step(batches)
                     self._after_step()
-                    if self._stopped():
+                    if wish := self._wish():
                         self.save()
+                        self._on_main(lambda: write_text(self.config.run / STOPPED, f"step {self.step}\n"))
                         self.logs.say(f"stopped at step {self.step}; continue with --resume latest")
-                        raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
+                        raise SystemExit(128 + wish)
             return self._finish()
 
     @contextmanager
@@ -457,9 +466,10 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            (config.run / STOPPED).unlink(missing_ok=True)
             told = config.run / "config.yaml"
-            if config.resume and told.is_file() and (changed := changes(told, config)):
-                self.accelerator.print(f"resumed with other settings than before: {'; '.join(changed)}")
+            if config.resume and told.is_file():
+                self._tell_changes(told)
             write_yaml(told, config)
             self.accelerator.print(f"configuration: {told}")
         settings = {
@@ -468,6 +478,13 @@ class Trainer:
         }
         with disk_errors(config.run / "tensorboard"):
             self.accelerator.init_trackers("ldm", init_kwargs=settings)
+
+    def _tell_changes(self, told: Path) -> None:
+        try:
+            if changed := changes(told, self.config):
+                self.accelerator.print(f"resumed with other settings than before: {'; '.join(changed)}")
+        except ValueError as error:  # the checkpoint is what counts
+            self.accelerator.print(f"{error}; which settings changed is not known")
 
     def _on_main(self, action: Callable[[], Any]) -> Any:
         """Do something on the main process; its result, or its ValueError, is that of all."""
@@ -529,16 +546,16 @@ class Trainer:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
-    def _stopped(self) -> bool:
-        """Whether any process was asked to stop: all of them save the same step.
+    def _wish(self) -> int:
+        """The signal that asked any process to stop, or 0: all of them save the same step, and end with one code.
 
         `accelerate launch` hands no signal on to a single process, which sees that its launcher is gone.
         """
-        wish = self.stop_signal is not None or self.launcher not in (None, os.getppid())
+        gone = self.launcher not in (None, os.getppid())
+        wish = self.stop_signal or (int(signal.SIGTERM) if gone else 0)
         if self.accelerator.num_processes == 1:
             return wish
-        flag = torch.tensor([float(wish)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum").item())
+        return int(self.accelerator.gather(torch.tensor([wish], device=self.accelerator.device)).max())
 
 
 def _next(batches: Batches) -> tuple[list[Key], Batch]:
