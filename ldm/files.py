@@ -1,5 +1,6 @@
 """Files that are written whole or not at all: beside, then put in place."""
 
+import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
 
 @contextmanager
 def disk_errors(path: Path, remedy: str = "try again") -> Iterator[None]:
@@ -15,7 +18,9 @@ def disk_errors(path: Path, remedy: str = "try again") -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} could not be written ({error}): free some space and {remedy}") from None
+        full = not isinstance(error, OSError) or error.errno in (None, *FULL)
+        first = "free some space" if full else "name a folder that you may write to"
+        raise ValueError(f"{path} could not be written ({error}): {first} and {remedy}") from None
 
 
 @contextmanager

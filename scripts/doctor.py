@@ -30,9 +30,10 @@ def look(stage: str, args: list[str]) -> list[Check]:
     script = importlib.import_module(f"train_{stage}")  # that one alone: train_clip takes seconds to import
     settings = getattr(script, f"Train{stage.upper()}")
     config = parse(settings, args, default=script.DEFAULT, description=str(__doc__))
-    beside = config.run.with_name(f".{config.run.name}-doctor")  # from where `latest` finds the stages before
     found: list[Check] = []
     with errors_for_people():
+        run = config.run.resolve()
+        beside = run.with_name(f".{run.name}-doctor")  # from where `latest` finds the stages before
         changed = {"run": beside, "trackers": (), "resume": None}
         script.train(config.model_copy(update=changed), fit=partial(examine, found=found))
     return found

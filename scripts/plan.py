@@ -3,6 +3,7 @@
 Memory comes from a dry run of each network; times from a few real steps on this machine, or from --tflops.
 """
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,9 @@ from pydantic import Field
 from ldm.config import ScriptConfig, errors_for_people, parse, read_yaml
 from ldm.stages import clip_step, unet_step, vae_step
 from ldm.training.budget import TIMED
+from ldm.training.doctor import FEWEST
 from ldm.training.machine import in_bytes, in_time
-from ldm.training.planning import ITSELF, Job, Machine, Recipe, Row, choose, hours_of, machine_of, own_cost
+from ldm.training.planning import ASIDE, ITSELF, Job, Machine, Recipe, Row, choose, hours_of, machine_of, own_cost
 
 ROOT = Path(__file__).parents[1]
 NEAR = 2  # a recipe is taken at sizes up to this factor from its own
@@ -36,7 +38,7 @@ class Plan(ScriptConfig):
     """0 for a machine without; left out: those of this machine"""
     memory_gib: float | None = Field(None, gt=0)
     """of each GPU, or of a machine without; left out: that of this machine"""
-    tflops: float | None = Field(None, gt=0)
+    tflops: float | None = Field(None, gt=0, lt=math.inf)
     """TFLOP/s that training reaches on each GPU, for another machine than this one; left out: measured here"""
     source: str = "FOLDER"
     """where the images are, for the commands"""
@@ -44,8 +46,11 @@ class Plan(ScriptConfig):
     """where the runs will be, for the commands"""
 
 
-def jobs_of(folder: Path, size: int) -> list[Job]:
-    """The stages of a recipe at another size; one that has no clip.yaml takes a published text tower."""
+def jobs_of(folder: Path, size: int, most: float = math.inf) -> list[Job]:
+    """The stages of a recipe at another size; one that has no clip.yaml takes a published text tower.
+
+    Latents are kept in memory where the recipe says so and an image's take at most so many bytes.
+    """
     files = {stage: folder / f"{stage}.yaml" for stage in ("clip", "vae", "ldm")}
     ldm, vae = read(train_ldm.TrainLDM, files["ldm"]), read(train_vae.TrainVAE, files["vae"])
     channels, jobs, own_tower = ldm.data.channels, [], None
@@ -56,9 +61,10 @@ def jobs_of(folder: Path, size: int) -> list[Job]:
     own = size if vae.data.size == ldm.data.size else vae.data.size
     jobs.append(Job("vae", files["vae"], vae, own, *vae_step(vae.vae, vae.loss, (channels, own, own))))
     towers = [(tower, own_tower) for tower in (ldm.text, ldm.second_text) if tower.model != "none"]
-    step = unet_step(ldm.unet, vae.vae, towers, (channels, size, size), encoded=ldm.cache_latents)
     kept = 8 * ldm.unet.in_channels * vae.vae.latent_size(size) ** 2 if ldm.cache_latents else 0  # mean and deviation
-    return [*jobs, Job("ldm", files["ldm"], ldm, size, *step, kept)]
+    flags = "" if kept <= most else " --no-cache-latents"
+    step = unet_step(ldm.unet, vae.vae, towers, (channels, size, size), encoded=ldm.cache_latents and not flags)
+    return [*jobs, Job("ldm", files["ldm"], ldm, size, *step, kept, flags)]
 
 
 def read(settings: Any, path: Path) -> Any:
@@ -66,14 +72,14 @@ def read(settings: Any, path: Path) -> Any:
     return settings.from_dict(read_yaml(path), source=str(path))
 
 
-def recipes(size: int) -> list[Recipe]:
-    """Those of configs/ that can be taken at a size; ValueError when there is none."""
+def recipes(size: int, most: float = math.inf) -> list[Recipe]:
+    """Those of configs/ that can be taken at a size; `most` as in `jobs_of`. ValueError when there is none."""
     found, refused = [], []
     for file in sorted((ROOT / "configs").glob("*/ldm.yaml")):
         own = read(train_ldm.TrainLDM, file).data.size
         if own / NEAR <= size <= own * NEAR:
             try:
-                found.append(Recipe(file.parent.name, jobs_of(file.parent, size)))
+                found.append(Recipe(file.parent.name, jobs_of(file.parent, size, most)))
             except ValueError as error:
                 refused.append(f"configs/{file.parent.name}: {error}")
     if not found:
@@ -117,13 +123,14 @@ def command(row: Row, share: float, config: Plan, machine: Machine) -> str:
     flags |= {name.replace("_", "-"): n for name, n in wanted.items() if n != getattr(job.config, name)}
     told = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
     told += " --gradient-checkpointing" * (row.recompute and not job.config.gradient_checkpointing)
-    told += " --shard" * row.split
+    told += " --shard" * row.split + job.flags
     return f"{launch} scripts/train_{job.stage}.py --config {job.file.relative_to(ROOT)} {told}"
 
 
 def plan(config: Plan) -> list[str]:
     """What is said of it."""
-    machine, found = machine_of(config.gpus, config.memory_gib, config.tflops), recipes(config.size)
+    machine = machine_of(config.gpus, config.memory_gib, config.tflops)
+    found = recipes(config.size, ASIDE * machine.room / config.images)
     kind = f"{machine.gpus} GPU" + "s" * (machine.gpus > 1) if machine.gpus else "no GPU"
     asked = f"{config.images:,} images of {config.size} pixels, {kind}, {config.hours:g} h"
     if machine.device is None and machine.tflops is None:
@@ -135,8 +142,10 @@ def plan(config: Plan) -> list[str]:
     if share < 1:
         rest += f", so there is time for {share:.0%} of them"
     where = f"{machine.tflops:g} TFLOP/s a GPU, as given" if machine.tflops else f"{TIMED} real steps on this machine"
-    kept = config.images * rows[-1].job.kept
-    latents = [f"latents: all in the memory of the machine, {in_bytes(kept)} for each process"] if kept else []
+    last = rows[-1]
+    kept = f"all of them take {in_bytes(config.images * last.job.kept)} of memory in each process"
+    latents = f"latents: {'encoded in each step, as ' if last.job.flags else ''}{kept}"
+    doctor = command(last, share, config, machine).replace("train_ldm.py", "doctor.py ldm")
     return [
         asked,
         f"configs/{recipe.name}, of {', '.join(one.name for one in found)}: {rest}",
@@ -145,11 +154,11 @@ def plan(config: Plan) -> list[str]:
         "",
         "batch = micro-batches x images in each, over all processes",
         f"memory: of each process, from a dry run, and {in_bytes(ITSELF)} for Python or CUDA itself",
-        *latents,
+        *([latents] if last.job.kept else []),
         f"images/s: {where}, without loading data and traffic between GPUs; the doctor measures all of it",
         "",
         *(command(row, share, config, machine) for row in rows),
-        command(rows[-1], share, config, machine).replace("train_ldm.py", "doctor.py ldm"),
+        *([doctor] if last.steps(share) >= FEWEST else []),
     ]
 
 

@@ -49,12 +49,17 @@ def test_the_report_and_the_sheet(folder: Path, tmp_path: Path, capsys: pytest.C
     assert (folder / "sub/broken.png").exists()
 
 
-def test_a_quarantine_is_filled_when_asked_for(folder: Path, tmp_path: Path) -> None:
+def test_a_quarantine_is_filled_when_asked_for(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="quarantine .* lies in .* itself: name a folder elsewhere"):
         data.main(["check", str(folder), "--quarantine", str(folder / "bad")])
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.png")]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text", *(f"{name},x" for name in names)]))
     data.main(["check", str(folder), "--quarantine", str(tmp_path / "bad")])
     assert (tmp_path / "bad/sub/broken.png").exists() and not (folder / "sub/broken.png").exists()
     assert len(list(folder.rglob("*.png"))) == 10
+    assert "metadata.csv may name them still: take their lines out before you train" in capsys.readouterr().out
 
 
 def test_no_folder_is_told() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import zlib
 from collections import Counter
@@ -438,6 +439,10 @@ def test_damaged_files(tmp_path):
     assert images.decode(tmp_path / "a.png").size == (64, 64)
     with pytest.raises(ValueError, match="No such file"):
         images.decode(tmp_path / "b.png")
+    os.mkfifo(tmp_path / "c.png")  # which would be waited for, for ever
+    with pytest.raises(ValueError, match="no regular file"):
+        images.decode(tmp_path / "c.png")
+    assert images.shape_of(tmp_path / "c.png") == (1, 1)
 
 
 def test_clear_grey_of_16_bits_is_white():

@@ -148,6 +148,8 @@ def test_what_was_there_is_whole(name: str, write: Callable[[Path], None], tmp_p
     with full_disk(), pytest.raises(ValueError, match=f"{name} could not be written .*: free some space and try again"):
         write(tmp_path / name)
     assert contents(tmp_path) == {name: b"before"}
+    with pytest.raises(ValueError, match=r"could not be written \(.*\): name a folder that you may write to and try"):
+        write(tmp_path / name / "file")
 
 
 def test_the_log_names_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,5 +158,5 @@ def test_the_stage_is_named_or_follows_from_the_file() -> None:
 
 
 def test_too_few_steps_are_told(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="at four steps at least"):
+    with pytest.raises(SystemExit, match="at 4 steps at least"):
         examine("vae", tmp_path / "vae", "--steps", "3")

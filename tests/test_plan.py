@@ -128,6 +128,15 @@ def test_too_little_time_cuts_steps_and_warm_up() -> None:
     words = next(line for line in told.splitlines() if "train_ldm" in line).split()
     steps, warmup = (int(words[words.index(flag) + 1]) for flag in ("--steps", "--warmup"))
     assert warmup <= steps // 10 and steps < 5200
+    told = "\n".join(plan.plan(Plan(hours=1e-9, **SMALL)))
+    assert "train_ldm.py" in told and "doctor.py" not in told  # which wants more steps than one
+
+
+def test_latents_of_many_images_are_not_kept_in_memory() -> None:
+    told = plan.plan(Plan(hours=0.5, **SMALL | {"images": 10**8}))
+    assert any(line.startswith("latents: encoded in each step, as all of them take ") for line in told), told
+    assert all(line.endswith(" --no-cache-latents") for line in told if "train_ldm.py" in line or "doctor.py" in line)
+    assert not any("--no-cache-latents" in line for line in plan.plan(Plan(hours=0.5, **SMALL)))
 
 
 def test_what_does_not_fit_is_made_smaller_or_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +169,7 @@ def test_no_rate_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="--size 100: configs/emoji: .* is not a multiple of .*; 32, 64"):
         plan.recipes(100)
     shapes = [Recipe("shapes", list(jobs("shapes", 32).values()))]
-    monkeypatch.setattr(plan, "recipes", lambda size: shapes)
+    monkeypatch.setattr(plan, "recipes", lambda size, most: shapes)
     told = plan.plan(Plan(gpus=1, memory_gib=24, size=32))
     assert "give --tflops" in told[-1] and "TFLOP/s a GPU needed" in told[2]
     assert not any(line.startswith("accelerate") for line in told)

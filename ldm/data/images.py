@@ -7,6 +7,7 @@ import json
 import os
 import re
 import reprlib
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -403,7 +404,7 @@ def decode(data: Encoded, *, channels: int = 3, side: int | None = None) -> Imag
     ValueError: not such an image, damaged, or above 64 megapixels, which is known before any pixel is decoded.
     """
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
+        with Image.open(_file(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_MEGAPIXELS * 1e6:
                 raise Image.DecompressionBombError
             whole = image.size
@@ -425,6 +426,15 @@ def decode(data: Encoded, *, channels: int = 3, side: int | None = None) -> Imag
     return plain if plain.mode == mode else plain.convert(mode)
 
 
+def _file(data: Encoded) -> io.BytesIO | Path:
+    """What Pillow reads; OSError for a path to no regular file, such as a pipe, which would never end."""
+    if isinstance(data, bytes):
+        return io.BytesIO(data)
+    if not stat.S_ISREG(os.stat(data).st_mode):
+        raise OSError("no regular file")
+    return data
+
+
 def _on_white(image: Image.Image) -> Image.Image:
     """Without transparency, and 16-bit grey scaled (Pillow's own conversion would clip it)."""
     if image.mode.startswith("I"):
@@ -442,7 +452,7 @@ def shape_of(data: Encoded | Image.Image) -> Sides:
     if isinstance(data, Image.Image):
         return data.height, data.width
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
+        with Image.open(_file(data), formats=FORMATS) as image:
             told = image.getexif() if "exif" in image.info else {}  # else a PNG would be decoded to look for it
             turned = told.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)

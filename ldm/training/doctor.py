@@ -21,7 +21,8 @@ from ldm.training.loop import Batches, Stage, Trainer, TrainingConfig, batches_o
 from ldm.training.machine import peak_memory, synchronize, total_memory
 from ldm.training.sharding import whole
 
-STEPS, START, AGAIN = 20, 5, 10  # real steps; those left out of the rate; how often the last one is taken at the end
+STEPS, FEWEST = 20, 4  # real steps, and how many a run must have
+START, AGAIN = 5, 10  # steps that are left out of the rate; how often the last one is taken at the end
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -30,8 +31,8 @@ def examine(config: TrainingConfig, accelerator: Accelerator, stage: Stage, *, f
 
     ValueError: what `fit` says, fewer than four steps, and a step that the memory does not hold.
     """
-    if config.steps < 4:
-        raise ValueError("steps: the doctor looks at four steps at least")
+    if config.steps < FEWEST:
+        raise ValueError(f"steps: the doctor looks at {FEWEST} steps at least")
     _remove(config.run, accelerator)  # what a killed one left
     accelerator.wait_for_everyone()
     try:

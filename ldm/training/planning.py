@@ -14,6 +14,7 @@ from ldm.training.loop import TrainingConfig
 from ldm.training.machine import GIB, in_bytes, total_memory
 
 FULL, ITSELF = 0.9, GIB  # share of the memory that is used; bytes that Python, or CUDA, need for themselves
+ASIDE = 0.25  # share of a process's memory that the latents of all images may take
 FAR = 4  # a recipe that looks this many times too long, by its FLOP, is not measured
 
 
@@ -40,6 +41,7 @@ class Job(NamedTuple):
     build: Callable[[bool], nn.Module]  # with gradient checkpointing or without
     loss: Loss
     kept: int = 0  # bytes of an image that are kept in memory, its latents
+    flags: str = ""  # that its command needs beside
     whole: bool = False  # can not be cut: no micro-batches, no gradient checkpointing, no --shard
 
 
