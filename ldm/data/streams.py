@@ -301,7 +301,7 @@ def find_shards(source: str) -> list[Shard]:
     """
     if "::" in source:
         raise ValueError(f"data.source {source}: files inside other files are not read; unpack them first")
-    if math.prod(int(last) - int(first) + 1 for first, last in RANGE.findall(source)) > MOST:
+    if math.prod(max(1, int(last) - int(first) + 1) for first, last in RANGE.findall(source)) > MOST:
         raise ValueError(f"data.source {source} stands for more than {MOST:,} addresses; write a shorter range, or *")
     with ThreadPoolExecutor(16) as pool:
         try:
