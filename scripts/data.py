@@ -13,7 +13,7 @@ from ldm import pictures
 from ldm.config import ScriptConfig, errors_for_people, parse
 from ldm.data import DataConfig, open_files
 from ldm.data.check import check
-from ldm.data.images import METADATA
+from ldm.data.images import metadata_of
 from ldm.text.encoder import make_tokenizer
 
 
@@ -58,9 +58,8 @@ def run(config: Data) -> int:
     if config.quarantine:
         move(Path(config.source), config.quarantine, list(report.unreadable))
         print(f"{len(report.unreadable):,} files moved to {config.quarantine}")
-        table = next((name for name in METADATA if (Path(config.source) / name).is_file()), None)
-        if table and report.unreadable:
-            print(f"{Path(config.source) / table} may name them still: take their lines out before you train")
+        if report.unreadable and (table := metadata_of(Path(config.source))):
+            print(f"{table} may name them still: take their lines out before you train")
     return len(report.unreadable)
 
 

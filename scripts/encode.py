@@ -2,13 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from pydantic import Field
 from tqdm import tqdm
 
@@ -21,7 +19,7 @@ from ldm.files import write_text
 from ldm.folders import newest
 from ldm.pipeline import find_text, identity_of_latents, identity_of_text, load_vae, words_in
 from ldm.text import TextConfig, keep
-from ldm.training.loop import gather_of, is_lost
+from ldm.training.loop import gather_of, is_lost, patience
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -110,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     config = parse(Encode, argv, default=None, description=__doc__)
     with errors_for_people():
-        patience = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))
-        accelerator = Accelerator(kwargs_handlers=[patience])
+        accelerator = Accelerator(kwargs_handlers=[patience(config.timeout)])
         try:
             encode(config, accelerator)
         except RuntimeError as error:

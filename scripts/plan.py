@@ -19,10 +19,11 @@ from ldm.stages import clip_step, unet_step, vae_step
 from ldm.training.budget import TIMED
 from ldm.training.doctor import FEWEST
 from ldm.training.machine import in_bytes, in_time
-from ldm.training.planning import ASIDE, ITSELF, Job, Machine, Recipe, Row, choose, hours_of, machine_of, own_cost
+from ldm.training.planning import ITSELF, Job, Machine, Recipe, Row, choose, hours_of, machine_of, own_cost
 
 ROOT = Path(__file__).parents[1]
 NEAR = 2  # a recipe is taken at sizes up to this factor from its own
+LATENTS = 0.25  # share of a process's memory that those of all images may take
 
 
 class Plan(ScriptConfig):
@@ -130,7 +131,7 @@ def command(row: Row, share: float, config: Plan, machine: Machine) -> str:
 def plan(config: Plan) -> list[str]:
     """What is said of it."""
     machine = machine_of(config.gpus, config.memory_gib, config.tflops)
-    found = recipes(config.size, ASIDE * machine.room / config.images)
+    found = recipes(config.size, LATENTS * machine.room / config.images)
     kind = f"{machine.gpus} GPU" + "s" * (machine.gpus > 1) if machine.gpus else "no GPU"
     asked = f"{config.images:,} images of {config.size} pixels, {kind}, {config.hours:g} h"
     if machine.device is None and machine.tflops is None:

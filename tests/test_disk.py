@@ -165,11 +165,6 @@ def test_the_log_names_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "Traceback" not in capsys.readouterr().err
 
 
-def find_and_count(photos: Path, folder: Path) -> list[int]:
-    """The rows of each shard."""
-    return count_rows(find_shards(str(photos)), folder)
-
-
 def test_a_shard_that_finds_no_room(
     disk: Callable[[int], Disk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,9 +172,10 @@ def test_a_shard_that_finds_no_room(
     photos = write_set(tmp_path / "photos")
     small = disk(32)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", small.folder)
+    shards = find_shards(str(photos))
     with full_disk(), pytest.raises(ValueError, match=r"rows.jsonl could not be written .*: free some space"):
-        find_and_count(photos, tmp_path / "counts")
-    assert find_and_count(photos, tmp_path / "counts") == [20] * 6
+        count_rows(shards, tmp_path / "counts")
+    assert count_rows(shards, tmp_path / "counts") == [20] * 6
     data = open_dataset(DataConfig(source=str(photos), size=16), "train", seed=0)
     (small.folder / "more").write_bytes(bytes(16384))
     with pytest.raises(ValueError, match=r"arrow could not be written \(.*No space left.*free some space"):

@@ -158,7 +158,7 @@ def open_images(source: str, split: Split) -> Source:
 
 def _open_folder(root: Path, split: Split) -> Source:
     has_splits = (root / "train").is_dir() and (root / "test").is_dir()
-    if has_splits and not any((root / name).is_file() for name in METADATA):
+    if has_splits and metadata_of(root) is None:
         return _read_folder(root / split)
     found = _read_folder(root)
     return found.select(split_by_name(found.names, split))
@@ -171,9 +171,9 @@ def _read_folder(root: Path) -> Source:
     if not images:
         what = "holds no PNG, JPEG or WEBP image" if files else "is empty"
         raise ValueError(f"{root}: this folder {what}; put images there or choose another --data.source")
-    metadata = next((name for name in METADATA if (root / name).is_file()), None)
+    metadata = metadata_of(root)
     if metadata:
-        found, origin = _metadata_captions(root / metadata, set(images))
+        found, origin = _metadata_captions(metadata, set(images))
     else:
         found, origin = _sidecar_captions(root, images, set(files))
     captions = [found.get(name, "") for name in images]
@@ -183,6 +183,11 @@ def _read_folder(root: Path) -> Source:
         said += f", {len(others):,} left out that are no PNG, JPEG or WEBP: {_first(others, 3)}"
     paths = [root / name for name in images]
     return Source(images, paths, captions, f"images: {len(images):,} files in {root}/, {said}")
+
+
+def metadata_of(root: Path) -> Path | None:
+    """The table of captions in a folder, if there is one."""
+    return next((root / name for name in METADATA if (root / name).is_file()), None)
 
 
 def _walk(root: Path) -> list[str]:

@@ -136,11 +136,11 @@ def write_shard(
 
 
 def _half(numbers: Tensor, told: str) -> Tensor:
-    halves = numbers.half()
+    halves = numbers.half().cpu()
     if not halves.isfinite().all():
         largest = numbers.abs().max().item()
         raise ValueError(f"the {told} reach {largest:g}, beyond the 65,504 of float16: train without keeping them")
-    return halves.cpu()
+    return halves
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor], made: str) -> None:

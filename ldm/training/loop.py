@@ -142,14 +142,18 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if "wandb" in config.trackers and not is_wandb_available():
         raise ValueError("trackers: wandb is not installed; `pip install wandb` or leave it out")
     folders = ProjectConfiguration(str(config.run), logging_dir=str(config.run / "tensorboard"))
-    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))
     accelerator = Accelerator(
-        log_with=list(config.trackers) or None, project_config=folders, kwargs_handlers=[patience]
+        log_with=list(config.trackers) or None, project_config=folders, kwargs_handlers=[patience(config.timeout)]
     )
     set_seed(config.seed)  # initial weights; every later draw is keyed
     if accelerator.device.type == "cpu":
         _share_cores()
     return accelerator
+
+
+def patience(seconds: int) -> InitProcessGroupKwargs:
+    """How long processes wait for each other, as accelerate wants to be told."""
+    return InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
 
 
 def gather_of(accelerator: Accelerator) -> Callable[[list[int]], list[int]]:

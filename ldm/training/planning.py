@@ -14,7 +14,6 @@ from ldm.training.loop import TrainingConfig
 from ldm.training.machine import GIB, in_bytes, total_memory
 
 FULL, ITSELF = 0.9, GIB  # share of the memory that is used; bytes that Python, or CUDA, need for themselves
-ASIDE = 0.25  # share of a process's memory that the latents of all images may take
 FAR = 4  # a recipe that looks this many times too long, by its FLOP, is not measured
 
 
