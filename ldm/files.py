@@ -14,7 +14,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 @contextmanager
 def disk_errors(path: Path, remedy: str = "try again") -> Iterator[None]:
-    """Turn what a full or failing disk, or a folder that takes no file, raises into a ValueError with the file's name."""
+    """Turn what a full or failing disk, or a folder that takes no file, raises into a ValueError that names it."""
     try:
         yield
     except (OSError, SafetensorError) as error:
