@@ -27,9 +27,17 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data import DataConfig, collate, open_dataset
-from ldm.data.order import Order, StreamOrder, permutation
-from ldm.data.shards import INDEX, Index, LatentShards, Layout, made_with, save_shard, shards_of
-from ldm.data.streams import open_shards
+from ldm.data.batch_sampler import EpochBatchSampler, ShardedBatchSampler, permutation
+from ldm.data.latents import (
+    INDEX_FILE,
+    LatentDataset,
+    LatentFileLayout,
+    LatentIndex,
+    content_key,
+    list_latent_files,
+    save_latent_file,
+)
+from ldm.data.sources.sharded import open_shards
 
 ROOT = Path(__file__).parents[1]
 PHOTOS, ROWS, SHARD, MANY, BATCH, SHARDS = 600, 16_384, 4_096, 10_000_000, 256, 4
@@ -58,13 +66,19 @@ def shard(path: Path, made: str, rows: int) -> None:
         "ids": torch.randint(0, 49_408, (rows, 77), generator=draw, dtype=torch.int32),
         "last": torch.arange(1, rows + 1),
     }
-    save_shard(path, columns, made)
+    save_latent_file(path, columns, made)
 
 
-def index(folder: Path, rows: int) -> Index:
+def index(folder: Path, rows: int) -> LatentIndex:
     """Write the index of a folder of latents."""
-    told = Index(identity=IDENTITY, shard_size=SHARD, variants=1, rows={"train": rows, "test": 0}, shown=[])
-    (folder / INDEX).write_text(json.dumps(told.to_dict()))
+    told = LatentIndex(
+        fingerprint=IDENTITY,
+        images_per_file=SHARD,
+        augmentations=1,
+        rows={"train": rows, "test": 0},
+        sample_captions=[],
+    )
+    (folder / INDEX_FILE).write_text(json.dumps(told.to_dict()))
     return told
 
 
@@ -108,18 +122,20 @@ def shards(folder: Path, images: list[Path], cores: int) -> dict[str, Any]:
         fetched = time.perf_counter()
         found[f"{kind}_rows_counted_per_second"] = round(len(images) / (counted - start))
         found[f"{kind}_rows_fetched_per_second"] = round(len(images) / (fetched - counted))
-        order = iter(StreamOrder([span.rows for span in source.spans], streams=SHARDS, seed=0, batch_size=BATCH))
+        order = iter(
+            ShardedBatchSampler([span.rows for span in source.spans], streams=SHARDS, seed=0, batch_size=BATCH)
+        )
         keys = [key for _ in range(20) for key in next(order)]
         start = time.perf_counter()
         for key in keys:
             source.images[key.index]
         found[f"{kind}_rows_read_per_second"] = round(len(keys) / (time.perf_counter() - start))
-    config = DataConfig(source=str(folder / "tar"), size=512, streams=SHARDS)
+    config = DataConfig(source=str(folder / "tar"), resolution=512, shard_streams=SHARDS)
     data = open_dataset(config, "train", seed=0)
     found["images_per_second"] = {w: round(rate(data, w, count=512, batch=32), 1) for w in range(cores + 1)}
     found["worker_mib"] = round(worker_memory(data), 1)
     start = time.perf_counter()
-    next(iter(StreamOrder([10_000] * (MANY // 10_000), streams=16, seed=0, batch_size=BATCH)))
+    next(iter(ShardedBatchSampler([10_000] * (MANY // 10_000), streams=16, seed=0, batch_size=BATCH)))
     found["seconds_to_first_keys_of_10_million"] = round(time.perf_counter() - start, 3)
     return found
 
@@ -152,16 +168,16 @@ def worker_memory(data: Dataset[Any]) -> float:
 
 def first_batch(folder: Path, made: str) -> float:
     """Seconds to the first shuffled batch of ten million rows; of 2,442 files those are there that it takes from."""
-    names = [name for name, _, _ in shards_of("train", Layout(MANY, SHARD), variants=1)]
-    order = Order(MANY, seed=0, batch_size=BATCH)
+    names = [name for name, _, _ in list_latent_files("train", LatentFileLayout(MANY, SHARD), variants=1)]
+    order = EpochBatchSampler(MANY, seed=0, batch_size=BATCH)
     wanted = {names[i // SHARD] for i in order.indices(0)}
     for name in wanted:
         shard(folder / name, made, 64)
     index(folder, MANY)
     permutation.cache_clear()
     start = time.perf_counter()
-    data = LatentShards(folder, "train", seed=0)
-    keys = next(iter(Order(MANY, seed=0, batch_size=BATCH)))
+    data = LatentDataset(folder, "train", seed=0)
+    keys = next(iter(EpochBatchSampler(MANY, seed=0, batch_size=BATCH)))
     collate([data[key._replace(index=key.index // SHARD * SHARD + key.index % 64)] for key in keys])
     return time.perf_counter() - start
 
@@ -176,19 +192,19 @@ def main() -> None:
         for part in ("photos", "latents", "many"):
             (folder / part).mkdir()
         photos(folder / "photos")
-        data = open_dataset(DataConfig(source=str(folder / "photos"), size=512), "train", seed=0)
+        data = open_dataset(DataConfig(source=str(folder / "photos"), resolution=512), "train", seed=0)
         mean = sum(path.stat().st_size for path in (folder / "photos").iterdir()) / PHOTOS
         found["jpeg_kib"] = round(mean / 1024, 1)
         found["images_per_second"] = {w: round(rate(data, w, count=512, batch=32), 1) for w in range(cores + 1)}
         found["worker_mib"] = round(worker_memory(data), 1)
         found["shards"] = shards(folder, sorted((folder / "photos").iterdir()), cores)
-        made = made_with(index(folder / "latents", ROWS).identity, SHARD)
-        for shard_name, _, rows in shards_of("train", Layout(ROWS, SHARD), variants=1):
+        made = content_key(index(folder / "latents", ROWS).fingerprint, SHARD)
+        for shard_name, _, rows in list_latent_files("train", LatentFileLayout(ROWS, SHARD), variants=1):
             shard(folder / "latents" / shard_name, made, len(rows))
         found["latent_row_kib"] = round(
             sum(p.stat().st_size for p in (folder / "latents").glob("*.safetensors")) / ROWS / 1024, 2
         )
-        latents = LatentShards(folder / "latents", "train", seed=0)
+        latents = LatentDataset(folder / "latents", "train", seed=0)
         found["latents_per_second"] = {w: round(rate(latents, w, count=12_800, batch=BATCH)) for w in range(cores + 1)}
         found["seconds_to_first_batch_of_10_million"] = round(first_batch(folder / "many", made), 2)
     about = {

@@ -19,10 +19,10 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from ldm.diffusion.grids import GRIDS, times
-from ldm.diffusion.process import Process, ProcessConfig
-from ldm.diffusion.samplers import SAMPLERS, find_sampler, run
-from ldm.evaluation.mixture import Mixture
+from ldm.diffusion.process import Diffusion, DiffusionConfig
+from ldm.diffusion.samplers import SAMPLERS, final_latents, get_sampler
+from ldm.diffusion.timesteps import SCHEDULES, make_timesteps
+from ldm.evaluation.analytic import GaussianMixture
 
 ROOT = Path(__file__).parents[1]
 STEPS = (8, 16, 32, 64, 128, 256)
@@ -30,34 +30,40 @@ PATHS = ("linear", "scaled_linear", "cosine", "flow", "edm")
 SAME = {"ddpm": "ddim", "euler_ancestral": "ddim", "dpmpp_2m_sde": "dpmpp_2m", "log_snr": "exponential"}
 BEST = {"linear": "karras", "scaled_linear": "karras", "cosine": "trailing", "flow": "trailing", "edm": "karras"}
 MARK = "<!-- measured -->"
-DATA = Mixture()
+DATA = GaussianMixture()
 
 
-def process_of(path: str, prediction: str) -> Process:
+def process_of(path: str, prediction: str) -> Diffusion:
     """A process, or ValueError where path and prediction do not go together."""
-    values = {"path": path, "prediction": prediction, "times": "log_normal" if path == "edm" else "uniform"}
-    return Process(ProcessConfig.from_dict(values, source="samplers"))
+    values = {
+        "noise_schedule": path,
+        "prediction": prediction,
+        "t_distribution": "log_normal" if path == "edm" else "uniform",
+    }
+    return Diffusion(DiffusionConfig.from_dict(values, source="samplers"))
 
 
-def error(process: Process, sampler: str, grid: str, steps: int) -> float:
+def error(process: Diffusion, sampler: str, grid: str, steps: int) -> float:
     """Largest distance to the exact solution, without fresh noise and through the process's own prediction."""
-    own = times(process, steps, grid)
+    own = make_timesteps(process, steps, grid)
     z = torch.linspace(-2, 2, 65, dtype=torch.float64)[:, None]
     exact = DATA.flow(z, process, own[0], own[-1])
-    walk = find_sampler(sampler, None if SAMPLERS[sampler][1] is None else 0.0)
-    found = run(walk(DATA.network(process), process, z, own, fresh_noise=torch.zeros_like(z).mul))
+    walk = get_sampler(sampler, None if SAMPLERS[sampler][1] is None else 0.0)
+    found = final_latents(walk(DATA.network(process), process, z, own, fresh_noise=torch.zeros_like(z).mul))
     return (found - exact).abs().max().item()
 
 
-def moments(process: Process, sampler: str, steps: int = 250, count: int = 20_000) -> list[float]:
+def moments(process: Diffusion, sampler: str, steps: int = 250, count: int = 20_000) -> list[float]:
     """What the first three moments are off by, with all the noise that the sampler takes."""
     generator = torch.Generator().manual_seed(0)
 
     def fresh(number: int) -> torch.Tensor:
         return torch.randn(count, 1, generator=generator, dtype=torch.float64)
 
-    walk = find_sampler(sampler, 1.0)
-    found = run(walk(DATA.denoiser(process), process, fresh(0), times(process, steps), fresh_noise=fresh))
+    walk = get_sampler(sampler, 1.0)
+    found = final_latents(
+        walk(DATA.denoiser(process), process, fresh(0), make_timesteps(process, steps), fresh_noise=fresh)
+    )
     return [(found**order).mean().item() - DATA.moment(order) for order in (1, 2, 3)]
 
 
@@ -72,7 +78,7 @@ def measure(path: str, prediction: str) -> Found:
     except ValueError:  # they do not go together
         return {}, {}
     errors = {}
-    for grid, sampler in itertools.product(GRIDS, SAMPLERS):
+    for grid, sampler in itertools.product(SCHEDULES, SAMPLERS):
         try:
             if sampler != "lcm" and not {grid, sampler} & SAME.keys():
                 errors[f"{path} {prediction} {grid} {sampler}"] = [error(process, sampler, grid, n) for n in STEPS]

@@ -8,13 +8,13 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from ldm.pipeline import conditions
-from ldm.text import TextConfig, TextEncoder, joined
-from ldm.text.contrastive import CLIP, CLIPConfig, clip_loss
-from ldm.text.encoder import TextTower
-from ldm.training.budget import Loss
+from ldm.pipeline.pipeline import to_conditioning
+from ldm.planning.cost import Loss
+from ldm.text import TextConfig, TextEncoder, combine_encoders
+from ldm.text.clip import CLIP, CLIPConfig, clip_loss
+from ldm.text.tower import TextTower
 from ldm.unet import UNet, UNetConfig
-from ldm.unet.model import SIZES
+from ldm.unet.model import NUM_SIZE_CONDS
 from ldm.vae import VAE, VAEConfig
 from ldm.vae.losses import VAELossConfig, ssim, vae_loss
 
@@ -56,7 +56,7 @@ def unet_step(
     side = vae.latent_size(shape[-1])
     if side % unet.factor:
         raise ValueError(f"image size {shape[-1]} is not a multiple of {vae.factor * unet.factor}")
-    masked = towers[0][0].padding is None
+    masked = towers[0][0].pad_token_id is None
 
     def loss(module: Any, images: int, device: torch.device) -> Tensor:
         z = torch.randn(images, unet.in_channels, side, side, device=device)
@@ -64,14 +64,14 @@ def unet_step(
             with torch.no_grad():
                 z = module.vae.encode(torch.rand(images, *shape, device=device)).mean
         ids = torch.ones(images, module.text.encoders[0].tower.length, dtype=torch.long, device=device)
-        context, _, vector = conditions(module.text, module.text.id_states(ids))
+        context, _, vector = to_conditioning(module.text, module.text.id_states(ids))
         mask = torch.ones_like(ids, dtype=torch.bool) if masked else None
-        sizes = torch.ones(images, SIZES, device=device) if unet.size_width else None
+        sizes = torch.ones(images, NUM_SIZE_CONDS, device=device) if unet.size_embed_dim else None
         answer = module.unet(z, torch.rand(images, device=device), context, mask, vector, sizes)
         return (answer.float() - z).square().mean()
 
     def build(recompute: bool) -> nn.Module:
-        text = joined([random_encoder(config, cfg) for config, cfg in towers])
+        text = combine_encoders([random_text_encoder(config, cfg) for config, cfg in towers])
         assert text is not None
         module = nn.ModuleDict({"vae": VAE(vae), "text": text}).requires_grad_(False)
         module["unet"] = UNet(unet, gradient_checkpointing=recompute)
@@ -80,10 +80,10 @@ def unet_step(
     return build, loss
 
 
-def random_encoder(config: TextConfig, cfg: Any = None) -> TextEncoder:
+def random_text_encoder(config: TextConfig, cfg: Any = None) -> TextEncoder:
     """A text tower with random weights, whose prompts are all as long as can be: no length depends on a number."""
     tower = TextTower(cfg or open_clip.get_model_config(config.model))
     for parameter in tower.parameters():
         nn.init.normal_(parameter, std=0.02)
-    padded = config.model_copy(update={"padding": config.padding or 0})
-    return TextEncoder(tower, None, padded, source="random", weights=Path())
+    padded = config.model_copy(update={"pad_token_id": config.pad_token_id or 0})
+    return TextEncoder(tower, None, padded, model_id="random", weights=Path())

@@ -9,15 +9,16 @@ from typing import Literal
 from pydantic import Field
 from tyro.conf import Positional
 
-from ldm import pictures
-from ldm.config import ScriptConfig, errors_for_people, parse
-from ldm.data import DataConfig, open_files
-from ldm.data.check import check
-from ldm.data.images import metadata_of
-from ldm.text.encoder import make_tokenizer
+from ldm import imaging
+from ldm.cli import ScriptConfig, exit_on_user_error, parse_cli
+from ldm.data import DataConfig
+from ldm.data.dataset import open_user_data
+from ldm.data.inspect import inspect_dataset
+from ldm.data.sources.folder import find_metadata
+from ldm.text.tokenizer import make_tokenizer
 
 
-class Data(ScriptConfig):
+class CheckDataConfig(ScriptConfig):
     """Settings of data."""
 
     command: Positional[Literal["check"]] = "check"
@@ -25,40 +26,42 @@ class Data(ScriptConfig):
     """folder, parquet file, hub id or shards, as in data.source"""
     size: int = Field(256, ge=8)
     """side that training will want"""
-    limit: int = Field(77, ge=3)
+    max_tokens: int = Field(77, ge=3)
     """tokens that the text tower reads, start and end among them"""
-    sheet: Path | None = None
+    contact_sheet: Path | None = None
     """write a contact sheet, a PNG, of the first pictures with their captions"""
-    shown: int = Field(48, ge=1)
+    sheet_images: int = Field(48, ge=1)
     """pictures on it"""
     quarantine: Path | None = None
     """move unreadable files of a folder here; nothing is moved when left out"""
     workers: int = Field(os.cpu_count() or 1, ge=1)
 
 
-def run(config: Data) -> int:
+def run(config: CheckDataConfig) -> int:
     """Print the report; returns how many images can not be read."""
     if not config.source:
         raise ValueError("name a folder, as in `python scripts/data.py check my_photos`")
-    sources = [open_files(config.source, split, streams=DataConfig().streams) for split in ("train", "test")]
+    sources = [open_user_data(config.source, split, streams=DataConfig().shard_streams) for split in ("train", "test")]
     print(sources[0].description)
-    encode = make_tokenizer(config.limit).encode_all
-    report, shown = check(
+    encode = make_tokenizer(config.max_tokens).encode_all
+    report, shown = inspect_dataset(
         sources,
         lambda caption: len(encode(caption)) + 2,
-        limit=config.limit,
-        shown=config.shown,
+        limit=config.max_tokens,
+        shown=config.sheet_images,
         workers=config.workers,
     )
-    print("\n".join(report.lines(config.size, config.limit)))
-    if config.sheet and shown:
+    print("\n".join(report.format(config.size, config.max_tokens)))
+    if config.contact_sheet and shown:
         thumbs = [seen.thumb for seen in shown if seen.thumb]
-        pictures.save(pictures.captioned(thumbs, [seen.caption for seen in shown], columns=8), config.sheet)
-        print(f"contact sheet: {config.sheet}")
+        imaging.save_image(
+            imaging.captioned_grid(thumbs, [seen.caption for seen in shown], columns=8), config.contact_sheet
+        )
+        print(f"contact sheet: {config.contact_sheet}")
     if config.quarantine:
         move(Path(config.source), config.quarantine, list(report.unreadable))
         print(f"{len(report.unreadable):,} files moved to {config.quarantine}")
-        if report.unreadable and (table := metadata_of(Path(config.source))):
+        if report.unreadable and (table := find_metadata(Path(config.source))):
             print(f"{table} may name them still: take their lines out before you train")
     return len(report.unreadable)
 
@@ -76,8 +79,8 @@ def move(folder: Path, target: Path, names: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    config = parse(Data, argv, default=None, description=__doc__)
-    with errors_for_people():
+    config = parse_cli(CheckDataConfig, argv, default=None, description=__doc__)
+    with exit_on_user_error():
         run(config)
 
 

@@ -11,28 +11,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm import figures
-from ldm.config import ScriptConfig, parse
-from ldm.training.machine import GIB, peak_resident
-from ldm.weights import sha256
+from ldm.cli import ScriptConfig, parse_cli
+from ldm.evaluation import figures
+from ldm.io.tensors import sha256
+from ldm.planning.device import GIB, peak_rss
 
 ROOT = Path(__file__).parents[1]
 
 
-class Demo(ScriptConfig):
+class DemoConfig(ScriptConfig):
     """Settings of the demo."""
 
     run: Path = Path("runs/demo")
     """folder of the demo"""
 
 
-def demo(config: Demo) -> None:
+def demo(config: DemoConfig) -> None:
     """Train what is not trained yet, evaluate, paint, and write the report."""
     stages = {stage: config.run / stage for stage in ("clip", "vae", "ldm")}
     seconds = {stage: train(stage, run) for stage, run in stages.items()}
     model = stages["ldm"] / "model"
-    seconds["evaluate"] = call("evaluate.py", "--model", str(model))
-    seconds["figures"] = call("figures.py", "--model", str(model), "--out", str(config.run))
+    seconds["evaluate"] = run_script("evaluate.py", "--model", str(model))
+    seconds["figures"] = run_script("figures.py", "--model", str(model), "--out", str(config.run))
     figures.loss_curves(list(stages.values()), config.run / "losses.png")
     write_report(config.run, stages, seconds)
 
@@ -43,10 +43,10 @@ def train(stage: str, run: Path) -> float:
         print(f"{run} is finished; reusing it", flush=True)
         return 0.0
     resume = ["--resume", "latest"] if any((run / "checkpoints").glob("step-*")) else []
-    return call(f"train_{stage}.py", "--run", str(run), *resume)
+    return run_script(f"train_{stage}.py", "--run", str(run), *resume)
 
 
-def call(script: str, *arguments: str) -> float:
+def run_script(script: str, *arguments: str) -> float:
     """Run a script as a person would and return the seconds it took; stop where it fails or is stopped."""
     print("\n$", " ".join(["python", f"scripts/{script}", *arguments]), flush=True)
     start = time.perf_counter()
@@ -68,7 +68,7 @@ def write_report(run: Path, stages: dict[str, Path], seconds: dict[str, float]) 
     before = json.loads(report_file.read_text()) if report_file.is_file() else {"seconds": {}}
     spent = {name: round(max(value, before["seconds"].get(name, 0.0)), 1) for name, value in seconds.items()}
     measures = {name: value for name, value in found.items() if isinstance(value, dict)}
-    memory = max(peak_resident(who) for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
+    memory = max(peak_rss(who) for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
     report: dict[str, Any] = {
         "seconds": spent,
         "total_minutes": round(sum(spent.values()) / 60, 2),
@@ -104,7 +104,7 @@ def write_report(run: Path, stages: dict[str, Path], seconds: dict[str, float]) 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    demo(parse(Demo, argv, default=None, description=__doc__))
+    demo(parse_cli(DemoConfig, argv, default=None, description=__doc__))
 
 
 if __name__ == "__main__":

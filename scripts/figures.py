@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm import figures, folders
-from ldm.config import ScriptConfig, errors_for_people, parse
+from ldm.cli import ScriptConfig, exit_on_user_error, parse_cli
 from ldm.data import DataConfig, open_dataset
-from ldm.data.order import image_batches
-from ldm.pictures import captioned
+from ldm.data.batch_sampler import image_batches
+from ldm.evaluation import figures
+from ldm.imaging import captioned_grid
+from ldm.io import model_dir
 from ldm.pipeline import Pipeline
 
 PROMPTS = (
@@ -35,7 +36,7 @@ CHANGED = (
 )
 
 
-class Figures(ScriptConfig):
+class FiguresConfig(ScriptConfig):
     """Settings of figures."""
 
     model: Path | None = None
@@ -45,31 +46,31 @@ class Figures(ScriptConfig):
     """draw these alone, one a row with the seeds 0 to 3, as prompts.png"""
 
 
-def draw(config: Figures) -> None:
+def draw(config: FiguresConfig) -> None:
     """Write samples, noising, denoising, latents, guidance and changes as PNG files, or prompts alone."""
-    folder = config.model or folders.newest("pipeline", Path("runs"), script="make demo")
+    folder = config.model or model_dir.latest_model("pipeline", Path("runs"), script="make demo")
     pipeline = Pipeline.load(folder)
     config.out.mkdir(parents=True, exist_ok=True)
     if config.prompts:
         figures.prompts(pipeline, config.prompts).save(config.out / "prompts.png")
         return
-    held_out = open_dataset(DataConfig(**pipeline.about["data"]), "test", seed=0)
-    images = next(image_batches(held_out, held_out.spread(3)))
-    scale = pipeline.about["guidance_scale"]
+    held_out = open_dataset(DataConfig(**pipeline.metadata["data"]), "test", seed=0)
+    images = next(image_batches(held_out, held_out.evenly_spaced(3)))
+    scale = pipeline.metadata["guidance_scale"]
     painted = [pipeline(prompt, guidance_scale=scale, seed=seed)[0] for seed, prompt in enumerate(PROMPTS)]
-    captioned(painted, PROMPTS, columns=4).save(config.out / "samples.png")
-    figures.noising(images, pipeline.process).save(config.out / "noising.png")
+    captioned_grid(painted, PROMPTS, columns=4).save(config.out / "samples.png")
+    figures.noising(images, pipeline.diffusion).save(config.out / "noising.png")
     figures.denoising(pipeline, PROMPTS[:3]).save(config.out / "denoising.png")
     figures.guidance(pipeline, PROMPTS[1], (0, 1, scale, 12)).save(config.out / "guidance.png")
-    figures.changes(pipeline, *CHANGED).save(config.out / "changes.png")
+    figures.edits(pipeline, *CHANGED).save(config.out / "changes.png")
     if pipeline.vae is not None:
         figures.latents(pipeline, images).save(config.out / "latents.png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    config = parse(Figures, argv, default=None, description=__doc__)
-    with errors_for_people():
+    config = parse_cli(FiguresConfig, argv, default=None, description=__doc__)
+    with exit_on_user_error():
         draw(config)
 
 

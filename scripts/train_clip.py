@@ -5,18 +5,21 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ldm import folders
-from ldm.config import errors_for_people, parse
+from ldm.cli import exit_on_user_error, parse_cli
 from ldm.data import DataConfig, collate, open_dataset
-from ldm.data.order import first_samples
-from ldm.keyed import Draws
-from ldm.text.contrastive import CLIP, CLIPConfig, clip_loss, retrieval_accuracy
-from ldm.training.loop import Batch, Fit, Hooks, Player, Stage, TrainingConfig, fit, gather_of, make_accelerator
+from ldm.data.batch_sampler import first_samples
+from ldm.io import model_dir
+from ldm.rng import StepRNG
+from ldm.text.clip import CLIP, CLIPConfig, clip_loss, retrieval_accuracy
+from ldm.training.config import TrainingConfig
+from ldm.training.distributed import make_accelerator, make_gather
+from ldm.training.stage import Batch, Fit, Stage, StageCallbacks, Trainable
+from ldm.training.trainer import fit
 
 DEFAULT = Path(__file__).parents[1] / "configs/shapes/clip.yaml"
 
 
-class TrainCLIP(TrainingConfig):
+class TrainCLIPConfig(TrainingConfig):
     """Settings of train_clip."""
 
     run: Path = Path("runs/shapes/clip")
@@ -24,9 +27,9 @@ class TrainCLIP(TrainingConfig):
     clip: CLIPConfig = CLIPConfig()
 
 
-def train(config: TrainCLIP, fit: Fit = fit) -> Path:
+def train(config: TrainCLIPConfig, fit: Fit = fit) -> Path:
     """Build the stage and run it, with `fit` or with what looks at it in its place; returns the model folder."""
-    if config.accumulate > 1:
+    if config.grad_accum_steps > 1:
         raise ValueError(
             "accumulate: the contrastive loss compares all images of a batch; leave it at 1 for train_clip"
         )
@@ -35,11 +38,11 @@ def train(config: TrainCLIP, fit: Fit = fit) -> Path:
     accelerator = make_accelerator(config)
     data, held_out = (open_dataset(config.data, split, seed=config.seed) for split in ("train", "test"))
     accelerator.print(data.describe())
-    clip = CLIP(config.clip.architecture(config.data.size))
+    clip = CLIP(config.clip.architecture(config.data.resolution))
     criterion = clip_loss(rank=accelerator.process_index, world=accelerator.num_processes)
     fixed = collate(first_samples(held_out, 128))
 
-    def loss(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    def loss(module: nn.Module, batch: Batch, draws: StepRNG) -> dict[str, Tensor]:
         ids = clip.tokenizer(batch["caption"]).to(batch["image"].device)
         return {"loss": criterion(**module(batch["image"], ids))}
 
@@ -49,20 +52,20 @@ def train(config: TrainCLIP, fit: Fit = fit) -> Path:
 
     def save_model(folder: Path) -> None:
         clip.save(folder)
-        folders.write_model(folder, "text tower", {"data": config.data.source})
+        model_dir.write_manifest(folder, "text tower", {"data": config.data.source})
 
     stage = Stage(
-        players=[Player("clip", clip, loss)],
+        trainables=[Trainable("clip", clip, loss)],
         data=data,
         collate=collate,
-        hooks=Hooks(
+        hooks=StageCallbacks(
             validate=validate,
             sample=lambda: None,
             save_model=save_model,
-            check=lambda: data.share_unreadable(gather_of(accelerator)),
+            check=lambda: data.sync_unreadable(make_gather(accelerator)),
         ),
-        identity={"data": data.identity(), "clip": config.clip.to_dict()},
-        order=data.order,
+        fingerprint={"data": data.fingerprint(), "clip": config.clip.to_dict()},
+        make_batch_sampler=data.make_batch_sampler,
     )
     try:
         return fit(config, accelerator, stage)
@@ -72,8 +75,8 @@ def train(config: TrainCLIP, fit: Fit = fit) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    config = parse(TrainCLIP, argv, default=DEFAULT, description=__doc__)
-    with errors_for_people():
+    config = parse_cli(TrainCLIPConfig, argv, default=DEFAULT, description=__doc__)
+    with exit_on_user_error():
         train(config)
 
 

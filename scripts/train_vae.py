@@ -7,22 +7,26 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import folders, pictures
-from ldm.config import errors_for_people, parse
+from ldm import imaging
+from ldm.cli import exit_on_user_error, parse_cli
 from ldm.data import DataConfig, collate, open_dataset
-from ldm.data.order import first_samples, image_batches
-from ldm.keyed import Draws
-from ldm.pipeline import to_images
-from ldm.training.loop import Batch, Fit, Hooks, Player, Stage, TrainingConfig, fit, gather_of, make_accelerator
+from ldm.data.batch_sampler import first_samples, image_batches
+from ldm.io import model_dir
+from ldm.io.tensors import save_weights
+from ldm.pipeline.pipeline import tensor_to_pil
+from ldm.rng import StepRNG
+from ldm.training.config import TrainingConfig
+from ldm.training.distributed import make_accelerator, make_gather
+from ldm.training.stage import Batch, Fit, Stage, StageCallbacks, Trainable
+from ldm.training.trainer import fit
 from ldm.vae import VAE, VAEConfig
+from ldm.vae.latent_stats import fit_latent_stats
 from ldm.vae.losses import VAELossConfig, psnr, ssim, vae_loss
-from ldm.vae.statistics import measure_latents
-from ldm.weights import save_weights
 
 DEFAULT = Path(__file__).parents[1] / "configs/shapes/vae.yaml"
 
 
-class TrainVAE(TrainingConfig):
+class TrainVAEConfig(TrainingConfig):
     """Settings of train_vae."""
 
     run: Path = Path("runs/shapes/vae")
@@ -31,9 +35,9 @@ class TrainVAE(TrainingConfig):
     loss: VAELossConfig = VAELossConfig()
 
 
-def train(config: TrainVAE, fit: Fit = fit) -> Path:
+def train(config: TrainVAEConfig, fit: Fit = fit) -> Path:
     """Build the stage and run it, with `fit` or with what looks at it in its place; returns the model folder."""
-    config.vae.latent_size(config.data.size)
+    config.vae.latent_size(config.data.resolution)
     config.data.check_buckets(config.vae.factor)
     config.data.check_channels(config.vae.image_channels)
     accelerator = make_accelerator(config)
@@ -41,11 +45,11 @@ def train(config: TrainVAE, fit: Fit = fit) -> Path:
     accelerator.print(data.describe())
     vae = VAE(config.vae, gradient_checkpointing=config.gradient_checkpointing)
     if vae.linear is not None:  # a resumed run overwrites this with what it had learned
-        vae.linear.fit(torch.cat(list(image_batches(data.squares(), data.spread(2048)))))
+        vae.linear.init_from_pca(torch.cat(list(image_batches(data.without_buckets(), data.evenly_spaced(2048)))))
     fixed = collate(first_samples(held_out, 64))["image"]
 
-    def loss(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        noise = draws.normal("latent", config.vae.latent_shape(batch["image"]))
+    def loss(module: nn.Module, batch: Batch, draws: StepRNG) -> dict[str, Tensor]:
+        noise = draws.randn("latent", config.vae.latent_shape(batch["image"]))
         output, posterior = module(batch["image"], noise)
         return vae_loss(batch["image"], output, posterior, config.loss)
 
@@ -61,27 +65,27 @@ def train(config: TrainVAE, fit: Fit = fit) -> Path:
     def sample() -> Image.Image:
         images = fixed[:32].to(accelerator.device)
         pairs = torch.stack([images, reconstruct(images)], 1).flatten(0, 1)
-        return pictures.grid(to_images(pairs), columns=8)
+        return imaging.image_grid(tensor_to_pil(pairs), columns=8)
 
     def save_model(folder: Path) -> None:
-        batches = image_batches(data.squares(), data.spread(4096))
-        measure_latents(vae, (images.to(accelerator.device) for images in batches))
+        batches = image_batches(data.without_buckets(), data.evenly_spaced(4096))
+        fit_latent_stats(vae, (images.to(accelerator.device) for images in batches))
         digest = save_weights(vae, folder / "vae.safetensors")
         values = {"data": config.data.to_dict(), "vae": config.vae.to_dict(), "vae_sha256": digest}
-        folders.write_model(folder, "vae", values)
+        model_dir.write_manifest(folder, "vae", values)
 
     stage = Stage(
-        players=[Player("vae", vae, loss)],
+        trainables=[Trainable("vae", vae, loss)],
         data=data,
         collate=collate,
-        hooks=Hooks(
+        hooks=StageCallbacks(
             validate=validate,
             sample=sample,
             save_model=save_model,
-            check=lambda: data.share_unreadable(gather_of(accelerator)),
+            check=lambda: data.sync_unreadable(make_gather(accelerator)),
         ),
-        identity={"data": data.identity(), "vae": config.vae.to_dict()},
-        order=data.order,
+        fingerprint={"data": data.fingerprint(), "vae": config.vae.to_dict()},
+        make_batch_sampler=data.make_batch_sampler,
     )
     try:
         return fit(config, accelerator, stage)
@@ -91,8 +95,8 @@ def train(config: TrainVAE, fit: Fit = fit) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    config = parse(TrainVAE, argv, default=DEFAULT, description=__doc__)
-    with errors_for_people():
+    config = parse_cli(TrainVAEConfig, argv, default=DEFAULT, description=__doc__)
+    with exit_on_user_error():
         train(config)
 
 

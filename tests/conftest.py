@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.data import shapes
+from ldm.data.sources import shapes
 
 torch.set_num_threads(1)
 shapes.load = functools.partial(shapes.load, count=320)  # not 10,000 pictures, where a test does not ask for a number
 
-COMMON = "--steps 4 --batch-size 8 --warmup 1 --data.size 16 --checkpoint-every 2 --log-every 1"
+COMMON = "--steps 4 --batch-size 8 --warmup-steps 1 --data.resolution 16 --checkpoint-every 2 --log-every 1"
 TINY = {
-    "clip": "--clip.context-length 24 --clip.width 32 --clip.layers 1 --clip.heads 2 --clip.embed-dim 16",
-    "vae": "--vae.channels 32 --vae.latent-channels 4",
-    "ldm": "--sample-steps 2 --unet.patch 1 --unet.channels 32 --unet.multipliers 1 2 --unet.depths 0 1 "
-    "--unet.heads 2 2 --unet.in-channels 4 --unet.context-width 32 --unet.vector-width 16",
+    "clip": "--clip.context-length 24 --clip.width 32 --clip.num-layers 1 --clip.num-heads 2 --clip.embed-dim 16",
+    "vae": "--vae.base-channels 32 --vae.latent-channels 4",
+    "ldm": "--sample-steps 2 --unet.patch-size 1 --unet.model-channels 32 --unet.channel-mult 1 2 --unet.transformer-depth 0 1 "
+    "--unet.num-heads 2 2 --unet.in-channels 4 --unet.context-dim 32 --unet.pooled-dim 16",
 }
 
 

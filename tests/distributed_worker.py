@@ -16,9 +16,10 @@ import train_vae  # noqa: F401
 from accelerate import PartialState
 from conftest import train
 
-from ldm.data.order import Order
-from ldm.training import doctor
-from ldm.training.loop import Batches, Trainer, batches_of, order_of
+from ldm.data.batch_sampler import EpochBatchSampler
+from ldm.data.loader import Batches, batch_sampler_for_rank, make_loader
+from ldm.planning import doctor
+from ldm.training.trainer import Trainer
 
 Script = Callable[..., object]  # conftest's `train` or `examine`
 
@@ -41,7 +42,7 @@ def work(
 ) -> None:
     """Train, look at a training, or encode to the folder `run`, in the process group that the environment names."""
     with pytest.MonkeyPatch.context() as patch:
-        after, player_step = Trainer._after_step, Trainer._player_step
+        after, player_step = Trainer._after_step, Trainer._optimizer_step
 
         def befalls(trainer: Trainer, what: str, step: int) -> bool:
             assert trainer.accelerator.num_processes == processes, "the processes did not find each other"
@@ -64,16 +65,16 @@ def work(
             if befalls(trainer, "apart", trainer.step + 1):
                 next(trainer.modules[player.name].parameters()).grad.add_(1e-3)
 
-        def twin(config, accelerator, stage: Any, *, start: int) -> Order:  # type: ignore[no-untyped-def]
+        def twin(config, accelerator, stage: Any, *, start: int) -> EpochBatchSampler:  # type: ignore[no-untyped-def]
             rank = 0 if harm and harm.what == "twin" else accelerator.process_index
             first = SimpleNamespace(process_index=rank, num_processes=processes)
-            return order_of(config, first, stage, start=start)  # type: ignore[arg-type]
+            return batch_sampler_for_rank(config, first, stage, start=start)  # type: ignore[arg-type]
 
         patch.setattr(Trainer, "_after_step", after_step)
         patch.setattr(Trainer, "_player_step", poisoned_step)
 
         def late(config, accelerator, *more: Any) -> Batches:  # type: ignore[no-untyped-def]
-            for batch in batches_of(config, accelerator, *more):
+            for batch in make_loader(config, accelerator, *more):
                 time.sleep(0.2 if harm and harm.what == "twin" and accelerator.process_index else 0)
                 yield batch
 

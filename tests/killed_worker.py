@@ -21,8 +21,9 @@ from accelerate import Accelerator
 from test_training import losses, tensors_of, toy, toy_config
 from torch import Tensor
 
-from ldm import files
-from ldm.data import DataConfig, shapes
+from ldm.data import DataConfig
+from ldm.data.sources import shapes
+from ldm.io import atomic
 from ldm.text import TextConfig
 from ldm.training import checkpoint
 
@@ -42,18 +43,18 @@ def trained(run: Path) -> dict[str, Any]:
 
 def encoder(stages: Path) -> Callable[[Path], None]:
     """A function that encodes with finished stages, which all runs share, to a folder on a slow disk."""
-    config = encode.Encode(
-        autoencoder=str(stages / "vae/model"),
+    config = encode.CacheLatentsConfig(
+        vae=str(stages / "vae/model"),
         text=TextConfig(model=f"local-dir:{stages}/clip/model"),
-        data=DataConfig(size=16),
-        shard_size=10,
+        data=DataConfig(resolution=16),
+        images_per_file=10,
     )
-    vae, text = encode.load_vae(Path(config.autoencoder)), encode.find_text([config.text], stages, "")
+    vae, text = encode.load_vae(Path(config.vae)), encode.load_text_encoder([config.text], stages, "")
     shapes.load = functools.partial(shapes.load, count=60)
     sets = {split: encode.open_dataset(config.data, split, seed=config.seed) for split in encode.SPLITS}
-    encode.load_vae, encode.find_text = lambda folder: vae, lambda *towers: text
+    encode.load_vae, encode.load_text_encoder = lambda folder: vae, lambda *towers: text
     encode.open_dataset = lambda config, split, seed: sets[split]
-    files.save_file = slowly(files.save_file)
+    atomic.save_file = slowly(atomic.save_file)
     return lambda run: encode.encode(config.model_copy(update={"out": run}), Accelerator())
 
 

@@ -13,11 +13,12 @@ from conftest import train
 from PIL import Image
 from test_training import assert_same, losses, tensors_of
 
-from ldm.data import CaptionedImages, DataConfig, open_dataset, shards
-from ldm.data.buckets import FEWEST, bucket_sides, choose_buckets
-from ldm.data.images import shape_of, split_by_name
-from ldm.data.order import GroupedOrder, Key, Order
-from ldm.pipeline import load_vae
+from ldm.data import DataConfig, ImageTextDataset, open_dataset
+from ldm.data.batch_sampler import BucketBatchSampler, EpochBatchSampler, SampleKey
+from ldm.data.buckets import MIN_BUCKET_IMAGES, assign_buckets, bucket_resolutions
+from ldm.data.sources.base import hash_split
+from ldm.data.sources.decode import image_size
+from ldm.pipeline.pipeline import load_vae
 
 SHAPES = [(24, 24), (20, 30), (30, 20), (24, 25)]  # width and height of the photos, in turn
 NAMES = [f"{number:03}.png" for number in range(160)]
@@ -33,40 +34,44 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def opened(photos: Path, **more: object) -> CaptionedImages:
-    config = DataConfig(source=str(photos), size=16, bucket_step=4, **more)  # type: ignore[arg-type]
+def opened(photos: Path, **more: object) -> ImageTextDataset:
+    config = DataConfig(source=str(photos), resolution=16, bucket_step=4, **more)  # type: ignore[arg-type]
     return open_dataset(config, "train", seed=0)
 
 
 def test_buckets_have_the_area_of_the_square_and_not_more() -> None:
     for size, step in ((512, 64), (1024, 64), (256, 32), (64, 8)):
-        sides = bucket_sides(size, step)
+        sides = bucket_resolutions(size, step)
         assert (size, size) in sides and len(set(sides)) == len(sides)
         assert all(height % step == width % step == 0 for height, width in sides)
         assert all((w, h) in sides and max(w, h) <= 4 * min(w, h) for h, w in sides)
         assert all(size**2 - step * max(h, w) < h * w <= size**2 for h, w in sides)
-    assert (384, 640) in bucket_sides(512, 64)
-    with pytest.raises(ValueError, match="data.size 100 is not a multiple of data.bucket_step 64"):
-        bucket_sides(100, 64)
+    assert (384, 640) in bucket_resolutions(512, 64)
+    with pytest.raises(ValueError, match="data.resolution 100 is not a multiple of data.bucket_step 64"):
+        bucket_resolutions(100, 64)
 
 
 def test_an_image_goes_to_the_nearest_bucket_that_has_enough() -> None:
-    sides = bucket_sides(512, 64)
-    shapes = [(1000, 1000)] * FEWEST + [(1000, 1500)] * FEWEST + [(1000, 2500)] * (FEWEST - 1)
-    used, groups = choose_buckets(shapes, sides)
-    assert [used[g] for g in (groups[0], groups[FEWEST])] == [(512, 512), (384, 640)]
-    assert len(used) == 2 and set(groups[2 * FEWEST :].tolist()) == {groups[FEWEST].item()}
+    sides = bucket_resolutions(512, 64)
+    shapes = (
+        [(1000, 1000)] * MIN_BUCKET_IMAGES
+        + [(1000, 1500)] * MIN_BUCKET_IMAGES
+        + [(1000, 2500)] * (MIN_BUCKET_IMAGES - 1)
+    )
+    used, groups = assign_buckets(shapes, sides)
+    assert [used[g] for g in (groups[0], groups[MIN_BUCKET_IMAGES])] == [(512, 512), (384, 640)]
+    assert len(used) == 2 and set(groups[2 * MIN_BUCKET_IMAGES :].tolist()) == {groups[MIN_BUCKET_IMAGES].item()}
     for (height, width), group in zip(shapes, groups.tolist(), strict=True):
         distances = [abs(math.log(w / h) - math.log(width / height)) for h, w in used]
         assert distances[group] == pytest.approx(min(distances))
-    assert choose_buckets([(3, 4)], sides)[1].tolist() == [0]
-    few = choose_buckets([(1, 1)] * 20 + [(2, 3)] * 10 + [(1, 3)] * 9, sides)
+    assert assign_buckets([(3, 4)], sides)[1].tolist() == [0]
+    few = assign_buckets([(1, 1)] * 20 + [(2, 3)] * 10 + [(1, 3)] * 9, sides)
     assert few[0] == [(384, 640), (512, 512)] and few[1].tolist() == [1] * 20 + [0] * 19
 
 
 def test_each_step_takes_one_group_and_each_epoch_all_samples() -> None:
     groups = torch.tensor([0] * 13 + [1] * 5 + [2] * 2)
-    order = GroupedOrder(groups, seed=3, batch_size=4)
+    order = BucketBatchSampler(groups, seed=3, batch_size=4)
     assert order.steps == 4 + 2 + 1
     epochs = []
     for epoch in range(2):
@@ -76,39 +81,42 @@ def test_each_step_takes_one_group_and_each_epoch_all_samples() -> None:
         assert set(counts) == set(range(20)) and max(counts.values()) <= 2
         epochs.append(steps)
     assert epochs[0] != epochs[1]
-    parts = [iter(GroupedOrder(groups, seed=3, batch_size=4, start=5, accumulate=2, rank=r, world=2)) for r in (0, 1)]
+    parts = [
+        iter(BucketBatchSampler(groups, seed=3, batch_size=4, start=5, grad_accum_steps=2, rank=r, world=2))
+        for r in (0, 1)
+    ]
     rounds = [next(part) for _ in range(2) for part in parts]
     assert [key.index for keys in rounds for key in keys] == epochs[0][5]
     assert [key.position for keys in rounds for key in keys] == [0, 1, 2, 3]
-    one = Order(20, seed=3, batch_size=4)
+    one = EpochBatchSampler(20, seed=3, batch_size=4)
     assert sorted(i for step in range(5) for i in one.indices(step)) == list(range(20))
 
 
 def test_images_keep_their_shape(photos: Path) -> None:
     data = opened(photos)
-    names = [NAMES[i] for i in split_by_name(NAMES, "train")]
+    names = [NAMES[i] for i in hash_split(NAMES, "train")]
     assert data.groups is not None and "width x height: images, " in data.describe()
     for index, name in enumerate(names[:12]):
         width, height = SHAPES[int(name[:3]) % 4]
-        item = data[Key(index, 0, 0)]
+        item = data[SampleKey(index, 0, 0)]
         found_height, found_width = item["image"].shape[1:]
         assert (found_height < found_width) == (height < width - 1)
         sizes = item["sizes"].tolist()
         assert sizes[:2] + sizes[4:] == [height, width, found_height, found_width]
-    assert data.squares()[Key(1, 0, 0)]["image"].shape == (3, 16, 16)
+    assert data.without_buckets()[SampleKey(1, 0, 0)]["image"].shape == (3, 16, 16)
     held_out = open_dataset(data.config, "test", seed=0)
-    assert held_out.groups is None and held_out[Key(0, 0, 0)]["image"].shape == (3, 16, 16)
+    assert held_out.groups is None and held_out[SampleKey(0, 0, 0)]["image"].shape == (3, 16, 16)
 
 
 def test_a_stand_in_takes_the_shape_of_what_it_stands_for(photos: Path, tmp_path: Path) -> None:
     broken = tmp_path / "photos"
     shutil.copytree(photos, broken)
     whole = opened(photos)
-    index = next(i for i in range(20) if whole[Key(i, 0, 0)]["image"].shape != (3, 16, 16))
+    index = next(i for i in range(20) if whole[SampleKey(i, 0, 0)]["image"].shape != (3, 16, 16))
     file = broken / whole.source.names[index]
     file.write_bytes(file.read_bytes()[:200])  # its head is whole
     data = opened(broken, max_unreadable=0.5)
-    assert data[Key(index, 0, 0)]["image"].shape == whole[Key(index, 0, 0)]["image"].shape
+    assert data[SampleKey(index, 0, 0)]["image"].shape == whole[SampleKey(index, 0, 0)]["image"].shape
     assert len(data.unreadable) == 1
 
 
@@ -116,8 +124,8 @@ def test_a_turned_photo_is_as_high_as_it_is_seen(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
-    assert shape_of(tmp_path / "a.jpg") == (30, 20)
-    assert shape_of(b"no image") == (1, 1)
+    assert image_size(tmp_path / "a.jpg") == (30, 20)
+    assert image_size(b"no image") == (1, 1)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +139,7 @@ def runs(photos: Path, tiny_runs: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def flags(photos: Path) -> list[str]:
-    return ["--data.source", str(photos), "--data.bucket-step", "8", "--data.size", "32"]
+    return ["--data.source", str(photos), "--data.bucket-step", "8", "--data.resolution", "32"]
 
 
 def test_a_run_with_buckets_resumes_without_a_change(runs: Path, photos: Path, tmp_path: Path) -> None:
@@ -147,29 +155,29 @@ def test_latents_with_buckets_train_as_images_do(runs: Path, photos: Path, tmp_p
     for name in ("clip", "vae"):
         shutil.copytree(runs / name, tmp_path / name)
     latents = tmp_path / "latents"
-    encode.main(["--out", str(latents), *flags(photos), "--shard-size", "30"])
-    train("ldm", tmp_path / "ldm", *flags(photos), "--latents", str(latents))
+    encode.main(["--out", str(latents), *flags(photos), "--images-per-file", "30"])
+    train("ldm", tmp_path / "ldm", *flags(photos), "--cached-latents", str(latents))
     want, found = losses(runs / "ldm"), losses(tmp_path / "ldm")
     assert want.keys() == found.keys() and max(abs(found[step] / want[step] - 1) for step in want) < 2e-3
-    config = DataConfig(source=str(photos), size=32, bucket_step=8)
-    data, cached = open_dataset(config, "train", seed=0), shards.LatentShards(latents, "train", seed=0)
+    config = DataConfig(source=str(photos), resolution=32, bucket_step=8)
+    data, cached = open_dataset(config, "train", seed=0), latents.LatentDataset(latents, "train", seed=0)
     assert len(data.sides) == 3 and len(list(latents.glob("train-*.safetensors"))) > 4
     vae = load_vae(runs / "vae/model")
     for index in range(0, len(data), 7):
-        item, kept = data[Key(index, 0, 0)], cached[Key(index, 0, 0)]
+        item, kept = data[SampleKey(index, 0, 0)], cached[SampleKey(index, 0, 0)]
         with torch.no_grad():
             torch.testing.assert_close(kept["mean"], vae.encode(item["image"][None]).mean[0], rtol=1e-2, atol=1e-2)
         assert torch.equal(kept["sizes"], item["sizes"])
     (latents / "buckets.safetensors").write_bytes((latents / "buckets.safetensors").read_bytes()[:-1] + b"\1")
     with pytest.raises(ValueError, match="buckets.safetensors is missing or damaged: run scripts/encode.py again"):
-        shards.LatentShards(latents, "train", seed=0)
+        latents.LatentDataset(latents, "train", seed=0)
 
 
 def test_steps_that_no_network_divides_by_are_told(runs: Path, photos: Path, tmp_path: Path) -> None:
     for stage, step, message in (
         ("vae", "2", "data.bucket_step 2 is not a multiple of 4, by which the networks divide sides"),
         ("clip", "8", "the image tower takes squares; leave it at 0 for train_clip"),
-        ("vae", "12", "data.size 16 is not a multiple of data.bucket_step 12"),
+        ("vae", "12", "data.resolution 16 is not a multiple of data.bucket_step 12"),
     ):
         with pytest.raises(SystemExit, match=message):
             train(stage, tmp_path / stage, "--data.source", str(photos), "--data.bucket-step", step)

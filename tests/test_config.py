@@ -7,7 +7,8 @@ import pytest
 import train_clip
 from pydantic import Field, ValidationError
 
-from ldm.config import Config, ScriptConfig, errors_for_people, parse, read_yaml, write_yaml
+from ldm.cli import ScriptConfig, exit_on_user_error, parse_cli
+from ldm.config import Config, read_yaml, write_yaml
 
 
 class Part(Config):
@@ -29,7 +30,7 @@ class Script(ScriptConfig):
 
 
 def run(*argv: str, default: Path | None = None) -> Script:
-    return parse(Script, argv, default=default, description="A script.")
+    return parse_cli(Script, argv, default=default, description="A script.")
 
 
 def failure(*argv: str, default: Path | None = None) -> str:
@@ -161,14 +162,16 @@ def test_help_lists_every_flag(capsys):
 
 
 def test_errors_for_people():
-    with pytest.raises(SystemExit) as caught, errors_for_people():
+    with pytest.raises(SystemExit) as caught, exit_on_user_error():
         raise ValueError("first line\nsecond line")
     assert caught.value.code == "error: first line\nerror: second line"
     assert caught.value.__suppress_context__
-    with pytest.raises(KeyError), errors_for_people():
+    with pytest.raises(KeyError), exit_on_user_error():
         raise KeyError("a fault of the program keeps its traceback")
 
 
 def test_the_font_has_a_short_flag() -> None:
-    config = parse(train_clip.TrainCLIP, ["--font", "a.ttf", "--data.source", "emoji"], default=None, description="")
-    assert config.data.font == Path("a.ttf")
+    config = parse_cli(
+        train_clip.TrainCLIPConfig, ["--font", "a.ttf", "--data.source", "emoji"], default=None, description=""
+    )
+    assert config.data.emoji_font == Path("a.ttf")

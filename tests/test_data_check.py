@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data import images
-from ldm.data.check import difference_hash
+from ldm.data.inspect import difference_hash
+from ldm.data.sources import folder
 
 
 def photo(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
@@ -34,7 +34,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_report_and_the_sheet(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data.main(["check", str(folder), "--size", "60", "--sheet", str(tmp_path / "sheet.png"), "--shown", "9"])
+    data.main(
+        ["check", str(folder), "--size", "60", "--contact-sheet", str(tmp_path / "sheet.png"), "--sheet-images", "9"]
+    )
     told = capsys.readouterr().out
     for line in (
         "12 images, 1 unreadable\n  sub/broken.png: no PNG, JPEG or WEBP image\n",
@@ -91,8 +93,8 @@ def test_ten_thousand_changed_files_crash_nothing() -> None:
         elif number % 3 == 2:
             content += wholes[draw.randrange(len(wholes))][: draw.randrange(400)]
         try:
-            image = images.decode(bytes(content), side=32)
-            assert image.mode == "RGB" and image.width * image.height <= images.MAX_MEGAPIXELS * 1e6
+            image = folder.decode_image(bytes(content), side=32)
+            assert image.mode == "RGB" and image.width * image.height <= folder.MAX_MEGAPIXELS * 1e6
             read += 1
         except ValueError as error:
             assert str(error) and "\n" not in str(error)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import features
 
-from ldm.data import DataConfig, emoji, open_dataset
-from ldm.data.order import Key
+from ldm.data import DataConfig, open_dataset
+from ldm.data.batch_sampler import SampleKey
+from ldm.data.sources import emoji
 
 FONT: Path | None
 try:
@@ -57,16 +58,16 @@ def test_rows_are_colour_drawings_on_white(rows):
 @needs_font
 def test_the_caption_is_the_name_and_comes_first(rows):
     for row in rows:
-        assert row["caption"] == emoji.name_of(row["emoji"]) == row["captions"][0]
-        assert row["captions"] == emoji.wordings(row["emoji"])
+        assert row["caption"] == emoji.emoji_name(row["emoji"]) == row["captions"][0]
+        assert row["captions"] == emoji.captions(row["emoji"])
         assert not set("_:") & set(row["caption"])
 
 
 def test_names_and_wordings():
-    assert emoji.name_of("👨‍🚀") == "man astronaut"
-    assert emoji.wordings("😀")[:3] == ["grinning face", "grinning", "a drawing of grinning face"]
-    assert "de" not in emoji.wordings("🇩🇪") and "flag for Germany" in emoji.wordings("🇩🇪")
-    assert all(len(set(w)) == len(w) >= 4 for w in map(emoji.wordings, list(emoji_names.EMOJI_DATA)[:300]))
+    assert emoji.emoji_name("👨‍🚀") == "man astronaut"
+    assert emoji.captions("😀")[:3] == ["grinning face", "grinning", "a drawing of grinning face"]
+    assert "de" not in emoji.captions("🇩🇪") and "flag for Germany" in emoji.captions("🇩🇪")
+    assert all(len(set(w)) == len(w) >= 4 for w in map(emoji.captions, list(emoji_names.EMOJI_DATA)[:300]))
 
 
 @needs_font
@@ -79,7 +80,7 @@ def test_the_splits_share_no_emoji(monkeypatch):
 
 @needs_font
 def test_what_the_font_lacks_is_left_out(monkeypatch):
-    known(monkeypatch, "😀", "🚀", emoji.ABSENT, "\U000ffffd", UNJOINED)
+    known(monkeypatch, "😀", "🚀", emoji.MISSING_GLYPH, "\U000ffffd", UNJOINED)
     assert drawn_in_both() == {"😀", "🚀"}
 
 
@@ -112,12 +113,12 @@ def test_drawings_are_centred_and_keep_their_aspect():
 @needs_font
 def test_wordings_change_with_the_epoch_in_training_alone(monkeypatch):
     known(monkeypatch, *list(emoji_names.EMOJI_DATA)[:60])
-    config = DataConfig(source="emoji", size=16)
+    config = DataConfig(source="emoji", resolution=16)
     train, test = (open_dataset(config, split, seed=3) for split in ("train", "test"))
-    worded = [train[Key(4, epoch, 0)]["caption"] for epoch in range(12)]
+    worded = [train[SampleKey(4, epoch, 0)]["caption"] for epoch in range(12)]
     assert len(set(worded)) > 1 and set(worded) <= set(train.source.captions[4])
-    assert worded == [train.caption(Key(4, epoch, 7)) for epoch in range(12)]
-    assert {test[Key(0, epoch, 0)]["caption"] for epoch in range(8)} == {emoji.name_of(test.source.names[0])}
+    assert worded == [train.caption(SampleKey(4, epoch, 7)) for epoch in range(12)]
+    assert {test[SampleKey(0, epoch, 0)]["caption"] for epoch in range(8)} == {emoji.emoji_name(test.source.names[0])}
     assert set(worded) < set(train.captions)
     assert train.describe() == f"emoji: drawn with {FONT}; {len(train):,} in the train split"
 
@@ -126,7 +127,7 @@ def test_wordings_change_with_the_epoch_in_training_alone(monkeypatch):
 def test_it_says_when_sequences_can_not_be_joined(monkeypatch):
     known(monkeypatch, "😀", "🚀")
     monkeypatch.setattr("ldm.data.features.check", lambda feature: False)
-    text = open_dataset(DataConfig(source="emoji", size=16), "train", seed=0).describe()
+    text = open_dataset(DataConfig(source="emoji", resolution=16), "train", seed=0).describe()
     assert "without flags and other joined ones, as Pillow found no libraqm" in text
 
 

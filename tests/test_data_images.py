@@ -19,8 +19,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
-from ldm.data import CaptionedImages, DataConfig, collate, images, open_dataset, shapes
-from ldm.data.order import Key, Order
+from ldm.data import DataConfig, ImageTextDataset, collate, open_dataset
+from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
+from ldm.data.sources import folder, shapes
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -45,8 +46,8 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
-def opened(folder: Path, split: str = "train", *, seed: int = 0, **values: Any) -> CaptionedImages:
-    config = DataConfig(source=str(folder), **{"size": 8, **values})  # type: ignore[arg-type]
+def opened(folder: Path, split: str = "train", *, seed: int = 0, **values: Any) -> ImageTextDataset:
+    config = DataConfig(source=str(folder), **{"resolution": 8, **values})  # type: ignore[arg-type]
     return open_dataset(config, split, seed=seed)  # type: ignore[arg-type]
 
 
@@ -61,7 +62,7 @@ def message(folder: Path, split: str = "train", **values: Any) -> str:
 def captions(folder: Path) -> dict[str, str]:
     """The caption of every image of both splits, by name."""
     parts = [opened(folder, split, max_unreadable=1) for split in ("train", "test")]
-    return {name: part.caption(Key(i, 0, i)) for part in parts for i, name in enumerate(part.source.names)}
+    return {name: part.caption(SampleKey(i, 0, i)) for part in parts for i, name in enumerate(part.source.names)}
 
 
 def table(path: Path, columns: dict[str, list], **types: pyarrow.DataType) -> Path:
@@ -95,7 +96,7 @@ NAMES = ["a.png", "b.png", "c.jpg", "d.JPEG", "more/e.webp", "more/f.png"]
 # Captions of a folder.
 
 
-@pytest.mark.parametrize("column", images.CAPTION_COLUMNS)
+@pytest.mark.parametrize("column", folder.CAPTION_COLUMNS)
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_metadata(photos, kind, column):
     rows = [{"file_name": name, column: f'a "{i}", é'} for i, name in enumerate(NAMES[:5])]
@@ -116,8 +117,8 @@ def test_a_file_that_is_listed_twice_has_two_wordings(photos):
     rows = [{"file_name": name, "text": text} for name in NAMES for text in ("one", "two")]
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     train, test = opened(photos), opened(photos, "test")
-    assert {train[Key(0, epoch, 0)]["caption"] for epoch in range(16)} == {"one", "two"}
-    assert {test[Key(0, epoch, 0)]["caption"] for epoch in range(16)} == {"one"}
+    assert {train[SampleKey(0, epoch, 0)]["caption"] for epoch in range(16)} == {"one", "two"}
+    assert {test[SampleKey(0, epoch, 0)]["caption"] for epoch in range(16)} == {"one"}
     assert Counter(train.captions) == {"one": len(train), "two": len(train)}
 
 
@@ -186,17 +187,17 @@ def test_captions_that_can_not_be_read(photos, file, content, told):
 
 def test_what_is_held_out_does_not_move_when_items_are_added():
     names = [f"{i}.png" for i in range(400)]
-    few, many = ({names[i] for i in images.split_by_name(names[:count], "test")} for count in (200, 400))
+    few, many = ({names[i] for i in folder.hash_split(names[:count], "test")} for count in (200, 400))
     assert few == many & set(names[:200])
     assert 0.02 < len(many) / 400 < 0.09
-    assert sorted(images.split_by_name(names, "train") + images.split_by_name(names, "test")) == list(range(400))
+    assert sorted(folder.hash_split(names, "train") + folder.hash_split(names, "test")) == list(range(400))
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 10])
 def test_small_sets_have_both_splits(count):
     for start in range(60):
         names = [f"{start}-{i}" for i in range(count)]
-        train, test = (images.split_by_name(names, split) for split in ("train", "test"))
+        train, test = (folder.hash_split(names, split) for split in ("train", "test"))
         assert train and test and sorted(train + test) == list(range(count))
 
 
@@ -234,7 +235,7 @@ def test_unknown_split(photos):
     assert message(Path("shapes"), "val") == "split 'val' is unknown: choose train or test"
 
 
-@pytest.mark.parametrize("values", [{"size": 7}, {"channels": 2}, {"max_unreadable": 1.5}])
+@pytest.mark.parametrize("values", [{"resolution": 7}, {"channels": 2}, {"max_unreadable": 1.5}])
 def test_values_that_can_not_be(values):
     (name,) = values
     with pytest.raises(ValueError, match=f"f.yaml: {name}: Input should be"):
@@ -254,11 +255,11 @@ def test_parquet_with_an_image_column(tmp_path):
         f"images: 30 rows of {path}, column `picture`, captions from column `prompt`, 30"
     )
     shown = [
-        round((part[Key(i, 0, i)]["image"][0, 0, 0].item() + 1) * 127.5)
+        round((part[SampleKey(i, 0, i)]["image"][0, 0, 0].item() + 1) * 127.5)
         for part in (train, test)
         for i in range(len(part))
     ]
-    assert sorted(shown) == list(range(30)) and test[Key(0, 0, 0)]["caption"] == "p"
+    assert sorted(shown) == list(range(30)) and test[SampleKey(0, 0, 0)]["caption"] == "p"
 
 
 @pytest.mark.parametrize("kind", ["struct", "bytes"])
@@ -269,7 +270,7 @@ def test_parquet_of_other_tools(tmp_path, kind):
     parts = [opened(path, split) for split in ("train", "test")]
     for part in parts:
         for i in range(len(part)):
-            assert (part[Key(i, 0, i)]["image"] - torch.tensor([1.0, -1, -1])[:, None, None]).abs().max() < 0.05
+            assert (part[SampleKey(i, 0, i)]["image"] - torch.tensor([1.0, -1, -1])[:, None, None]).abs().max() < 0.05
     assert sorted(text for part in parts for text in part.captions) == ["", "one", "two"]
 
 
@@ -285,7 +286,9 @@ def test_a_path_in_a_table_stays_beside_the_table(tmp_path):
         {"image": cells},
         image=pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}),
     )
-    source = images.Source.select(images._table(datasets.Dataset.from_parquet(str(path)), "a", [folder]), range(4))
+    source = folder.ImageTextSource.select(
+        folder._table(datasets.Dataset.from_parquet(str(path)), "a", [folder]), range(4)
+    )
     assert source.images[0] == folder / "in.png"
     for index in (1, 2):
         with pytest.raises(ValueError, match="leads out of"):
@@ -324,11 +327,11 @@ def hub(monkeypatch, **splits: int) -> None:
 def test_hub_splits(monkeypatch, splits, own):
     hub(monkeypatch, **splits)
     train, test = opened(Path("org/set")), opened(Path("org/set"), "test")
-    held_out = len(images.split_by_name([f"row {i}" for i in range(20)], "test"))
+    held_out = len(folder.hash_split([f"row {i}" for i in range(20)], "test"))
     assert list(test.captions) == (["train"] * held_out if own is None else [own] * splits[own])
     assert list(train.captions) == ["train"] * (20 - held_out if own is None else 20)
     assert train.describe().startswith("images: 20 rows of hub org/set, column `image`, captions from column `caption`")
-    assert train[Key(0, 0, 0)]["image"].shape == (3, 8, 8)
+    assert train[SampleKey(0, 0, 0)]["image"].shape == (3, 8, 8)
 
 
 def test_hub_messages(monkeypatch):
@@ -355,7 +358,7 @@ def test_exif_rotation():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     for format in ("PNG", "JPEG", "WEBP"):
-        upright = images.decode(encoded(image, format, exif=exif))
+        upright = folder.decode_image(encoded(image, format, exif=exif))
         assert upright.size == (10, 20)
         top, bottom = (np.array(upright.getpixel((5, y)), int) for y in (4, 15))
         assert np.abs(top - BLUE).max() < 12 and np.abs(bottom - RED).max() < 12
@@ -366,24 +369,24 @@ def test_transparency_becomes_white():
     clear.putpixel((0, 0), (255, 0, 0, 255))
     clear.putpixel((1, 0), (255, 0, 0, 128))
     for data in (encoded(clear), encoded(clear, "WEBP", lossless=True, exact=True)):
-        image = images.decode(data)
+        image = folder.decode_image(data)
         assert image.mode == "RGB"
         assert [image.getpixel((x, 0)) for x in range(3)] == [RED, (255, 127, 127), (255, 255, 255)]
     grey = Image.merge("LA", (plain(0, mode="L"), plain(0, mode="L")))
-    assert images.decode(encoded(grey)).getpixel((0, 0)) == (255, 255, 255)
+    assert folder.decode_image(encoded(grey)).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_palettes():
     image = plain(0, mode="P")
     image.putpalette([*RED, *GREEN])
     image.putpixel((1, 0), 1)
-    assert [images.decode(encoded(image)).getpixel((x, 0)) for x in (0, 1)] == [RED, GREEN]
-    see_through = images.decode(encoded(image, transparency=0))
+    assert [folder.decode_image(encoded(image)).getpixel((x, 0)) for x in (0, 1)] == [RED, GREEN]
+    see_through = folder.decode_image(encoded(image, transparency=0))
     assert [see_through.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), GREEN]
 
 
 def test_cmyk():
-    image = images.decode(encoded(plain((0, 255, 255, 0), mode="CMYK"), "JPEG", quality=95))
+    image = folder.decode_image(encoded(plain((0, 255, 255, 0), mode="CMYK"), "JPEG", quality=95))
     assert image.mode == "RGB" and np.abs(np.array(image.getpixel((4, 4)), int) - RED).max() < 8
 
 
@@ -391,64 +394,64 @@ def test_sixteen_bits_are_scaled():
     values = np.tile(np.array([0, 257, 32896, 65535], np.uint16), (4, 1))
     data = encoded(Image.fromarray(values))
     assert Image.open(io.BytesIO(data)).mode.startswith("I")
-    assert [images.decode(data).getpixel((x, 0)) for x in range(4)] == [(v,) * 3 for v in (0, 1, 128, 255)]
-    assert [images.decode(data, channels=1).getpixel((x, 0)) for x in range(4)] == [0, 1, 128, 255]
+    assert [folder.decode_image(data).getpixel((x, 0)) for x in range(4)] == [(v,) * 3 for v in (0, 1, 128, 255)]
+    assert [folder.decode_image(data, channels=1).getpixel((x, 0)) for x in range(4)] == [0, 1, 128, 255]
 
 
 @pytest.mark.parametrize(("mode", "color", "grey"), [("L", 100, 100), ("1", 1, 255), ("RGB", (0, 255, 0), 150)])
 def test_grey(mode, color, grey):
     data = encoded(plain(color, mode=mode))
-    assert images.decode(data, channels=1).mode == "L"
-    assert images.decode(data, channels=1).getpixel((0, 0)) == grey
-    assert images.to_tensor(images.decode(data, channels=1), (8, 8)).shape == (1, 8, 8)
+    assert folder.decode_image(data, channels=1).mode == "L"
+    assert folder.decode_image(data, channels=1).getpixel((0, 0)) == grey
+    assert folder.crop_resize_to_tensor(folder.decode_image(data, channels=1), (8, 8)).shape == (1, 8, 8)
     if mode != "RGB":
-        assert images.decode(data).getpixel((0, 0)) == (grey,) * 3
+        assert folder.decode_image(data).getpixel((0, 0)) == (grey,) * 3
 
 
 def test_the_first_frame_is_taken():
     frames = [plain(color) for color in (RED, GREEN)]
     for format, options in (("PNG", {}), ("WEBP", {"lossless": True})):
         data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
-        assert images.decode(data).getpixel((0, 0)) == RED
+        assert folder.decode_image(data).getpixel((0, 0)) == RED
 
 
 def test_a_large_jpeg_is_read_smaller_but_not_too_small():
     data = encoded(plain(size=(640, 480)), "JPEG")
-    assert min(images.decode(data, side=32).size) in range(64, 128)
-    assert images.decode(data).size == (640, 480)
+    assert min(folder.decode_image(data, side=32).size) in range(64, 128)
+    assert folder.decode_image(data).size == (640, 480)
 
 
 @pytest.mark.parametrize("size", [(20_000, 10_000), (9_000, 8_000)])  # above Pillow's own limit, and below it
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_giant_image_is_refused_from_its_header(size):
     with pytest.raises(ValueError, match="larger than the limit of 64 megapixels; shrink it"):
-        images.decode(png_header(*size))
+        folder.decode_image(png_header(*size))
     with pytest.raises(ValueError) as caught:  # small enough, it is decoded and found to lack its pixels
-        images.decode(png_header(20, 10))
+        folder.decode_image(png_header(20, 10))
     assert "megapixels" not in str(caught.value)
 
 
 def test_damaged_files(tmp_path):
     whole = encoded(Image.effect_noise((64, 64), 50))
     with pytest.raises(ValueError, match="truncated"):
-        images.decode(whole[: len(whole) // 2])
+        folder.decode_image(whole[: len(whole) // 2])
     for data in (b"", b"no image", encoded(plain(), "GIF"), encoded(plain(), "BMP")):
         with pytest.raises(ValueError, match=r"^no PNG, JPEG or WEBP image$"):
-            images.decode(data)
+            folder.decode_image(data)
     (tmp_path / "a.png").write_bytes(whole)
-    assert images.decode(tmp_path / "a.png").size == (64, 64)
+    assert folder.decode_image(tmp_path / "a.png").size == (64, 64)
     with pytest.raises(ValueError, match="No such file"):
-        images.decode(tmp_path / "b.png")
+        folder.decode_image(tmp_path / "b.png")
     os.mkfifo(tmp_path / "c.png")  # which would be waited for, for ever
     with pytest.raises(ValueError, match="no regular file"):
-        images.decode(tmp_path / "c.png")
-    assert images.shape_of(tmp_path / "c.png") == (1, 1)
+        folder.decode_image(tmp_path / "c.png")
+    assert folder.image_size(tmp_path / "c.png") == (1, 1)
 
 
 def test_clear_grey_of_16_bits_is_white():
     grey = Image.fromarray(np.array([[0, 1000], [40000, 65535]], np.uint16))
     data = encoded(grey, transparency=1000)
-    assert np.asarray(images.decode(data, channels=1)).tolist() == [[0, 255], [156, 255]]
+    assert np.asarray(folder.decode_image(data, channels=1)).tolist() == [[0, 255], [156, 255]]
 
 
 def test_files_that_are_left_out_are_told(tmp_path):
@@ -462,15 +465,17 @@ def test_files_that_are_left_out_are_told(tmp_path):
 
 def test_values_are_minus_one_to_one():
     image = plain((0, 51, 255))
-    pixels = images.to_tensor(image, (8, 8))
+    pixels = folder.crop_resize_to_tensor(image, (8, 8))
     assert pixels.dtype == torch.float32 and pixels.shape == (3, 8, 8) and pixels.is_contiguous()
     assert torch.allclose(pixels[:, 3, 3], torch.tensor([-1.0, -0.6, 1.0]))
-    assert torch.equal(images.to_tensor(plain(size=(8, 8)), (8, 8)), images.to_tensor(plain(), (8, 8)))
+    assert torch.equal(
+        folder.crop_resize_to_tensor(plain(size=(8, 8)), (8, 8)), folder.crop_resize_to_tensor(plain(), (8, 8))
+    )
 
 
 def test_resizing_is_antialiased():
     board = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
-    assert images.to_tensor(board, (8, 8)).abs().max() < 0.1
+    assert folder.crop_resize_to_tensor(board, (8, 8)).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -479,7 +484,7 @@ def test_crops(wide):
     image = Image.fromarray(ramp if wide else ramp.T)
 
     def first(offset: int | None) -> float:
-        pixels = images.to_tensor(image, (10, 10), images.cut_of(image, (10, 10), offset))
+        pixels = folder.crop_resize_to_tensor(image, (10, 10), folder.crop_box(image, (10, 10), offset))
         return ((pixels[0, 0, 0] + 1) * 127.5 / 6).item()
 
     assert first(None) == pytest.approx(15)
@@ -488,7 +493,7 @@ def test_crops(wide):
 
 
 def test_a_strip_is_cut_before_it_is_enlarged():
-    assert images.to_tensor(plain(size=(1, 100_000)), (64, 64)).shape == (3, 64, 64)
+    assert folder.crop_resize_to_tensor(plain(size=(1, 100_000)), (64, 64)).shape == (3, 64, 64)
 
 
 def test_sizes_tell_how_a_picture_was_cut(tmp_path: Path) -> None:
@@ -501,16 +506,16 @@ def test_sizes_tell_how_a_picture_was_cut(tmp_path: Path) -> None:
         ("c.jpg", plain(size=(640, 960)), {"exif": exif}),
     ):
         (tmp_path / name).write_bytes(encoded(image, "PNG" if name == "a.png" else "JPEG", **options))
-    source = images._read_folder(tmp_path)
-    data = CaptionedImages(source, DataConfig(size=8), "test", seed=0)
-    assert [data[Key(i, 0, 0)]["sizes"].tolist() for i in range(3)] == [
+    source = folder._read_folder(tmp_path)
+    data = ImageTextDataset(source, DataConfig(resolution=8), "test", seed=0)
+    assert [data[SampleKey(i, 0, 0)]["sizes"].tolist() for i in range(3)] == [
         [12, 24, 0, 4, 8, 8],
         [960, 640, 2, 0, 8, 8],
         [640, 960, 0, 2, 8, 8],
     ]
-    mirrored = CaptionedImages(source, DataConfig(size=8, flip=True), "train", seed=0)
-    straight = CaptionedImages(source, DataConfig(size=8), "train", seed=0)
-    lefts = [tuple(d[Key(0, epoch, 0)]["sizes"][3].item() for d in (straight, mirrored)) for epoch in range(20)]
+    mirrored = ImageTextDataset(source, DataConfig(resolution=8, random_flip=True), "train", seed=0)
+    straight = ImageTextDataset(source, DataConfig(resolution=8), "train", seed=0)
+    lefts = [tuple(d[SampleKey(0, epoch, 0)]["sizes"][3].item() for d in (straight, mirrored)) for epoch in range(20)]
     assert {a == b for a, b in lefts} == {True, False} and all(b in (a, 8 - a) for a, b in lefts)
 
 
@@ -527,7 +532,7 @@ def ramps(tmp_path):
 
 def test_crops_and_flips_depend_on_seed_epoch_and_index_alone(ramps):
     data, again, other = (opened(ramps, seed=seed, flip=True) for seed in (0, 0, 1))
-    keys = [Key(index, epoch, 0) for index in range(6) for epoch in range(3)]
+    keys = [SampleKey(index, epoch, 0) for index in range(6) for epoch in range(3)]
     torch.manual_seed(0)
     expected = [data[key]["image"] for key in keys]
     torch.manual_seed(1)
@@ -542,19 +547,23 @@ def test_crops_and_flips_depend_on_seed_epoch_and_index_alone(ramps):
 
 def test_nothing_is_flipped_unless_asked(ramps):
     data = opened(ramps)
-    images_ = [data[Key(index, epoch, 0)]["image"] for index in range(6) for epoch in range(3)]
+    images_ = [data[SampleKey(index, epoch, 0)]["image"] for index in range(6) for epoch in range(3)]
     assert all(image[0, 0, 0] < image[0, 0, -1] for image in images_)
 
 
 def test_the_test_split_has_centre_crops_whatever_the_seed(ramps):
     data, other = (opened(ramps, "test", seed=seed, flip=True) for seed in (0, 1))
-    image = data[Key(0, 0, 0)]["image"]
-    assert torch.equal(image, data[Key(0, 5, 0)]["image"]) and torch.equal(image, other[Key(0, 0, 0)]["image"])
+    image = data[SampleKey(0, 0, 0)]["image"]
+    assert torch.equal(image, data[SampleKey(0, 5, 0)]["image"]) and torch.equal(
+        image, other[SampleKey(0, 0, 0)]["image"]
+    )
     assert image[0, 0, 0] < image[0, 0, -1]
 
 
 def test_batches(ramps):
-    loader = DataLoader(opened(ramps, channels=1), batch_sampler=Order(8, seed=0, batch_size=4), collate_fn=collate)
+    loader = DataLoader(
+        opened(ramps, channels=1), batch_sampler=EpochBatchSampler(8, seed=0, batch_size=4), collate_fn=collate
+    )
     batch = next(iter(loader))
     assert batch["image"].shape == (4, 1, 8, 8) and batch["image"].dtype == torch.float32
     assert batch["caption"] == [""] * 4
@@ -565,7 +574,7 @@ def test_drawn_sets(monkeypatch, source):
     load = {"shapes": "load", "pairs": "load_pairs"}[source]
     whole = getattr(shapes, load)
     monkeypatch.setattr(shapes, load, lambda split, size: whole(split, size, count=6))
-    data = open_dataset(DataConfig(source=source, size=16), "test", seed=9)
+    data = open_dataset(DataConfig(source=source, resolution=16), "test", seed=9)
     rows = whole("test", 16, count=6)
     assert (
         data.describe()
@@ -577,7 +586,7 @@ def test_drawn_sets(monkeypatch, source):
     assert list(data.captions) == rows["caption"][:]
     for i, row in enumerate(rows):
         pixels = torch.tensor(np.asarray(row["image"])).permute(2, 0, 1) / 127.5 - 1
-        sample = data[Key(i, 3, 0)]
+        sample = data[SampleKey(i, 3, 0)]
         assert torch.allclose(sample["image"], pixels, atol=1e-6) and sample["caption"] == row["caption"]
 
 
@@ -599,19 +608,19 @@ def damaged(tmp_path):
 def test_another_image_stands_in_with_its_own_caption(damaged):
     data, again = (opened(damaged, max_unreadable=0.1) for _ in range(2))
     place = data.source.names.index("03.png")
-    sample = data[Key(place, 0, 0)]
+    sample = data[SampleKey(place, 0, 0)]
     assert sample["caption"] not in ("3", "7")
     assert round((sample["image"][0, 0, 0].item() + 1) * 127.5) == int(sample["caption"])
-    assert data.caption(Key(place, 0, 0)) == sample["caption"] == data[Key(place, 4, 0)]["caption"]
-    assert again[Key(place, 0, 0)]["caption"] == sample["caption"]
+    assert data.caption(SampleKey(place, 0, 0)) == sample["caption"] == data[SampleKey(place, 4, 0)]["caption"]
+    assert again[SampleKey(place, 0, 0)]["caption"] == sample["caption"]
     assert data.unreadable == ["03.png: no PNG, JPEG or WEBP image"]
-    assert len({data[Key(i, 0, 0)]["caption"] for i in (place, data.source.names.index("07.png"))}) == 2
+    assert len({data[SampleKey(i, 0, 0)]["caption"] for i in (place, data.source.names.index("07.png"))}) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_main_process_hears_of_them(damaged, workers):
     data = opened(damaged, max_unreadable=0.1)
-    order = Order(len(data), seed=0, batch_size=len(data))
+    order = EpochBatchSampler(len(data), seed=0, batch_size=len(data))
     batches = list(islice(DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=collate), 2))
     assert not {"3", "7"} & {caption for batch in batches for caption in batch["caption"]}
     assert data.unreadable == [f"{name}: no PNG, JPEG or WEBP image" for name in ("03.png", "07.png")]
@@ -620,10 +629,10 @@ def test_the_main_process_hears_of_them(damaged, workers):
 def test_too_many_stop_the_run(damaged):
     data = opened(damaged, max_unreadable=0.03)
     first, second = (data.source.names.index(name) for name in ("03.png", "07.png"))
-    data[Key(first, 0, 0)]
-    data[Key(first, 1, 0)]  # the same file counts once
+    data[SampleKey(first, 0, 0)]
+    data[SampleKey(first, 1, 0)]  # the same file counts once
     with pytest.raises(ValueError) as caught:
-        data[Key(second, 0, 0)]
+        data[SampleKey(second, 0, 0)]
     text = str(caught.value)
     share = (
         f"2 of {len(data)} images ({2 / len(data):.1%}) can not be read, above the 3.0% that data.max_unreadable allows"
@@ -639,7 +648,7 @@ def test_no_more_than_five_are_named(tmp_path):
     data = opened(tmp_path, max_unreadable=0.3)
     with pytest.raises(ValueError) as caught:
         for i in range(len(data)):
-            data[Key(i, 0, 0)]
+            data[SampleKey(i, 0, 0)]
     assert str(caught.value).count(".png: ") == 5
 
 
@@ -648,4 +657,4 @@ def test_the_search_for_a_stand_in_ends(damaged):
     for name in data.source.names:
         (damaged / name).write_bytes(b"")
     with pytest.raises(ValueError, match=r"32 images in a row can not be read, .*; repair or remove them"):
-        data[Key(0, 0, 0)]
+        data[SampleKey(0, 0, 0)]

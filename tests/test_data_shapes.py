@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data import shapes
+from ldm.data.sources import shapes
 
 
 def pixels(row_image: Image.Image) -> np.ndarray:

@@ -52,4 +52,4 @@ def test_a_second_demo_goes_on_or_reuses(calls: list[str], tmp_path: Path, capsy
 
 def test_a_stage_that_fails_stops_the_demo(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"evaluate.py stopped with status 1; `make demo` goes on from there"):
-        demo.call("evaluate.py", "--model", str(tmp_path))
+        demo.run_script("evaluate.py", "--model", str(tmp_path))

@@ -18,15 +18,15 @@ from test_distributed import contents, encoding
 from test_streams import write_set
 from test_training import assert_same, full_disk, tensors_of
 
-from ldm import pictures
+from ldm import imaging
 from ldm.config import write_yaml
 from ldm.data import DataConfig, open_dataset
-from ldm.data.order import Key
-from ldm.data.streams import count_rows, find_shards
-from ldm.files import write_tensors, write_text
+from ldm.data.batch_sampler import SampleKey
+from ldm.data.sources.sharded import count_rows, list_shards
+from ldm.io.atomic import write_tensors, write_text
 from ldm.training import checkpoint
-from ldm.training.logs import Logs
-from ldm.training.loop import TrainingConfig
+from ldm.training.config import TrainingConfig
+from ldm.training.logger import RunLogger
 
 
 class Disk:
@@ -76,7 +76,7 @@ def check_whole(folder: Path) -> None:
             load_file(file)
         elif file.suffix == ".json":
             json.loads(file.read_text())
-    assert all(checkpoint.damage(path) is None for path in folder.glob("*/checkpoints/*"))
+    assert all(checkpoint.find_corruption(path) is None for path in folder.glob("*/checkpoints/*"))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_painting(tiny_model: Path, disk: Callable[[int], Disk], capsys: pytest.
         ("a.json", lambda path: write_text(path, "x" * 100)),
         ("a.yaml", lambda path: write_yaml(path, TrainingConfig())),
         ("a.safetensors", lambda path: write_tensors(path, {"x": torch.zeros(100)})),
-        ("a.png", lambda path: pictures.save(Image.effect_noise((32, 32), 50), path)),
+        ("a.png", lambda path: imaging.save_image(Image.effect_noise((32, 32), 50), path)),
     ],
 )
 def test_what_was_there_is_whole(name: str, write: Callable[[Path], None], tmp_path: Path) -> None:
@@ -153,13 +153,13 @@ def test_what_was_there_is_whole(name: str, write: Callable[[Path], None], tmp_p
 
 
 def test_the_log_names_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def limited(logs: Logs, step: int, values: dict[str, float]) -> None:
+    def limited(logs: RunLogger, step: int, values: dict[str, float]) -> None:
         with full_disk():
             note(logs, step, values)
 
-    note = Logs.note
+    note = RunLogger.write_json
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Logs, "note", limited)
+        patch.setattr(RunLogger, "note", limited)
         with pytest.raises(SystemExit, match=r"log.jsonl could not be written .* go on with --resume latest"):
             train("vae", tmp_path / "vae")
     assert "Traceback" not in capsys.readouterr().err
@@ -172,14 +172,14 @@ def test_a_shard_that_finds_no_room(
     photos = write_set(tmp_path / "photos")
     small = disk(32)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", small.folder)
-    shards = find_shards(str(photos))
+    shards = list_shards(str(photos))
     with full_disk(), pytest.raises(ValueError, match=r"rows.jsonl could not be written .*: free some space"):
         count_rows(shards, tmp_path / "counts")
     assert count_rows(shards, tmp_path / "counts") == [20] * 6
-    data = open_dataset(DataConfig(source=str(photos), size=16), "train", seed=0)
+    data = open_dataset(DataConfig(source=str(photos), resolution=16), "train", seed=0)
     (small.folder / "more").write_bytes(bytes(16384))
     with pytest.raises(ValueError, match=r"arrow could not be written \(.*No space left.*free some space"):
-        [data[Key(index, 0, 0)] for index in range(len(data))]
+        [data[SampleKey(index, 0, 0)] for index in range(len(data))]
     assert not data._bad.any()
     small.grow()
-    assert len([data[Key(index, 0, 0)] for index in range(len(data))]) == len(data)
+    assert len([data[SampleKey(index, 0, 0)] for index in range(len(data))]) == len(data)

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from test_training import copy_stages_before, losses, tensors_of
 from torch import Tensor
 
-from ldm.data import shapes
-from ldm.data.images import split_by_name
+from ldm.data.sources import shapes
+from ldm.data.sources.base import hash_split
 from ldm.training.checkpoint import load_checkpoint
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -42,17 +42,17 @@ def environment() -> Iterator[None]:
         yield
 
 
-SHARD = ["--shard", "--gradient-checkpointing"]
+SHARD = ["--fsdp", "--gradient-checkpointing"]
 
 
 @pytest.mark.parametrize(
     ("stage", "flags"),
     [
         ("clip", []),
-        ("vae", ["--accumulate", "2"]),
-        ("ldm", ["--accumulate", "2"]),
+        ("vae", ["--grad-accum-steps", "2"]),
+        ("ldm", ["--grad-accum-steps", "2"]),
         ("vae", SHARD),
-        ("ldm", [*SHARD, "--accumulate", "2"]),
+        ("ldm", [*SHARD, "--grad-accum-steps", "2"]),
     ],
     ids=["clip", "vae", "ldm", "vae-sharded", "ldm-sharded"],
 )
@@ -60,10 +60,10 @@ def test_two_processes_equal_one(stage: str, flags: list[str], tiny_runs: Path, 
     """Same losses to 1e-5, weights and averages; with weights split over both, the finished model is whole again."""
     copy_stages_before(stage, tiny_runs, tmp_path)
     one, two = tiny_runs / stage, tmp_path / stage
-    if "--shard" in flags:
+    if "--fsdp" in flags:
         one = tmp_path / f"one/{stage}"
         copy_stages_before(stage, tiny_runs, one.parent)
-        train(stage, one, "--shard")
+        train(stage, one, "--fsdp")
     launch(stage, two, 2, flags)
     assert close(losses(one), losses(two))
     logs = [json.loads((run / "log.jsonl").read_text().splitlines()[-1]) for run in (one, two)]
@@ -76,12 +76,12 @@ def test_two_processes_equal_one(stage: str, flags: list[str], tiny_runs: Path, 
     if stage != "clip":
         assert distance(*(load_file(run / f"model/{name}.safetensors") for run in (one, two))) < 1e-4
     sizes = [file.stat().st_size for file in (two / step).glob("*.safetensors")]
-    if "--shard" in flags:
+    if "--fsdp" in flags:
         assert len(sizes) == 2 and max(sizes) < 0.6 * sum(sizes)
 
 
 def test_a_disk_that_is_full_for_one_process_stops_both(tmp_path: Path) -> None:
-    told = launch("vae", tmp_path / "vae", 2, ["--shard"], harm=Harm("full", 1, 3), codes=[1, 1])
+    told = launch("vae", tmp_path / "vae", 2, ["--fsdp"], harm=Harm("full", 1, 3), codes=[1, 1])
     assert told.count("step-000004 could not be written (") == 2 and "File too large" in told
     assert "free some space and go on with --resume latest, from step-000002" in told
     assert [path.name for path in (tmp_path / "vae/checkpoints").iterdir()] == ["step-000002"]
@@ -89,8 +89,17 @@ def test_a_disk_that_is_full_for_one_process_stops_both(tmp_path: Path) -> None:
 
 def encoding(runs: Path) -> list[str]:
     """Flags that encode with the tiny stages, to several files of several variants."""
-    stages = ["--autoencoder", str(runs / "vae/model"), "--text.model", f"local-dir:{runs}/clip/model"]
-    return [*stages, "--data.size", "16", "--data.flip", "--variants", "2", "--shard-size", "90"]
+    stages = ["--vae", str(runs / "vae/model"), "--text.model", f"local-dir:{runs}/clip/model"]
+    return [
+        *stages,
+        "--data.resolution",
+        "16",
+        "--data.random-flip",
+        "--augmentations-per-image",
+        "2",
+        "--images-per-file",
+        "90",
+    ]
 
 
 def test_two_processes_encode_what_one_does(tiny_runs: Path, tmp_path: Path) -> None:
@@ -119,8 +128,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_can_not_be_split_is_told(tmp_path: Path) -> None:
-    told = launch("clip", tmp_path / "clip", 2, ["--shard"], codes=[1, 1])
-    assert "shard: model.logit_scale is a single number, which FSDP2 can not split; leave out --shard" in told
+    told = launch("clip", tmp_path / "clip", 2, ["--fsdp"], codes=[1, 1])
+    assert "shard: model.logit_scale is a single number, which FSDP2 can not split; leave out --fsdp" in told
 
 
 def test_images_that_one_process_can_not_read_are_counted_by_all(tmp_path: Path) -> None:
@@ -133,7 +142,7 @@ def test_images_that_one_process_can_not_read_are_counted_by_all(tmp_path: Path)
         (photos / f"{number:02}.png").write_bytes(b"no image")
     read = ["--data.source", str(photos), "--steps", "10", "--log-every", "5"]
     told = launch("clip", tmp_path / "a", 2, [*read, "--data.max-unreadable", "0.5"])
-    bad = [index for index in split_by_name([f"{i:02}.png" for i in range(40)], "train") if index in (7, 8, 21, 29)]
+    bad = [index for index in hash_split([f"{i:02}.png" for i in range(40)], "train") if index in (7, 8, 21, 29)]
     assert f"train split: {len(bad)} images could not be read" in told and len(bad) > 2
     assert all(f"{index:02}.png: no PNG" in told for index in bad)
     told = launch("clip", tmp_path / "b", 2, [*read, "--data.max-unreadable", "0.06"], codes=[1, 1])
@@ -149,7 +158,7 @@ def test_a_run_that_one_process_stops_goes_on_with_another_number(
     What goes on with 1, 3 or 4 processes takes the same global batches and learning rates; losses are equal to 1e-5.
     Weights may be split, or be whole, before and after.
     """
-    batch = ["--batch-size", "12", "--decay", "cosine"]
+    batch = ["--batch-size", "12", "--lr-schedule", "cosine"]
     train("vae", tmp_path / "whole", *batch, *first[:1])
     codes = [128 + signal.SIGUSR1] * 2
     launch("vae", tmp_path / "stopped", 2, [*batch, *first], harm=Harm("signal", 1, 2), codes=codes)
@@ -185,10 +194,10 @@ def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
 def test_two_nodes_equal_one_process(tmp_path: Path) -> None:
     """Two launchers that meet at a port, each with one process, as on two machines; world size 2 is asserted there."""
     train("vae", tmp_path / "whole")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
-    meeting = ["--master_addr", "localhost", "--master_port", str(free_port())]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    meeting = ["--master-addr", "localhost", "--master-port", str(free_port())]
     stage = [str(WORKER), "vae", str(tmp_path / "vae"), "2"]
-    nodes = [subprocess.Popen([*command, "--node_rank", str(rank), *meeting, *stage]) for rank in range(2)]
+    nodes = [subprocess.Popen([*command, "--node-rank", str(rank), *meeting, *stage]) for rank in range(2)]
     assert [node.wait(300) for node in nodes] == [0, 0]
     assert close(losses(tmp_path / "whole"), losses(tmp_path / "vae"))
 

@@ -11,10 +11,12 @@ from distributed_worker import Harm
 from test_distributed import SHARD, environment, launch  # noqa: F401
 from test_training import copy_stages_before
 
-from ldm.data.order import Key
-from ldm.training import checks, loop
-from ldm.training.checks import Check
-from ldm.training.loop import Trainer, TrainingConfig
+from ldm.data.batch_sampler import SampleKey
+from ldm.planning import checks
+from ldm.planning.checks import DoctorCheck
+from ldm.training import trainer
+from ldm.training.config import TrainingConfig
+from ldm.training.trainer import Trainer
 
 CHECKS = (
     "devices and precision",
@@ -63,13 +65,13 @@ def test_a_sound_run_is_found_sound_and_nothing_of_it_is_touched(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("flags", [["--accumulate", "2"], SHARD], ids=["accumulate", "sharded"])
+@pytest.mark.parametrize("flags", [["--grad-accum-steps", "2"], SHARD], ids=["accumulate", "sharded"])
 def test_two_processes_are_found_sound(flags: list[str], tmp_path: Path) -> None:
     told = launch("vae", tmp_path / "vae", 2, [*LONG, *flags], script=examine)
     assert tuple(states(told)) == CHECKS and failing(told) == [], told
     assert told.count("images/s   ") == 1, "the main process alone reports"
     assert "2 processes on cpu" in told and "bit-equal on 2 processes" in told
-    assert ("put together from their parts" in told) == ("--shard" in flags)
+    assert ("put together from their parts" in told) == ("--fsdp" in flags)
     assert "20 steps of 8 samples over 2 processes, none taken twice" in told
     assert not (tmp_path / ".vae-doctor").exists()
 
@@ -97,64 +99,92 @@ def test_what_is_broken_in_one_process_is_found(
     monkeypatch.setattr(Trainer, "restore", inexact)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
     with pytest.raises(SystemExit, match="1"):
-        examine("vae", tmp_path / "vae", *LONG, "--learning-rate", "1e-30", "--warmup", "5000")
+        examine("vae", tmp_path / "vae", *LONG, "--learning-rate", "1e-30", "--warmup-steps", "5000")
     told = capsys.readouterr().out
     wrong = ["learning rate at the end", "step after save and load", "loss falls", "disk needed"]
     assert failing(told) == wrong, told
-    for remedy in ("--warmup 200 or more --steps", "please report", "--warmup 5, with which", "--keep-checkpoints 1"):
+    for remedy in (
+        "--warmup-steps 200 or more --steps",
+        "please report",
+        "--warmup-steps 5, with which",
+        "--keep-checkpoints 1",
+    ):
         assert remedy in told
     assert not any(tmp_path.iterdir())
 
 
 def test_a_learning_rate_that_ends_early_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checks.schedule(TrainingConfig(decay="cosine")).ok
-    early = lambda config, step: loop.learning_rate(config, 4 * step)  # noqa: E731  # stepped by each of 4 processes
+    assert checks.schedule(TrainingConfig(lr_schedule="cosine")).ok
+    early = lambda config, step: trainer.learning_rate(config, 4 * step)  # noqa: E731  # stepped by each of 4 processes
     monkeypatch.setattr(checks, "learning_rate", early)
-    check = checks.schedule(TrainingConfig(decay="linear"))
+    check = checks.schedule(TrainingConfig(lr_schedule="linear"))
     assert not check.ok and "it is 0 from step 251 on" in check.remedy
 
 
 CONFIG = TrainingConfig(steps=1000, batch_size=4)
 SECONDS: dict[str, Any] = {"step": 1.0, "validate": 1.0, "sample": 1.0, "save": 1.0, "model": 1.0}
-TWO = [[[Key(0, 0, 0), Key(1, 0, 1)]], [[Key(2, 0, 2), Key(0, 1, 3)]]]
-AGAIN = [[[Key(0, 0, 0), Key(1, 0, 1)]], [[Key(0, 0, 2), Key(1, 0, 3)]]]  # a bucket of two images
+TWO = [[[SampleKey(0, 0, 0), SampleKey(1, 0, 1)]], [[SampleKey(2, 0, 2), SampleKey(0, 1, 3)]]]
+AGAIN = [
+    [[SampleKey(0, 0, 0), SampleKey(1, 0, 1)]],
+    [[SampleKey(0, 0, 2), SampleKey(1, 0, 3)]],
+]  # a bucket of two images
 JUDGED = [
     (
         checks.devices(["a cuda:0", "a cuda:1"], "GPU", "bfloat16", on_gpu=True, gpus=2),
         checks.devices(["a cuda:0", "a cuda:0"], "GPU", "bfloat16", on_gpu=True, gpus=2),
-        "--num_processes",
+        "--num-processes",
     ),
     (
         checks.devices(["a cpu"], "cpu", "float32", on_gpu=False, gpus=0),
         checks.devices(["a cpu"], "cpu", "float32", on_gpu=False, gpus=1),
         "without --cpu",
     ),
-    (checks.disjoint(TWO, batch_size=4), checks.disjoint([TWO[0], TWO[0]], batch_size=4), "launch with"),
-    (checks.disjoint(AGAIN, batch_size=4), checks.disjoint([AGAIN[0], AGAIN[0]], batch_size=4), "launch with"),
-    (checks.resumed(1e-3, on_gpu=True), checks.resumed(1e-3, on_gpu=False), "report it"),
-    (checks.resumed(None, on_gpu=False), checks.resumed(1.0, on_gpu=True), "report it"),
-    (checks.falls(1, [2, 3, 1], CONFIG, step=200), checks.falls(2, [2, 1, 3], CONFIG, step=200), "lower --learning"),
-    (checks.falls(2, [2, 1], CONFIG, step=20), checks.falls(2, [2, float("nan")], CONFIG, step=20), "--warmup 5"),
-    (checks.falls(2, [2, 1], CONFIG, step=20), checks.falls(0.9, [2, 1], CONFIG, step=20), "lower --learning-rate"),
+    (checks.data_disjoint(TWO, batch_size=4), checks.data_disjoint([TWO[0], TWO[0]], batch_size=4), "launch with"),
+    (
+        checks.data_disjoint(AGAIN, batch_size=4),
+        checks.data_disjoint([AGAIN[0], AGAIN[0]], batch_size=4),
+        "launch with",
+    ),
+    (checks.resume_exact(1e-3, on_gpu=True), checks.resume_exact(1e-3, on_gpu=False), "report it"),
+    (checks.resume_exact(None, on_gpu=False), checks.resume_exact(1.0, on_gpu=True), "report it"),
+    (
+        checks.loss_decreases(1, [2, 3, 1], CONFIG, step=200),
+        checks.loss_decreases(2, [2, 1, 3], CONFIG, step=200),
+        "lower --learning",
+    ),
+    (
+        checks.loss_decreases(2, [2, 1], CONFIG, step=20),
+        checks.loss_decreases(2, [2, float("nan")], CONFIG, step=20),
+        "--warmup-steps 5",
+    ),
+    (
+        checks.loss_decreases(2, [2, 1], CONFIG, step=20),
+        checks.loss_decreases(0.9, [2, 1], CONFIG, step=20),
+        "lower --learning-rate",
+    ),
     (checks.memory(89, 100, on_gpu=True), checks.memory(91, 100, on_gpu=True), "--gradient-checkpointing"),
-    (checks.rate(1.0, 0.4, CONFIG), checks.rate(1.0, 0.6, CONFIG), "--workers 2"),
-    (checks.finish(SECONDS, CONFIG), checks.finish(SECONDS | {"sample": 1e3}, CONFIG), "--sample-every"),
+    (checks.throughput(1.0, 0.4, CONFIG), checks.throughput(1.0, 0.6, CONFIG), "--num-workers 2"),
+    (
+        checks.time_to_finish(SECONDS, CONFIG),
+        checks.time_to_finish(SECONDS | {"sample": 1e3}, CONFIG),
+        "--sample-every",
+    ),
     (checks.disk(100, 50, 350, CONFIG), checks.disk(100, 50, 349, CONFIG), "--keep-checkpoints 1"),
 ]
 
 
 @pytest.mark.parametrize(("well", "wrong", "remedy"), JUDGED, ids=lambda value: getattr(value, "name", ""))
-def test_what_numbers_say(well: Check, wrong: Check, remedy: str) -> None:
+def test_what_numbers_say(well: DoctorCheck, wrong: DoctorCheck, remedy: str) -> None:
     assert well.ok and well.line().startswith("ok ") and "\n" not in well.line()
     assert not wrong.ok and wrong.line().startswith("FAILED ") and remedy in wrong.line().splitlines()[1]
 
 
 def test_the_stage_is_named_or_follows_from_the_file() -> None:
-    from doctor import stage_of
+    from doctor import parse_stage
 
-    assert stage_of(["vae", "--steps", "9"]) == ("vae", ["--steps", "9"])
-    assert stage_of(["--config", "configs/emoji/clip.yaml"])[0] == "clip"
-    assert stage_of(["--config=configs/shapes/ddpm_pixels.yaml"])[0] == "ldm"
+    assert parse_stage(["vae", "--steps", "9"]) == ("vae", ["--steps", "9"])
+    assert parse_stage(["--config", "configs/emoji/clip.yaml"])[0] == "clip"
+    assert parse_stage(["--config=configs/shapes/ddpm_pixels.yaml"])[0] == "ldm"
 
 
 def test_too_few_steps_are_told(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import txt2img
 from conftest import train
 from test_training import losses
 
-from ldm.data import shapes
+from ldm.data.sources import shapes
 from ldm.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -31,16 +31,16 @@ def test_three_stages_make_a_model_that_paints(tiny_runs: Path, tiny_model: Path
         assert (run / "config.yaml").is_file()
         assert any((run / "tensorboard").rglob("events*"))
     assert (tiny_runs / "ldm/samples/step-000004.png").is_file()
-    files = txt2img.paint(
-        txt2img.Txt2Img(prompts=("a red circle",), model=tiny_model, out=tmp_path, num_images=2, steps=2)
+    files = txt2img.generate(
+        txt2img.Txt2ImgConfig(prompts=("a red circle",), model=tiny_model, out=tmp_path, num_images=2, steps=2)
     )
     assert [file.name for file in files] == ["00000.png", "00001.png", "grid-00000.png"]
 
 
 def test_diffusion_in_pixels_without_text_and_in_grey(tmp_path: Path) -> None:
     """`autoencoder: none` and `text: none` are the DDPM of the lesson, here on one channel."""
-    flags = "--autoencoder none --text.model none --unet.in-channels 1 --unet.context-width 0 --unet.vector-width 0"
-    linear = "--process.path linear --process.prediction epsilon --data.channels 1"
+    flags = "--vae none --text.model none --unet.in-channels 1 --unet.context-dim 0 --unet.pooled-dim 0"
+    linear = "--diffusion.noise-schedule linear --diffusion.prediction epsilon --data.channels 1"
     model = train("ldm", tmp_path / "pixels", *flags.split(), *linear.split())
     pipeline = Pipeline.load(model)
     assert pipeline.vae is None and pipeline.text is None
@@ -61,12 +61,14 @@ def test_two_text_towers_and_sizes(tiny_runs: Path, tmp_path: Path) -> None:
     for stage in ("clip", "vae"):
         shutil.copytree(tiny_runs / stage, tmp_path / stage)
     second = train("clip", tmp_path / "other/clip", "--seed", "1")
-    flags = f"--second-text.model local-dir:{second} --second-text.pooled --text.no-pooled --unet.context-width 64"
-    flags += " --unet.size-width 8 --text.padding 49407 --second-text.padding 0 --second-text.zero-empty"
+    flags = (
+        f"--second-text.model local-dir:{second} --second-text.use-pooled --text.no-use-pooled --unet.context-dim 64"
+    )
+    flags += " --unet.size-embed-dim 8 --text.pad-token-id 49407 --second-text.pad-token-id 0 --second-text.zero-empty-prompt"
     model = train("ldm", tmp_path / "ldm", *flags.split(), "--steps", "2")
     model = train("ldm", tmp_path / "ldm", *flags.split(), "--resume", "latest")
     pipeline = Pipeline.load(model)
-    assert pipeline.text is not None and [e.config.padding for e in pipeline.text.encoders] == [49407, 0]
+    assert pipeline.text is not None and [e.config.pad_token_id for e in pipeline.text.encoders] == [49407, 0]
     assert sorted(path.name for path in model.glob("*text")) == ["second_text", "text"]
     with torch.no_grad():
         pipeline.unet.conv_out.weight.normal_()
@@ -94,7 +96,7 @@ def test_any_caption_can_stand_in_the_sample_grid(tiny_runs: Path, tmp_path: Pat
 def test_a_model_without_text_says_that_prompts_change_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = "--autoencoder none --text.model none --unet.in-channels 3 --unet.context-width 0 --unet.vector-width 0"
+    flags = "--vae none --text.model none --unet.in-channels 3 --unet.context-dim 0 --unet.pooled-dim 0"
     model = train("ldm", tmp_path / "pixels", *flags.split())
     txt2img.main(["a cat", "--model", str(model), "--out", str(tmp_path), "--steps", "2"])
     assert "this model was trained without text: it paints the same under every prompt" in capsys.readouterr().err
@@ -103,15 +105,13 @@ def test_a_model_without_text_says_that_prompts_change_nothing(
 def test_a_stage_that_is_missing_is_named_with_the_recipe_of_the_run(tmp_path: Path) -> None:
     clip = "accelerate launch scripts/train_clip.py --config configs/emoji-cpu/clip.yaml --run"
     with pytest.raises(SystemExit, match=f"run `{clip} {tmp_path}/clip` first"):
-        train_ldm.main(
-            ["--config", "configs/emoji-cpu/ldm.yaml", "--run", str(tmp_path / "ldm"), "--autoencoder", "none"]
-        )
+        train_ldm.main(["--config", "configs/emoji-cpu/ldm.yaml", "--run", str(tmp_path / "ldm"), "--vae", "none"])
 
 
 @pytest.mark.slow
 def test_a_signal_to_the_launcher_saves(tmp_path: Path) -> None:
     """SIGTERM to `accelerate launch` alone, which dies of it: the run saves its step and ends."""
-    flags = ["--steps", "100000", "--batch-size", "8", "--data.size", "16", "--checkpoint-every", "100000"]
+    flags = ["--steps", "100000", "--batch-size", "8", "--data.resolution", "16", "--checkpoint-every", "100000"]
     command = ["-m", "accelerate.commands.launch", "scripts/train_vae.py", "--run", str(tmp_path), *flags]
     launcher = subprocess.Popen([sys.executable, *command], cwd=ROOT)
     log, saved = tmp_path / "log.jsonl", tmp_path / "checkpoints"
@@ -144,16 +144,16 @@ def test_widths_that_do_not_fit_name_the_flag(tiny_runs: Path, tmp_path: Path) -
         shutil.copytree(tiny_runs / stage, tmp_path / stage)
     with pytest.raises(SystemExit, match=r"unet.in_channels is 5, .* need 4: --unet.in-channels 4"):
         train("ldm", tmp_path / "ldm", "--unet.in-channels", "5")
-    with pytest.raises(SystemExit, match=r"unet.vector_width is 16, .* need 0: --unet.vector-width 0"):
-        train("ldm", tmp_path / "ldm", "--text.no-pooled")
+    with pytest.raises(SystemExit, match=r"unet.pooled_dim is 16, .* need 0: --unet.pooled-dim 0"):
+        train("ldm", tmp_path / "ldm", "--text.no-use-pooled")
     with pytest.raises(SystemExit, match="image size 18 is not a multiple of 4, the VAE's factor"):
-        train("vae", tmp_path / "other", "--data.size", "18")
+        train("vae", tmp_path / "other", "--data.resolution", "18")
     told = r"data.channels is 1, the VAE wants 3: --data.channels 3, or a VAE .* --vae.image-channels 1"
     for stage in ("vae", "ldm"):
         with pytest.raises(SystemExit, match=told):
             train(stage, tmp_path / "other", "--data.channels", "1")
     with pytest.raises(SystemExit, match=told):
-        encode.main(["--out", str(tmp_path / "latents"), "--data.size", "16", "--data.channels", "1"])
+        encode.main(["--out", str(tmp_path / "latents"), "--data.resolution", "16", "--data.channels", "1"])
 
 
 def test_missing_stages_name_the_script_that_makes_them(tmp_path: Path) -> None:
@@ -161,14 +161,14 @@ def test_missing_stages_name_the_script_that_makes_them(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=vae):
         train("ldm", tmp_path / "ldm")
     with pytest.raises(SystemExit, match=r"no finished text tower below .*train_clip.py --run .*/clip` first"):
-        train("ldm", tmp_path / "ldm", "--autoencoder", "none", "--unet.in-channels", "3")
+        train("ldm", tmp_path / "ldm", "--vae", "none", "--unet.in-channels", "3")
 
 
 def test_resuming_on_another_vae_or_text_is_refused(tiny_runs: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_runs, tmp_path / "runs")
     clip, vae = (train(stage, tmp_path / f"other/{stage}", "--seed", "1") for stage in ("clip", "vae"))
     for key, flags in {
-        "vae_sha256": ["--autoencoder", str(vae)],
+        "vae_sha256": ["--vae", str(vae)],
         "text_sha256": ["--text.model", f"local-dir:{clip}"],
         "layer": ["--text.layer", "last"],
     }.items():
@@ -178,7 +178,7 @@ def test_resuming_on_another_vae_or_text_is_refused(tiny_runs: Path, tmp_path: P
 
 def test_cached_latents_can_not_be_mirrored(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="cached latents can not be mirrored; add --no-cache-latents"):
-        train("ldm", tmp_path / "ldm", "--data.flip", "--cache-latents")
+        train("ldm", tmp_path / "ldm", "--data.random-flip", "--cache-latents")
 
 
 @pytest.mark.slow

@@ -7,24 +7,31 @@ import evaluate
 import pytest
 import torch
 
-from ldm.data import shapes
-from ldm.evaluation import metrics
-from ldm.evaluation.classifier import ATTRIBUTES, RECIPE, AttributeClassifier, check_classifier, count_right, renders
+from ldm.data.sources import shapes
+from ldm.evaluation import intervals
+from ldm.evaluation.classifier import (
+    ATTRIBUTES,
+    CLASSIFIER_VERSION,
+    AttributeClassifier,
+    check_classifier,
+    count_correct,
+    render_batch,
+)
 
 
 def test_wilsons_interval() -> None:
-    found = metrics.proportion(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
+    found = intervals.proportion_ci(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
     assert found.value == pytest.approx(81 / 263)
     assert (found.low, found.high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
-    assert metrics.proportion(10, 10).high == 1.0 and metrics.proportion(10, 10).low < 1.0
+    assert intervals.proportion_ci(10, 10).high == 1.0 and intervals.proportion_ci(10, 10).low < 1.0
 
 
 def test_interval_of_a_mean() -> None:
-    found = metrics.mean([1.0, 2.0, 3.0, 4.0])
+    found = intervals.mean_ci([1.0, 2.0, 3.0, 4.0])
     half = 1.959964 * (5 / 3) ** 0.5 / 2
     assert found == (2.5, pytest.approx(2.5 - half), pytest.approx(2.5 + half), 4)
     with pytest.raises(ValueError, match="at least two samples"):
-        metrics.mean([1.0])
+        intervals.mean_ci([1.0])
 
 
 def test_an_untrained_classifier_refuses_to_judge() -> None:
@@ -41,12 +48,12 @@ def test_right_answers_are_counted_by_attribute() -> None:
             head.weight.zero_()  # type: ignore[operator]
             head.bias.copy_(torch.eye(len(ATTRIBUTES[name]))[ATTRIBUTES[name].index(getattr(scene, name))])  # type: ignore[operator]
     other = scene._replace(size="small" if scene.size == "large" else "large")
-    right = count_right(classifier, torch.zeros(3, 3, 16, 16), [scene, scene, other])
+    right = count_correct(classifier, torch.zeros(3, 3, 16, 16), [scene, scene, other])
     assert right == {"shape": 3, "color": 3, "background": 3, "position": 3, "size": 2, "all": 2}
 
 
 def test_renders_are_the_pictures_of_the_data_set() -> None:
-    images = renders(shapes.scenes("test")[:2], 16, seed=0)
+    images = render_batch(shapes.scenes("test")[:2], 16, seed=0)
     assert images.shape == (2, 3, 16, 16) and images.min() >= -1 and images.max() <= 1
 
 
@@ -56,12 +63,14 @@ def test_evaluate_reports_fidelity_and_prompt_accuracy(
     """On the tiny model, with a classifier that need not prove itself: every figure with its count and interval."""
     monkeypatch.setattr(evaluate, "train_classifier", lambda size: AttributeClassifier().eval())
     monkeypatch.setattr(evaluate, "check_classifier", lambda model, size: 1.0)
-    evaluate.main(["--model", str(tiny_model), "--count", "6", "--steps", "2", "--batch-size", "4", "--device", "cpu"])
+    evaluate.main(
+        ["--model", str(tiny_model), "--num-samples", "6", "--steps", "2", "--batch-size", "4", "--device", "cpu"]
+    )
     report = json.loads((tiny_runs / "ldm/evaluation.json").read_text())
     names = ["VAE PSNR, dB", "VAE SSIM", *(f"prompt accuracy, {name}" for name in [*ATTRIBUTES, "all"])]
     for name in names:
         assert report[name]["samples"] == 6 and report[name]["low"] <= report[name]["value"] <= report[name]["high"]
-    assert (tiny_runs / f"classifier-{RECIPE}-16.safetensors").is_file()
+    assert (tiny_runs / f"classifier-{CLASSIFIER_VERSION}-16.safetensors").is_file()
 
 
 @pytest.mark.slow

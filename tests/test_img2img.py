@@ -8,7 +8,7 @@ import pytest
 import txt2img
 from PIL import Image
 
-from ldm.data import shapes
+from ldm.data.sources import shapes
 
 
 @pytest.fixture
@@ -32,13 +32,13 @@ def test_strength_mask_and_edges(tiny_model: Path, picture: Path, tmp_path: Path
     mask.save(tmp_path / "mask.png")
     filled = paint(tiny_model, tmp_path / "b", *flags, "--mask", str(tmp_path / "mask.png"), "--strength", "1")
     assert (filled[4:] == original[4:]).all() and (filled[:4] != original[:4]).any()
-    wider = paint(tiny_model, tmp_path / "c", *flags, "--extend", "8", "0", "0", "16")
+    wider = paint(tiny_model, tmp_path / "c", *flags, "--outpaint", "8", "0", "0", "16")
     assert wider.shape == (32, 24, 3) and (wider[:16, 8:] == original).all()
     assert len(np.unique(wider[16:].reshape(-1, 3), axis=0)) > 10
 
 
 def test_an_inverted_picture_is_found_again_and_changed(tiny_model: Path, picture: Path, tmp_path: Path) -> None:
-    flags = ["--image", str(picture), "--invert", "a ring", "--sampler", "ddim", "--eta", "0"]
+    flags = ["--image", str(picture), "--inversion-prompt", "a ring", "--sampler", "ddim", "--eta", "0"]
     same = paint(tiny_model, tmp_path / "a", "a ring", *flags, "--guidance-scale", "1")
     other = paint(tiny_model, tmp_path / "b", "a ring", *flags, "--guidance-scale", "9")
     seeds = paint(tiny_model, tmp_path / "c", "a ring", *flags, "--guidance-scale", "1", "--seed", "7")
@@ -50,7 +50,7 @@ def test_an_inverted_picture_is_found_again_and_changed(tiny_model: Path, pictur
 
 
 def test_reproduce_needs_the_same_picture(tiny_model: Path, picture: Path, tmp_path: Path) -> None:
-    paint(tiny_model, tmp_path / "a", "a star", "--image", str(picture), "--extend", "8", "0", "0", "0")
+    paint(tiny_model, tmp_path / "a", "a star", "--image", str(picture), "--outpaint", "8", "0", "0", "0")
     again = ["--reproduce", str(tmp_path / "a/00000.png"), "--out", str(tmp_path / "b")]
     txt2img.main(again)
     assert (tmp_path / "a/00000.png").read_bytes() == (tmp_path / "b/00000.png").read_bytes()
@@ -68,7 +68,7 @@ def test_bad_input_is_told(tiny_model: Path, picture: Path, tmp_path: Path) -> N
     with pytest.raises(SystemExit, match="mask is 8x8: it needs an image of the same size"):
         paint(tiny_model, tmp_path, "a star", "--image", str(picture), "--mask", str(tmp_path / "mask.png"))
     with pytest.raises(SystemExit, match="width 17 and height 16 must be multiples of"):
-        paint(tiny_model, tmp_path, "a star", "--image", str(picture), "--extend", "1", "0", "0", "0")
+        paint(tiny_model, tmp_path, "a star", "--image", str(picture), "--outpaint", "1", "0", "0", "0")
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(SystemExit, match="text.png: "):
         paint(tiny_model, tmp_path, "a star", "--image", str(tmp_path / "text.png"))

@@ -30,13 +30,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.config import read_yaml
-from ldm.diffusion.process import Process, ProcessConfig
-from ldm.interop import compvis, names
+from ldm.diffusion.process import Diffusion, DiffusionConfig
+from ldm.interop import compvis, key_map
+from ldm.interop.components import ModelComponents, build_frozen, build_frozen_vae
 from ldm.interop.diffusers import write
-from ldm.interop.parts import Parts, network_of, vae_of
-from ldm.pipeline import Pipeline, initial_noise
+from ldm.pipeline import Pipeline
+from ldm.pipeline.pipeline import initial_noise
 from ldm.text import TextConfig, TextEncoder
-from ldm.text.encoder import TextTower, make_tokenizer
+from ldm.text.tokenizer import make_tokenizer
+from ldm.text.tower import TextTower
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
 
@@ -61,24 +63,24 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 
 CONFIGS = {
-    "sd1": UNetConfig(channels=256, multipliers=(1, 1, 1), depths=(1, 1, 0), heads=(8, 8, 8), context_width=24),
+    "sd1": UNetConfig(model_channels=256, channel_mult=(1, 1, 1), transformer_depth=(1, 1, 0), num_heads=(8, 8, 8), context_dim=24),
     "sd2": UNetConfig(
-        channels=256, multipliers=(1, 1, 2), blocks=1, depths=(1, 1, 0), heads=(4, 4, 8), context_width=32
+        model_channels=256, channel_mult=(1, 1, 2), num_res_blocks=1, transformer_depth=(1, 1, 0), num_heads=(4, 4, 8), context_dim=32
     ),
     "sdxl": UNetConfig(
-        channels=256, multipliers=(1, 1, 2), blocks=1, depths=(0, 1, 2), middle_depth=2, heads=(4, 4, 8),
-        context_width=32, vector_width=16, size_width=4,
+        model_channels=256, channel_mult=(1, 1, 2), num_res_blocks=1, transformer_depth=(0, 1, 2), mid_transformer_depth=2, num_heads=(4, 4, 8),
+        context_dim=32, pooled_dim=16, size_embed_dim=4,
     ),
 }  # fmt: skip
 CONFIGS["sd2-base"] = CONFIGS["sd2"]
-CONFIGS["inpaint"] = CONFIGS["sd1"].model_copy(update={"extra_channels": 5})
+CONFIGS["inpaint"] = CONFIGS["sd1"].model_copy(update={"cond_channels": 5})
 KINDS = list(CONFIGS)
 
 
 def their_unet(kind: str) -> nn.Module:
     diffusers = pytest.importorskip("diffusers")
     config = CONFIGS[kind]
-    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.depths]
+    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.transformer_depth]
     more = {}
     if kind == "sdxl":
         more = {
@@ -88,15 +90,15 @@ def their_unet(kind: str) -> nn.Module:
         }
     return randomized(
         diffusers.UNet2DConditionModel(
-            in_channels=config.in_channels + config.extra_channels,
+            in_channels=config.in_channels + config.cond_channels,
             block_out_channels=config.widths,
             down_block_types=down,
             up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
-            cross_attention_dim=config.context_width,
-            attention_head_dim=config.heads,
-            transformer_layers_per_block=tuple(max(depth, 1) for depth in config.depths),
+            cross_attention_dim=config.context_dim,
+            attention_head_dim=config.num_heads,
+            transformer_layers_per_block=tuple(max(depth, 1) for depth in config.transformer_depth),
             use_linear_projection=kind not in ("sd1", "inpaint"),
-            layers_per_block=config.blocks,
+            layers_per_block=config.num_res_blocks,
             **more,
         )
     )
@@ -106,11 +108,13 @@ def their_unet(kind: str) -> nn.Module:
 def test_unet_answers_as_that_of_diffusers(kind: str) -> None:
     config, theirs = CONFIGS[kind], their_unet(kind)
     ours = UNet(config).eval()
-    ours.load_state_dict(names.renamed(theirs.state_dict(), ours.state_dict(), names.unet_in_diffusers(config)))
+    ours.load_state_dict(
+        key_map.remap_state_dict(theirs.state_dict(), ours.state_dict(), key_map.unet_key_to_diffusers(config))
+    )
     generator = torch.Generator().manual_seed(1)
-    z = torch.randn(2, config.in_channels + config.extra_channels, 8, 12, generator=generator)
+    z = torch.randn(2, config.in_channels + config.cond_channels, 8, 12, generator=generator)
     t = torch.tensor([7.0, 801.0])
-    context = torch.randn(2, 5, config.context_width, generator=generator)
+    context = torch.randn(2, 5, config.context_dim, generator=generator)
     with torch.no_grad():
         if kind == "sdxl":
             pooled, sizes = torch.randn(2, 16, generator=generator), torch.rand(2, 6, generator=generator) * 1000
@@ -123,18 +127,18 @@ def test_unet_answers_as_that_of_diffusers(kind: str) -> None:
 
 def test_vae_encodes_and_decodes_as_that_of_diffusers() -> None:
     diffusers = pytest.importorskip("diffusers")
-    config = VAEConfig(channels=64, multipliers=(1, 2, 2))
+    config = VAEConfig(base_channels=64, channel_mult=(1, 2, 2))
     theirs = randomized(
         diffusers.AutoencoderKL(
             block_out_channels=config.widths,
             down_block_types=["DownEncoderBlock2D"] * 3,
             up_block_types=["UpDecoderBlock2D"] * 3,
-            layers_per_block=config.blocks,
+            layers_per_block=config.num_res_blocks,
         )
     )
     ours = VAE(config).eval()
     own = {name: tensor for name, tensor in ours.state_dict().items() if not name.startswith("latent_")}
-    found = names.renamed(theirs.state_dict(), own, names.vae_in_diffusers(config))
+    found = key_map.remap_state_dict(theirs.state_dict(), own, key_map.vae_key_to_diffusers(config))
     ours.load_state_dict(found, strict=False)
     pixels, latents = torch.rand(1, 3, 24, 16) * 2 - 1, torch.randn(1, 4, 6, 4)
     with torch.no_grad():
@@ -149,7 +153,7 @@ def test_names_in_compvis_files(folder: str, tensors: int) -> None:
     vae_config = VAEConfig(**read_yaml(ROOT / f"configs/{folder}/vae.yaml")["vae"])
     with torch.device("meta"):
         unet, vae = UNet(config).state_dict(), VAE(vae_config).state_dict()
-    found = {names.unet_in_compvis(config)(name) for name in unet}
+    found = {key_map.unet_key_to_compvis(config)(name) for name in unet}
     assert len(found) == len(unet) == tensors
     xl = {
         "label_emb.0.0.weight",
@@ -184,7 +188,7 @@ def test_names_in_compvis_files(folder: str, tensors: int) -> None:
         }
         <= found
     )
-    found = {names.vae_in_compvis(vae_config)(name) for name in vae if not name.startswith("latent_")}
+    found = {key_map.vae_key_to_compvis(vae_config)(name) for name in vae if not name.startswith("latent_")}
     assert len(found) == 248
     assert {
         "encoder.down.1.block.0.nin_shortcut.weight",
@@ -217,8 +221,8 @@ TOWERS = {  # of open_clip, and parameters of their text half
 )
 def test_the_sizes_of_the_family(folder: str, parameters: int, tensors: int) -> None:
     """Parameters and tensors of the published networks, on the meta device."""
-    config = train_ldm.TrainLDM.from_dict(read_yaml(ROOT / f"configs/{folder}/ldm.yaml"), source=folder)
-    vae_config = train_vae.TrainVAE.from_dict(read_yaml(ROOT / f"configs/{folder}/vae.yaml"), source=folder)
+    config = train_ldm.TrainLDMConfig.from_dict(read_yaml(ROOT / f"configs/{folder}/ldm.yaml"), source=folder)
+    vae_config = train_vae.TrainVAEConfig.from_dict(read_yaml(ROOT / f"configs/{folder}/vae.yaml"), source=folder)
     with torch.device("meta"):
         unet, vae = UNet(config.unet).state_dict(), VAE(vae_config.vae)
         towers = {
@@ -230,15 +234,15 @@ def test_the_sizes_of_the_family(folder: str, parameters: int, tensors: int) -> 
     assert (sum(p.numel() for p in vae.parameters()), len(list(vae.parameters()))) == (83_653_863, 248)
     assert {name: sum(p.numel() for p in tower.parameters()) for name, tower in towers.items()} == TOWERS[folder]
     widths = [tower.positional_embedding.shape[1] for tower in towers.values()]
-    assert sum(widths) == config.unet.context_width
-    assert config.unet.vector_width == (1_280 if folder == "sdxl" else 0)
+    assert sum(widths) == config.unet.context_dim
+    assert config.unet.pooled_dim == (1_280 if folder == "sdxl" else 0)
 
 
 def test_tensors_that_do_not_fit_are_named() -> None:
     config = CONFIGS["sd1"]
     with torch.device("meta"):
         own = UNet(config).state_dict()
-    rename = names.unet_in_diffusers(config)
+    rename = key_map.unet_key_to_diffusers(config)
     theirs = {rename(name): torch.zeros(tensor.shape) for name, tensor in own.items()}
     for change, message in (
         ({"conv_in.bias": None, "conv_out.bias": None}, "2 tensors are missing: conv_in.bias, conv_out.bias"),
@@ -248,7 +252,7 @@ def test_tensors_that_do_not_fit_are_named() -> None:
     ):
         changed = {name: t for name, t in (theirs | change).items() if t is not None}
         with pytest.raises(ValueError, match=message):
-            names.renamed(changed, own, rename)
+            key_map.remap_state_dict(changed, own, rename)
 
 
 @pytest.mark.parametrize(("act", "projected"), [("quick_gelu", False), ("gelu", True)])
@@ -264,14 +268,14 @@ def test_text_states_are_those_of_transformers(act: str, projected: bool) -> Non
     theirs = randomized(cls(config))
     text = {"context_length": 16, "width": 32, "heads": 2, "layers": 3}
     tower = TextTower({"embed_dim": 20 if projected else 32, "quick_gelu": act == "quick_gelu", "text_cfg": text})
-    tower.load_state_dict(names.text_from_transformers(theirs.state_dict()))
+    tower.load_state_dict(key_map.text_from_transformers(theirs.state_dict()))
     for padding in (49407, 0):
         for layer, index in (("last", -1), ("penultimate", -2)):
             encoder = TextEncoder(
                 tower,
                 make_tokenizer(16),
-                TextConfig(layer=layer, padding=padding),  # type: ignore[arg-type]
-                source="random",
+                TextConfig(layer=layer, pad_token_id=padding),  # type: ignore[arg-type]
+                model_id="random",
                 weights=Path(),
             )
             prompts = ["a red circle", ""]
@@ -280,9 +284,9 @@ def test_text_states_are_those_of_transformers(act: str, projected: bool) -> Non
             with torch.no_grad():
                 want = theirs(ids, output_hidden_states=True)
                 hidden = tower.ln_final(want.hidden_states[index])
-            for states in (encoder(prompts), encoder.prompt_states(prompts)):
-                assert states.mask is None and states.tokens.shape == (2, 16, 32)
-                close(states.tokens, hidden)
+            for states in (encoder(prompts), encoder.encode_prompts(prompts)):
+                assert states.mask is None and states.hidden_states.shape == (2, 16, 32)
+                close(states.hidden_states, hidden)
             if projected:
                 close(encoder(prompts).pooled, want.text_embeds)
             raw = encoder.tower(ids, layer=layer, normalize=False).tokens
@@ -300,7 +304,7 @@ def test_networks_of_full_width_answer_as_those_of_diffusers() -> None:
         theirs = randomized(theirs.to_empty(device="cpu"))
         config = UNetConfig(**read_yaml(ROOT / "configs/sd15/ldm.yaml")["unet"])
         assert sum(p.numel() for p in theirs.parameters()) == 859_520_964
-        ours = network_of(UNet, config, theirs.state_dict(), names.unet_in_diffusers, "theirs")
+        ours = build_frozen(UNet, config, theirs.state_dict(), key_map.unet_key_to_diffusers, "theirs")
         generator = torch.Generator().manual_seed(1)
         z, context = torch.randn(1, 4, 16, 16, generator=generator), torch.randn(1, 77, 768, generator=generator)
         with torch.no_grad():
@@ -310,7 +314,7 @@ def test_networks_of_full_width_answer_as_those_of_diffusers() -> None:
         widths = (128, 256, 512, 512)
         theirs = randomized(diffusers.AutoencoderKL(block_out_channels=widths, layers_per_block=2, **levels))
         vae_config = VAEConfig(**read_yaml(ROOT / "configs/sd15/vae.yaml")["vae"])
-        ours = vae_of(vae_config, theirs.state_dict(), names.vae_in_diffusers, "theirs", scale=0.18215)
+        ours = build_frozen_vae(vae_config, theirs.state_dict(), key_map.vae_key_to_diffusers, "theirs", scale=0.18215)
         pixels = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
         with torch.no_grad():
             close(ours.encode(pixels).mean, theirs.encode(pixels).latent_dist.mean)
@@ -370,7 +374,7 @@ def their_folder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             pipeline = diffusers.StableDiffusionXLPipeline(**parts)
         else:
             openai = kind in ("sd1", "inpaint")
-            parts["text_encoder"], parts["tokenizer"] = tower(config.context_width, openai=openai)
+            parts["text_encoder"], parts["tokenizer"] = tower(config.context_dim, openai=openai)
             cls = diffusers.StableDiffusionInpaintPipeline if kind == "inpaint" else diffusers.StableDiffusionPipeline
             pipeline = cls(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
         folders[kind] = tmp_path_factory.mktemp(kind)
@@ -528,13 +532,13 @@ def test_old_names_and_the_map_of_special_tokens_are_read(their_folder: dict[str
     file = folder / "vae/diffusion_pytorch_model.safetensors"
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     rules = {rf"attentions\.0\.{re.escape(new)}\.": f"attentions.0.{name}." for new, name in old.items()}
-    tensors = {names._replaced(name, rules): tensor for name, tensor in load_file(file).items()}
+    tensors = {key_map._replaced(name, rules): tensor for name, tensor in load_file(file).items()}
     assert sum(".proj_attn." in name for name in tensors) == 4
     save_file(tensors, tmp_path / "vae.safetensors")
     (tmp_path / "vae.safetensors").replace(file)
     (folder / "tokenizer/special_tokens_map.json").write_text('{"pad_token": "!"}')
     found, want = Pipeline.load(folder), Pipeline.load(their_folder["sd1"])
-    assert found.text is not None and [encoder.config.padding for encoder in found.text.encoders] == [0]
+    assert found.text is not None and [encoder.config.pad_token_id for encoder in found.text.encoders] == [0]
     a, b = (pipeline.vae.state_dict() for pipeline in (found, want))  # type: ignore[union-attr]
     assert all(torch.equal(a[name], b[name]) for name in b)
 
@@ -588,9 +592,9 @@ def test_a_folder_of_ours_loads_in_diffusers(
         assert difference(found.crop(box), want.crop(box)) <= 2
 
 
-def parts_of(pipeline: Pipeline) -> Parts:
+def parts_of(pipeline: Pipeline) -> ModelComponents:
     assert pipeline.vae is not None and pipeline.text is not None
-    return Parts(pipeline.unet, pipeline.process, pipeline.vae, pipeline.text, pipeline.size)
+    return ModelComponents(pipeline.unet, pipeline.diffusion, pipeline.vae, pipeline.text, pipeline.resolution)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2-base", "sdxl", "inpaint"])
@@ -602,7 +606,7 @@ def test_single_files_keep_the_pictures(kind: str, their_folder: dict[str, Path]
     square = tensors["model.diffusion_model.middle_block.1.proj_in.weight"].ndim == 4
     assert square == (kind in ("sd1", "inpaint"))
     found = Pipeline.load(file)
-    assert found.process.config == ours.process.config and found.unet.config == ours.unet.config
+    assert found.diffusion.config == ours.diffusion.config and found.unet.config == ours.unet.config
     call = {"image": scene(), "mask": MASK} if kind == "inpaint" else {"width": 32, "height": 32}
     a, b = (p("a cat", steps=4, sampler="ddim", seed=5, **call)[0] for p in (ours, found))
     assert difference(a, b) <= 1
@@ -610,18 +614,28 @@ def test_single_files_keep_the_pictures(kind: str, their_folder: dict[str, Path]
 
 def test_what_a_file_of_version_2_predicts_is_seen_from_one_bias(their_folder: dict[str, Path], tmp_path: Path) -> None:
     """As ComfyUI sees it; a network whose bias does not tell is refused before anything is written."""
-    config = UNetConfig(channels=256, multipliers=(1, 1, 1, 1), depths=(1, 1, 1, 0), heads=(4,) * 4, context_width=32)
+    config = UNetConfig(
+        model_channels=256,
+        channel_mult=(1, 1, 1, 1),
+        transformer_depth=(1, 1, 1, 0),
+        num_heads=(4,) * 4,
+        context_dim=32,
+    )
     unet = randomized(UNet(config))
-    bias = {names.unet_in_compvis(config)(name): tensor for name, tensor in unet.named_parameters()}[compvis.V_BIAS]
+    bias = {key_map.unet_key_to_compvis(config)(name): tensor for name, tensor in unet.named_parameters()}[
+        compvis.V_BIAS
+    ]
     ours = parts_of(Pipeline.load(their_folder["sd2"]))._replace(unet=unet)  # type: ignore[arg-type]
     for spread, prediction in ((0.2, "v"), (0.01, "epsilon")):
         with torch.no_grad():
             bias.copy_(spread * torch.randn(256, generator=torch.Generator().manual_seed(0)))
-        process = Process(ProcessConfig(prediction=prediction))  # type: ignore[arg-type]
+        process = Diffusion(DiffusionConfig(prediction=prediction))  # type: ignore[arg-type]
         compvis.write(ours._replace(process=process), tmp_path / f"{prediction}.safetensors")
         found = compvis.read(tmp_path / f"{prediction}.safetensors")
-        assert found.process.config.prediction == prediction and f"predicts {prediction}, " in found.kind
-    with pytest.raises(ValueError, match="process.prediction .which is seen there from the spread of one bias. stand"):
+        assert found.process.config.prediction == prediction and f"predicts {prediction}, " in found.description
+    with pytest.raises(
+        ValueError, match="diffusion.prediction .which is seen there from the spread of one bias. stand"
+    ):
         compvis.write(ours, tmp_path / "other.safetensors")
     assert not (tmp_path / "other.safetensors").exists()
 
@@ -629,9 +643,9 @@ def test_what_a_file_of_version_2_predicts_is_seen_from_one_bias(their_folder: d
 def test_files_of_xl_tell_what_they_predict(their_folder: dict[str, Path], tmp_path: Path) -> None:
     ours = parts_of(Pipeline.load(their_folder["sdxl"]))
     for prediction, zero in (("epsilon", False), ("v", False), ("v", True)):
-        process = Process(ProcessConfig(prediction=prediction, zero_terminal_snr=zero))  # type: ignore[arg-type]
+        process = Diffusion(DiffusionConfig(prediction=prediction, zero_terminal_snr=zero))  # type: ignore[arg-type]
         compvis.write(ours._replace(process=process), tmp_path / "xl.safetensors")
-        assert Pipeline.load(tmp_path / "xl.safetensors").process.config == process.config
+        assert Pipeline.load(tmp_path / "xl.safetensors").diffusion.config == process.config
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2-base", "sdxl", "inpaint"])
@@ -730,15 +744,15 @@ def test_shapes_that_make_no_network_are_told(their_folder: dict[str, Path], tmp
             if new is not None:
                 tensors[name] = new
         try:
-            compvis.parts_of(tensors, tmp_path / "a.safetensors")
+            compvis.components_from_tensors(tensors, tmp_path / "a.safetensors")
         except ValueError as error:
             assert str(error).startswith(str(tmp_path / "a.safetensors")) and "\n" not in str(error)
 
 
 def test_what_a_format_can_not_hold_is_named(tiny_model: Path, tmp_path: Path) -> None:
     ours = Pipeline.load(tiny_model)
-    narrow = r"unet.channels .norm groups of narrow levels are others."
-    wrong = f"unet.coordinates, unet.vector_width, {narrow}, vae.patch, process.path, text.padding, text.pooled"
+    narrow = r"unet.model_channels .norm groups of narrow levels are others."
+    wrong = f"unet.coord_conv, unet.pooled_dim, {narrow}, vae.patch_size, diffusion.noise_schedule, text.pad_token_id, text.use_pooled"
     for target in (write, compvis.write):
         with pytest.raises(ValueError, match=f"can not hold this model: {wrong}.* stand in the way"):
             target(parts_of(ours), tmp_path)
@@ -748,17 +762,17 @@ def test_what_a_format_can_not_hold_is_named(tiny_model: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("kind", "change", "target", "setting"),
     [
-        ("sd1", {"process": {"prediction": "flow"}}, "diffusers", "process.prediction"),
-        ("sd1", {"process": {"path": "linear"}}, "compvis", "process.path"),
-        ("sd1", {"process": {"prediction": "v"}}, "compvis", "process.prediction .which"),
-        ("sd1", {"process": {"prediction": "v", "zero_terminal_snr": True}}, "compvis", "process.zero_terminal_snr"),
-        ("sd1", {"unet": {"heads": (4, 4, 4)}}, "compvis", "unet.heads"),
-        ("sd1", {"unet": {"scale_shift": True}}, "compvis", "unet.scale_shift"),
-        ("sd1", {"unet": {"middle_depth": 2}}, "diffusers", "unet.middle_depth"),
+        ("sd1", {"process": {"prediction": "flow"}}, "diffusers", "diffusion.prediction"),
+        ("sd1", {"process": {"noise_schedule": "linear"}}, "compvis", "diffusion.noise_schedule"),
+        ("sd1", {"process": {"prediction": "v"}}, "compvis", "diffusion.prediction .which"),
+        ("sd1", {"process": {"prediction": "v", "zero_terminal_snr": True}}, "compvis", "diffusion.zero_terminal_snr"),
+        ("sd1", {"unet": {"num_heads": (4, 4, 4)}}, "compvis", "unet.num_heads"),
+        ("sd1", {"unet": {"scale_shift_norm": True}}, "compvis", "unet.scale_shift_norm"),
+        ("sd1", {"unet": {"mid_transformer_depth": 2}}, "diffusers", "unet.mid_transformer_depth"),
         ("sd1", {"text": {"layer": "penultimate"}}, "compvis", "text.layer"),
-        ("sd1", {"text": {"zero_empty": True}}, "diffusers", "text.zero_empty"),
-        ("sd2-base", {"text": {"padding": 49407}}, "compvis", "text.padding"),
-        ("sdxl", {"text": {"normalize": True}}, "diffusers", "text.normalize"),
+        ("sd1", {"text": {"zero_empty_prompt": True}}, "diffusers", "text.zero_empty_prompt"),
+        ("sd2-base", {"text": {"pad_token_id": 49407}}, "compvis", "text.pad_token_id"),
+        ("sdxl", {"text": {"final_layer_norm": True}}, "diffusers", "text.final_layer_norm"),
         ("sdxl", {"text": {"layer": "last"}}, "compvis", "text.layer"),
     ],
 )
@@ -767,7 +781,7 @@ def test_each_setting_that_stands_in_the_way_is_named(
 ) -> None:
     parts = parts_of(loaded(kind)[0])
     if "process" in change:
-        parts = parts._replace(process=Process(ProcessConfig(**change["process"])))
+        parts = parts._replace(process=Diffusion(DiffusionConfig(**change["process"])))
     if "unet" in change:
         with torch.device("meta"):
             parts = parts._replace(unet=UNet(parts.unet.config.model_copy(update=change["unet"])))
@@ -789,7 +803,7 @@ def test_convert_goes_around(their_folder: dict[str, Path], tmp_path: Path, caps
     """diffusers -> ours -> diffusers -> ours: each step is compared, and says so."""
     places = [their_folder["sd2"], tmp_path / "ours", tmp_path / "theirs", tmp_path / "again"]
     for (source, target), to in zip(itertools.pairwise(places), ("ldm", "diffusers", "ldm"), strict=True):
-        convert.main([str(source), str(target), "--to", to])
+        convert.main([str(source), str(target), "--format", to])
     told = capsys.readouterr().out
     assert "theirs: written as diffusers, read back; the same picture differs by " in told and told.count("\n") == 6
     assert f"{places[0]}: Stable Diffusion 2, predicts v, 32 pixels\n" in told
@@ -806,24 +820,22 @@ def test_convert_leaves_nothing_that_does_not_paint_the_same(
     monkeypatch.setattr(convert, "compare", lambda one, other: 3.0)
     for to in ("ldm", "compvis"):
         with pytest.raises(SystemExit, match=f"not paint the same when it is read back as {to}: pixels differ by 3 of"):
-            convert.main([str(their_folder["sd1"]), str(tmp_path / "out"), "--to", to])
+            convert.main([str(their_folder["sd1"]), str(tmp_path / "out"), "--format", to])
     assert not list(tmp_path.iterdir())
 
 
 def test_a_model_trained_here_goes_to_diffusers_and_back(tmp_path: Path) -> None:
     """With the settings that the family has, and weights of the loss that no other format knows."""
     diffusers = pytest.importorskip("diffusers")
-    shared = "--steps 2 --batch-size 4 --data.size 32 --checkpoint-every 2"
-    clip = "--clip.context-length 24 --clip.width 32 --clip.layers 1 --clip.heads 1 --clip.embed-dim 16"
+    shared = "--steps 2 --batch-size 4 --data.resolution 32 --checkpoint-every 2"
+    clip = "--clip.context-length 24 --clip.width 32 --clip.num-layers 1 --clip.num-heads 1 --clip.embed-dim 16"
     train_clip.main(["--run", str(tmp_path / "clip"), *shared.split(), *clip.split()])
-    vae = "--vae.patch 1 --vae.channels 32 --vae.multipliers 1 1 1 --vae.latent-channels 4"
+    vae = "--vae.patch-size 1 --vae.base-channels 32 --vae.channel-mult 1 1 1 --vae.latent-channels 4"
     train_vae.main(["--run", str(tmp_path / "vae"), *shared.split(), *vae.split()])
-    unet = (
-        "--unet.patch 1 --unet.channels 256 --unet.multipliers 1 1 --unet.blocks 1 --unet.depths 1 0 --unet.heads 4 4"
-    )
-    unet += " --unet.in-channels 4 --unet.context-width 32 --unet.vector-width 0 --unet.no-coordinates"
-    unet += " --unet.no-scale-shift --unet.middle-depth 1 --text.padding 0 --text.layer last --text.no-pooled"
-    process = "--process.path scaled_linear --process.prediction epsilon --process.min-snr-gamma 5"
+    unet = "--unet.patch-size 1 --unet.model-channels 256 --unet.channel-mult 1 1 --unet.num-res-blocks 1 --unet.transformer-depth 1 0 --unet.num-heads 4 4"
+    unet += " --unet.in-channels 4 --unet.context-dim 32 --unet.pooled-dim 0 --unet.no-coord-conv"
+    unet += " --unet.no-scale-shift-norm --unet.mid-transformer-depth 1 --text.pad-token-id 0 --text.layer last --text.no-use-pooled"
+    process = "--diffusion.noise-schedule scaled_linear --diffusion.prediction epsilon --diffusion.min-snr-gamma 5"
     train_ldm.main(
         [
             "--run",
@@ -831,14 +843,14 @@ def test_a_model_trained_here_goes_to_diffusers_and_back(tmp_path: Path) -> None
             *shared.split(),
             *unet.split(),
             *process.split(),
-            "--process.snr-floor",
+            "--diffusion.snr-floor",
             "1",
             "--sample-steps",
             "1",
         ]
     )
     model, theirs = tmp_path / "ldm/model", tmp_path / "theirs"
-    assert convert.main([str(model), str(theirs), "--to", "diffusers"]) is None
+    assert convert.main([str(model), str(theirs), "--format", "diffusers"]) is None
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(theirs)
     pipeline.set_progress_bar_config(disable=True)
     want = pipeline("a red star", latents=initial_noise((4, 8, 8), [5]), num_inference_steps=5, guidance_scale=3.0)

@@ -18,16 +18,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_structure import ROOT, SCRIPTS
-from train_ldm import TrainLDM
+from train_ldm import TrainLDMConfig
 
-from ldm import pictures
-from ldm.config import parse as parse_flags
+from ldm import imaging
+from ldm.cli import parse_cli as parse_flags
 from ldm.config import read_yaml, write_yaml
-from ldm.data.check import check
-from ldm.data.images import CAPTION_COLUMNS, METADATA, Source, decode, open_images, wordings_of
-from ldm.metadata import Record, read_png, save_png
-from ldm.text.encoder import make_tokenizer
-from ldm.text.prompts import HEAVIEST, Part, parse, plain, split
+from ldm.data.inspect import inspect_dataset
+from ldm.data.sources.base import CAPTION_COLUMNS, ImageTextSource, as_caption_list
+from ldm.data.sources.decode import decode_image
+from ldm.data.sources.folder import METADATA, open_images
+from ldm.pipeline.record import GenerationRecord, read_png, save_png
+from ldm.text.prompt_weights import MAX_WEIGHT, WeightedText, parse_weights, split_and, strip_weights
+from ldm.text.tokenizer import make_tokenizer
 
 STABLE = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -112,13 +114,13 @@ class Folder(NamedTuple):
     def captions(self) -> dict[str, list[str]]:
         """Those of every image; all that was opened must lie in the folder."""
         found = {
-            name: [text for text in wordings_of(entry) if text]
+            name: [text for text in as_caption_list(entry) if text]
             for part in self.parts()
             for name, entry in zip(part.names, part.captions, strict=True)
         }
         return {name: found[name] for name in NAMES}
 
-    def parts(self) -> list[Source]:
+    def parts(self) -> list[ImageTextSource]:
         parts = [open_images(str(self.root), split) for split in ("train", "test")]  # type: ignore[arg-type]
         assert sorted(name for part in parts for name in part.names) == sorted(NAMES)
         assert all(path.is_relative_to(self.root) for path in self.opened)
@@ -250,14 +252,14 @@ def test_any_folder_is_looked_at(folder: Folder, kind: str, changes: Changes, im
     picture.write_bytes(image.of(whole))
     try:
         parts = told(path, folder.parts) or []
-        report, shown = check(parts, lambda caption: len(COUNT(caption)), limit=77, shown=3, workers=1)
+        report, shown = inspect_dataset(parts, lambda caption: len(COUNT(caption)), limit=77, shown=3, workers=1)
     finally:
         picture.write_bytes(whole)
-    lines = list(report.lines(8, 77))
+    lines = list(report.format(8, 77))
     assert lines[0].startswith(f"{3 if parts else 0} images, ") and len(report.unreadable) <= 1
     if shown:
         sheet = [seen.thumb for seen in shown if seen.thumb]
-        assert pictures.captioned(sheet, [seen.caption for seen in shown], columns=2).width == 2 * 136 - 8
+        assert imaging.captioned_grid(sheet, [seen.caption for seen in shown], columns=2).width == 2 * 136 - 8
 
 
 # Tables of images.
@@ -295,7 +297,7 @@ def test_no_cell_of_a_table_opens_a_file_elsewhere(beside: Path, cell: dict[str,
     path = table(beside / "a.parquet", {"image": [filled, filled]})
     for index in range(2):
         with pytest.raises(ValueError, match="holds no image|leads out of"):
-            decode([*open_images(str(path), "train").images, *open_images(str(path), "test").images][index])  # type: ignore[arg-type]
+            decode_image([*open_images(str(path), "train").images, *open_images(str(path), "test").images][index])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -331,7 +333,7 @@ def test_a_table_that_was_changed(tmp_path_factory: pytest.TempPathFactory, chan
 # Configurations.
 
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
-REAL = [(SCRIPTS.get(path.stem, TrainLDM), path.read_text()) for path in FILES]
+REAL = [(SCRIPTS.get(path.stem, TrainLDMConfig), path.read_text()) for path in FILES]
 SIGNS = st.text(alphabet="ab1:-{}[]&*!?|>%@`'\"#, \n\t.~=<\0é", max_size=40)
 TAGS = ("!!int", "!!bool", "!!timestamp", "!!float", "!!binary", "!!set", "!!omap", "!!null", "!!python/name:os.system")
 
@@ -355,7 +357,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(STABLE, max_examples=150)
 @given(text=TEXTS | SIGNS | st.builds("{}: {} {}".format, SIGNS, st.sampled_from(TAGS), SIGNS))
 def test_any_text_as_a_configuration(file: Path, text: str) -> None:
-    read_or_told(text, TrainLDM, file)
+    read_or_told(text, TrainLDMConfig, file)
 
 
 @STABLE
@@ -403,10 +405,10 @@ def test_a_configuration_with_other_keys_and_values(file: Path, real: tuple[type
     )
 )
 def test_valid_configurations_come_back(file: Path, values: dict[str, Any]) -> None:
-    config = TrainLDM(**values)
+    config = TrainLDMConfig(**values)
     write_yaml(file, config)
-    assert TrainLDM.from_dict(read_yaml(file), source="again") == config
-    assert parse_flags(TrainLDM, ["--config", str(file)], default=None, description="") == config.model_copy(
+    assert TrainLDMConfig.from_dict(read_yaml(file), source="again") == config
+    assert parse_flags(TrainLDMConfig, ["--config", str(file)], default=None, description="") == config.model_copy(
         update={"config": file}
     )
 
@@ -427,9 +429,9 @@ def test_configurations_that_once_were_not_told(file: Path) -> None:
         "&a {steps: *a}",
         '"a\\nb": 1',
     ):
-        assert read_or_told(text, TrainLDM, file) is None
+        assert read_or_told(text, TrainLDMConfig, file) is None
         with pytest.raises(SystemExit) as caught:
-            parse_flags(TrainLDM, ["--config", str(file)], default=None, description="")
+            parse_flags(TrainLDMConfig, ["--config", str(file)], default=None, description="")
         assert all(line.startswith(f"error: {file}: ") for line in str(caught.value.code).splitlines())
     assert not made.exists()
 
@@ -456,7 +458,7 @@ RECORD = {
 @given(prompt=TEXTS, negative=TEXTS, model=TEXTS)
 def test_records_come_back(file: Path, prompt: str, negative: str, model: str) -> None:
     path = file.with_name("a.png")
-    record = Record(**{**RECORD, "prompt": prompt, "negative_prompt": negative, "model": model})  # type: ignore[arg-type]
+    record = GenerationRecord(**{**RECORD, "prompt": prompt, "negative_prompt": negative, "model": model})  # type: ignore[arg-type]
     save_png(path, Image.new("RGB", (4, 4)), record)
     assert read_png(path) == record
 
@@ -464,14 +466,14 @@ def test_records_come_back(file: Path, prompt: str, negative: str, model: str) -
 @STABLE
 @given(changes=CHANGES)
 def test_a_painted_picture_that_was_changed(file: Path, changes: Changes) -> None:
-    path, record = file.with_name("b.png"), Record(**RECORD, prompt="a")  # type: ignore[arg-type]
+    path, record = file.with_name("b.png"), GenerationRecord(**RECORD, prompt="a")  # type: ignore[arg-type]
     save_png(path, Image.new("RGB", (4, 4)), record)
     path.write_bytes(changes.of(path.read_bytes()))
     told(path, lambda: read_png(path))
 
 
 @STABLE
-@given(values=st.dictionaries(st.sampled_from([*Record.model_fields, "zz"]), VALUES, max_size=2) | VALUES)
+@given(values=st.dictionaries(st.sampled_from([*GenerationRecord.model_fields, "zz"]), VALUES, max_size=2) | VALUES)
 def test_a_record_of_any_kind(file: Path, values: Any) -> None:
     path = file.with_name("c.png")
     info = chunk(json.dumps({**RECORD, "prompt": "a", **values} if isinstance(values, dict) else values))
@@ -490,7 +492,7 @@ def chunk(text: str) -> PngInfo:
 # Prompts.
 
 PROMPTS = st.text(max_size=60) | st.text(alphabet="a() [:1.]\\-+AND٣", max_size=40)
-WEIGHTS = st.floats(-HEAVIEST, HEAVIEST).map(lambda weight: round(weight, 3))
+WEIGHTS = st.floats(-MAX_WEIGHT, MAX_WEIGHT).map(lambda weight: round(weight, 3))
 WORDS = st.text(alphabet="abé ,.", min_size=1, max_size=8)
 
 
@@ -498,20 +500,20 @@ WORDS = st.text(alphabet="abé ,.", min_size=1, max_size=8)
 @given(text=PROMPTS)
 def test_any_prompt_is_read_or_weighs_too_much(text: str) -> None:
     try:
-        found = [part for joined in split(text) for part in parse(joined.text)]
-        assert all(abs(part.weight) <= HEAVIEST for part in found) and len(plain(text)) <= len(text)
+        found = [part for joined in split_and(text) for part in parse_weights(joined.text)]
+        assert all(abs(part.weight) <= MAX_WEIGHT for part in found) and len(strip_weights(text)) <= len(text)
     except ValueError as error:
-        assert str(error).endswith(f"at most {HEAVIEST} is allowed") and len(str(error).splitlines()) == 1
+        assert str(error).endswith(f"at most {MAX_WEIGHT} is allowed") and len(str(error).splitlines()) == 1
     escaped = "".join(f"\\{sign}" if sign in "()[]\\" else sign for sign in text)
-    assert parse(escaped) == [Part(text, 1.0)]
+    assert parse_weights(escaped) == [WeightedText(text, 1.0)]
 
 
 @STABLE
 @given(parts=st.lists(st.tuples(WORDS, WEIGHTS), min_size=1, max_size=5))
 def test_weights_come_back(parts: list[tuple[str, float]]) -> None:
-    assert parse("".join(f"({text}:{weight:.3f})" for text, weight in parts)) == parts
+    assert parse_weights("".join(f"({text}:{weight:.3f})" for text, weight in parts)) == parts
     joined = [(f"{text} x", weight) for text, weight in [*parts, ("y", 1.0)]]
-    assert [(part.text, part.weight) for part in split(" AND ".join(f"{t} :{w:.3f}" for t, w in joined))] == [
+    assert [(part.text, part.weight) for part in split_and(" AND ".join(f"{t} :{w:.3f}" for t, w in joined))] == [
         (text.strip(), weight) for text, weight in joined
     ]
 
@@ -520,5 +522,5 @@ def test_weights_come_back(parts: list[tuple[str, float]]) -> None:
     "prompt", [f"(a:{'9' * 400})", "(" * 80 + "a", f"((a:0):{'9' * 400})", f"a :{'9' * 400} AND b"]
 )
 def test_a_weight_without_end_is_refused(prompt: str) -> None:
-    with pytest.raises(ValueError, match=f"at most {HEAVIEST} is allowed"):
-        plain(prompt)
+    with pytest.raises(ValueError, match=f"at most {MAX_WEIGHT} is allowed"):
+        strip_weights(prompt)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data import shapes
+from ldm.data.sources import shapes
 from ldm.diffusion.guidance import GuidanceConfig
-from ldm.diffusion.process import Process, ProcessConfig
-from ldm.diffusion.samplers import SAMPLERS, Step
-from ldm.pipeline import Pipeline, between, initial_noise, to_images, words_of
+from ldm.diffusion.process import Diffusion, DiffusionConfig
+from ldm.diffusion.samplers import SAMPLERS, SamplerStep
+from ldm.pipeline import Pipeline
+from ldm.pipeline.pipeline import initial_noise, slerp, split_words, tensor_to_pil
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -53,12 +54,12 @@ def test_seed_zero_is_a_seed(tiny_model: Path) -> None:
 def test_every_sampler_paints_and_on_step_sees_each_step(tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
     for sampler in SAMPLERS:
-        seen: list[tuple[int, Step]] = []
+        seen: list[tuple[int, SamplerStep]] = []
         image = pipeline("a star", sampler=sampler, steps=3, on_step=lambda n, step, seen=seen: seen.append((n, step)))[
             0
         ]
         assert [number for number, _ in seen] == [1, 2, 3]
-        assert all(step.z.shape == step.data.shape == (1, 4, 4, 4) for _, step in seen)
+        assert all(step.z.shape == step.denoised.shape == (1, 4, 4, 4) for _, step in seen)
         assert image.size == (16, 16)
 
 
@@ -107,9 +108,9 @@ def test_saving_and_loading_keeps_every_bit(tiny_model: Path, tmp_path: Path) ->
 def test_a_model_folder_explains_itself_and_can_be_moved(tiny_model: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(tiny_model, tmp_path / "moved")
     values = json.loads((moved / "model.json").read_text())
-    assert values["process"]["path"] == "flow" and values["null_prompt"] == ""
+    assert values["diffusion"]["noise_schedule"] == "flow" and values["null_prompt"] == ""
     assert values["text"]["model"] == "local-dir:text" and values["text"]["layer"] == "penultimate"
-    assert values["about"]["data"]["source"] == "shapes"
+    assert values["metadata"]["data"]["source"] == "shapes"
     assert len(values["vae_sha256"]) == 64
     Pipeline.load(moved)("a star", steps=1)
 
@@ -137,7 +138,7 @@ def test_folders_that_are_none_or_not_whole_are_told(tiny_runs: Path, tiny_model
     with pytest.raises(ValueError, match="unet.safetensors is missing"):
         Pipeline.load(folder)
     values = json.loads((folder / "model.json").read_text())
-    del values["size"]
+    del values["resolution"]
     (folder / "model.json").write_text(json.dumps(values | {"colour": 1}))
     with pytest.raises(ValueError, match=r"model.json: size: Field required(.|\n)*colour: unknown key"):
         Pipeline.load(folder)
@@ -149,14 +150,14 @@ def test_folders_that_are_none_or_not_whole_are_told(tiny_runs: Path, tiny_model
 
 def test_words_that_training_never_saw_are_named(tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
-    assert pipeline.unknown_words("A small red Circle, riding a horse!") == ["riding", "horse"]
-    assert words_of("Cat's-eye, O'Neill: 2 cats") == ["cat's-eye", "o'neill", "2", "cats"]
+    assert pipeline.unseen_words("A small red Circle, riding a horse!") == ["riding", "horse"]
+    assert split_words("Cat's-eye, O'Neill: 2 cats") == ["cat's-eye", "o'neill", "2", "cats"]
 
 
 def test_grey_and_colour_pixels_become_pictures() -> None:
-    grey = to_images(torch.tensor([-1.0, 0.0, 1.0, 2.0]).view(1, 1, 2, 2))[0]
+    grey = tensor_to_pil(torch.tensor([-1.0, 0.0, 1.0, 2.0]).view(1, 1, 2, 2))[0]
     assert grey.mode == "L" and list(grey.get_flattened_data()) == [0, 128, 255, 255]
-    assert to_images(torch.zeros(2, 3, 4, 5))[1].size == (5, 4)
+    assert tensor_to_pil(torch.zeros(2, 3, 4, 5))[1].size == (5, 4)
 
 
 def test_guidance_rules_compose_in_the_pipeline(tiny_model: Path) -> None:
@@ -166,10 +167,10 @@ def test_guidance_rules_compose_in_the_pipeline(tiny_model: Path) -> None:
     plain = pipeline("a red circle", seed=3, steps=4, guidance_scale=1)[0]
     seen = {pipeline("a red circle", **call)[0].tobytes(), plain.tobytes()}  # type: ignore[arg-type]
     for values in (
-        {"rule": "apg"},
-        {"rule": "apg", "apg_momentum": -0.5},
+        {"method": "apg"},
+        {"method": "apg", "apg_momentum": -0.5},
         {"zero_star": True},
-        {"zero_star": True, "rule": "apg"},
+        {"zero_star": True, "method": "apg"},
         {"zero_init": True},
         {"rescale": 0.7},
         {"interval": (0.3, 0.7)},
@@ -184,7 +185,7 @@ def test_guidance_rules_compose_in_the_pipeline(tiny_model: Path) -> None:
 def test_autoguidance_goes_away_from_the_weaker_model(tiny_model: Path) -> None:
     pipeline, weaker = Pipeline.load(tiny_model), Pipeline.load(tiny_model)
     plain = pipeline("a red circle", steps=3, guidance_scale=1)[0]
-    same = pipeline.guided_by(weaker)("a red circle", steps=3, guidance_scale=4)[0]
+    same = pipeline.set_guide_model(weaker)("a red circle", steps=3, guidance_scale=4)[0]
     assert abs(pixels(same) - pixels(plain)).max() <= 1  # both answers are the same
     with torch.no_grad():
         for parameter in weaker.unet.parameters():
@@ -199,11 +200,11 @@ def test_autoguidance_goes_away_from_the_weaker_model(tiny_model: Path) -> None:
     with torch.no_grad():
         weaker.vae.decoder.conv_in.bias.add_(1)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="can not guide .* its vae is another"):
-        pipeline.guided_by(weaker)
-    weaker.process = Process(ProcessConfig(prediction="v"))
+        pipeline.set_guide_model(weaker)
+    weaker.diffusion = Diffusion(DiffusionConfig(prediction="v"))
     with pytest.raises(ValueError, match="can not guide .* its process is another"):
-        pipeline.guided_by(weaker)
-    pipeline.weaker, pipeline.process = None, weaker.process
+        pipeline.set_guide_model(weaker)
+    pipeline.guide_unet, pipeline.diffusion = None, weaker.diffusion
     with pytest.raises(ValueError, match="guidance zero_star is for the flow path, this model's is scaled_linear"):
         pipeline("a star", steps=1, guidance=GuidanceConfig(zero_star=True))
 
@@ -219,7 +220,7 @@ def test_strength_goes_from_the_picture_to_another(tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
     image = a_picture()
     far = []
-    kept = to_images(pipeline.decode(pipeline.source(image, 0.0).latents))[0]
+    kept = tensor_to_pil(pipeline.decode(pipeline.prepare_init_image(image, 0.0).latents))[0]
     for strength in (0.0, 0.3, 1.0):
         steps: list[int] = []
         found = pipeline(
@@ -247,12 +248,12 @@ def test_inpainting_keeps_what_the_mask_does_not_cover(sampler: str, tiny_model:
 def test_known_latents_arrive_unchanged(tiny_model: Path) -> None:
     """The part that the mask leaves is the source's own, for every sampler, not only after pasting."""
     pipeline = Pipeline.load(tiny_model)
-    source = pipeline.source(a_picture(), 1.0, Image.new("L", (16, 16)))
+    source = pipeline.prepare_init_image(a_picture(), 1.0, Image.new("L", (16, 16)))
     noise = initial_noise((4, 4, 4), [0])
     for sampler in SAMPLERS:
         with torch.no_grad():
             call = {"seeds": [0], "steps": 3, "guidance_scale": 2.0, "sampler": sampler}
-            found = pipeline.sample(noise, ["a star"], [""], source=source, **call)  # type: ignore[arg-type]
+            found = pipeline.sample(noise, ["a star"], [""], init_image=source, **call)  # type: ignore[arg-type]
         torch.testing.assert_close(found, source.latents, rtol=1e-5, atol=1e-5)
 
 
@@ -263,8 +264,8 @@ def test_variations_lie_between_two_seeds(tiny_model: Path) -> None:
         found = pixels(pipeline("a star", seed=1, variation=(2, share), steps=2)[0])
         assert abs(found - want).max() <= 1
     a, b = initial_noise((4, 8, 8), [1, 2]).split(1)
-    assert between(a, b, 0.5).std().item() == pytest.approx(1, abs=0.1)
-    torch.testing.assert_close(between(a, a, 0.3), a)
+    assert slerp(a, b, 0.5).std().item() == pytest.approx(1, abs=0.1)
+    torch.testing.assert_close(slerp(a, a, 0.3), a)
 
 
 def test_inversion_gives_the_picture_back(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,10 +277,10 @@ def test_inversion_gives_the_picture_back(tiny_model: Path, monkeypatch: pytest.
         return (1 - sigma) * z / ((1 - sigma) ** 2 + sigma**2)
 
     monkeypatch.setattr(pipeline.unet, "forward", best)
-    latents = pipeline.source(a_picture(), 1.0).latents
+    latents = pipeline.prepare_init_image(a_picture(), 1.0).latents
     errors = []
     for steps in (10, 160):
-        noise = pipeline.invert(a_picture(), "a star", steps=steps)
+        noise = pipeline.invert_image(a_picture(), "a star", steps=steps)
         call = {"seeds": [0], "steps": steps, "guidance_scale": 1, "sampler": "euler"}
         again = pipeline.sample(noise, ["a star"], [""], **call)  # type: ignore[arg-type]
         errors.append((again - latents).abs().mean().item())
@@ -317,8 +318,8 @@ def test_tiles_are_decoded_without_seams(tiny_model: Path) -> None:
 
 def test_previews_look_like_the_picture(tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
-    latents = pipeline.source(a_picture(32), 1.0).latents
-    whole = to_images(pipeline.decode(latents))[0].resize((8, 8), Image.Resampling.BOX)
+    latents = pipeline.prepare_init_image(a_picture(32), 1.0).latents
+    whole = tensor_to_pil(pipeline.decode(latents))[0].resize((8, 8), Image.Resampling.BOX)
     preview = pipeline.preview(latents)[0]
     assert preview.size == (8, 8)
     error = pixels(preview) - pixels(whole)

@@ -8,29 +8,29 @@ from pathlib import Path
 import plan
 import pytest
 import torch
-from plan import Plan
+from plan import PlanConfig
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from ldm.config import ScriptConfig, parse
-from ldm.training import budget, planning
-from ldm.training.budget import Cost, dry_run, largest_batch, seconds_of_step
-from ldm.training.machine import GIB
-from ldm.training.planning import Job, Machine, Recipe, fit_in, machine_of
+from ldm.cli import ScriptConfig, parse_cli
+from ldm.planning import cost
+from ldm.planner.cost import Cost, dry_run, largest_batch, time_step
+from ldm.planner.device import GIB
+from ldm.planner.planner import MachineSpec, Recipe, StageEstimate, detect_machine, fit_to_memory
 from ldm.unet import UNet
 
 CPU = torch.device("cpu")
-SMALL = {"gpus": 0, "memory_gib": 8.0, "tflops": 0.05, "size": 32, "images": 9072}  # about what two cores reach
+SMALL = {"gpus": 0, "memory_gib": 8.0, "tflops": 0.05, "size": 32, "num_images": 9072}  # about what two cores reach
 
 
-plan.jobs_of = cache(plan.jobs_of)  # so that dry runs of one test are there for the next
+plan.recipe_stages = cache(plan.recipe_stages)  # so that dry runs of one test are there for the next
 
 
-def jobs(recipe: str, size: int) -> dict[str, Job]:
-    return {job.stage: job for job in plan.jobs_of(plan.ROOT / "configs" / recipe, size)}
+def jobs(recipe: str, size: int) -> dict[str, StageEstimate]:
+    return {job.stage: job for job in plan.recipe_stages(plan.ROOT / "configs" / recipe, size)}
 
 
-def real_peak(job: Job, images: int, recompute: bool) -> int:
+def real_peak(job: StageEstimate, images: int, recompute: bool) -> int:
     """Bytes that a real forward and backward pass had at once, beside the weights, as torch's profiler saw them."""
     module = job.build(recompute)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -57,13 +57,13 @@ def test_the_dry_run_has_the_memory_of_a_real_step(recipe: str, stage: str, reco
     """Measured at 8 images: equal to 0.1 %, and 4 % below it for the VAE that recomputes; 5 % are allowed."""
     job = jobs(recipe, 64 if recipe == "emoji" else 32)[stage]
     dry = dry_run(lambda: job.build(recompute), job.loss, 8, bf16=False)
-    assert dry.live == pytest.approx(real_peak(job, 8, recompute), rel=0.05)
+    assert dry.peak_activation_bytes == pytest.approx(real_peak(job, 8, recompute), rel=0.05)
 
 
 def test_recomputing_takes_more_work_and_less_memory() -> None:
     job = jobs("emoji", 64)["ldm"]
     plain, again = (dry_run(lambda r=r: job.build(r), job.loss, 64, bf16=False) for r in (False, True))  # type: ignore[misc]
-    assert 1.2 < again.flop / plain.flop < 1.4 and again.live < 0.5 * plain.live
+    assert 1.2 < again.flop / plain.flop < 1.4 and again.peak_activation_bytes < 0.5 * plain.peak_activation_bytes
 
 
 def test_the_cost_of_a_known_layer() -> None:
@@ -99,13 +99,13 @@ def test_the_largest_batch_fits_and_divides() -> None:
 
 def test_a_rate_is_measured() -> None:
     job = jobs("shapes", 32)["vae"]
-    few, many = (seconds_of_step(lambda: job.build(False), job.loss, n, CPU, bf16=False) for n in (1, 32))
+    few, many = (time_step(lambda: job.build(False), job.loss, n, CPU, bf16=False) for n in (1, 32))
     assert 0 < few < many
 
 
 @pytest.mark.parametrize(("hours", "recipe"), [(0.5, "shapes"), (3.0, "emoji-cpu"), (200.0, "emoji")])
 def test_more_time_takes_a_larger_recipe_and_its_commands_are_read(hours: float, recipe: str) -> None:
-    told = plan.plan(Plan(hours=hours, **SMALL))
+    told = plan.plan(PlanConfig(hours=hours, **SMALL))
     assert told[1].startswith(f"configs/{recipe}, of emoji, emoji-cpu, shapes: "), told
     commands = [shlex.split(line) for line in told if line.startswith("accelerate launch scripts/train_")]
     assert len(commands) == 3
@@ -113,30 +113,30 @@ def test_more_time_takes_a_larger_recipe_and_its_commands_are_read(hours: float,
         stage = settings.removeprefix("Train").lower()
         words[words.index("--config") + 1] = str(plan.ROOT / words[words.index("--config") + 1])
         cls: type[ScriptConfig] = getattr(getattr(plan, f"train_{stage}"), settings)
-        config = parse(cls, words[3:], default=None, description="")
+        config = parse_cli(cls, words[3:], default=None, description="")
         assert config.data.size == 32 and config.run == Path("runs/plan") / stage  # type: ignore[attr-defined]
 
 
 def test_a_folder_with_a_space_is_one_word_of_the_commands() -> None:
-    told = plan.plan(Plan(hours=0.02, source="my photos", **SMALL))
+    told = plan.plan(PlanConfig(hours=0.02, source="my photos", **SMALL))
     assert all("my photos" in shlex.split(line) for line in told if line.startswith("accelerate"))
 
 
 def test_too_little_time_cuts_steps_and_warm_up() -> None:
-    told = "\n".join(plan.plan(Plan(hours=0.02, **SMALL)))
+    told = "\n".join(plan.plan(PlanConfig(hours=0.02, **SMALL)))
     assert "so there is time for " in told and " of them" in told
     words = next(line for line in told.splitlines() if "train_ldm" in line).split()
-    steps, warmup = (int(words[words.index(flag) + 1]) for flag in ("--steps", "--warmup"))
+    steps, warmup = (int(words[words.index(flag) + 1]) for flag in ("--steps", "--warmup-steps"))
     assert warmup <= steps // 10 and steps < 5200
-    told = "\n".join(plan.plan(Plan(hours=1e-9, **SMALL)))
+    told = "\n".join(plan.plan(PlanConfig(hours=1e-9, **SMALL)))
     assert "train_ldm.py" in told and "doctor.py" not in told  # which wants more steps than one
 
 
 def test_latents_of_many_images_are_not_kept_in_memory() -> None:
-    told = plan.plan(Plan(hours=0.5, **SMALL | {"images": 10**8}))
+    told = plan.plan(PlanConfig(hours=0.5, **SMALL | {"num_images": 10**8}))
     assert any(line.startswith("latents: encoded in each step, as all of them take ") for line in told), told
     assert all(line.endswith(" --no-cache-latents") for line in told if "train_ldm.py" in line or "doctor.py" in line)
-    assert not any("--no-cache-latents" in line for line in plan.plan(Plan(hours=0.5, **SMALL)))
+    assert not any("--no-cache-latents" in line for line in plan.plan(PlanConfig(hours=0.5, **SMALL)))
 
 
 def test_what_does_not_fit_is_made_smaller_or_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,16 +147,22 @@ def test_what_does_not_fit_is_made_smaller_or_told(monkeypatch: pytest.MonkeyPat
     known = lambda job, images, recompute, bf16: Cost(1000, 0, 1, 4000 + images * (100 if recompute else 1000))  # noqa: E731
     monkeypatch.setattr(planning, "cost", known)
     job, clip = jobs("emoji", 64)["ldm"], jobs("emoji", 64)["clip"]
-    one = [fit_in(job, Machine(1, room, None, 1.0)) for room in (148_000, 60_000, 20_500)]
-    assert [(row.images, row.recompute, row.split) for row in one] == [(128, 0, 0), (32, 0, 0), (4, 1, 0)]
+    one = [fit_to_memory(job, MachineSpec(1, room, None, 1.0)) for room in (148_000, 60_000, 20_500)]
+    assert [(row.images, row.gradient_checkpointing, row.fsdp) for row in one] == [(128, 0, 0), (32, 0, 0), (4, 1, 0)]
     assert [row.accumulate for row in one] == [1, 4, 32] and all(row.batch == 128 for row in one)
-    four = fit_in(job, Machine(4, 20_500, None, 1.0))
-    assert (four.images, four.recompute, four.split, four.batch, four.accumulate) == (32, True, True, 128, 1)
-    assert fit_in(clip, Machine(1, 60_000, None, 1.0)).batch == 32
+    four = fit_to_memory(job, MachineSpec(4, 20_500, None, 1.0))
+    assert (four.images, four.gradient_checkpointing, four.fsdp, four.batch, four.accumulate) == (
+        32,
+        True,
+        True,
+        128,
+        1,
+    )
+    assert fit_to_memory(clip, MachineSpec(1, 60_000, None, 1.0)).batch == 32
     with pytest.raises(ValueError, match="clip.yaml: one image needs"):  # its logit scale can not be split
-        fit_in(clip, Machine(4, 20_500, None, 1.0))
+        fit_to_memory(clip, MachineSpec(4, 20_500, None, 1.0))
     with pytest.raises(ValueError, match="one image needs .* there is room for"):
-        fit_in(job, Machine(1, 20_000, None, 1.0))
+        fit_to_memory(job, MachineSpec(1, 20_000, None, 1.0))
 
 
 def test_no_rate_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,14 +176,14 @@ def test_no_rate_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
         plan.recipes(100)
     shapes = [Recipe("shapes", list(jobs("shapes", 32).values()))]
     monkeypatch.setattr(plan, "recipes", lambda size, most: shapes)
-    told = plan.plan(Plan(gpus=1, memory_gib=24, size=32))
+    told = plan.plan(PlanConfig(gpus=1, memory_gib=24, size=32))
     assert "give --tflops" in told[-1] and "TFLOP/s a GPU needed" in told[2]
     assert not any(line.startswith("accelerate") for line in told)
     with pytest.raises(ValueError, match="--memory-gib: say what the other machine has"):
-        plan.plan(Plan(gpus=1, tflops=10))
+        plan.plan(PlanConfig(gpus=1, tflops=10))
 
 
 def test_a_machine_has_room_for_less_than_its_memory() -> None:
-    machine = machine_of(0, 8.0, 0.05)
-    assert machine.room == int(0.9 * 8 * GIB) - GIB and machine.device is None
-    assert math.isclose(Cost(10, 4, 0, 40).memory(), 10 * budget.KEPT + 44)
+    machine = detect_machine(0, 8.0, 0.05)
+    assert machine.usable_bytes == int(0.9 * 8 * GIB) - GIB and machine.device is None
+    assert math.isclose(Cost(10, 4, 0, 40).memory(), 10 * cost.STATE_BYTES_PER_PARAMETER + 44)

@@ -8,7 +8,7 @@ import torch
 
 from ldm.pipeline import Pipeline
 from ldm.text import TextConfig, TextEncoder
-from ldm.text.prompts import Part, parse, plain, split
+from ldm.text.prompt_weights import WeightedText, parse_weights, split_and, strip_weights
 
 
 @pytest.mark.parametrize(
@@ -30,16 +30,16 @@ from ldm.text.prompts import Part, parse, plain, split
     ],
 )
 def test_weights(prompt: str, parts: list[tuple[str, float]]) -> None:
-    found = parse(prompt)
+    found = parse_weights(prompt)
     assert [part.text for part in found] == [text for text, _ in parts]
     assert [part.weight for part in found] == pytest.approx([weight for _, weight in parts])
 
 
 def test_and_joins_prompts() -> None:
-    assert split("a cat") == [("a cat", 1.0)]
-    assert split("a cat AND a dog :0.5 AND SAND") == [("a cat", 1.0), ("a dog", 0.5), ("SAND", 1.0)]
-    assert split("a clock: 3") == [("a clock: 3", 1.0)]
-    assert plain("a (red:1.3) cat AND [dog] :2").split() == ["a", "red", "cat", "dog"]
+    assert split_and("a cat") == [("a cat", 1.0)]
+    assert split_and("a cat AND a dog :0.5 AND SAND") == [("a cat", 1.0), ("a dog", 0.5), ("SAND", 1.0)]
+    assert split_and("a clock: 3") == [("a clock: 3", 1.0)]
+    assert strip_weights("a (red:1.3) cat AND [dog] :2").split() == ["a", "red", "cat", "dog"]
 
 
 @pytest.fixture
@@ -49,34 +49,34 @@ def text(tiny_runs: Path) -> TextEncoder:
 
 def test_a_prompt_without_signs_is_encoded_as_in_training(text: TextEncoder) -> None:
     prompts = ["a red circle", "", "a very small blue ring in the corner"]
-    for ours, theirs in zip(text.prompt_states(prompts), text(prompts), strict=True):
+    for ours, theirs in zip(text.encode_prompts(prompts), text(prompts), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 def test_weights_multiply_the_states_of_their_words(text: TextEncoder) -> None:
-    states, weighted = (text.prompt_states([p]).tokens[0] for p in ("a red circle", "a (red:1.5) circle"))
+    states, weighted = (text.encode_prompts([p]).hidden_states[0] for p in ("a red circle", "a (red:1.5) circle"))
     ratio = (weighted / states).mean(1)
     torch.testing.assert_close(ratio, torch.tensor([1, 1, 1.5, 1, 1.0]), rtol=1e-4, atol=1e-4)
 
 
 def test_a_long_prompt_is_encoded_in_pieces(text: TextEncoder) -> None:
     long = "red " * 22 + "circle"
-    states = text.prompt_states([long, "a star"])
-    pieces = text.prompt_states(["red " * 22, "circle"])
-    torch.testing.assert_close(states.tokens[0, :24], pieces.tokens[0])
-    torch.testing.assert_close(states.tokens[0, 24:27], pieces.tokens[1, :3])
+    states = text.encode_prompts([long, "a star"])
+    pieces = text.encode_prompts(["red " * 22, "circle"])
+    torch.testing.assert_close(states.hidden_states[0, :24], pieces.hidden_states[0])
+    torch.testing.assert_close(states.hidden_states[0, 24:27], pieces.hidden_states[1, :3])
     assert states.mask.sum(1).tolist() == [24 + 3, 4]
-    alone = text.prompt_states(["a star"])
-    torch.testing.assert_close(states.tokens[1, :4], alone.tokens[0])
+    alone = text.encode_prompts(["a star"])
+    torch.testing.assert_close(states.hidden_states[1, :4], alone.hidden_states[0])
     torch.testing.assert_close(states.pooled, torch.cat([pieces.pooled[:1], alone.pooled]))
 
 
 def test_prompts_that_can_not_be_read_are_told(text: TextEncoder) -> None:
     for token in ("<end_of_text>", "<start_of_text>"):
         with pytest.raises(ValueError, match=f"prompt has {token} in it, which the text tower takes for its own"):
-            text.prompt_states([f"a cat {token} a dog"])
+            text.encode_prompts([f"a cat {token} a dog"])
     with pytest.raises(ValueError, match="prompt has 10,000 tokens, at most 440 can be read: shorten it"):
-        text.prompt_states(["red " * 10_000])
+        text.encode_prompts(["red " * 10_000])
 
 
 # In the pipeline.
@@ -94,12 +94,17 @@ def test_the_pipeline_reads_the_signs(tiny_model: Path) -> None:
     assert abs(pixels(pipeline, "a red circle :0.5 AND a red circle :0.5") - alone).max() <= 1
     assert abs(pixels(pipeline, "a red circle AND a blue star") - alone).max() > 1
     assert abs(pixels(pipeline, "a (red:90) circle") - alone).max() > 1
-    assert pipeline.unknown_words("a (red:1.3) zebra AND [circle]") == ["zebra"]
+    assert pipeline.unseen_words("a (red:1.3) zebra AND [circle]") == ["zebra"]
     for sign in ("<end_of_text>", "&lt;end_of_text&gt;", "&amp;lt;START_OF_TEXT&amp;gt;", "＜end_of_text＞"):
         with pytest.raises(ValueError, match="prompt has <(start|end)_of_text> in it, which the text tower takes for"):
             pixels(pipeline, f"a star {sign} a ring")
-    assert parse("a (red:1.) [.5:") == [Part("a ", 1.0), Part("red", 1.0), Part(" ", 1.0), Part(".5:", 1 / 1.1)]
-    assert split("a AND b :1.") == [Part("a", 1.0), Part("b", 1.0)]
+    assert parse_weights("a (red:1.) [.5:") == [
+        WeightedText("a ", 1.0),
+        WeightedText("red", 1.0),
+        WeightedText(" ", 1.0),
+        WeightedText(".5:", 1 / 1.1),
+    ]
+    assert split_and("a AND b :1.") == [WeightedText("a", 1.0), WeightedText("b", 1.0)]
 
 
 def test_prompts_joined_and_alone_share_a_batch(tiny_model: Path) -> None:

@@ -15,17 +15,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_training import losses
 
-from ldm.data import DataConfig, open_dataset, shards
-from ldm.data.order import Key
-from ldm.pipeline import load_vae
-from ldm.text.encoder import TextTower
+from ldm.data import DataConfig, latents, open_dataset
+from ldm.data.batch_sampler import SampleKey
+from ldm.pipeline.pipeline import load_vae
+from ldm.text.tower import TextTower
 
-SIZE = ["--data.size", "16"]
-TEXT = ["--text.layer", "penultimate", "--text.pooled"]  # as configs/shapes/ldm.yaml has it
+SIZE = ["--data.resolution", "16"]
+TEXT = ["--text.layer", "penultimate", "--text.use-pooled"]  # as configs/shapes/ldm.yaml has it
 
 
 def make(runs: Path, *flags: str) -> Path:
-    encode.main(["--out", str(runs / "latents"), *SIZE, "--shard-size", "100", *flags])
+    encode.main(["--out", str(runs / "latents"), *SIZE, "--images-per-file", "100", *flags])
     return runs / "latents"
 
 
@@ -43,7 +43,7 @@ def test_training_from_latents_equals_training_from_images(runs: Path, tiny_runs
     """Up to the float16 of the latents, in the losses of training and validation; it opens no image."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train_ldm.open_dataset", None)
-        train("ldm", runs / "ldm", "--latents", str(runs / "latents"))
+        train("ldm", runs / "ldm", "--cached-latents", str(runs / "latents"))
     want, found = losses(tiny_runs / "ldm"), losses(runs / "ldm")
     assert want.keys() == found.keys() and max(abs(found[step] / want[step] - 1) for step in want) < 2e-3
     words = [(run / "ldm/model/words.txt").read_text() for run in (runs, tiny_runs)]
@@ -56,7 +56,7 @@ def test_training_from_text_states_runs_no_tower(runs: Path, tiny_runs: Path, tm
     """But for that of "", and of the sample grid. A tower that says something else is refused."""
     for name in ("clip", "vae"):
         shutil.copytree(runs / name, tmp_path / name)
-    flags = ["--latents", str(make(tmp_path, "--text-states", *TEXT))]
+    flags = ["--cached-latents", str(make(tmp_path, "--text-embeddings", *TEXT))]
     asked: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TextTower, "forward", counted(asked, TextTower.forward))
@@ -64,7 +64,7 @@ def test_training_from_text_states_runs_no_tower(runs: Path, tiny_runs: Path, tm
     assert asked == [1, 2 * 16]  # ""; the sample grid at the end, and "" for each of its prompts
     with pytest.raises(SystemExit, match="something else: layer is last, there penultimate; run scripts/encode"):
         train("ldm", tmp_path / "other", *flags, "--text.layer", "last")
-    train("ldm", runs / "dropped", "--latents", str(runs / "latents"), "--caption-dropout", "0.5")
+    train("ldm", runs / "dropped", "--cached-latents", str(runs / "latents"), "--caption-dropout", "0.5")
     want, found = losses(runs / "dropped"), losses(tmp_path / "ldm")
     assert want.keys() == found.keys() and max(abs(found[step] / want[step] - 1) for step in want) < 2e-3
 
@@ -78,7 +78,7 @@ def test_what_is_whole_is_kept(runs: Path, tmp_path: Path, capsys: pytest.Captur
     for name in ("clip", "vae", "latents"):
         shutil.copytree(runs / name, tmp_path / name)
     files = sorted((tmp_path / "latents").glob("*.safetensors"))
-    index = shards.read_index(tmp_path / "latents")
+    index = latents.read_index(tmp_path / "latents")
     assert len(files) == sum(-(-rows // 100) for rows in index.rows.values()) > 5
     before = {file: file.stat().st_mtime_ns for file in files}
     told = (tmp_path / "latents/index.json").read_text()
@@ -90,7 +90,7 @@ def test_what_is_whole_is_kept(runs: Path, tmp_path: Path, capsys: pytest.Captur
     assert changed == files[1:3] and (tmp_path / "latents/index.json").read_text() == told
     make(tmp_path, "--seed", "1")
     assert f"0 of {len(files)} files are there" in capsys.readouterr().out
-    make(tmp_path, "--seed", "1", "--shard-size", "50")  # files of the same names hold other rows
+    make(tmp_path, "--seed", "1", "--images-per-file", "50")  # files of the same names hold other rows
     assert "\n0 of " in capsys.readouterr().out
 
 
@@ -98,9 +98,9 @@ def test_numbers_beyond_float16_are_refused(runs: Path, tmp_path: Path) -> None:
     large, none = torch.full((1, 1, 1, 1), 7e4), torch.zeros(1, 1, 1, 1)
     for mean, states, told in ((large, none, "latents reach 70000"), (none, large, "text tower reach 70000")):
         with pytest.raises(ValueError, match=f"the .*{told}, beyond the 65,504 of float16: train without"):
-            shards.write_shard(
+            latents.write_latent_file(
                 tmp_path / "train-000-000000.safetensors",
-                open_dataset(DataConfig(size=16), "train", seed=0),
+                open_dataset(DataConfig(resolution=16), "train", seed=0),
                 0,
                 range(1),
                 encode=lambda images, mean=mean: (mean, none),
@@ -119,17 +119,17 @@ def test_variants_are_what_the_epochs_would_have_cut(runs: Path, tmp_path: Path)
     for number in range(12):
         Image.frombytes("RGB", (24, 16), draw.randbytes(24 * 16 * 3)).save(photos / f"{number}.png")
         (photos / f"{number}.txt").write_text(f"picture {number}")
-    flags = ["--data.source", str(photos), "--data.flip", "--variants", "2"]
+    flags = ["--data.source", str(photos), "--data.random-flip", "--augmentations-per-image", "2"]
     folder = make(tmp_path, *flags)
-    config = DataConfig(source=str(photos), size=16, flip=True)
+    config = DataConfig(source=str(photos), resolution=16, random_flip=True)
     data, vae = open_dataset(config, "train", seed=0), load_vae(tmp_path / "vae/model")
-    cached = shards.LatentShards(folder, "train", seed=0)
+    cached = latents.LatentDataset(folder, "train", seed=0)
     assert len(cached) == len(data)
     means = []
     for epoch in (0, 1, 2):
         for index in range(len(data)):
-            key = Key(index, epoch, 0)
-            same = data[Key(index, epoch % 2, 0)]
+            key = SampleKey(index, epoch, 0)
+            same = data[SampleKey(index, epoch % 2, 0)]
             with torch.no_grad():
                 want = vae.encode(same["image"][None])
             torch.testing.assert_close(cached[key]["mean"], want.mean[0], rtol=1e-2, atol=1e-2)
@@ -139,16 +139,16 @@ def test_variants_are_what_the_epochs_would_have_cut(runs: Path, tmp_path: Path)
 
 
 def test_latents_of_something_else_are_refused(runs: Path, tmp_path: Path) -> None:
-    flags = ["--latents", str(runs / "latents")]
+    flags = ["--cached-latents", str(runs / "latents")]
     with pytest.raises(SystemExit, match="was made with something else: seed is 1, there 0; run scripts/encode.py"):
         train("ldm", runs / "other", *flags, "--seed", "1")
     vae = train("vae", tmp_path / "vae", "--seed", "1")
     with pytest.raises(SystemExit, match="made with something else: vae_sha256 is .*, there .*; run scripts/encode.py"):
-        train("ldm", runs / "other", *flags, "--autoencoder", str(vae))
+        train("ldm", runs / "other", *flags, "--vae", str(vae))
     with pytest.raises(SystemExit, match=r"holds no finished latents \(no index.json\): make them with scripts/encode"):
-        train("ldm", runs / "other", "--latents", str(tmp_path))
+        train("ldm", runs / "other", "--cached-latents", str(tmp_path))
     with pytest.raises(SystemExit, match="encode.py made them with a VAE and a text tower"):
-        none = ["--autoencoder", "none", "--unet.in-channels", "3"]
+        none = ["--vae", "none", "--unet.in-channels", "3"]
         train("ldm", runs / "other", *flags, *none)
 
 
@@ -156,19 +156,19 @@ def test_a_changed_file_is_never_read(runs: Path, tmp_path: Path) -> None:
     """2,000 files with bits turned, bytes cut off or changed: each row is the one that was written, or an error."""
     folder, draw = tmp_path / "latents", random.Random(0)
     shutil.copytree(runs / "latents", folder)
-    index = shards.read_index(folder)
+    index = latents.read_index(folder)
     small = {name: tensor.clone() for name, tensor in load_file(folder / "test-000-000000.safetensors").items()}
     rows = {name: tensor[:8] for name, tensor in small.items() if name != "ids"}
     file = folder / "test-000-000000.safetensors"
     save_file(
         {**rows, "ids": small["ids"][: small["last"][7]]},
         file,
-        shards.label(file.name, shards.made_with(index.identity, index.shard_size)),
+        latents.file_tag(file.name, latents.content_key(index.fingerprint, index.images_per_file)),
     )
     whole = file.read_bytes()
-    held_out = shards.LatentShards(folder, "test", seed=0)
-    shards._opened.cache_clear()
-    want = [held_out[Key(i, 0, 0)] for i in range(8)]
+    held_out = latents.LatentDataset(folder, "test", seed=0)
+    latents._opened.cache_clear()
+    want = [held_out[SampleKey(i, 0, 0)] for i in range(8)]
     seen = 0
     for number in range(2_000):
         place = draw.choice((draw.randrange(len(whole)), draw.randrange(900)))
@@ -180,10 +180,10 @@ def test_a_changed_file_is_never_read(runs: Path, tmp_path: Path) -> None:
         other = folder / f".changed-{number}"  # a new file each time: the old one is mapped into memory
         other.write_bytes(changed)
         other.replace(file)
-        shards._opened.cache_clear()
+        latents._opened.cache_clear()
         for i in range(8):
             try:
-                found = held_out[Key(i, 0, 0)]
+                found = held_out[SampleKey(i, 0, 0)]
             except ValueError as error:
                 assert "test-000-000000.safetensors is missing or damaged: remove it and run" in str(error)
                 seen += 1
@@ -192,4 +192,4 @@ def test_a_changed_file_is_never_read(runs: Path, tmp_path: Path) -> None:
     assert seen > 1_900  # the others had a change in what no row of the split is read from
     (folder / "index.json").write_text("{")
     with pytest.raises(ValueError, match="index.json is damaged: run scripts/encode.py again"):
-        shards.LatentShards(folder, "test", seed=0)
+        latents.LatentDataset(folder, "test", seed=0)

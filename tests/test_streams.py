@@ -27,10 +27,13 @@ from test_distributed import launch
 from test_training import losses
 from torch.utils.data import DataLoader
 
-from ldm.data import DataConfig, open_dataset, streams
-from ldm.data.order import Key, StreamOrder, file_order
-from ldm.data.streams import UnreadableShard, find_shards, in_shards, open_shards, read_rows
-from ldm.training.loop import KeyedDataset
+from ldm.data import DataConfig, open_dataset
+from ldm.data.batch_sampler import SampleKey, ShardedBatchSampler, file_order
+from ldm.data.loader import IndexedDataset
+from ldm.data.sources import sharded
+from ldm.data.sources.shard_cache import ShardReadError
+from ldm.data.sources.sharded import is_sharded, list_shards, open_shards
+from ldm.data.sources.webdataset import read_rows
 
 TARS, ROWS = 6, 20
 
@@ -83,7 +86,7 @@ def photos(tmp_path: Path) -> Path:
 )
 def test_each_row_comes_once_in_an_epoch(rows: list[int], streams: int, batch: int, seed: int) -> None:
     """No row is lost or comes twice, over three epochs, wherever the steps end."""
-    order = StreamOrder(rows, streams=streams, seed=seed, batch_size=batch)
+    order = ShardedBatchSampler(rows, streams=streams, seed=seed, batch_size=batch)
     size = sum(rows)
     assert batch % order.streams == 0 and order.streams <= min(streams, size)
     keys = [key for keys in islice(order, 3 * -(-size // batch) + batch) for key in keys]
@@ -97,35 +100,35 @@ def test_each_row_comes_once_in_an_epoch(rows: list[int], streams: int, batch: i
 
 def test_each_process_takes_its_part_from_files_of_its_own() -> None:
     rows = [50] * 32
-    whole = StreamOrder(rows, streams=8, seed=0, batch_size=16)
-    parts = [StreamOrder(rows, streams=8, seed=0, batch_size=16, rank=rank, world=4) for rank in range(4)]
-    later = StreamOrder(rows, streams=8, seed=0, batch_size=16, start=7)
+    whole = ShardedBatchSampler(rows, streams=8, seed=0, batch_size=16)
+    parts = [ShardedBatchSampler(rows, streams=8, seed=0, batch_size=16, rank=rank, world=4) for rank in range(4)]
+    later = ShardedBatchSampler(rows, streams=8, seed=0, batch_size=16, start=7)
     files: list[set[int]] = [set() for _ in parts]
     for step, (keys, *cuts) in enumerate(islice(zip(whole, *parts, strict=True), 100)):
         assert [key for cut in cuts for key in cut] == keys
         for own, cut in zip(files, cuts, strict=True):
             own |= {key.index // 50 for key in cut}
         if step >= 7:
-            assert next(iter(StreamOrder(rows, streams=8, seed=0, batch_size=16, start=step))) == keys
+            assert next(iter(ShardedBatchSampler(rows, streams=8, seed=0, batch_size=16, start=step))) == keys
     assert next(iter(later)) == [later._key(7, position) for position in range(16)]
     assert sum(map(len, files)) == 32 and set().union(*files) == set(range(32))
 
 
 def test_a_step_needs_few_files() -> None:
-    order = StreamOrder([100] * 40, streams=4, seed=0, batch_size=8)
+    order = ShardedBatchSampler([100] * 40, streams=4, seed=0, batch_size=8)
     steps = [{key.index // 100 for key in keys} for keys in islice(order, 500)]
     assert all(len(files) <= 4 for files in steps) and len(set().union(*steps)) == 40
 
 
 def test_rows_are_what_the_tars_hold(photos: Path) -> None:
     data, held_out = (
-        open_dataset(DataConfig(source=str(photos), size=16), split, seed=0) for split in ("train", "test")
+        open_dataset(DataConfig(source=str(photos), resolution=16), split, seed=0) for split in ("train", "test")
     )
     assert (len(data), len(held_out)) == (TARS * (ROWS - 1), TARS)  # 5 % of each shard, at least one
     seen = []
     for split in (data, held_out):
         for index in range(len(split)):
-            sample = split[Key(index, 0, 0)]
+            sample = split[SampleKey(index, 0, 0)]
             number = int(sample["caption"])
             assert sample["image"][0, 8, 8].item() == pytest.approx(number / 127.5 - 1, abs=1e-5)
             assert sample["sizes"].tolist() == [16, 24, 0, int(sample["sizes"][3]), 16, 16]
@@ -171,7 +174,7 @@ def test_the_cache_heals_itself(photos: Path, cache: Path, monkeypatch: pytest.M
     assert len(source.store._opened) == 1  # the other would take room on the disk
     assert pickle.loads(copied).images[0] == png(1)
     monkeypatch.setattr(streams, "write_rows", lambda path, rows: path.write_bytes(b""))
-    with pytest.raises(UnreadableShard, match=r"005\.tar was fetched 8 times, and .*arrow can not be read"):
+    with pytest.raises(ShardReadError, match=r"005\.tar was fetched 8 times, and .*arrow can not be read"):
         source.images[len(source.images) - 1]
 
 
@@ -195,7 +198,7 @@ def test_a_changed_file_is_never_read(tmp_path: Path, cache: Path, monkeypatch: 
         source.store._opened.clear()
         try:
             assert list(zip(source.images, source.captions, strict=True)) == want
-        except UnreadableShard as error:
+        except ShardReadError as error:
             assert "arrow can not be read: " in str(error) or "arrow was damaged, and is removed: start" in str(error)
             seen += 1
     assert seen > 150  # the others had a change in what no row is read from
@@ -238,8 +241,8 @@ def test_all_kinds_of_rows(tmp_path: Path) -> None:
     for index, error in ((1, "not UTF-8"), (2, "its JSON: the caption .* is no text")):
         with pytest.raises(ValueError, match=error):
             source.images[index]
-    data = open_dataset(DataConfig(source=str(folder), size=16, max_unreadable=1), "train", seed=0)
-    samples = [data[Key(i, 0, i)] for i in range(5)]
+    data = open_dataset(DataConfig(source=str(folder), resolution=16, max_unreadable=1), "train", seed=0)
+    samples = [data[SampleKey(i, 0, i)] for i in range(5)]
     assert {sample["caption"] for sample in samples} == {"two words", "five", ""}
     assert len(data.unreadable) == 2 and "x.tgz, row 2: its caption is not UTF-8" in data.report()
 
@@ -263,7 +266,7 @@ def test_parquet_shards_on_any_file_system(tmp_path: Path) -> None:
             assert [test_set.captions[i] for i in (0, 3)] == [["20"], ["23"]] and train_set.images[11] == png(11)
             with pytest.raises(ValueError, match="holds no image"):
                 train_set.images[9]
-        assert [s.url for s in find_shards("memory://set/train-{000..001}.parquet")] == [
+        assert [s.url for s in list_shards("memory://set/train-{000..001}.parquet")] == [
             f"memory:///set/train-00{i}.parquet" for i in (0, 1)
         ]
     finally:
@@ -295,16 +298,16 @@ def test_large_images_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch, tm
     write_tar(tmp_path / "x.tar", [(f"{i}.png", bytes(600)) for i in range(5)] + [("6.png", bytes(5000))])
     rows = list(read_rows(str(tmp_path / "x.tar")))
     assert [len(row.image) for row in rows] == [600] * 5 + [1000]
-    assert [len(chunk) for chunk in streams._chunks(rows)] == [2, 2, 2]
+    assert [len(chunk) for chunk in sharded._chunks(rows)] == [2, 2, 2]
 
 
 def test_what_names_shards(photos: Path, tmp_path: Path) -> None:
-    assert all(map(in_shards, (str(photos), "a/{00..12}.tar", "s3://bucket", "x/*.parquet", "x.tar")))
+    assert all(map(is_sharded, (str(photos), "a/{00..12}.tar", "s3://bucket", "x/*.parquet", "x.tar")))
     (tmp_path / "images").mkdir()
     (tmp_path / "images/metadata.parquet").touch()
-    assert not any(map(in_shards, ("org/name", "shapes", str(tmp_path / "images"), "x.parquet")))
+    assert not any(map(is_sharded, ("org/name", "shapes", str(tmp_path / "images"), "x.parquet")))
     (photos / "1.png").touch()
-    assert not in_shards(str(photos))
+    assert not is_sharded(str(photos))
     for source, error in (
         (str(tmp_path / "none/*.tar"), "no tar or parquet file there"),
         (str(tmp_path / "none.tar"), "none.tar can not be listed"),
@@ -316,10 +319,10 @@ def test_what_names_shards(photos: Path, tmp_path: Path) -> None:
             open_shards(source, "train", streams=1)
     Path(os.fsdecode(os.fsencode(photos / "x") + b"\xff.tar")).touch()
     with pytest.raises(ValueError, match=r"x\\udcff.tar' is not in UTF-8; rename that file"):
-        find_shards(f"{photos}/*.tar")
+        list_shards(f"{photos}/*.tar")
     Path(os.fsdecode(os.fsencode(photos / "x") + b"\xff.tar")).unlink()
     with pytest.raises(ValueError, match="the shapes of images in shards are not known ahead"):
-        open_dataset(DataConfig(source=f"{photos}/*.tar", size=16, bucket_step=8), "train", seed=0)
+        open_dataset(DataConfig(source=f"{photos}/*.tar", resolution=16, bucket_step=8), "train", seed=0)
 
 
 def test_a_damaged_shard_is_named(photos: Path) -> None:
@@ -329,24 +332,22 @@ def test_a_damaged_shard_is_named(photos: Path) -> None:
         damaged += [whole[:end], gzip.compress(whole[:end])]
     for content in damaged:
         (photos / "002.tar").write_bytes(content)
-        with pytest.raises(UnreadableShard, match=r"002\.tar can not be read \(.*\); repair it, or take it out"):
+        with pytest.raises(ShardReadError, match=r"002\.tar can not be read \(.*\); repair it, or take it out"):
             open_shards(str(photos), "train", streams=1)
     for size, kind in ((-512, tarfile.REGTYPE), (2**21, tarfile.GNUTYPE_LONGNAME)):
         header = tarfile.TarInfo("1.png")
         header.size, header.type = size, kind
         (photos / "002.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(2**22))
-        with pytest.raises(
-            UnreadableShard, match=rf"002\.tar can not be read \(a header of it tells of {size:,} bytes"
-        ):
+        with pytest.raises(ShardReadError, match=rf"002\.tar can not be read \(a header of it tells of {size:,} bytes"):
             open_shards(str(photos), "train", streams=1)
     (photos / "002.tar").write_bytes(gzip.compress(whole))  # its name is no matter
-    data = open_dataset(DataConfig(source=str(photos), size=16), "train", seed=0)
+    data = open_dataset(DataConfig(source=str(photos), resolution=16), "train", seed=0)
     write_tar(photos / "004.tar", [("1.png", png(1))])
-    with pytest.raises(UnreadableShard, match=r"004\.tar has 1 rows now, not 20: start again"):
-        data[Key(4 * (ROWS - 1), 0, 0)]
+    with pytest.raises(ShardReadError, match=r"004\.tar has 1 rows now, not 20: start again"):
+        data[SampleKey(4 * (ROWS - 1), 0, 0)]
     (photos / "003.tar").write_bytes(b"")
-    with pytest.raises(UnreadableShard, match=r"003\.tar can not be read"):
-        data[Key(3 * (ROWS - 1), 0, 0)]
+    with pytest.raises(ShardReadError, match=r"003\.tar can not be read"):
+        data[SampleKey(3 * (ROWS - 1), 0, 0)]
     assert not data.unreadable  # no image is blamed for it
 
 
@@ -359,7 +360,7 @@ def test_counts_that_can_not_be_are_told(tmp_path: Path, monkeypatch: pytest.Mon
             row_group=lambda i, rows=groups: SimpleNamespace(num_rows=rows[i]),
         )
         monkeypatch.setattr(pyarrow.parquet, "read_metadata", lambda file, told=told: told)
-        with pytest.raises(UnreadableShard, match="its counts of rows are damaged"):
+        with pytest.raises(ShardReadError, match="its counts of rows are damaged"):
             open_shards(f"{tmp_path}/*.parquet", "train", streams=1)
 
 
@@ -368,14 +369,14 @@ def test_an_unreadable_image_is_replaced_by_one_of_its_shard(tmp_path: Path) -> 
     files = [(f"{i}.{end}", data) for i in range(ROWS) for end, data in (("png", png(i)), ("txt", b"%d" % i))]
     files[10] = ("5.png", b"damaged")
     write_tar(folder / "001.tar", files)
-    data = open_dataset(DataConfig(source=str(folder), size=16, max_unreadable=0.5), "train", seed=0)
-    sample = data[Key(ROWS - 1 + 4, 0, 0)]
+    data = open_dataset(DataConfig(source=str(folder), resolution=16, max_unreadable=0.5), "train", seed=0)
+    sample = data[SampleKey(ROWS - 1 + 4, 0, 0)]
     assert 1 <= int(sample["caption"]) < ROWS and int(sample["caption"]) != 5
     assert data.unreadable == [f"{folder}/001.tar, row 5: no PNG, JPEG or WEBP image"]
     assert len(data.source.store._opened) == 2  # the first images are tried at the start, and its own shard
     write_tar(folder / "001.tar", [(f"{i}.png", b"damaged") for i in range(ROWS)])
-    data = open_dataset(DataConfig(source=str(folder), size=16, max_unreadable=0.5), "train", seed=0)
-    other = int(data[Key(ROWS - 1 + 4, 0, 0)]["caption"])
+    data = open_dataset(DataConfig(source=str(folder), resolution=16, max_unreadable=0.5), "train", seed=0)
+    other = int(data[SampleKey(ROWS - 1 + 4, 0, 0)]["caption"])
     assert (
         not ROWS <= other < 2 * ROWS and len(data.unreadable) > 5
     )  # where most of it is damaged, one of another shard
@@ -385,14 +386,14 @@ def test_an_unreadable_image_is_replaced_by_one_of_its_shard(tmp_path: Path) -> 
 
 def test_shards_are_fetched_ahead(photos: Path, cache: Path) -> None:
     """By a loading process: those of its samples, and those that come next."""
-    data = open_dataset(DataConfig(source=str(photos), size=16, streams=2), "train", seed=0)
-    order = data.order(seed=0, batch_size=4)
+    data = open_dataset(DataConfig(source=str(photos), resolution=16, shard_streams=2), "train", seed=0)
+    order = data.make_batch_sampler(seed=0, batch_size=4)
     keys = next(iter(order))
     needed = [data.source.store.place(key.index)[0] for key in (keys[0], keys[2])]
     files = file_order(TARS, 0, 0)
     ahead = {*needed, *(files[files.index(number) + 1] for number in needed)}
     loader = DataLoader(
-        KeyedDataset(data), batch_sampler=[keys], num_workers=1, collate_fn=list, persistent_workers=True
+        IndexedDataset(data), batch_sampler=[keys], num_workers=1, collate_fn=list, persistent_workers=True
     )
     rest = iter(loader)
     next(rest)
@@ -411,13 +412,13 @@ def train_apart(stage: str, run: Path, *flags: str) -> None:
 
 def test_processes_and_stops_change_nothing(photos: Path, tmp_path: Path) -> None:
     """Two processes with loading processes of their own, and a stop, give the run of one without."""
-    flags = ["--data.source", f"{photos}/{{000..005}}.tar", "--data.streams", "4"]
+    flags = ["--data.source", f"{photos}/{{000..005}}.tar", "--data.shard-streams", "4"]
     train("vae", tmp_path / "whole/vae", *flags)
-    train("vae", tmp_path / "cut/vae", *flags, "--steps", "2", "--workers", "2")
-    train("vae", tmp_path / "cut/vae", *flags, "--resume", "latest", "--workers", "2")
+    train("vae", tmp_path / "cut/vae", *flags, "--steps", "2", "--num-workers", "2")
+    train("vae", tmp_path / "cut/vae", *flags, "--resume", "latest", "--num-workers", "2")
     whole, cut = losses(tmp_path / "whole/vae"), losses(tmp_path / "cut/vae")
     assert whole == cut and len(whole) == 4
-    launch("vae", tmp_path / "two", 2, [*flags, "--workers", "1"], script=train_apart)
+    launch("vae", tmp_path / "two", 2, [*flags, "--num-workers", "1"], script=train_apart)
     assert losses(tmp_path / "two") == pytest.approx(whole, rel=1e-5)
     write_tar(photos / "000.tar", [("1.png", png(1)), ("2.png", png(2))])
     with pytest.raises(SystemExit, match="was made with data .*resume with the same data"):
@@ -432,8 +433,8 @@ def test_other_stages_read_shards(photos: Path, tmp_path: Path, capsys: pytest.C
     train("ldm", tmp_path / "ldm", *flags, "--no-cache-latents")
     with pytest.raises(SystemExit, match="shards are too many to be cached; add --no-cache-latents"):
         train("ldm", tmp_path / "other", *flags)
-    encode.main(["--out", str(tmp_path / "latents"), *flags, "--data.size", "16", "--shard-size", "50"])
-    train("ldm", tmp_path / "cached", *flags, "--latents", str(tmp_path / "latents"))
+    encode.main(["--out", str(tmp_path / "latents"), *flags, "--data.resolution", "16", "--images-per-file", "50"])
+    train("ldm", tmp_path / "cached", *flags, "--cached-latents", str(tmp_path / "latents"))
     assert len(losses(tmp_path / "cached")) == len(losses(tmp_path / "ldm")) == 4
     capsys.readouterr()
     data_script.main(["check", str(photos), "--size", "16"])

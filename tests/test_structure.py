@@ -10,15 +10,16 @@ import train_clip
 import train_ldm
 import train_vae
 
-from ldm.config import ScriptConfig, read_yaml
+from ldm.cli import ScriptConfig
+from ldm.config import read_yaml
 from ldm.unet import UNet
 from ldm.vae import VAE
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS: dict[str, type[ScriptConfig]] = {
-    "clip": train_clip.TrainCLIP,
-    "vae": train_vae.TrainVAE,
-    "ldm": train_ldm.TrainLDM,
+    "clip": train_clip.TrainCLIPConfig,
+    "vae": train_vae.TrainVAEConfig,
+    "ldm": train_ldm.TrainLDMConfig,
 }
 # What each package may import of ldm, beside itself.
 ALLOWED = {
@@ -73,21 +74,21 @@ def test_every_configuration_file_is_read_and_its_models_build(path: Path) -> No
     stage = path.stem if path.stem in SCRIPTS else "ldm"
     config = SCRIPTS[stage].from_dict(read_yaml(path), source=path.name)
     with torch.device("meta"):
-        if isinstance(config, train_vae.TrainVAE):
+        if isinstance(config, train_vae.TrainVAEConfig):
             VAE(config.vae)
-            config.vae.latent_size(config.data.size)
-        elif isinstance(config, train_clip.TrainCLIP):
-            open_clip.CLIP(**config.clip.architecture(config.data.size))
-        elif isinstance(config, train_ldm.TrainLDM):
+            config.vae.latent_size(config.data.resolution)
+        elif isinstance(config, train_clip.TrainCLIPConfig):
+            open_clip.CLIP(**config.clip.architecture(config.data.resolution))
+        elif isinstance(config, train_ldm.TrainLDMConfig):
             UNet(config.unet)
 
 
 def test_the_text_width_of_public_towers_fits_their_networks() -> None:
     for folder in ("sd15", "sd21-base", "sd21-v", "sdxl", "images-256"):
-        config = train_ldm.TrainLDM.from_dict(read_yaml(ROOT / f"configs/{folder}/ldm.yaml"), source=folder)
+        config = train_ldm.TrainLDMConfig.from_dict(read_yaml(ROOT / f"configs/{folder}/ldm.yaml"), source=folder)
         towers = [tower for tower in (config.text, config.second_text) if tower.model != "none"]
         widths = [open_clip.get_model_config(tower.model)["text_cfg"]["width"] for tower in towers]
-        assert sum(widths) == config.unet.context_width
+        assert sum(widths) == config.unet.context_dim
         for tower in towers:
             assert tower.pretrained in open_clip.list_pretrained_tags_by_model(tower.model)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.text import JoinedEncoder, TextConfig, TextEncoder, keep, kept
-from ldm.text.encoder import CONFIG_NAME, WEIGHTS_NAME
+from ldm.text import DualTextEncoder, TextConfig, TextEncoder, encode_for_cache, states_from_cache
+from ldm.text.weights import CONFIG_NAME, WEIGHTS_NAME
 
 PROMPTS = ["a red circle", "", "a very small blue ring in the top left corner, on white"]
 
@@ -53,40 +53,40 @@ def test_states_are_those_of_open_clip(layer: str, quick_gelu: bool, normalize: 
     assert ours.mask.sum(1).tolist() == ends.tolist() and length == ends.max()
 
 
-@pytest.mark.parametrize("values", [{}, {"padding": 49407}, {"zero_empty": True, "pooled": True}])
+@pytest.mark.parametrize("values", [{}, {"pad_token_id": 49407}, {"zero_empty_prompt": True, "use_pooled": True}])
 @pytest.mark.parametrize("two", [False, True])
 def test_states_that_are_kept_are_the_same(values: dict[str, Any], two: bool, folder: Path) -> None:
     """Kept one by one, or together, and put in batches of any length."""
     text: Any = load(folder, **values)
-    text = JoinedEncoder(text, load(folder, layer="penultimate", **values)) if two else text
+    text = DualTextEncoder(text, load(folder, layer="penultimate", **values)) if two else text
     ids = text.tokenize(PROMPTS)
-    tokens, pooled = keep(text, ids)
-    alone = [keep(text, ids[i : i + 1]) for i in range(3)]
+    tokens, pooled = encode_for_cache(text, ids)
+    alone = [encode_for_cache(text, ids[i : i + 1]) for i in range(3)]
     torch.testing.assert_close(tokens, torch.cat([own for own, _ in alone]), rtol=1e-5, atol=1e-5)
     for chosen in ([0, 1], [2, 1], [1]):
-        want, found = text.id_states(ids[chosen]), kept(text, ids[chosen], tokens[chosen], pooled[chosen])
+        want, found = text.id_states(ids[chosen]), states_from_cache(text, ids[chosen], tokens[chosen], pooled[chosen])
         seen = torch.ones(want.tokens.shape[:2], dtype=torch.bool) if want.mask is None else want.mask
         assert (found.mask is None) == (want.mask is None) and (
             found.mask is None or torch.equal(found.mask, want.mask)
         )
-        assert found.tokens.shape == want.tokens.shape
-        torch.testing.assert_close(found.tokens[seen], want.tokens[seen], rtol=1e-5, atol=1e-5)
+        assert found.hidden_states.shape == want.tokens.shape
+        torch.testing.assert_close(found.hidden_states[seen], want.tokens[seen], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.pooled, want.pooled, rtol=1e-5, atol=1e-5)
 
 
 def test_two_towers_say_both(folder: Path) -> None:
     first, second = load(folder, padding=49407), load(folder, padding=0, layer="penultimate", pooled=True)
-    both = JoinedEncoder(first, second)
-    assert (both.width, both.vector_width) == (first.width + second.width, second.vector_width)
+    both = DualTextEncoder(first, second)
+    assert (both.width, both.pooled_dim) == (first.width + second.width, second.pooled_dim)
     for name in ("forward", "prompt_states"):
         a, b, states = (getattr(encoder, name)(PROMPTS) for encoder in (first, second, both))
         assert torch.equal(states.tokens, torch.cat([a.tokens, b.tokens], -1)) and states.mask is None
         assert torch.equal(states.pooled, b.pooled)
     with pytest.raises(ValueError, match="set the padding of both text towers, or of none"):
-        JoinedEncoder(first, load(folder))
+        DualTextEncoder(first, load(folder))
     second.tower.length = 20
     with pytest.raises(ValueError, match="the text towers take 24 and 20 tokens: choose two with one limit"):
-        JoinedEncoder(first, second)
+        DualTextEncoder(first, second)
 
 
 def test_a_configuration_that_tells_no_tower_is_named(folder: Path, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_towers_of_another_kind_are_refused(folder: Path, tmp_path: Path) -> Non
 
 
 def test_the_public_towers_have_their_published_sizes() -> None:
-    from ldm.text.encoder import TextTower
+    from ldm.text.tower import TextTower
 
     for name, parameters in (("ViT-B-32", 63_428_096), ("ViT-H-14", 354_032_640)):
         with torch.device("meta"):

@@ -23,12 +23,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm.data.order import Key, Order, sample_at
-from ldm.keyed import Draws
-from ldm.training import checkpoint, loop
+from ldm.data.batch_sampler import EpochBatchSampler, SampleKey, sample_at_position
+from ldm.io.tensors import save_weights
+from ldm.rng import StepRNG
+from ldm.training import checkpoint, trainer
+from ldm.training.config import TrainingConfig
+from ldm.training.distributed import make_accelerator
 from ldm.training.ema import EMA
-from ldm.training.loop import Batch, Hooks, Player, Stage, Trainer, TrainingConfig, fit, learning_rate, make_accelerator
-from ldm.weights import save_weights
+from ldm.training.schedule import learning_rate
+from ldm.training.stage import Batch, Stage, StageCallbacks, Trainable
+from ldm.training.trainer import Trainer, fit
 
 STAGES = ("clip", "vae", "ldm")
 
@@ -39,7 +43,7 @@ class Numbers(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return 37
 
-    def __getitem__(self, key: Key) -> dict[str, Tensor]:
+    def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
         return {"x": torch.tensor([key.index / 37, 1.0])}
 
 
@@ -48,7 +52,7 @@ def toy(
     *,
     poison: Sequence[int] = (),
     jump: int | None = None,
-    players: list[Player] | None = None,
+    players: list[Trainable] | None = None,
     fp16: bool = False,
 ) -> Path:
     """Train a 2 -> 1 linear map with `fit`; at steps in `poison` its loss is NaN, at step `jump` it is large.
@@ -60,28 +64,35 @@ def toy(
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
     model = nn.Linear(2, 1)
 
-    def loss(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        error = module(batch["x"] + 0.01 * draws.normal("jitter", (2,))) - 3 * batch["x"][:, :1]
+    def loss(module: nn.Module, batch: Batch, draws: StepRNG) -> dict[str, Tensor]:
+        error = module(batch["x"] + 0.01 * draws.randn("jitter", (2,))) - 3 * batch["x"][:, :1]
         bad = float("nan") if draws.step + 1 in poison else 1e4 if draws.step + 1 == jump else 1.0
         return {"loss": error.square().mean() * bad}
 
     stage = Stage(
-        players=players or [Player("toy", model, loss)],
+        trainables=players or [Trainable("toy", model, loss)],
         data=Numbers(),
         collate=torch.utils.data.default_collate,
-        hooks=Hooks(
+        hooks=StageCallbacks(
             validate=lambda: {"validation_w": model.weight.sum().item()},
             sample=lambda: None,
             save_model=lambda folder: None,
         ),
-        identity={"model": "toy"},
-        order=partial(Order, len(Numbers())),
+        fingerprint={"model": "toy"},
+        make_batch_sampler=partial(EpochBatchSampler, len(Numbers())),
     )
     return fit(config, accelerator, stage)
 
 
 def toy_config(run: Path, **values: Any) -> TrainingConfig:
-    defaults = {"steps": 8, "batch_size": 12, "log_every": 1, "checkpoint_every": 3, "warmup": 2, "learning_rate": 0.1}
+    defaults = {
+        "steps": 8,
+        "batch_size": 12,
+        "log_every": 1,
+        "checkpoint_every": 3,
+        "warmup_steps": 2,
+        "learning_rate": 0.1,
+    }
     return TrainingConfig(run=run, **{**defaults, **values})
 
 
@@ -148,7 +159,7 @@ def stop_at(step: int, stage: str, run: Path, *flags: str) -> None:
 def test_a_run_whose_launcher_is_gone_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`accelerate launch` hands no signal on; without it, a parent that changes means nothing."""
     parents = iter(range(100))
-    monkeypatch.setattr(loop.os, "getppid", lambda: max(0, next(parents) - 2))
+    monkeypatch.setattr(trainer.os, "getppid", lambda: max(0, next(parents) - 2))
     toy(toy_config(tmp_path / "alone"))
     for launcher in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
         parents = iter(range(100))
@@ -163,7 +174,7 @@ def test_a_signal_to_the_group_spares_the_loading_processes(tmp_path: Path, monk
     """The run, which such a signal asks to stop, needs them until the step is done."""
     own, read = os.getpgrp(), Numbers.__getitem__
 
-    def apart(self: Numbers, key: Key) -> Any:
+    def apart(self: Numbers, key: SampleKey) -> Any:
         if os.getpgrp() == own:
             raise ValueError("it would get the signal")
         return read(self, key)
@@ -210,7 +221,7 @@ def test_the_frozen_stages_are_not_changed_by_training(
     copy_stages_before("ldm", tiny_runs, tmp_path)
     frozen: dict[str, nn.Module] = {}
     optimizers: list[torch.optim.Optimizer] = []
-    find_text, load_vae, optimizer = train_ldm.find_text, train_ldm.load_vae, Trainer._optimizer
+    find_text, load_vae, optimizer = train_ldm.load_text_encoder, train_ldm.load_vae, Trainer._optimizer
     monkeypatch.setattr(train_ldm, "find_text", lambda *given: frozen.setdefault("text", find_text(*given)))
     monkeypatch.setattr(train_ldm, "load_vae", lambda folder: frozen.setdefault("vae", load_vae(folder)))
     monkeypatch.setattr(Trainer, "_optimizer", lambda self, m: optimizers.append(optimizer(self, m)) or optimizers[-1])
@@ -229,7 +240,7 @@ def test_the_frozen_stages_are_not_changed_by_training(
 @pytest.mark.parametrize("stage", ["vae", "ldm"])
 def test_accumulation_equals_the_large_batch(stage: str, tiny_runs: Path, tmp_path: Path) -> None:
     copy_stages_before(stage, tiny_runs, tmp_path)
-    train(stage, tmp_path / stage, "--accumulate", "4")
+    train(stage, tmp_path / stage, "--grad-accum-steps", "4")
     want, found = losses(tiny_runs / stage), losses(tmp_path / stage)
     assert found.keys() == want.keys()
     assert max(abs(found[step] / want[step] - 1) for step in want) < 1e-5
@@ -237,7 +248,7 @@ def test_accumulation_equals_the_large_batch(stage: str, tiny_runs: Path, tmp_pa
 
 def test_clip_refuses_accumulation_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="contrastive loss compares all images of a batch"):
-        train("clip", tmp_path / "clip", "--accumulate", "2")
+        train("clip", tmp_path / "clip", "--grad-accum-steps", "2")
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -273,14 +284,14 @@ def test_a_loss_that_jumps_is_told_with_its_samples(tmp_path: Path, capsys: pyte
     toy(toy_config(tmp_path, steps=130, checkpoint_every=130, log_every=20), jump=120)
     notes = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if "spike" in line]
     assert [note["step"] for note in notes] == [120]
-    assert notes[0]["samples"] == [sample_at(119 * 12 + i, size=37, seed=0)[0] for i in range(12)]
+    assert notes[0]["samples"] == [sample_at_position(119 * 12 + i, size=37, seed=0)[0] for i in range(12)]
     assert "toy: the loss jumped to " in capsys.readouterr().out
 
 
 def test_a_loading_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Numbers, "__getitem__", lambda self, key: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(
-        ValueError, match=r"loading data failed \(DataLoader worker .*: is there memory enough for --workers"
+        ValueError, match=r"loading data failed \(DataLoader worker .*: is there memory enough for --num-workers"
     ):
         toy(toy_config(tmp_path, workers=1))
 
@@ -375,7 +386,7 @@ def test_a_disk_that_fails_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(checkpoint, "sha256", failing)
-    told = checkpoint.damage(tmp_path / "checkpoints/step-000008")
+    told = checkpoint.find_corruption(tmp_path / "checkpoints/step-000008")
     assert told == "it can not be read ([Errno 5] Input/output error)"
 
 
@@ -383,17 +394,17 @@ def test_two_thousand_changed_checkpoints_are_never_taken_for_whole(tmp_path: Pa
     toy(toy_config(tmp_path))
     folder, draw = tmp_path / "checkpoints/step-000008", random.Random(0)
     files = {path: path.read_bytes() for path in sorted(folder.iterdir())}
-    assert checkpoint.damage(folder) is None
+    assert checkpoint.find_corruption(folder) is None
     for number in range(2_000):
         path = draw.choice(list(files))
         whole = files[path]
         place = draw.randrange(len(whole))
         changed = whole[:place] + bytes([whole[place] ^ (1 << draw.randrange(8))]) + whole[place + 1 :]
         path.write_bytes((changed, whole[:place], changed + b"x", b"")[number % 4])
-        assert checkpoint.damage(folder), f"{path.name} was changed at {place}"
+        assert checkpoint.find_corruption(folder), f"{path.name} was changed at {place}"
         path.write_bytes(whole)
     (folder / "more").write_text("")
-    assert checkpoint.damage(folder) == "its files are not those of its manifest.json"
+    assert checkpoint.find_corruption(folder) == "its files are not those of its manifest.json"
 
 
 def test_checkpoints_are_pruned_after_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -446,13 +457,13 @@ def test_two_players_each_have_an_optimizer_and_leave_the_other_alone(tmp_path: 
     maker, judge = nn.Linear(2, 2), nn.Linear(2, 1)
     start = {name: t.clone() for name, t in judge.state_dict().items()}
 
-    def maker_loss(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    def maker_loss(module: nn.Module, batch: Batch, draws: StepRNG) -> dict[str, Tensor]:
         return {"loss": judge(module(batch["x"])).square().mean()}
 
-    def still(module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    def still(module: nn.Module, batch: Batch, draws: StepRNG) -> dict[str, Tensor]:
         return {"loss": module(maker(batch["x"]).detach()).mean() * 0.0}
 
-    toy(toy_config(tmp_path), players=[Player("maker", maker, maker_loss), Player("judge", judge, still)])
+    toy(toy_config(tmp_path), players=[Trainable("maker", maker, maker_loss), Trainable("judge", judge, still)])
     assert_same(start, {name: t for name, t in judge.state_dict().items()})
     assert {"maker", "judge", "maker_optimizer", "judge_optimizer", "maker_ema", "judge_ema"} == {
         file.stem for file in (tmp_path / "checkpoints/step-000008").glob("*.safetensors")
@@ -460,14 +471,14 @@ def test_two_players_each_have_an_optimizer_and_leave_the_other_alone(tmp_path: 
 
 
 def test_learning_rate_is_a_function_of_the_step() -> None:
-    config = TrainingConfig(steps=110, warmup=10, learning_rate=2.0, decay="cosine")
+    config = TrainingConfig(steps=110, warmup_steps=10, learning_rate=2.0, lr_schedule="cosine")
     assert learning_rate(config, 0) == pytest.approx(0.2)
     assert learning_rate(config, 9) == learning_rate(config, 10) == pytest.approx(2.0)
     assert learning_rate(config, 60) == pytest.approx(1.0)
     assert learning_rate(config, 110) == pytest.approx(0.0, abs=1e-12)
-    linear = config.model_copy(update={"decay": "linear"})
+    linear = config.model_copy(update={"lr_schedule": "linear"})
     assert learning_rate(linear, 35) == pytest.approx(1.5)
-    constant = config.model_copy(update={"decay": "constant"})
+    constant = config.model_copy(update={"lr_schedule": "constant"})
     assert learning_rate(constant, 109) == 2.0
 
 
@@ -483,21 +494,21 @@ def test_ema_warms_up_and_hands_the_weights_back() -> None:
         want = decay * want + (1 - decay) * 1.0
     assert ema.shadow["weight"].item() == pytest.approx(want)
     module.weight.data.fill_(7.0)
-    with ema.applied():
+    with ema.swapped_in():
         assert module.weight.item() == pytest.approx(want)
     assert module.weight.item() == 7.0
 
 
 def test_draws_do_not_depend_on_how_a_batch_is_cut() -> None:
     cpu = torch.device("cpu")
-    whole = Draws(3, 5, range(6), 6, cpu)
-    parts = [Draws(3, 5, positions, 6, cpu) for positions in ([0, 1], [2, 3, 4], [5])]
-    assert torch.equal(whole.normal("noise", (2, 2)), torch.cat([p.normal("noise", (2, 2)) for p in parts]))
-    assert torch.equal(whole.uniform("time"), torch.cat([p.uniform("time") for p in parts]))
-    assert not torch.equal(whole.uniform("time"), whole.uniform("dropout"))
-    assert not torch.equal(whole.uniform("time"), Draws(3, 6, range(6), 6, cpu).uniform("time"))
-    many = Draws(0, 0, range(4000), 4000, cpu)
-    noise, uniform = many.normal("noise", (4,)), many.uniform("time")
+    whole = StepRNG(3, 5, range(6), 6, cpu)
+    parts = [StepRNG(3, 5, positions, 6, cpu) for positions in ([0, 1], [2, 3, 4], [5])]
+    assert torch.equal(whole.randn("noise", (2, 2)), torch.cat([p.randn("noise", (2, 2)) for p in parts]))
+    assert torch.equal(whole.rand("time"), torch.cat([p.rand("time") for p in parts]))
+    assert not torch.equal(whole.rand("time"), whole.rand("dropout"))
+    assert not torch.equal(whole.rand("time"), StepRNG(3, 6, range(6), 6, cpu).rand("time"))
+    many = StepRNG(0, 0, range(4000), 4000, cpu)
+    noise, uniform = many.randn("noise", (4,)), many.rand("time")
     assert abs(noise.mean().item()) < 0.03 and abs(noise.std().item() - 1) < 0.03
     assert abs(uniform.mean().item() - 0.5) < 0.02
     assert abs(torch.corrcoef(torch.stack([noise[:-1, 0], noise[1:, 0]]))[0, 1].item()) < 4 / math.sqrt(4000)
@@ -539,12 +550,12 @@ def test_accelerate_launch_leaves_all_cores_to_a_run_without_gpu(monkeypatch: py
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    loop._share_cores()
+    trainer._restore_num_threads()
     assert threads == []
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    loop._share_cores()
+    trainer._restore_num_threads()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    loop._share_cores()
+    trainer._restore_num_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    loop._share_cores()
+    trainer._restore_num_threads()
     assert threads == [6, 3]

@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
-from ldm.metadata import CHUNK, Record, parameters
+from ldm.pipeline.record import PNG_CHUNK, GenerationRecord, a1111_parameters
 
 
 def paint(model: Path, out: Path, *flags: str) -> None:
@@ -55,12 +55,12 @@ def test_metadata_is_conventional_and_complete(tiny_model: Path, tmp_path: Path)
 def test_values_with_commas_colons_or_lines_are_quoted() -> None:
     size = {"width": 8, "height": 8, "num_images": 1, "index": 0}
     call = {"prompt": "p", "negative_prompt": "", "steps": 1, "sampler": "ddim", "guidance_scale": 1, "seed": 0}
-    text = parameters(Record(**call, **size, eta=0, model_hash="ab", model='a, b: "c"\n'))
+    text = a1111_parameters(GenerationRecord(**call, **size, eta=0, model_hash="ab", model='a, b: "c"\n'))
     assert text.endswith('Model: "a, b: \\"c\\"\\n"')
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--sampler", "ddpm"], ["--grid", "1,0.4"], ["--num-images", "3", "--batch-size", "2"]]
+    "flags", [[], ["--sampler", "ddpm"], ["--timesteps", "1,0.4"], ["--num-images", "3", "--batch-size", "2"]]
 )
 def test_reproduce_makes_the_same_file(flags: list[str], tiny_model: Path, tmp_path: Path) -> None:
     paint(tiny_model, tmp_path / "a", "a red circle", "--seed", "3", *flags)
@@ -79,10 +79,10 @@ def test_weaker_models_tiles_and_previews(tiny_model: Path, tmp_path: Path) -> N
     large = ["a star", "--width", "64", "--height", "64", "--num-images", "2"]
     for name, flags in {
         "plain": [],
-        "weaker": ["--weaker", str(weaker), "--guidance-scale", "3"],
-        "tile": ["--tile", "8"],
+        "weaker": ["--guide-model", str(weaker), "--guidance-scale", "3"],
+        "tile": ["--vae-tile", "8"],
     }.items():
-        paint(tiny_model, tmp_path / name, *large, *flags, "--previews")
+        paint(tiny_model, tmp_path / name, *large, *flags, "--preview")
         reproduce(tmp_path / name / "00001.png")
         assert (tmp_path / name / "again/00000.png").read_bytes() == (tmp_path / name / "00001.png").read_bytes()
         assert Image.open(tmp_path / name / "preview.png").size == (2 * 16 + 2, 16)  # latents of 16 x 16, beside
@@ -123,7 +123,7 @@ def test_reproduce_takes_no_other_settings(tiny_model: Path, tmp_path: Path) -> 
 def test_records_of_another_version_are_told(tmp_path: Path) -> None:
     for number, text in enumerate(["{", "[]", '{"version": 1, "prompt": "a star"}', '{"version": 2}']):
         info = PngInfo()
-        info.add_itxt(CHUNK, text)
+        info.add_itxt(PNG_CHUNK, text)
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png", pnginfo=info)
         with pytest.raises(SystemExit, match="was painted by another version of ldm"):
             reproduce(tmp_path / f"{number}.png")
@@ -167,15 +167,15 @@ def test_settings_that_can_not_be_are_told(tiny_model: Path, tmp_path: Path) -> 
     with pytest.raises(SystemExit, match="--out .*file is a file: name a folder"):
         paint(tiny_model, tmp_path / "file", "a star")
     with pytest.raises(SystemExit, match="grid '1,x' is no list of times: write them as 1,0.7,0.3"):
-        paint(tiny_model, tmp_path, "a star", "--grid", "1,x")
+        paint(tiny_model, tmp_path, "a star", "--timesteps", "1,x")
     with pytest.raises(SystemExit, match="nowhere does not exist: name a model folder, a diffusers folder or a single"):
         paint(tmp_path / "nowhere", tmp_path, "a star")
     with pytest.raises(SystemExit, match="device cuda:99 can not be used here .*: leave out --device"):
         txt2img.main(["a star", "--model", str(tiny_model), "--out", str(tmp_path), "--device", "cuda:99"])
     with pytest.raises(ValueError, match="interval 0.9 0.1 must rise, within 0 to 1"):
-        txt2img.Txt2Img.from_dict({"guidance": {"interval": (0.9, 0.1)}}, source="x")
+        txt2img.Txt2ImgConfig.from_dict({"guidance": {"interval": (0.9, 0.1)}}, source="x")
     with pytest.raises(ValueError, match="guidance_scale: Input should be a finite number"):
-        txt2img.Txt2Img.from_dict({"guidance_scale": float("nan")}, source="x")
+        txt2img.Txt2ImgConfig.from_dict({"guidance_scale": float("nan")}, source="x")
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     (model / "words.txt").unlink()

@@ -11,7 +11,13 @@ from ldm.unet.blocks import timestep_embedding
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = UNetConfig(
-    channels=32, multipliers=(1, 2), blocks=1, depths=(1, 1), heads=(2, 4), context_width=24, vector_width=10
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    transformer_depth=(1, 1),
+    num_heads=(2, 4),
+    context_dim=24,
+    pooled_dim=10,
 )
 
 
@@ -40,7 +46,7 @@ def inputs(batch: int = 3, size: int = 8) -> tuple[torch.Tensor, ...]:
 
 
 def test_sizes_go_beside_the_vector_and_extra_channels_are_only_seen() -> None:
-    config = SMALL.model_copy(update={"size_width": 8, "extra_channels": 5})
+    config = SMALL.model_copy(update={"size_embed_dim": 8, "cond_channels": 5})
     unet, (z, t, context, mask, vector) = random_unet(config), inputs()
     told, sizes = torch.randn(3, 5, 8, 8), torch.tensor([[64, 64, 0, 0, 64, 64]] * 3)
     answer = unet(torch.cat([z, told], 1), t, context, mask, vector, sizes)
@@ -94,16 +100,24 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 
 def test_patches_and_no_text() -> None:
-    config = UNetConfig(in_channels=3, patch=2, channels=32, multipliers=(1,), depths=(1,), heads=(2,), context_width=0)
+    config = UNetConfig(
+        in_channels=3,
+        patch_size=2,
+        model_channels=32,
+        channel_mult=(1,),
+        transformer_depth=(1,),
+        num_heads=(2,),
+        context_dim=0,
+    )
     assert random_unet(config)(torch.randn(2, 3, 6, 10), torch.tensor([1.0, 2.0])).shape == (2, 3, 6, 10)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"heads": (3, 4)}, "3 heads do not divide a width of 32"),
-        ({"channels": 40, "heads": (2, 4)}, "width of 40, which 32 normalization groups do not divide"),
-        ({"depths": (1, 1, 1)}, "depths has 3 entries for 2 levels"),
+        ({"num_heads": (3, 4)}, "3 heads do not divide a width of 32"),
+        ({"model_channels": 40, "num_heads": (2, 4)}, "width of 40, which 32 normalization groups do not divide"),
+        ({"transformer_depth": (1, 1, 1)}, "transformer_depth has 3 entries for 2 levels"),
     ],
 )
 def test_bad_sizes_are_told(values: dict[str, object], message: str) -> None:
@@ -140,7 +154,7 @@ def test_the_network_is_diffusers_network(scale_shift: bool) -> None:
         use_linear_projection=True, norm_num_groups=32,
         resnet_time_scale_shift="scale_shift" if scale_shift else "default",
     ).eval()  # fmt: skip
-    update = {"channels": 256, "multipliers": (1, 1), "vector_width": 0, "scale_shift": scale_shift}
+    update = {"model_channels": 256, "channel_mult": (1, 1), "pooled_dim": 0, "scale_shift_norm": scale_shift}
     ours = random_unet(SMALL.model_copy(update=update))
     own = ours.state_dict()
     theirs.load_state_dict({name: own[ours_name(name)] for name in theirs.state_dict()})

@@ -8,12 +8,14 @@ from pydantic import ValidationError
 
 from ldm.config import read_yaml
 from ldm.vae import VAE, Posterior, VAEConfig
+from ldm.vae.latent_stats import fit_latent_stats
 from ldm.vae.losses import VAELossConfig, psnr, ssim, vae_loss
-from ldm.vae.statistics import measure_latents
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SMALL = VAEConfig(channels=32, multipliers=(1, 2), blocks=1, latent_channels=3)
-PATCHED = VAEConfig(patch=4, channels=32, multipliers=(1,), blocks=1, attention=False, latent_channels=12)
+SMALL = VAEConfig(base_channels=32, channel_mult=(1, 2), num_res_blocks=1, latent_channels=3)
+PATCHED = VAEConfig(
+    patch_size=4, base_channels=32, channel_mult=(1,), num_res_blocks=1, mid_attention=False, latent_channels=12
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +45,7 @@ def test_sizes_that_the_factor_does_not_divide_are_told() -> None:
     with pytest.raises(ValueError, match="image size 18 is not a multiple of 4, the VAE's factor"):
         VAE(PATCHED).encode(torch.zeros(1, 3, 16, 18))
     with pytest.raises(ValidationError, match="width of 40, which 32 normalization groups do not divide"):
-        VAEConfig(channels=40)
+        VAEConfig(base_channels=40)
 
 
 def test_kl_and_sampling_are_those_of_a_gaussian() -> None:
@@ -79,7 +81,7 @@ def test_the_linear_path_starts_at_the_principal_components() -> None:
     images = torch.rand(8, 3, 16, 16)
     vae = VAE(PATCHED)
     assert vae.linear is not None
-    vae.linear.fit(images)
+    vae.linear.init_from_pca(images)
     patches = torch.nn.functional.pixel_unshuffle(images, 4).permute(0, 2, 3, 1).reshape(-1, 48).double()
     centered = patches - patches.mean(0)
     _, _, right = torch.linalg.svd(centered, full_matrices=False)
@@ -93,8 +95,8 @@ def test_latent_statistics_standardize() -> None:
     vae = VAE(PATCHED)
     assert vae.linear is not None
     images = torch.rand(64, 3, 16, 16)
-    vae.linear.fit(images)
-    measure_latents(vae, images.split(16))
+    vae.linear.init_from_pca(images)
+    fit_latent_stats(vae, images.split(16))
     with torch.no_grad():
         posterior = vae.encode(images)
         standard = vae.standardize(posterior.sample(torch.randn_like(posterior.mean)))
@@ -106,11 +108,11 @@ def test_latent_statistics_standardize() -> None:
 def test_the_loss_is_the_sum_of_its_terms() -> None:
     images, output = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
     posterior = Posterior(torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8))
-    terms = vae_loss(images, output, posterior, VAELossConfig(structure=0.5, kl=0.01))
+    terms = vae_loss(images, output, posterior, VAELossConfig(ssim_weight=0.5, kl_weight=0.01))
     kl = posterior.kl().mean() / (3 * 16 * 16)
     want = (images - output).abs().mean() + 0.5 * (1 - ssim(output, images).mean()) + 0.01 * kl
     torch.testing.assert_close(terms["loss"], want)
-    assert vae_loss(images, images, posterior, VAELossConfig(kl=0))["loss"].item() == pytest.approx(0, abs=1e-6)
+    assert vae_loss(images, images, posterior, VAELossConfig(kl_weight=0))["loss"].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_ssim_and_psnr_are_torchmetrics() -> None:

@@ -14,16 +14,16 @@ from torch import Tensor
 from ldm.config import Config
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+CondUncondFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(z_t, t) -> the answer under the prompt, and the reference: without it, under the negative one, of a weaker model."""
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+GuidanceFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(answer, reference, z_t, t) -> guided answer."""
 
 
 class GuidanceConfig(Config):
     """How the scale is applied."""
 
-    rule: Literal["classifier_free", "apg"] = "classifier_free"
+    method: Literal["cfg", "apg"] = "cfg"
     """the plain rule, or APG, which keeps colours from saturating"""
     zero_star: bool = False
     """fit the reference to the answer first, as CFG-Zero* does; for models on the flow path"""
@@ -33,9 +33,9 @@ class GuidanceConfig(Config):
     """share by which the result gets the deviation of the answer without guidance; 0.7 is usual"""
     interval: tuple[float, float] = (0.0, 1.0)
     """times t, from 0 (data) to 1 (noise), between which there is guidance"""
-    apg_parallel: float = Field(0.0, ge=0, le=1)
+    apg_eta: float = Field(0.0, ge=0, le=1)
     """share of the push along the answer that APG keeps"""
-    apg_radius: float | None = Field(None, gt=0)
+    apg_norm_threshold: float | None = Field(None, gt=0)
     """longest push of APG in an image"""
     apg_momentum: float = Field(0.0, gt=-1, lt=1)
     """what APG takes over of the pushes before; the paper has -0.5"""
@@ -47,23 +47,23 @@ class GuidanceConfig(Config):
             raise ValueError(f"interval {low} {high} must rise, within 0 to 1: name the earlier time, near 0, first")
         return self
 
-    def make_rule(self, scale: float) -> "Rule":
+    def build(self, scale: float) -> "GuidanceFn":
         """A rule for one run of a sampler."""
-        rule = classifier_free(scale)
-        if self.rule == "apg":
-            parallel, radius, momentum = self.apg_parallel, self.apg_radius, self.apg_momentum
-            rule = adaptive_projected(scale, parallel=parallel, radius=radius, momentum=momentum)
+        rule = cfg(scale)
+        if self.method == "apg":
+            parallel, radius, momentum = self.apg_eta, self.apg_norm_threshold, self.apg_momentum
+            rule = apg(scale, parallel=parallel, radius=radius, momentum=momentum)
         if self.rescale:
-            rule = rescaled(rule, self.rescale)
+            rule = guidance_rescale(rule, self.rescale)
         if self.zero_star:
-            rule = fitted(rule)
-        return still_at_start(rule) if self.zero_init else rule
+            rule = cfg_zero_star(rule)
+        return zero_init(rule) if self.zero_init else rule
 
 
 # Pairs.
 
 
-def doubled(denoiser: Denoiser) -> Pair:
+def batched_cond_uncond(denoiser: Denoiser) -> CondUncondFn:
     """One call with a doubled batch: its first half is answered under the prompt, its second half is the reference."""
 
     def pair(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,12 +73,12 @@ def doubled(denoiser: Denoiser) -> Pair:
     return pair
 
 
-def autoguided(denoiser: Denoiser, weaker: Denoiser) -> Pair:
+def autoguidance_pair(denoiser: Denoiser, weaker: Denoiser) -> CondUncondFn:
     """The reference is a smaller or less trained model under the same prompt (Karras et al. 2024)."""
     return lambda z_t, t: (denoiser(z_t, t), weaker(z_t, t))
 
 
-def composed(denoiser: Denoiser, weights: Tensor) -> Pair:
+def composable_diffusion(denoiser: Denoiser, weights: Tensor) -> CondUncondFn:
     """Several prompts at once: the reference and the weighted sum of what each prompt adds (Liu et al. 2022, eq. 11).
 
     `denoiser` is asked for n + 1 batches in one, the last of which is the reference; `weights` is (n, b).
@@ -97,25 +97,23 @@ def composed(denoiser: Denoiser, weights: Tensor) -> Pair:
 # Rules.
 
 
-def classifier_free(scale: float) -> Rule:
+def cfg(scale: float) -> GuidanceFn:
     """From the reference through the answer and `scale` times as far (Ho and Salimans 2022, equation 6)."""
     return lambda answer, reference, z_t, t: torch.lerp(reference, answer, scale)
 
 
-def rescaled(rule: Rule, share: float) -> Rule:
+def guidance_rescale(rule: GuidanceFn, share: float) -> GuidanceFn:
     """Give the result the deviation of the answer, by this share (Lin et al. 2024, equations 15, 16; of data)."""
 
     def guided(answer: Tensor, reference: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         result = rule(answer, reference, z_t, t)
-        matched = result * _deviation(answer) / _deviation(result).clamp_min(1e-12)
+        matched = result * _std(answer) / _std(result).clamp_min(1e-12)
         return torch.lerp(result, matched, share)
 
     return guided
 
 
-def adaptive_projected(
-    scale: float, *, parallel: float = 0.0, radius: float | None = None, momentum: float = 0.0
-) -> Rule:
+def apg(scale: float, *, parallel: float = 0.0, radius: float | None = None, momentum: float = 0.0) -> GuidanceFn:
     """APG (Sadat et al. 2024, algorithm 1): less of what only makes the answer larger, so that colours do not saturate.
 
     `parallel` is the share of the push along the answer that is kept, `radius` limits the push's length in an image,
@@ -135,7 +133,7 @@ def adaptive_projected(
     return guided
 
 
-def fitted(rule: Rule) -> Rule:
+def cfg_zero_star(rule: GuidanceFn) -> GuidanceFn:
     """Fit the reference's velocity to the answer's by a factor, then the rule (CFG-Zero*, Fan et al. 2025, eq. 7)."""
 
     def guided(answer: Tensor, reference: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
@@ -146,7 +144,7 @@ def fitted(rule: Rule) -> Rule:
     return guided
 
 
-def still_at_start(rule: Rule) -> Rule:
+def zero_init(rule: GuidanceFn) -> GuidanceFn:
     """No velocity at t = 1, where that of an unsure network is worse than none (Fan et al. 2025, section 4.2)."""
     return lambda answer, reference, z_t, t: z_t if t[0].item() >= 1 else rule(answer, reference, z_t, t)
 
@@ -154,7 +152,7 @@ def still_at_start(rule: Rule) -> Rule:
 # Denoisers.
 
 
-def guide(pair: Pair, rule: Rule) -> Denoiser:
+def guided_denoiser(pair: CondUncondFn, rule: GuidanceFn) -> Denoiser:
     """The Denoiser that a rule makes of both answers."""
 
     def guided(z_t: Tensor, t: Tensor) -> Tensor:
@@ -164,13 +162,13 @@ def guide(pair: Pair, rule: Rule) -> Denoiser:
     return guided
 
 
-def within(interval: tuple[float, float], guided: Denoiser, plain: Denoiser) -> Denoiser:
+def guidance_interval(interval: tuple[float, float], guided: Denoiser, plain: Denoiser) -> Denoiser:
     """Guidance at times inside the interval alone, elsewhere the cheaper plain answer (Kynkaanniemi et al. 2024)."""
     low, high = interval
     return lambda z_t, t: (guided if low <= t[0].item() <= high else plain)(z_t, t)
 
 
-def known(denoiser: Denoiser, data: Tensor, mask: Tensor) -> Denoiser:
+def inpaint_denoiser(denoiser: Denoiser, data: Tensor, mask: Tensor) -> Denoiser:
     """Where `mask` is 0 the data are known: inpainting with any model, sampler and guidance."""
     return lambda z_t, t: torch.lerp(data, denoiser(z_t, t), mask)
 
@@ -184,5 +182,5 @@ def _norm(a: Tensor) -> Tensor:
     return _dot(a, a).sqrt()
 
 
-def _deviation(a: Tensor) -> Tensor:
+def _std(a: Tensor) -> Tensor:
     return a.std(dim=tuple(range(1, a.ndim)), keepdim=True)

@@ -1,4 +1,4 @@
-"""How data becomes noise, what a network learns of it, and how its answer becomes data again."""
+"""Noise schedule, training target, loss weight, and conversion of a prediction back to x0."""
 
 import math
 from collections.abc import Callable
@@ -10,161 +10,151 @@ from torch import Tensor
 
 from ldm.config import Config
 
-Path = Literal["linear", "scaled_linear", "cosine", "flow", "edm"]
+ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow", "edm"]
 Prediction = Literal["epsilon", "v", "x0", "flow"]
-STEPS = 1000  # of the discrete paths
-EDM_MAX, EDM_MIN, EDM_RHO = 80.0, 0.002, 7  # sigma of Karras et al. 2022, table 1, in deviations of the data
+NUM_TRAIN_TIMESTEPS = 1000  # of the discrete schedules
+EDM_SIGMA_MAX, EDM_SIGMA_MIN, EDM_RHO = 80.0, 0.002, 7  # Karras et al. 2022, table 1, for data of deviation 1
 
 
-class ProcessConfig(Config):
-    """The path from data (t = 0) to noise (t = 1), the target of training and its weighting."""
+class DiffusionConfig(Config):
+    """The noise schedule from data (t = 0) to noise (t = 1), the training target and its loss weight."""
 
-    path: Path = "scaled_linear"
+    noise_schedule: ScheduleName = "scaled_linear"
     """betas of Ho et al. 2020 (linear), of Stable Diffusion (scaled_linear), of Nichol and Dhariwal 2021 (cosine); the
-    straight line of flow matching; or the noise of EDM (Karras et al. 2022), which with prediction v is preconditioned
-    as there"""
+    straight line of flow matching (flow); or EDM (Karras et al. 2022), which with prediction v has its
+    preconditioning"""
     zero_terminal_snr: bool = False
-    """rescale the path so that t = 1 is pure noise (Lin et al. 2024)"""
+    """rescale the betas so that t = 1 is pure noise (Lin et al. 2024)"""
     shift: float = Field(1.0, gt=0)
-    """noise the flow path earlier, as large pictures need (Esser et al. 2024, equation 23); 3 for 1024 pixels there"""
+    """shift the flow schedule towards noise, as high resolutions need (Esser et al. 2024, equation 23); 3 for 1024
+    pixels there"""
     prediction: Prediction = "epsilon"
-    """what the network guesses: the noise, v (Salimans and Ho 2022), the data, or noise - data"""
-    min_snr_gamma: float | None = Field(None, gt=0)
-    """weigh the error in the data by the signal-to-noise ratio, at most by this (Hang et al. 2023); 5 is usual"""
+    """what the network predicts: the noise, v (Salimans and Ho 2022), x0, or the flow velocity noise - x0"""
+    loss_weighting: Literal["uniform", "min_snr", "soft_min_snr", "p2"] = "uniform"
+    """weight of the error: 1; by the SNR between snr_floor and gamma (Hang et al. 2023; Salimans and Ho 2022); by
+    SNR gamma / (SNR + gamma) (Crowson et al. 2024); by (1 + SNR) ** -gamma of the noise's error (Choi et al. 2022)"""
+    gamma: float | None = Field(None, gt=0)
+    """of the loss weighting; 5 is usual for both min_snr, 1 for p2"""
     snr_floor: float | None = Field(None, gt=0)
-    """weigh the error in the data by the signal-to-noise ratio, at least by this (Salimans and Ho 2022); 1 is usual"""
-    soft_min_snr_gamma: float | None = Field(None, gt=0)
-    """weigh the error in the data by SNR gamma / (SNR + gamma), the smooth form of min-SNR (Crowson et al. 2024)"""
-    p2_gamma: float | None = Field(None, gt=0)
-    """weigh the error in the noise by (1 + SNR) ** -gamma (Choi et al. 2022); 1 is usual"""
-    times: Literal["uniform", "stratified", "logit_normal", "log_normal"] = "uniform"
-    """how t is drawn; stratified spreads one batch evenly over [0, 1]; log_normal is EDM's, for its path"""
-    log_normal: tuple[float, float] = (-1.2, 1.2)
-    """mean and deviation of the logarithm of EDM's sigma, for times log_normal"""
+    """least weight of min_snr; 1 is usual"""
+    t_distribution: Literal["uniform", "stratified", "logit_normal", "log_normal"] = "uniform"
+    """how training samples t; stratified spreads one batch evenly over [0, 1]; log_normal is EDM's, for its schedule"""
+    log_normal_mean_std: tuple[float, float] = (-1.2, 1.2)
+    """mean and deviation of the logarithm of EDM's sigma, for log_normal"""
 
-    def of_painting(self) -> dict[str, object]:
-        """What decides how a trained network paints; the rest is of its training."""
-        return self.model_dump(include={"path", "zero_terminal_snr", "shift", "prediction"})
+    def inference_fields(self) -> dict[str, object]:
+        """What decides how a trained network samples; the rest matters in training only."""
+        return self.model_dump(include={"noise_schedule", "zero_terminal_snr", "shift", "prediction"})
 
     @model_validator(mode="after")
-    def _check(self) -> "ProcessConfig":
-        if self.zero_terminal_snr and self.path == "flow":
-            raise ValueError("zero_terminal_snr: the flow path ends in pure noise already; leave it off")
-        if self.zero_terminal_snr and self.path == "edm":
-            raise ValueError("zero_terminal_snr: the edm path has no betas to rescale; leave it off")
-        if self.shift != 1 and self.path != "flow":
-            raise ValueError(f"shift {self.shift:g} is of the flow path, not of {self.path}; leave it at 1")
-        if (self.times == "log_normal") != (self.path == "edm"):
-            raise ValueError("times log_normal and path edm go together: choose both or neither")
-        if sum((bool(self.min_snr_gamma or self.snr_floor), bool(self.soft_min_snr_gamma), bool(self.p2_gamma))) > 1:
-            raise ValueError("min_snr_gamma, soft_min_snr_gamma and p2_gamma are different weights: choose one")
-        if self.snr_floor and self.min_snr_gamma and self.snr_floor > self.min_snr_gamma:
-            raise ValueError(f"snr_floor {self.snr_floor:g} is above min_snr_gamma {self.min_snr_gamma:g}: lower it")
-        if self.prediction == "epsilon" and (self.zero_terminal_snr or self.path == "flow"):
-            raise ValueError(
-                "prediction epsilon says nothing about the data where the signal is zero, as it is at t = 1 here: "
-                "choose v, x0 or flow"
-            )
+    def _check(self) -> "DiffusionConfig":
+        if self.zero_terminal_snr and self.noise_schedule == "flow":
+            raise ValueError("zero_terminal_snr: the flow schedule ends in pure noise already; leave it off")
+        if self.zero_terminal_snr and self.noise_schedule == "edm":
+            raise ValueError("zero_terminal_snr: the edm schedule has no betas to rescale; leave it off")
+        if self.shift != 1 and self.noise_schedule != "flow":
+            raise ValueError(f"shift {self.shift:g} belongs to noise_schedule flow, not {self.noise_schedule}")
+        if (self.t_distribution == "log_normal") != (self.noise_schedule == "edm"):
+            raise ValueError("t_distribution log_normal and noise_schedule edm go together: choose both or neither")
+        if self.prediction == "epsilon" and (self.zero_terminal_snr or self.noise_schedule == "flow"):
+            raise ValueError("prediction epsilon is undefined at zero SNR, as here at t = 1: choose v, x0 or flow")
+        if self.loss_weighting == "uniform" and (self.gamma or self.snr_floor):
+            raise ValueError("gamma and snr_floor need a loss_weighting: choose min_snr, soft_min_snr or p2")
+        if self.snr_floor and self.loss_weighting != "min_snr":
+            raise ValueError(f"snr_floor belongs to loss_weighting min_snr, not {self.loss_weighting}")
+        if self.loss_weighting != "uniform" and not self.gamma and not self.snr_floor:
+            raise ValueError(f"loss_weighting {self.loss_weighting} needs gamma")
+        if self.snr_floor and self.gamma and self.snr_floor > self.gamma:
+            raise ValueError(f"snr_floor {self.snr_floor:g} is above gamma {self.gamma:g}: lower it")
         return self
 
 
-class Process:
-    """A path z_t = alpha(t) data + sigma(t) noise with t in [0, 1], and a training target on it.
+class Diffusion:
+    """z_t = alpha(t) x0 + sigma(t) noise with t in [0, 1], and a training target.
 
-    The discrete paths are defined at t = k / 1000; between those alpha squared is linear in t. Times are (b,) tensors
-    or scalars; alpha and sigma are computed in float64 and come back in the dtype of t.
+    The discrete schedules are defined at t = k / 1000; in between, alpha squared is linear in t. t is a scalar or (b,);
+    alpha and sigma are computed in float64 and returned in the dtype of t.
     """
 
-    def __init__(self, config: ProcessConfig) -> None:
+    def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
-        self.discrete = config.path not in ("flow", "edm")
-        self._alpha_bar = _alpha_bar(config) if self.discrete else torch.empty(0)
+        self.discrete = config.noise_schedule not in ("flow", "edm")
+        table = _alpha_bar(config) if self.discrete else torch.empty(0)
+        self._alpha_bar = {table.device: table}  # one copy on each device
 
     @property
-    def least_time(self) -> float:
-        """The time of the least noise that training is meant for."""
-        return (EDM_MIN / EDM_MAX) ** (1 / EDM_RHO) if self.config.path == "edm" else 1 / STEPS
+    def t_min(self) -> float:
+        """The t of the least noise that training is meant for."""
+        if self.config.noise_schedule == "edm":
+            return (EDM_SIGMA_MIN / EDM_SIGMA_MAX) ** (1 / EDM_RHO)
+        return 1 / NUM_TRAIN_TIMESTEPS
 
     def alpha(self, t: Tensor) -> Tensor:
-        """The signal's factor, from 1 at t = 0."""
-        return self._factors(t)[0].to(t.dtype)
+        """Factor of the signal, 1 at t = 0; shaped as t."""
+        if self.config.noise_schedule == "flow":
+            alpha = 1 - self._flow_sigma(t)
+        elif self.config.noise_schedule == "edm":
+            alpha = (1 + self._edm_sigma(t) ** 2).rsqrt()
+        else:
+            alpha = self._alpha_bar_at(t).sqrt()
+        return alpha.to(t.dtype)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The noise's factor, from 0 at t = 0."""
-        return self._factors(t)[1].to(t.dtype)
+        """Factor of the noise, 0 at t = 0; shaped as t."""
+        if self.config.noise_schedule == "flow":
+            sigma = self._flow_sigma(t)
+        elif self.config.noise_schedule == "edm":
+            edm_sigma = self._edm_sigma(t)
+            sigma = edm_sigma * (1 + edm_sigma**2).rsqrt()
+        else:
+            sigma = (1 - self._alpha_bar_at(t)).sqrt()
+        return sigma.to(t.dtype)
 
-    def noise_level(self, t: Tensor) -> Tensor:
-        """sigma / alpha, which EDM and others call sigma."""
+    def noise_to_signal(self, t: Tensor) -> Tensor:
+        """sigma / alpha, which EDM and k-diffusion call sigma; shaped as t."""
         return self.sigma(t) / self.alpha(t)
 
-    def time_of(self, level: Tensor) -> Tensor:
-        """The inverse of `noise_level`, which grows with t; at most 1."""
+    def t_from_noise_to_signal(self, level: Tensor) -> Tensor:
+        """The inverse of `noise_to_signal`, which grows with t; at most 1. Any shape, float64."""
         level = level.double()
-        if self.config.path == "flow":
-            straight, shift = level / (1 + level), self.config.shift
-            return straight / (shift - (shift - 1) * straight)
-        if self.config.path == "edm":
-            return (level / EDM_MAX).pow(1 / EDM_RHO).clamp_max(1)
-        table, signal = self._alpha_bar.to(level.device), 1 / (1 + level**2)
-        low = (torch.searchsorted(-table, -signal) - 1).clamp(0, STEPS - 1)
-        return ((low + (table[low] - signal) / (table[low] - table[low + 1])) / STEPS).clamp(0, 1)
+        if self.config.noise_schedule == "flow":
+            sigma, shift = level / (1 + level), self.config.shift
+            return sigma / (shift - (shift - 1) * sigma)
+        if self.config.noise_schedule == "edm":
+            return (level / EDM_SIGMA_MAX).pow(1 / EDM_RHO).clamp_max(1)
+        table, alpha_bar = self._table(level.device), 1 / (1 + level**2)
+        low = (torch.searchsorted(-table, -alpha_bar) - 1).clamp(0, NUM_TRAIN_TIMESTEPS - 1)
+        fraction = (table[low] - alpha_bar) / (table[low] - table[low + 1])
+        return ((low + fraction) / NUM_TRAIN_TIMESTEPS).clamp(0, 1)
 
-    def _factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at t, float64."""
-        if self.config.path == "flow":
-            return 1 - self._straight(t), self._straight(t)
-        if self.config.path == "edm":
-            level = self._edm_sigma(t)
-            return (1 + level**2).rsqrt(), level * (1 + level**2).rsqrt()
-        signal = self._signal(t)
-        return signal.sqrt(), (1 - signal).sqrt()
+    def network_timestep(self, t: Tensor) -> Tensor:
+        """The timestep that the network's embedding gets: the index 0...999 of a discrete schedule, 1000 sigma of flow.
 
-    def _straight(self, t: Tensor) -> Tensor:
-        """sigma of the flow path at t, float64."""
-        t, shift = t.double(), self.config.shift
-        return shift * t / (1 + (shift - 1) * t)
-
-    def _edm_sigma(self, t: Tensor) -> Tensor:
-        """sigma of EDM at t, float64."""
-        return EDM_MAX * t.double() ** EDM_RHO
-
-    def _signal(self, t: Tensor) -> Tensor:
-        """alpha squared of a discrete path at t, float64."""
-        table = self._alpha_bar.to(t.device)
-        place = t.double().clamp(0, 1) * STEPS
-        if t.dtype != torch.float64:  # float32 is a little off the grid
-            place = torch.where((place - place.round()).abs() < 1e-3, place.round(), place)
-        low = place.floor().clamp_max(STEPS - 1).long()
-        return torch.lerp(table[low], table[low + 1], place - low)
-
-    def timestep(self, t: Tensor) -> Tensor:
-        """What the network is told: the index 0...999 of a discrete path, 1000 sigma of the flow path.
-
-        On the EDM path it is 1000 c_noise = 250 ln(sigma), since the network's embedding expects such numbers.
+        For edm it is 1000 c_noise = 250 ln(sigma), since the embedding expects numbers of that size. Shaped as t.
         """
-        if self.config.path == "edm":
+        if self.config.noise_schedule == "edm":
             return (250 * self._edm_sigma(t).log()).to(t.dtype)
-        if self.config.path == "flow":
-            return (self._straight(t) * STEPS).to(t.dtype)
-        return t * STEPS - 1
+        if self.config.noise_schedule == "flow":
+            return (self._flow_sigma(t) * NUM_TRAIN_TIMESTEPS).to(t.dtype)
+        return t * NUM_TRAIN_TIMESTEPS - 1
 
-    def mix(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Noised data z_t (Ho et al. 2020, equation 4)."""
-        return _wide(self.alpha(t), z) * z + _wide(self.sigma(t), z) * noise
+    def add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """z_t (b, ...) from x0 and noise (b, ...) at t (b,) (Ho et al. 2020, equation 4)."""
+        return _expand_as(self.alpha(t), z) * z + _expand_as(self.sigma(t), z) * noise
 
-    def target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should answer."""
+    def training_target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should predict, (b, ...), for x0 and noise (b, ...) at t (b,)."""
         if self.config.prediction == "epsilon":
             return noise
         if self.config.prediction == "x0":
             return z
         if self.config.prediction == "flow":
             return noise - z
-        return _wide(self.alpha(t), z) * noise - _wide(self.sigma(t), z) * z
+        return _expand_as(self.alpha(t), z) * noise - _expand_as(self.sigma(t), z) * z
 
-    def to_data(self, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """The data that a prediction stands for: the inverse of `target`."""
-        alpha, sigma = _wide(self.alpha(t), z_t), _wide(self.sigma(t), z_t)
+    def predict_x0(self, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """The x0 that a prediction (b, ...) at z_t (b, ...), t (b,) implies: the inverse of `training_target`."""
+        alpha, sigma = _expand_as(self.alpha(t), z_t), _expand_as(self.sigma(t), z_t)
         if self.config.prediction == "epsilon":
             return (z_t - sigma * prediction) / alpha
         if self.config.prediction == "x0":
@@ -173,70 +163,93 @@ class Process:
             return (z_t - sigma * prediction) / (alpha + sigma)
         return (alpha * z_t - sigma * prediction) / (alpha**2 + sigma**2)
 
-    def weight(self, t: Tensor) -> Tensor:
-        """Factor of the target's squared error at t: 1, or so that the error in the data weighs a clamped SNR.
+    def loss_weight(self, t: Tensor) -> Tensor:
+        """Factor of the target's squared error at t, shaped as t: 1, or so that x0's error has the weight w(SNR).
 
-        Source: min-SNR-gamma (Hang et al. 2023, equation 5), truncated SNR (Salimans and Ho 2022, section 4).
+        Sources: `DiffusionConfig.loss_weighting`; min-SNR is equation 5 of Hang et al. 2023, its floor the truncated
+        SNR of Salimans and Ho 2022, section 4.
         """
         config = self.config
+        if config.loss_weighting == "uniform":
+            return torch.ones_like(t)
+        gamma = math.inf if config.gamma is None else config.gamma
         alpha, sigma = self.alpha(t), self.sigma(t)
         snr = (alpha / sigma.clamp_min(1e-6)) ** 2
-        if config.soft_min_snr_gamma:
-            of_data = (
-                snr * config.soft_min_snr_gamma / (snr + config.soft_min_snr_gamma)
-            )  # weight of the error in the data
-        elif config.p2_gamma:
-            of_data = snr / (1 + snr) ** config.p2_gamma
-        elif config.snr_floor or config.min_snr_gamma:
-            of_data = snr.clamp(config.snr_floor, config.min_snr_gamma)
+        if config.loss_weighting == "min_snr":
+            x0_weight = snr.clamp(config.snr_floor or 0.0, gamma)
+        elif config.loss_weighting == "soft_min_snr":
+            x0_weight = snr * gamma / (snr + gamma)
         else:
-            return torch.ones_like(t)
-        if self.config.prediction == "epsilon":
-            return of_data / snr
-        if self.config.prediction == "x0":
-            return of_data
-        if self.config.prediction == "flow":
-            return of_data * (sigma / (alpha + sigma)) ** 2
-        return of_data * sigma**2 / (alpha**2 + sigma**2) ** 2
+            x0_weight = snr / (1 + snr) ** gamma
+        if config.prediction == "epsilon":
+            return x0_weight / snr
+        if config.prediction == "x0":
+            return x0_weight
+        if config.prediction == "flow":
+            return x0_weight * (sigma / (alpha + sigma)) ** 2
+        return x0_weight * sigma**2 / (alpha**2 + sigma**2) ** 2
 
-    def draw_times(self, uniform: Tensor, positions: Tensor, batch_size: int) -> Tensor:
-        """Times in (0, 1] from one uniform number for each sample and its position in the whole batch.
+    def sample_t(self, uniform: Tensor, positions: Tensor, batch_size: int) -> Tensor:
+        """t in (0, 1], (b,), from one uniform number for each sample and its position in the whole batch.
 
-        On the discrete paths they are whole steps, k / 1000.
+        On the discrete schedules they are whole steps, k / 1000.
         """
         t = uniform
-        if self.config.times == "stratified":
+        if self.config.t_distribution == "stratified":
             t = (positions + uniform) / batch_size
-        elif self.config.times in ("logit_normal", "log_normal"):
+        elif self.config.t_distribution in ("logit_normal", "log_normal"):
             normal = math.sqrt(2) * torch.erfinv((2 * uniform - 1).clamp(-0.999999, 0.999999))
-            if self.config.times == "log_normal":  # Karras et al. 2022, table 1
-                mean, deviation = self.config.log_normal
-                return self.time_of((mean + deviation * normal).exp()).to(t.dtype)
+            if self.config.t_distribution == "log_normal":  # Karras et al. 2022, table 1
+                mean, std = self.config.log_normal_mean_std
+                return self.t_from_noise_to_signal((mean + std * normal).exp()).to(t.dtype)
             t = torch.sigmoid(normal)  # Esser et al. 2024, equation 19
         if not self.discrete:
             return t.clamp_min(1e-4)
-        return ((t * STEPS).floor() + 1).clamp_max(STEPS) / STEPS
+        return ((t * NUM_TRAIN_TIMESTEPS).floor() + 1).clamp_max(NUM_TRAIN_TIMESTEPS) / NUM_TRAIN_TIMESTEPS
+
+    def denoiser(self, network: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """Turn a network (z_t, t) -> prediction into a Denoiser (z_t, t) -> x0; z_t is (b, ...), t (b,)."""
+        return lambda z_t, t: self.predict_x0(network(z_t, t).to(z_t.dtype), z_t, t)
+
+    def _flow_sigma(self, t: Tensor) -> Tensor:
+        """sigma of the flow schedule at t, float64."""
+        t, shift = t.double(), self.config.shift
+        return shift * t / (1 + (shift - 1) * t)
+
+    def _edm_sigma(self, t: Tensor) -> Tensor:
+        """sigma of EDM at t, float64."""
+        return EDM_SIGMA_MAX * t.double() ** EDM_RHO
+
+    def _alpha_bar_at(self, t: Tensor) -> Tensor:
+        """alpha squared of a discrete schedule at t, float64."""
+        table = self._table(t.device)
+        step = t.double().clamp(0, 1) * NUM_TRAIN_TIMESTEPS
+        if t.dtype != torch.float64:  # float32 is a little off the whole steps
+            step = torch.where((step - step.round()).abs() < 1e-3, step.round(), step)
+        low = step.floor().clamp_max(NUM_TRAIN_TIMESTEPS - 1).long()
+        return torch.lerp(table[low], table[low + 1], step - low)
+
+    def _table(self, device: torch.device) -> Tensor:
+        if device not in self._alpha_bar:
+            self._alpha_bar[device] = next(iter(self._alpha_bar.values())).to(device)
+        return self._alpha_bar[device]
 
 
-def denoiser(network: Callable[[Tensor, Tensor], Tensor], process: Process) -> Callable[[Tensor, Tensor], Tensor]:
-    """Turn a network (z_t, timestep) -> prediction into a Denoiser (z_t, t) -> data. t is (b,)."""
-    return lambda z_t, t: process.to_data(network(z_t, process.timestep(t).to(z_t)).to(z_t.dtype), z_t, t)
-
-
-def _wide(factor: Tensor, like: Tensor) -> Tensor:
+def _expand_as(factor: Tensor, like: Tensor) -> Tensor:
+    """(b,) -> (b, 1, ...), in the dtype and on the device of `like`."""
     return factor.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _alpha_bar(config: ProcessConfig) -> Tensor:
+def _alpha_bar(config: DiffusionConfig) -> Tensor:
     """Cumulative product of 1 - beta at steps 0 (data) to 1000: (1001,), float64."""
-    if config.path == "cosine":
-        angle = (torch.arange(STEPS + 1, dtype=torch.float64) / STEPS + 0.008) / 1.008 * math.pi / 2
-        bar = angle.cos() ** 2
+    if config.noise_schedule == "cosine":
+        angle = (torch.arange(NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float64) / NUM_TRAIN_TIMESTEPS + 0.008) / 1.008
+        bar = (angle * math.pi / 2).cos() ** 2
         beta = (1 - bar[1:] / bar[:-1]).clamp_max(0.999)
-    elif config.path == "linear":
-        beta = torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64)
+    elif config.noise_schedule == "linear":
+        beta = torch.linspace(1e-4, 0.02, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
     else:
-        beta = torch.linspace(math.sqrt(0.00085), math.sqrt(0.012), STEPS, dtype=torch.float64) ** 2
+        beta = torch.linspace(math.sqrt(0.00085), math.sqrt(0.012), NUM_TRAIN_TIMESTEPS, dtype=torch.float64) ** 2
     alpha_bar = torch.cumprod(1 - beta, 0)
     if config.zero_terminal_snr:  # Lin et al. 2024, algorithm 1
         root = alpha_bar.sqrt()

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import keyed
-from ldm.data import shapes
+from ldm import rng
+from ldm.data.sources import shapes
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": shapes.SHAPES,
@@ -18,8 +18,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "position": tuple(shapes.POSITIONS),
     "size": tuple(shapes.SIZES),
 }
-RECIPE = 2  # raise it when the network or its training change: weights of other recipes are not read
-REQUIRED = 0.995  # share of real held-out renders that it must read without a mistake
+CLASSIFIER_VERSION = 2  # raise it when the network or its training change: weights of other recipes are not read
+MIN_ACCURACY = 0.995  # share of real held-out renders that it must read without a mistake
 
 
 class AttributeClassifier(nn.Module):
@@ -39,7 +39,7 @@ class AttributeClassifier(nn.Module):
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
-    def read(self, images: Tensor) -> list[shapes.Scene]:
+    def predict_scenes(self, images: Tensor) -> list[shapes.Scene]:
         """The scene that each picture seems to show."""
         best = {name: logits.argmax(1).tolist() for name, logits in self(images).items()}
         return [
@@ -57,16 +57,16 @@ def train_classifier(size: int, *, steps: int = 400, batch_size: int = 96, seed:
 
     ValueError when it misreads more than 0.5 % of the held-out renders: then its word is worth nothing.
     """
-    torch.manual_seed(keyed.key(seed, "classifier"))
+    torch.manual_seed(rng.fold_seed(seed, "classifier"))
     model = AttributeClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     scenes = shapes.scenes("train")
     for step in range(steps):
-        chosen = torch.randint(len(scenes), (batch_size,), generator=keyed.generator(seed, "classifier", step)).tolist()
+        chosen = torch.randint(len(scenes), (batch_size,), generator=rng.generator(seed, "classifier", step)).tolist()
         batch = [scenes[i] for i in chosen]
-        images = renders(batch, size, seed=keyed.key(seed, "renders", step))
-        images = worsened(images, keyed.generator(seed, "worsened", step))
+        images = render_batch(batch, size, seed=rng.fold_seed(seed, "renders", step))
+        images = degrade(images, rng.generator(seed, "worsened", step))
         loss = sum(
             F.cross_entropy(logits, torch.tensor([ATTRIBUTES[name].index(getattr(s, name)) for s in batch]))
             for name, logits in model(images).items()
@@ -79,7 +79,7 @@ def train_classifier(size: int, *, steps: int = 400, batch_size: int = 96, seed:
     return model
 
 
-def worsened(images: Tensor, generator: torch.Generator) -> Tensor:
+def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
     """Blur and noise each image, more or less: a reader of generated pictures must not stumble over soft outlines."""
     blur, noise = torch.rand(2, len(images), 1, 1, 1, generator=generator)
     soft = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
@@ -89,23 +89,23 @@ def worsened(images: Tensor, generator: torch.Generator) -> Tensor:
 def check_classifier(model: AttributeClassifier, size: int) -> float:
     """Share of held-out renders that are read without a mistake; ValueError when it is under 99.5 %."""
     scenes = shapes.scenes("test") * 3
-    right = count_right(model, renders(scenes, size, seed=keyed.key("held-out renders")), scenes)["all"]
-    if right < REQUIRED * len(scenes):
+    right = count_correct(model, render_batch(scenes, size, seed=rng.fold_seed("held-out renders")), scenes)["all"]
+    if right < MIN_ACCURACY * len(scenes):
         raise ValueError(
             f"the classifier reads only {right} of {len(scenes)} real renders at {size} pixels, "
-            f"{REQUIRED:.1%} are needed to score generated ones: delete its file to train it again"
+            f"{MIN_ACCURACY:.1%} are needed to score generated ones: delete its file to train it again"
         )
     return right / len(scenes)
 
 
-def count_right(model: AttributeClassifier, images: Tensor, scenes: Sequence[shapes.Scene]) -> dict[str, int]:
+def count_correct(model: AttributeClassifier, images: Tensor, scenes: Sequence[shapes.Scene]) -> dict[str, int]:
     """How many pictures show the wanted value of each attribute, and of "all" five."""
-    pairs = list(zip(model.read(images), scenes, strict=True))
+    pairs = list(zip(model.predict_scenes(images), scenes, strict=True))
     right = {name: sum(getattr(a, name) == getattr(b, name) for a, b in pairs) for name in ATTRIBUTES}
     return right | {"all": sum(a == b for a, b in pairs)}
 
 
-def renders(scenes: Sequence[shapes.Scene], size: int, *, seed: int) -> Tensor:
+def render_batch(scenes: Sequence[shapes.Scene], size: int, *, seed: int) -> Tensor:
     """Pictures of scenes, (b, 3, size, size) in [-1, 1]."""
     return to_tensor([shapes.render(scene, size, seed=seed + i) for i, scene in enumerate(scenes)])
 

@@ -7,24 +7,24 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.diffusion.process import Process, ProcessConfig
-from ldm.files import write_tensors, write_text
-from ldm.interop import names
-from ldm.interop.parts import (
-    FIRST,
-    SECOND,
-    Parts,
-    check_foldable,
-    folded,
-    network_of,
+from ldm.diffusion.process import Diffusion, DiffusionConfig
+from ldm.interop import key_map
+from ldm.interop.components import (
+    SDXL_TEXT_1,
+    SDXL_TEXT_2,
+    ModelComponents,
+    build_frozen,
+    build_frozen_vae,
+    check_exportable,
+    fold_latent_stats,
     read_file,
     text_encoder,
-    understood,
-    vae_of,
+    unsupported_config_errors,
 )
-from ldm.text import JoinedEncoder, TextConfig, TextEncoder
+from ldm.io.atomic import write_tensors, write_text
+from ldm.text import DualTextEncoder, TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig
-from ldm.unet.model import SIZES
+from ldm.unet.model import NUM_SIZE_CONDS
 from ldm.vae import VAEConfig
 
 KINDS = re.compile(r"StableDiffusion(XL)?(Img2Img|Inpaint)?Pipeline")
@@ -77,7 +77,7 @@ def is_folder(path: Path) -> bool:
     return (path / "model_index.json").is_file()
 
 
-def read(folder: Path) -> Parts:
+def read(folder: Path) -> ModelComponents:
     """The parts of a Stable Diffusion 1, 2 or XL pipeline; ValueError names what is missing or not known here."""
     index = _json(folder / "model_index.json")
     kind = index.get("_class_name")
@@ -88,32 +88,36 @@ def read(folder: Path) -> Parts:
         )
     values = _json(folder / "unet/config.json")
     tensors = _tensors(folder / "unet", WEIGHTS)
-    unet = network_of(UNet, unet_config(values, folder), tensors, names.unet_in_diffusers, f"{folder}/unet")
+    unet = build_frozen(UNet, unet_config(values, folder), tensors, key_map.unet_key_to_diffusers, f"{folder}/unet")
     vae_values = _json(folder / "vae/config.json")
-    tensors = names.vae_of_old_diffusers(_tensors(folder / "vae", WEIGHTS))
+    tensors = key_map.rename_legacy_vae_keys(_tensors(folder / "vae", WEIGHTS))
     of_vae, source = vae_config(vae_values, folder), f"{folder}/vae"
-    with understood(f"{source}/config.json"):
+    with unsupported_config_errors(f"{source}/config.json"):
         scale, shift = float(vae_values.get("scaling_factor", 0.18215)), float(vae_values.get("shift_factor") or 0.0)
         1 / scale
-    vae = vae_of(of_vae, tensors, names.vae_in_diffusers, source, scale=scale, shift=shift)
-    process = Process(process_config(_json(folder / "scheduler/scheduler_config.json"), folder))
-    with understood(f"{folder}/unet/config.json"):
+    vae = build_frozen_vae(of_vae, tensors, key_map.vae_key_to_diffusers, source, scale=scale, shift=shift)
+    process = Diffusion(process_config(_json(folder / "scheduler/scheduler_config.json"), folder))
+    with unsupported_config_errors(f"{folder}/unet/config.json"):
         size = int(values["sample_size"]) * vae.config.factor
     if not found[1]:
-        return Parts(unet, process, vae, read_text(folder, ""), size)
-    empty = {"zero_empty": index.get("force_zeros_for_empty_prompt", True)}
-    text = JoinedEncoder(read_text(folder, "", **FIRST, **empty), read_text(folder, "_2", **SECOND, **empty))
-    return Parts(unet, process, vae, text, size)
+        return ModelComponents(unet, process, vae, read_text(folder, ""), size)
+    empty = {"zero_empty_prompt": index.get("force_zeros_for_empty_prompt", True)}
+    text = DualTextEncoder(
+        read_text(folder, "", **SDXL_TEXT_1, **empty), read_text(folder, "_2", **SDXL_TEXT_2, **empty)
+    )
+    return ModelComponents(unet, process, vae, text, size)
 
 
-def write(parts: Parts, folder: Path) -> None:
+def write(parts: ModelComponents, folder: Path) -> None:
     """Write a folder that diffusers' from_pretrained loads; ValueError when it can not hold the model."""
     unet, vae, text = parts.unet, parts.vae, parts.text
-    deep = unet.config.middle_depth == max(unet.config.depths[-1], 1)
-    check_foldable(parts, "a diffusers folder", *([] if deep else ["unet.middle_depth"]))
-    joined, inpaint = isinstance(text, JoinedEncoder), unet.config.extra_channels > 0
-    if len({encoder.config.zero_empty for encoder in text.encoders}) > 1:
-        raise ValueError("a diffusers folder can not hold this model: text.zero_empty differs between the towers")
+    deep = unet.config.mid_transformer_depth == max(unet.config.transformer_depth[-1], 1)
+    check_exportable(parts, "a diffusers folder", *([] if deep else ["unet.mid_transformer_depth"]))
+    joined, inpaint = isinstance(text, DualTextEncoder), unet.config.cond_channels > 0
+    if len({encoder.config.zero_empty_prompt for encoder in text.encoders}) > 1:
+        raise ValueError(
+            "a diffusers folder can not hold this model: text.zero_empty_prompt differs between the towers"
+        )
     index: dict[str, Any] = {
         "_class_name": f"StableDiffusion{'XL' * joined}{'Inpaint' * inpaint}Pipeline",
         "_diffusers_version": "0.30.0",
@@ -127,35 +131,36 @@ def write(parts: Parts, folder: Path) -> None:
     if joined:
         index["text_encoder_2"] = ("transformers", "CLIPTextModelWithProjection")
         index["tokenizer_2"] = ("transformers", "CLIPTokenizer")
-        index["force_zeros_for_empty_prompt"] = text.encoders[0].config.zero_empty
+        index["force_zeros_for_empty_prompt"] = text.encoders[0].config.zero_empty_prompt
         index["image_encoder"] = (None, None)
     else:
         index |= {"safety_checker": (None, None), "requires_safety_checker": False}
     _write_json(folder / "model_index.json", index)
-    crossed = [depth > 0 for depth in unet.config.depths]
+    crossed = [depth > 0 for depth in unet.config.transformer_depth]
     down = ["CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in crossed]
     unet_values = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": parts.size // vae.config.factor,
-        "in_channels": unet.config.in_channels + unet.config.extra_channels,
+        "in_channels": unet.config.in_channels + unet.config.cond_channels,
         "out_channels": unet.config.in_channels,
         "block_out_channels": unet.config.widths,
-        "layers_per_block": unet.config.blocks,
+        "layers_per_block": unet.config.num_res_blocks,
         "down_block_types": down,
         "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
-        "transformer_layers_per_block": [max(depth, 1) for depth in unet.config.depths],
-        "attention_head_dim": unet.config.heads,
-        "cross_attention_dim": unet.config.context_width,
+        "transformer_layers_per_block": [max(depth, 1) for depth in unet.config.transformer_depth],
+        "attention_head_dim": unet.config.num_heads,
+        "cross_attention_dim": unet.config.context_dim,
         "use_linear_projection": True,
-        "resnet_time_scale_shift": "scale_shift" if unet.config.scale_shift else "default",
+        "resnet_time_scale_shift": "scale_shift" if unet.config.scale_shift_norm else "default",
     }
     if joined:
         unet_values |= {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": unet.config.size_width,
-            "projection_class_embeddings_input_dim": unet.config.vector_width + SIZES * unet.config.size_width,
+            "addition_time_embed_dim": unet.config.size_embed_dim,
+            "projection_class_embeddings_input_dim": unet.config.pooled_dim
+            + NUM_SIZE_CONDS * unet.config.size_embed_dim,
         }
-    _write_part(folder / "unet", unet_values, unet.state_dict(), names.unet_in_diffusers(unet.config))
+    _write_part(folder / "unet", unet_values, unet.state_dict(), key_map.unet_key_to_diffusers(unet.config))
     levels = len(vae.config.widths)
     alike = bool((vae.latent_std == vae.latent_std[0]).all() and not vae.latent_mean.any())
     scale = 1 / vae.latent_std[0].item() if alike else 1.0
@@ -165,20 +170,22 @@ def write(parts: Parts, folder: Path) -> None:
         "out_channels": vae.config.image_channels,
         "latent_channels": vae.config.latent_channels,
         "block_out_channels": vae.config.widths,
-        "layers_per_block": vae.config.blocks,
+        "layers_per_block": vae.config.num_res_blocks,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "mid_block_add_attention": vae.config.attention,
+        "mid_block_add_attention": vae.config.mid_attention,
         "scaling_factor": scale,
         "sample_size": parts.size,
     }
-    _write_part(folder / "vae", vae_values, folded(vae, scale=scale), names.vae_in_diffusers(vae.config))
+    _write_part(
+        folder / "vae", vae_values, fold_latent_stats(vae, scale=scale), key_map.vae_key_to_diffusers(vae.config)
+    )
     process = parts.process.config
-    betas = dict(zip(("beta_start", "beta_end"), BETAS[process.path], strict=True))
+    betas = dict(zip(("beta_start", "beta_end"), BETAS[process.noise_schedule], strict=True))
     prediction = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[process.prediction]
     scheduler = {
         "_class_name": "DDIMScheduler",
-        "beta_schedule": process.path,
+        "beta_schedule": process.noise_schedule,
         "prediction_type": prediction,
         "rescale_betas_zero_snr": process.zero_terminal_snr,
         "timestep_spacing": "trailing",
@@ -193,7 +200,7 @@ def write(parts: Parts, folder: Path) -> None:
 
 def _write_text(folder: Path, number: str, text: TextEncoder, *, joined: bool) -> None:
     """A tower and its tokenizer; in version 2 the penultimate layer is the last one of a model that ends with it."""
-    tower, projected = text.tower, text.config.pooled
+    tower, projected = text.tower, text.config.use_pooled
     layers = len(tower.blocks) - (text.config.layer == "penultimate" and not joined)
     text_values = {
         "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
@@ -208,25 +215,25 @@ def _write_text(folder: Path, number: str, text: TextEncoder, *, joined: bool) -
         "hidden_act": "quick_gelu" if tower.blocks[0].quick_gelu else "gelu",
         "bos_token_id": 49406,
         "eos_token_id": 49407,
-        "pad_token_id": text.config.padding,
+        "pad_token_id": text.config.pad_token_id,
     }
     _write_json(folder / f"text_encoder{number}/config.json", text_values)
-    tensors = names.text_in_transformers(tower.state_dict(), layers, projected=projected)
+    tensors = key_map.text_to_transformers(tower.state_dict(), layers, projected=projected)
     write_tensors(folder / f"text_encoder{number}/model.safetensors", tensors, PYTORCH)
     _write_tokenizer(folder / f"tokenizer{number}", text)
 
 
-def _write_part(folder: Path, values: dict[str, Any], state: dict[str, Tensor], rename: names.Rename) -> None:
+def _write_part(folder: Path, values: dict[str, Any], state: dict[str, Tensor], rename: key_map.Rename) -> None:
     _write_json(folder / "config.json", values)
     write_tensors(folder / f"{WEIGHTS}.safetensors", {rename(name): tensor for name, tensor in state.items()}, PYTORCH)
 
 
 def _write_tokenizer(folder: Path, text: TextEncoder) -> None:
     """CLIP's vocabulary and merges as transformers reads them."""
-    tokenizer, padding = text.tokenizer, text.config.padding
+    tokenizer, padding = text.tokenizer, text.config.pad_token_id
     pad = {number: token for token, number in PADDING.items()}.get(padding or 0)
     if pad is None:
-        raise ValueError(f"text.padding {padding} is not known to diffusers; only {sorted(PADDING.values())} are")
+        raise ValueError(f"text.pad_token_id {padding} is not known to diffusers; only {sorted(PADDING.values())} are")
     vocabulary = {SPECIAL.get(token, token): number for token, number in tokenizer.encoder.items()}
     _write_json(folder / "vocab.json", vocabulary)
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
@@ -253,44 +260,44 @@ def unet_config(values: dict[str, Any], folder: Path) -> UNetConfig:
         raise ValueError(f"{folder}/unet: blocks of type {', '.join(sorted(map(str, unknown)))} are not known here")
     if values.get("addition_embed_type") not in (None, "text_time"):
         raise ValueError(f"{folder}/unet: addition_embed_type {values['addition_embed_type']} is not known here")
-    with understood(f"{folder}/unet/config.json"):
+    with unsupported_config_errors(f"{folder}/unet/config.json"):
         widths = values["block_out_channels"]
         levels = len(widths)
-        depths = _each(values.get("transformer_layers_per_block", 1), levels)
+        depths = _per_level(values.get("transformer_layers_per_block", 1), levels)
         crossed = ["CrossAttn" in name for name in values["down_block_types"]]
         size_width = (values.get("addition_embed_type") and values["addition_time_embed_dim"]) or 0
         return UNetConfig(
             in_channels=values["out_channels"],
-            extra_channels=values["in_channels"] - values["out_channels"],
-            channels=widths[0],
-            multipliers=tuple(width // widths[0] for width in widths),
-            blocks=values.get("layers_per_block", 2),
-            depths=tuple(depth if cross else 0 for depth, cross in zip(depths, crossed, strict=True)),
-            middle_depth=depths[-1],
-            heads=tuple(_each(values.get("num_attention_heads") or values["attention_head_dim"], levels)),
-            context_width=values["cross_attention_dim"],
-            vector_width=(values.get("projection_class_embeddings_input_dim") or 0) - SIZES * size_width,
-            size_width=size_width,
-            scale_shift=values.get("resnet_time_scale_shift", "default") == "scale_shift",
+            cond_channels=values["in_channels"] - values["out_channels"],
+            model_channels=widths[0],
+            channel_mult=tuple(width // widths[0] for width in widths),
+            num_res_blocks=values.get("layers_per_block", 2),
+            transformer_depth=tuple(depth if cross else 0 for depth, cross in zip(depths, crossed, strict=True)),
+            mid_transformer_depth=depths[-1],
+            num_heads=tuple(_per_level(values.get("num_attention_heads") or values["attention_head_dim"], levels)),
+            context_dim=values["cross_attention_dim"],
+            pooled_dim=(values.get("projection_class_embeddings_input_dim") or 0) - NUM_SIZE_CONDS * size_width,
+            size_embed_dim=size_width,
+            scale_shift_norm=values.get("resnet_time_scale_shift", "default") == "scale_shift",
         )
 
 
 def vae_config(values: dict[str, Any], folder: Path) -> VAEConfig:
     """Our configuration of a VAE from vae/config.json."""
     _check_fixed(values, VAE_FIXED, folder / "vae/config.json")
-    with understood(f"{folder}/vae/config.json"):
+    with unsupported_config_errors(f"{folder}/vae/config.json"):
         widths = values["block_out_channels"]
         return VAEConfig(
             image_channels=values["in_channels"],
-            channels=widths[0],
-            multipliers=tuple(width // widths[0] for width in widths),
-            blocks=values["layers_per_block"],
-            attention=values.get("mid_block_add_attention", True),
+            base_channels=widths[0],
+            channel_mult=tuple(width // widths[0] for width in widths),
+            num_res_blocks=values["layers_per_block"],
+            mid_attention=values.get("mid_block_add_attention", True),
             latent_channels=values["latent_channels"],
         )
 
 
-def process_config(values: dict[str, Any], folder: Path) -> ProcessConfig:
+def process_config(values: dict[str, Any], folder: Path) -> DiffusionConfig:
     """Our configuration of the process from a scheduler's."""
     _check_fixed(values, SCHEDULER_FIXED, folder / "scheduler/scheduler_config.json")
     path = values.get("beta_schedule")
@@ -301,8 +308,8 @@ def process_config(values: dict[str, Any], folder: Path) -> ProcessConfig:
     if prediction is None:
         raise ValueError(f"{folder}/scheduler: prediction_type {values['prediction_type']} is not known here")
     zero = values.get("rescale_betas_zero_snr", False)
-    config = {"path": path, "prediction": prediction, "zero_terminal_snr": zero}
-    return ProcessConfig.from_dict(config, source=f"{folder}/scheduler")
+    config = {"noise_schedule": path, "prediction": prediction, "zero_terminal_snr": zero}
+    return DiffusionConfig.from_dict(config, source=f"{folder}/scheduler")
 
 
 def read_text(folder: Path, number: str, **settings: Any) -> TextEncoder:
@@ -315,12 +322,12 @@ def read_text(folder: Path, number: str, **settings: Any) -> TextEncoder:
         known = " and ".join(PADDING)
         raise ValueError(f"{folder}/tokenizer{number} fills prompts with {pad!r}; only {known} are known here")
     source = f"{folder}/text_encoder{number}"
-    with understood(source):
-        own, heads = names.text_from_transformers(tensors), values["num_attention_heads"]
+    with unsupported_config_errors(source):
+        own, heads = key_map.text_from_transformers(tensors), values["num_attention_heads"]
     quick_gelu = ACTIVATIONS.get(values.get("hidden_act", "quick_gelu"))
     if quick_gelu is None:
         raise ValueError(f"{source}: hidden_act {values['hidden_act']} is not known here")
-    config = TextConfig(model=str(folder), padding=padding, **settings)
+    config = TextConfig(model=str(folder), pad_token_id=padding, **settings)
     return text_encoder(own, config, source, quick_gelu=quick_gelu, heads=heads)
 
 
@@ -361,5 +368,5 @@ def _check_fixed(values: dict[str, Any], fixed: dict[str, Any], path: Path) -> N
             raise ValueError(f"{path}: {name} is {values[name]!r}; only {known!r} is known here")
 
 
-def _each(value: int | list[int], count: int) -> list[int]:
+def _per_level(value: int | list[int], count: int) -> list[int]:
     return [value] * count if isinstance(value, int) else list(value)

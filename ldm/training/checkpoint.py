@@ -17,12 +17,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
-from ldm.files import disk_errors
-from ldm.training.sharding import empty, split
-from ldm.weights import sha256
+from ldm.io.atomic import disk_errors
+from ldm.io.tensors import sha256
+from ldm.training.fsdp import empty_shard, shard_tensor
 
-FORMAT, MANIFEST = "ldm-checkpoint-2", "manifest.json"
-WRITING, DAMAGED, PARTS = ".writing-", "damaged-", "shard-*.safetensors"
+CHECKPOINT_FORMAT, MANIFEST = "ldm-checkpoint-2", "manifest.json"
+WRITING, CORRUPT, SHARD_GLOB = ".writing-", "damaged-", "shard-*.safetensors"
 PATTERN = re.compile(r"step-(\d{6,})$")
 
 Tensors = dict[str, Tensor]
@@ -52,7 +52,7 @@ def save_checkpoint(
     temporary = folder / f"{WRITING}step-{step:06d}"
 
     def begin() -> bool:
-        if target.exists() and damage(target) is None:
+        if target.exists() and find_corruption(target) is None:
             return False
         for left in folder.glob(f"{WRITING}*"):  # of runs that were killed
             shutil.rmtree(left)
@@ -62,14 +62,14 @@ def save_checkpoint(
     def finish() -> None:
         (temporary / "progress.json").write_text(json.dumps({"step": step, **progress}, indent=2))
         files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": files}, indent=2))
+        (temporary / MANIFEST).write_text(json.dumps({"format": CHECKPOINT_FORMAT, "sha256": files}, indent=2))
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         _sync(folder)
-        for old in _all(folder)[:-keep]:
+        for old in _list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
 
     kept = latest(folder)
@@ -86,7 +86,7 @@ def save_checkpoint(
     if not on_main(lambda: told(begin)):
         return
     if parts:
-        told(lambda: _write_parts(temporary, tensors))
+        told(lambda: _write_sharded(temporary, tensors))
     else:
         on_main(lambda: told(lambda: _write_groups(temporary, tensors)))
     on_main(lambda: told(finish))
@@ -97,7 +97,7 @@ def _write_groups(folder: Path, tensors: dict[str, Tensors]) -> None:
         save_file({key: t.detach().cpu().contiguous() for key, t in group.items()}, folder / f"{name}.safetensors")
 
 
-def _write_parts(folder: Path, tensors: dict[str, Tensors]) -> None:
+def _write_sharded(folder: Path, tensors: dict[str, Tensors]) -> None:
     state = {f"{name}/{key}": t.detach() for name, group in tensors.items() for key, t in group.items()}
     try:
         dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
@@ -114,7 +114,7 @@ def load_checkpoint(
     it belongs to another kind of run.
     """
     progress = _json(path / "progress.json")
-    if any(path.glob(PARTS)):
+    if any(path.glob(SHARD_GLOB)):
         tensors = _read_parts(path, mesh)
     else:
         tensors = {name: _read_group(path / f"{name}.safetensors", mesh) for name in groups}
@@ -126,13 +126,13 @@ def load_checkpoint(
 
 def _read_group(file: Path, mesh: DeviceMesh | None) -> Tensors:
     tensors = load_file(file) if file.is_file() else {}
-    return {name: split(tensor, mesh) for name, tensor in tensors.items()} if mesh else tensors
+    return {name: shard_tensor(tensor, mesh) for name, tensor in tensors.items()} if mesh else tensors
 
 
 def _read_parts(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensors]:
     reader = HuggingFaceStorageReader(str(folder))
     found = reader.read_metadata().state_dict_metadata
-    state = {name: empty(one.size, one.properties.dtype, mesh) for name, one in found.items()}  # type: ignore[union-attr]
+    state = {name: empty_shard(one.size, one.properties.dtype, mesh) for name, one in found.items()}  # type: ignore[union-attr]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load(state, storage_reader=reader, no_dist=mesh is None)
@@ -143,7 +143,7 @@ def _read_parts(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensors]:
     return tensors
 
 
-def damage(path: Path) -> str | None:
+def find_corruption(path: Path) -> str | None:
     """What is wrong with a checkpoint, each file of which must have the hash in its manifest; None when it is whole."""
     try:
         return _damage(path)
@@ -156,7 +156,7 @@ def _damage(path: Path) -> str | None:
         return f"it has no {MANIFEST}, as a folder such as RUN/checkpoints/step-000500 has"
     try:
         manifest = _json(path / MANIFEST)
-        hashes = dict(manifest["sha256"]) if manifest["format"] == FORMAT else None
+        hashes = dict(manifest["sha256"]) if manifest["format"] == CHECKPOINT_FORMAT else None
     except (ValueError, TypeError, KeyError):
         return f"its {MANIFEST} is damaged"
     if hashes is None:
@@ -169,7 +169,7 @@ def _damage(path: Path) -> str | None:
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint in a folder of checkpoints, if there is one."""
-    return next(reversed(_all(folder)), None)
+    return next(reversed(_list_checkpoints(folder)), None)
 
 
 def resolve(resume: str, folder: Path) -> tuple[Path, list[str]]:
@@ -178,7 +178,7 @@ def resolve(resume: str, folder: Path) -> tuple[Path, list[str]]:
     Those are set aside, so that they neither count as kept nor as the newest. ValueError when there is nothing to
     resume from, and for a PATH where `folder` holds a newer one, which is of another course.
     """
-    found, named = _all(folder), Path(resume)
+    found, named = _list_checkpoints(folder), Path(resume)
     newest_first = found[::-1] if resume == "latest" else [named]
     if not newest_first:
         raise ValueError(f"{folder} holds no checkpoint to resume from; start without --resume")
@@ -188,16 +188,16 @@ def resolve(resume: str, folder: Path) -> tuple[Path, list[str]]:
         )
     damaged: list[tuple[Path, str]] = []
     for path in newest_first:
-        reason = damage(path)
+        reason = find_corruption(path)
         if reason is None:
-            return path, [f"{told}; it is {_set_aside(bad)} now" for bad, told in damaged]
+            return path, [f"{told}; it is {_quarantine(bad)} now" for bad, told in damaged]
         damaged.append((path, f"{path} can not be resumed from: {reason}"))
     told_of_all = "; ".join(told for _, told in damaged)
     raise ValueError(f"{told_of_all}; name another checkpoint, or start anew with another --run")
 
 
-def _set_aside(path: Path) -> str:
-    aside = path.with_name(f"{DAMAGED}{path.name}")
+def _quarantine(path: Path) -> str:
+    aside = path.with_name(f"{CORRUPT}{path.name}")
     with disk_errors(aside):
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
@@ -234,7 +234,7 @@ def _json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
-def _all(folder: Path) -> list[Path]:
+def _list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [path for path in folder.glob("step-*") if PATTERN.match(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))

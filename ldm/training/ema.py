@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ldm.training.sharding import whole
+from ldm.training.fsdp import full_tensor
 
 
 class EMA:
@@ -24,21 +24,21 @@ class EMA:
         torch._foreach_lerp_(list(self.shadow.values()), live, 1 - decay)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """The module holds the averaged weights inside the `with`, and its own again afterwards."""
         own = {name: p.detach().clone() for name, p in self.module.named_parameters()}
-        _copy(self.shadow, self.module)
+        _copy_params(self.shadow, self.module)
         try:
             yield
         finally:
-            _copy(own, self.module)
+            _copy_params(own, self.module)
 
-    def gather(self, module: nn.Module) -> None:
+    def copy_to(self, module: nn.Module) -> None:
         """Fill the whole twin of a module that is split with the averages; all processes must call this."""
-        _copy(self.shadow, module)
+        _copy_params(self.shadow, module)
 
 
 @torch.no_grad()
-def _copy(weights: dict[str, Tensor], module: nn.Module) -> None:
+def _copy_params(weights: dict[str, Tensor], module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
-        parameter.copy_(whole(weights[name]))
+        parameter.copy_(full_tensor(weights[name]))

@@ -1,6 +1,6 @@
 """The network that learns to undo noise."""
 
-from ldm.unet.blocks import KeptContext
+from ldm.unet.blocks import CachedContext
 from ldm.unet.model import UNet, UNetConfig
 
-__all__ = ["KeptContext", "UNet", "UNetConfig"]
+__all__ = ["CachedContext", "UNet", "UNetConfig"]

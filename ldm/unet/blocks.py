@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.nn import zero_
+from ldm.layers import zero_init_
 
 
 def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
@@ -43,7 +43,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.time_proj = nn.Linear(time_width, (2 if scale_shift else 1) * channels_out)
         self.norm2 = group_norm(channels_out, eps=1e-5)
-        self.conv2 = zero_(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        self.conv2 = zero_init_(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         same = channels_in == channels_out
         self.shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
@@ -72,15 +72,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: "Context | None" = None, mask: Tensor | None = None) -> Tensor:
         """`mask` (b, m) is True where the context may be looked at."""
         k, v = (
-            context.read_by(self)
-            if isinstance(context, KeptContext)
-            else self.keys_values(x if context is None else context)
+            context.kv_for(self)
+            if isinstance(context, CachedContext)
+            else self.project_kv(x if context is None else context)
         )
         mask = None if mask is None else mask[:, None, None, :]
         h = F.scaled_dot_product_attention(self._by_head(self.to_q(x)), k, v, attn_mask=mask)
         return self.to_out(rearrange(h, "b heads n d -> b n (heads d)"))
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+    def project_kv(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(b, heads, m, d) each."""
         return self._by_head(self.to_k(context)), self._by_head(self.to_v(context))
 
@@ -88,21 +88,21 @@ class Attention(nn.Module):
         return rearrange(x, "b n (heads d) -> b heads n d", heads=self.heads)
 
 
-class KeptContext:
+class CachedContext:
     """A context (b, m, d) whose keys and values are computed once and kept: for sampling, where no step changes it."""
 
     def __init__(self, states: Tensor) -> None:
         self.states, self.shape = states, states.shape
         self._read: dict[Attention, tuple[Tensor, Tensor]] = {}
 
-    def read_by(self, attention: Attention) -> tuple[Tensor, Tensor]:
+    def kv_for(self, attention: Attention) -> tuple[Tensor, Tensor]:
         """Keys and values of one attention."""
         if attention not in self._read:
-            self._read[attention] = attention.keys_values(self.states)
+            self._read[attention] = attention.project_kv(self.states)
         return self._read[attention]
 
 
-Context = Tensor | KeptContext
+Context = Tensor | CachedContext
 
 
 class GEGLU(nn.Module):
@@ -147,7 +147,7 @@ class SpatialTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             TransformerBlock(channels, heads=heads, context_width=context_width) for _ in range(depth)
         )
-        self.proj_out = zero_(nn.Linear(channels, channels))
+        self.proj_out = zero_init_(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, context: Context | None, mask: Tensor | None) -> Tensor:
         h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))

@@ -56,7 +56,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-def middle(channels: int, *, attention: bool) -> nn.Sequential:
+def mid_block(channels: int, *, attention: bool) -> nn.Sequential:
     """The blocks at the lowest resolution."""
     between = [Attention(channels)] if attention else []
     return nn.Sequential(ResidualBlock(channels, channels), *between, ResidualBlock(channels, channels))

@@ -14,9 +14,9 @@ from ldm.vae.model import Posterior
 class VAELossConfig(Config):
     """Weights of the terms."""
 
-    structure: float = Field(0.1, ge=0)
+    ssim_weight: float = Field(0.1, ge=0)
     """weight of 1 - SSIM beside the mean absolute error"""
-    kl: float = Field(1e-6, ge=0)
+    kl_weight: float = Field(1e-6, ge=0)
     """weight of the KL divergence summed over an image, beside errors summed over its pixels"""
 
 
@@ -29,10 +29,10 @@ def vae_loss(images: Tensor, output: Tensor, posterior: Posterior, config: VAELo
     error = F.l1_loss(output, images)
     kl = posterior.kl().mean() / images[0].numel()
     terms = {"l1": error, "kl": kl}
-    loss = error + config.kl * kl
-    if config.structure:
+    loss = error + config.kl_weight * kl
+    if config.ssim_weight:
         terms["structure"] = 1 - ssim(output, images).mean()
-        loss = loss + config.structure * terms["structure"]
+        loss = loss + config.ssim_weight * terms["structure"]
     return {"loss": loss, **terms}
 
 

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ldm.config import Config
-from ldm.nn import Upsample, check_widths, run_block, zero_
-from ldm.vae.blocks import Downsample, ResidualBlock, group_norm, middle
+from ldm.layers import Upsample, check_group_norm, checkpointed, zero_init_
+from ldm.vae.blocks import Downsample, ResidualBlock, group_norm, mid_block
 
 
 class VAEConfig(Config):
@@ -18,31 +18,31 @@ class VAEConfig(Config):
 
     image_channels: int = Field(3, ge=1)
     """3 for RGB, 1 for grey"""
-    patch: int = Field(1, ge=1)
+    patch_size: int = Field(1, ge=1)
     """side of the pixel blocks that are folded into channels before the first convolution"""
-    channels: int = Field(128, ge=32)
+    base_channels: int = Field(128, ge=32)
     """width of the first level"""
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     """width of each level as a multiple of `channels`; each further level halves the resolution"""
-    blocks: int = Field(2, ge=1)
+    num_res_blocks: int = Field(2, ge=1)
     """residual blocks in a level of the encoder; the decoder has one more"""
-    attention: bool = True
+    mid_attention: bool = True
     """self-attention at the lowest resolution"""
     latent_channels: int = Field(4, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> "VAEConfig":
-        check_widths(self.widths, name="channels x multipliers")
+        check_group_norm(self.widths, name="base_channels x channel_mult")
         return self
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return tuple(self.channels * m for m in self.multipliers)
+        return tuple(self.base_channels * m for m in self.channel_mult)
 
     @property
     def factor(self) -> int:
         """Pixels to a latent cell, along one side."""
-        return self.patch * 2 ** (len(self.multipliers) - 1)
+        return self.patch_size * 2 ** (len(self.channel_mult) - 1)
 
     def latent_size(self, size: int) -> int:
         """Side of the latent of an image whose side is `size`; ValueError when the factor does not divide it."""
@@ -76,23 +76,23 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig, *, gradient_checkpointing: bool) -> None:
         super().__init__()
-        self.patch, self.gradient_checkpointing = config.patch, gradient_checkpointing
+        self.patch, self.gradient_checkpointing = config.patch_size, gradient_checkpointing
         widths = config.widths
-        self.conv_in = nn.Conv2d(config.image_channels * config.patch**2, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.image_channels * config.patch_size**2, widths[0], 3, padding=1)
         self.levels = nn.ModuleList()
         for level, width in enumerate(widths):
             before = widths[max(level - 1, 0)]
-            blocks = [ResidualBlock(before if i == 0 else width, width) for i in range(config.blocks)]
+            blocks = [ResidualBlock(before if i == 0 else width, width) for i in range(config.num_res_blocks)]
             down = [Downsample(width)] if level < len(widths) - 1 else []
             self.levels.append(nn.Sequential(*blocks, *down))
-        self.middle = middle(widths[-1], attention=config.attention)
+        self.middle = mid_block(widths[-1], attention=config.mid_attention)
         self.norm_out = group_norm(widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.conv_in(F.pixel_unshuffle(images, self.patch))
         for level in self.levels:
-            h = run_block(level, h, recompute=self.gradient_checkpointing)
+            h = checkpointed(level, h, recompute=self.gradient_checkpointing)
         return self.conv_out(F.silu(self.norm_out(self.middle(h))))
 
 
@@ -101,27 +101,27 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig, *, gradient_checkpointing: bool) -> None:
         super().__init__()
-        self.patch, self.gradient_checkpointing = config.patch, gradient_checkpointing
+        self.patch, self.gradient_checkpointing = config.patch_size, gradient_checkpointing
         widths = config.widths[::-1]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.middle = middle(widths[0], attention=config.attention)
+        self.middle = mid_block(widths[0], attention=config.mid_attention)
         self.levels = nn.ModuleList()
         for level, width in enumerate(widths):
             before = widths[max(level - 1, 0)]
-            blocks = [ResidualBlock(before if i == 0 else width, width) for i in range(config.blocks + 1)]
+            blocks = [ResidualBlock(before if i == 0 else width, width) for i in range(config.num_res_blocks + 1)]
             up = [Upsample(width)] if level < len(widths) - 1 else []
             self.levels.append(nn.Sequential(*blocks, *up))
         self.norm_out = group_norm(widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], config.image_channels * config.patch**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], config.image_channels * config.patch_size**2, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         h = self.middle(self.conv_in(latents))
         for level in self.levels:
-            h = run_block(level, h, recompute=self.gradient_checkpointing)
+            h = checkpointed(level, h, recompute=self.gradient_checkpointing)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
 
 
-class LinearPath(nn.Module):
+class PCASkip(nn.Module):
     """Linear compression of patches to latents and back, beside the networks, where patching is all that changes size.
 
     The best linear autoencoder is known in closed form: principal components (Baldi and Hornik 1989). `fit` sets it, so
@@ -131,13 +131,13 @@ class LinearPath(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        self.patch = config.patch
-        values = config.image_channels * config.patch**2
+        self.patch = config.patch_size
+        values = config.image_channels * config.patch_size**2
         self.encode = nn.Conv2d(values, config.latent_channels, 1)
         self.decode = nn.Conv2d(config.latent_channels, values, 1)
 
     @torch.no_grad()
-    def fit(self, images: Tensor) -> None:
+    def init_from_pca(self, images: Tensor) -> None:
         """Set both maps from the principal components of the patches of (b, c, h, w) images."""
         patches = rearrange(F.pixel_unshuffle(images, self.patch), "b v h w -> (b h w) v").double()
         mean = patches.mean(0)
@@ -169,7 +169,7 @@ class VAE(nn.Module):
         latents = config.latent_channels
         self.quant_conv = nn.Conv2d(2 * latents, 2 * latents, 1)
         self.post_quant_conv = nn.Conv2d(latents, latents, 1)
-        patches_only = config.patch > 1 and len(config.multipliers) == 1
+        patches_only = config.patch_size > 1 and len(config.channel_mult) == 1
         self.linear = self._linear_path() if patches_only else None
         self.register_buffer("latent_mean", torch.zeros(latents))
         self.register_buffer("latent_std", torch.ones(latents))
@@ -180,22 +180,22 @@ class VAE(nn.Module):
             self.config.latent_size(side)
         mean, logvar = self.quant_conv(self.encoder(images)).float().chunk(2, dim=1)
         if self.linear is not None:
-            mean = mean + self.linear.encode(F.pixel_unshuffle(images, self.config.patch)).float()
+            mean = mean + self.linear.encode(F.pixel_unshuffle(images, self.config.patch_size)).float()
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents -> (b, c, h, w) pixels, about in [-1, 1]."""
         images = self.decoder(self.post_quant_conv(latents))
         if self.linear is not None:
-            images = images + F.pixel_shuffle(self.linear.decode(latents), self.config.patch)
+            images = images + F.pixel_shuffle(self.linear.decode(latents), self.config.patch_size)
         return images
 
-    def _linear_path(self) -> LinearPath:
+    def _linear_path(self) -> PCASkip:
         """Start as the linear autoencoder alone: the networks answer zero, with a narrow posterior (deviation 0.05)."""
-        zero_(self.encoder.conv_out)
-        zero_(self.decoder.conv_out)
-        nn.init.constant_(zero_(self.quant_conv).bias[self.config.latent_channels :], -6.0)  # type: ignore[index]
-        return LinearPath(self.config)
+        zero_init_(self.encoder.conv_out)
+        zero_init_(self.decoder.conv_out)
+        nn.init.constant_(zero_init_(self.quant_conv).bias[self.config.latent_channels :], -6.0)  # type: ignore[index]
+        return PCASkip(self.config)
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
         """Reconstruct through a sampled latent; `noise` is shaped as the latent."""

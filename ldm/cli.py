@@ -1,0 +1,70 @@
+"""TODO."""
+
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+from pydantic import ValidationError
+
+from ldm.config import Config, _explain, read_yaml
+
+
+class ScriptConfig(Config):
+    """What every script has: the YAML file that its other values come from."""
+
+    config: Path | None = None
+    """YAML file of values; flags on the command line override it"""
+
+
+Script = TypeVar("Script", bound=ScriptConfig)
+
+
+def parse_cli(cls: type[Script], argv: Sequence[str] | None, *, default: Path | None, description: str) -> Script:
+    """Read `--config FILE` (or `default`) and override it from the command line.
+
+    Exits with a short message when a value is wrong; `--help` lists every flag.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        path = config_flag(args) or default
+        values = read_yaml(path) if path else {}
+        config = cls.from_dict({**values, "config": path}, source=str(path))
+        return tyro.cli(cls, args=args, default=config, description=description)
+    except ValidationError as error:
+        raise SystemExit(_exit_message("\n".join(_explain(cls, error, "command line")))) from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(_exit_message(str(error))) from None
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turn a ValueError, which says what is wrong and what to do, or a failing disk into a short message, status 1.
+
+    A thread that writes, as tensorboard has one, hands its error to the main thread, so it is not shown twice.
+    """
+    shown = threading.excepthook
+    threading.excepthook = lambda told: None if issubclass(told.exc_type, OSError) else shown(told)
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(_exit_message(str(error))) from None
+    finally:
+        threading.excepthook = shown
+
+
+def config_flag(args: list[str]) -> Path | None:
+    """The file that `--config` names, if it is there."""
+    for position, arg in enumerate(args):
+        if arg.startswith("--config="):
+            return Path(arg.split("=", 1)[1])
+        if arg == "--config" and position + 1 < len(args):
+            return Path(args[position + 1])
+    return None
+
+
+def _exit_message(text: str) -> str:
+    return "\n".join(f"error: {line}" for line in text.splitlines())

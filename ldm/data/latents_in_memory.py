@@ -1,0 +1,40 @@
+"""Latents computed once and kept in memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ldm.data.batch_sampler import SampleKey, sample_batches
+
+
+class InMemoryLatents(Dataset[dict[str, Any]]):
+    """The samples of a data set with the mean and log-variance of their latents in the place of the image."""
+
+    def __init__(
+        self,
+        data: Dataset[Any],
+        encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+        *,
+        device: torch.device,
+        progress: bool,
+    ) -> None:
+        """`encode` maps images (b, c, h, w) to mean and log-variance, each (b, c, h, w)."""
+        means, logvars, sizes = [], [], []
+        with torch.no_grad():
+            for batch in tqdm(sample_batches(data), desc="latents", unit="batch", disable=not progress):
+                mean, logvar = encode(batch["image"].to(device))
+                means.append(mean.cpu())
+                logvars.append(logvar.cpu())
+                sizes.append(batch["sizes"])
+        self.data, self.mean, self.logvar, self.sizes = data, torch.cat(means), torch.cat(logvars), torch.cat(sizes)
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        kept = {"mean": self.mean[key.index], "logvar": self.logvar[key.index], "sizes": self.sizes[key.index]}
+        return {**kept, "caption": self.data.caption(key)}  # type: ignore[attr-defined]

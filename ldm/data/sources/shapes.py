@@ -1,0 +1,231 @@
+"""Procedural captioned scenes: no download, any size, and the exact truth of every caption.
+
+A scene is one shape on a plain background. `load` gives whole splits; the test split holds combinations of attributes
+that the training split never shows, so a model that paints them has understood the words and not the pictures.
+"""
+
+import io
+import itertools
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ldm.rng import fold_seed
+
+if TYPE_CHECKING:
+    import datasets
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLORS = {
+    "red": (220, 30, 35),
+    "green": (30, 150, 60),
+    "blue": (35, 75, 220),
+    "yellow": (250, 210, 30),
+    "purple": (130, 40, 160),
+    "orange": (250, 125, 20),
+    "white": (250, 250, 250),
+    "black": (15, 15, 15),
+}
+POSITIONS = {
+    "center": (0.5, 0.5),
+    "top left": (0.27, 0.27),
+    "top right": (0.73, 0.27),
+    "bottom left": (0.27, 0.73),
+    "bottom right": (0.73, 0.73),
+}
+SIZES = {"small": 0.145, "large": 0.235}  # outer radius as a fraction of the picture's side
+JITTER = 0.02  # of the position, as a fraction of the side
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+TEST_FRACTION = 0.1
+
+Split = Literal["train", "test"]
+
+
+class Scene(NamedTuple):
+    """What one picture of the `shapes` set shows."""
+
+    shape: str
+    color: str
+    background: str
+    position: str
+    size: str
+
+
+class PairScene(NamedTuple):
+    """What one picture of the `pairs` set shows: the first object stands in `relation` to the second."""
+
+    shape: str
+    color: str
+    other_shape: str
+    other_color: str
+    background: str
+    relation: str
+
+
+def captions(scene: Scene) -> tuple[str, ...]:
+    """The wordings of a scene, each naming all five attributes."""
+    shape, color, background, position, size = scene
+    place = "in the center" if position == "center" else f"in the {position} corner"
+    short = "at the center" if position == "center" else f"at the {position}"
+    return (
+        f"a {size} {color} {shape} {place} on {_a(background)} background",
+        f"a {size} {color} {shape} on {_a(background)} background, {position}",
+        f"{short}, {_a(color)} {shape}, {size}, with {background} behind it",
+        f"{_a(background)} picture with a {size} {color} {shape} {short}",
+    )
+
+
+def pair_captions(scene: PairScene) -> tuple[str, ...]:
+    """The wordings of a pair, each naming both objects, the relation and the background."""
+    shape, color, other_shape, other_color, background, relation = scene
+    return (
+        f"{_a(color)} {shape} {relation} {_a(other_color)} {other_shape} on {_a(background)} background",
+        f"on {background}: {_a(color)} {shape} is {relation} {_a(other_color)} {other_shape}",
+    )
+
+
+def _a(word: str) -> str:
+    return f"an {word}" if word == "orange" else f"a {word}"
+
+
+@lru_cache(maxsize=2)
+def scenes(split: Split) -> tuple[Scene, ...]:
+    """Every combination of attributes of a split; the two splits share none."""
+    combos = itertools.product(SHAPES, COLORS, COLORS, POSITIONS, SIZES)
+    return _split("shapes", [Scene(*c) for c in combos if c[1] != c[2]], split)
+
+
+@lru_cache(maxsize=2)
+def pair_scenes(split: Split) -> tuple[PairScene, ...]:
+    """Every pair of a split: two different shapes in two colours that differ from the background."""
+    combos = itertools.product(SHAPES, COLORS, SHAPES, COLORS, COLORS, RELATIONS)
+    kept = [PairScene(*c) for c in combos if c[0] != c[2] and len({c[1], c[3], c[4]}) == 3]
+    return _split("pairs", kept, split)
+
+
+def _split(name: str, combos: list, split: Split) -> tuple:
+    if split not in ("train", "test"):
+        raise ValueError(f"split {split!r} is unknown: choose train or test")
+    order = np.random.Generator(np.random.PCG64(fold_seed(name, "split"))).permutation(len(combos))
+    held_out = round(len(combos) * TEST_FRACTION)
+    return tuple(combos[i] for i in (order[:held_out] if split == "test" else order[held_out:]))
+
+
+def load(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> "datasets.Dataset":
+    """The `shapes` set as a `datasets.Dataset`: image (size x size, RGB), caption and the five attributes.
+
+    Row i depends on (split, size, seed, i) alone. Without `count` there are three rows for each combination.
+    """
+    return _dataset(scenes(split), captions, _draw_scene, split, size, count, seed)
+
+
+def load_pairs(
+    split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0
+) -> "datasets.Dataset":
+    """The `pairs` set: two objects and a spatial relation. Columns image, caption and the fields of `PairScene`."""
+    count = 20_000 if count is None and split == "train" else count or 1000
+    return _dataset(pair_scenes(split), pair_captions, _draw_pair, split, size, count, seed)
+
+
+def render(scene: Scene | PairScene, size: int, *, seed: int) -> Image.Image:
+    """One scene as a picture; `seed` moves its objects a little."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    return (_draw_scene if isinstance(scene, Scene) else _draw_pair)(scene, size, rng)  # type: ignore[arg-type]
+
+
+def _dataset(
+    combos: Sequence[NamedTuple],
+    wordings: Callable[..., tuple[str, ...]],
+    draw: Callable[..., Image.Image],
+    split: str,
+    size: int,
+    count: int | None,
+    seed: int,
+) -> "datasets.Dataset":
+    import datasets  # a slow import that painting from a prompt does not need
+
+    if size < 8:
+        raise ValueError(f"size {size} is too small to draw a shape in: choose at least 8 pixels")
+    rows: dict[str, list] = {"image": [], "caption": []}
+    rows |= {name: [] for name in combos[0]._fields}
+    for index in range(3 * len(combos) if count is None else count):
+        rng = np.random.Generator(np.random.PCG64(fold_seed(seed, type(combos[0]).__name__, split, index)))
+        scene = combos[index] if index < len(combos) else combos[int(rng.integers(len(combos)))]
+        rows["caption"].append(wordings(scene)[rng.integers(len(wordings(scene)))])
+        rows["image"].append({"bytes": _png(draw(scene, size, rng)), "path": None})
+        for name, value in zip(scene._fields, scene, strict=True):
+            rows[name].append(value)
+    features = {name: datasets.Value("string") for name in rows} | {"image": datasets.Image()}
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+
+
+def _draw_scene(scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:
+    center = np.array(POSITIONS[scene.position]) + rng.uniform(-JITTER, JITTER, 2)
+    canvas = np.full((size, size, 3), COLORS[scene.background], np.float64)
+    _paint(canvas, scene.shape, COLORS[scene.color], center, SIZES[scene.size])
+    return Image.fromarray(canvas.round().astype(np.uint8))
+
+
+def _draw_pair(scene: PairScene, size: int, rng: np.random.Generator) -> Image.Image:
+    offset = 0.24 * np.array(RELATIONS[scene.relation])
+    canvas = np.full((size, size, 3), COLORS[scene.background], np.float64)
+    for shape, color, sign in ((scene.shape, scene.color, 1), (scene.other_shape, scene.other_color, -1)):
+        center = 0.5 + sign * offset + rng.uniform(-JITTER, JITTER, 2)
+        _paint(canvas, shape, COLORS[color], center, 0.19)
+    return Image.fromarray(canvas.round().astype(np.uint8))
+
+
+def _paint(canvas: np.ndarray, shape: str, color: tuple[int, int, int], center: np.ndarray, radius: float) -> None:
+    """Blend a shape in: its coverage of a pixel follows from the signed distance to its outline."""
+    size = canvas.shape[0]
+    low = np.maximum(np.floor((center - 1.2 * radius) * size).astype(int), 0)
+    high = np.ceil((center + 1.2 * radius) * size).astype(int)
+    window = canvas[low[1] : high[1], low[0] : high[0]]
+    grid = (np.arange(size) + 0.5) / size
+    x, y = (grid[None, low[0] : high[0]] - center[0]) / radius, (grid[low[1] : high[1], None] - center[1]) / radius
+    distance = _DISTANCE[shape](x, y) * radius * size  # in pixels, negative inside
+    coverage = np.clip(0.5 - distance, 0, 1)[..., None]
+    window += coverage * (np.array(color) - window)
+
+
+def _polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """Signed distance to a closed polygon, negative inside; corners are (n, 2)."""
+    (ax, ay), (bx, by) = corners.T[..., None, None], np.roll(corners, -1, 0).T[..., None, None]
+    ex, ey = bx - ax, by - ay
+    along = np.clip(((x - ax) * ex + (y - ay) * ey) / (ex * ex + ey * ey), 0, 1)
+    distance = np.hypot(x - ax - along * ex, y - ay - along * ey).min(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        crosses = ((ay > y) != (by > y)) & (x < ax + (y - ay) * ex / ey)
+    return np.where(crosses.sum(0) % 2 == 1, -distance, distance)
+
+
+def _corners(turns: Sequence[float], radii: Sequence[float]) -> np.ndarray:
+    angle = 2 * np.pi * np.array(turns)
+    return np.stack([np.sin(angle), -np.cos(angle)], 1) * np.array(radii)[:, None]
+
+
+_TRIANGLE = _corners([0, 1 / 3, 2 / 3], [1.08] * 3) + np.array([0, 0.16])
+_STAR = _corners([i / 10 for i in range(10)], [1.08, 0.45] * 5)
+_CROSS = np.array(
+    [
+        *[(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)],
+        *[(0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)],
+    ]
+)
+_DISTANCE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": lambda x, y: np.hypot(x, y) - 0.95,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.82,
+    "triangle": lambda x, y: _polygon(x, y, _TRIANGLE),
+    "star": lambda x, y: _polygon(x, y, _STAR),
+    "cross": lambda x, y: _polygon(x, y, _CROSS),
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.25,
+}
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

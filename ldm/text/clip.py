@@ -1,0 +1,79 @@
+"""Train a small OpenCLIP from nothing: open_clip's own model, tokenizer and loss, under our loop."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+from pydantic import Field
+from torch import Tensor, nn
+
+from ldm.config import Config
+from ldm.io.atomic import write_tensors, write_text
+from ldm.text.tokenizer import make_tokenizer
+from ldm.text.weights import CONFIG_NAME, WEIGHTS_NAME
+
+
+class CLIPConfig(Config):
+    """Sizes of both towers; the vocabulary is CLIP's own, 49,408 byte pairs."""
+
+    embed_dim: int = Field(128, ge=8)
+    """width of the space in which pictures and texts meet"""
+    context_length: int = Field(32, ge=4)
+    """tokens of a prompt, with start and end"""
+    width: int = Field(128, ge=32)
+    """width of both towers"""
+    num_layers: int = Field(3, ge=1)
+    """layers of both towers"""
+    num_heads: int = Field(4, ge=1)
+    """attention heads of both towers"""
+    patch_size: int = Field(8, ge=1)
+    """side of the patches that the image tower reads"""
+
+    def architecture(self, image_size: int) -> dict[str, Any]:
+        """open_clip's `model_cfg`."""
+        if self.width % self.num_heads:
+            raise ValueError(f"{self.num_heads} heads do not divide clip.width {self.width}")
+        if image_size % self.patch_size:
+            raise ValueError(f"image size {image_size} is not a multiple of clip.patch_size {self.patch_size}")
+        vision = {"image_size": image_size, "patch_size": self.patch_size, "head_width": self.width // self.num_heads}
+        both = {"width": self.width, "layers": self.num_layers}
+        text = {"context_length": self.context_length, "vocab_size": 49408, "heads": self.num_heads}
+        return {"embed_dim": self.embed_dim, "vision_cfg": vision | both, "text_cfg": text | both}
+
+
+class CLIP(nn.Module):
+    """An open_clip model that reads images in [-1, 1] and returns the features its loss takes."""
+
+    def __init__(self, architecture: dict[str, Any]) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.model = open_clip.CLIP(**architecture, output_dict=True)
+        self.tokenizer = make_tokenizer(architecture["text_cfg"]["context_length"])
+
+    def forward(self, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        """(b, 1 or 3, h, w) and (b, length) -> image_features, text_features (b, embed_dim), logit_scale."""
+        return self.model(images.expand(-1, 3, -1, -1), ids)
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that open_clip loads as `local-dir:FOLDER`."""
+        preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
+        config = {"model_cfg": self.architecture, "preprocess_cfg": preprocess}
+        write_text(folder / CONFIG_NAME, json.dumps(config, indent=2))
+        write_tensors(folder / WEIGHTS_NAME, self.model.state_dict())
+
+
+def clip_loss(*, rank: int, world: int) -> ClipLoss:
+    """open_clip's symmetric cross-entropy over the whole batch of all processes."""
+    return ClipLoss(gather_with_grad=True, rank=rank, world_size=world)
+
+
+@torch.no_grad()
+def retrieval_accuracy(model: CLIP, images: Tensor, captions: list[str]) -> float:
+    """Share of captions whose own image is the nearest among those given."""
+    out = model(images, model.tokenizer(captions).to(images.device))
+    similarity = F.normalize(out["text_features"], dim=1) @ F.normalize(out["image_features"], dim=1).T
+    return (similarity.argmax(1).cpu() == torch.arange(len(captions))).float().mean().item()

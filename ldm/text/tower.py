@@ -1,0 +1,76 @@
+"""TODO."""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TextEmbeddings(NamedTuple):
+    """What a tower says of a batch of prompts."""
+
+    hidden_states: Tensor  # (b, length, width)
+    mask: Tensor | None  # (b, length) bool, True up to and with the end token; None where all are seen
+    pooled: Tensor  # (b, embed_dim), CLIP's text feature, not normalized
+
+
+class ResidualAttentionBlock(nn.Module):
+    """Pre-norm transformer block of CLIP (Radford et al. 2021, section 2.4), with causal attention."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, *, quick_gelu: bool) -> None:
+        super().__init__()
+        self.heads, self.quick_gelu = heads, quick_gelu
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = nn.ModuleDict({"out_proj": nn.Linear(width, width)})
+        self.attn.register_parameter("in_proj_weight", nn.Parameter(torch.empty(3 * width, width)))
+        self.attn.register_parameter("in_proj_bias", nn.Parameter(torch.empty(3 * width)))
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, mlp_width), "c_proj": nn.Linear(mlp_width, width)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = F.linear(self.ln_1(x), cast(Tensor, self.attn.in_proj_weight), cast(Tensor, self.attn.in_proj_bias))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attn["out_proj"](attended.transpose(1, 2).flatten(2))
+        hidden = self.mlp["c_fc"](self.ln_2(x))
+        hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick_gelu else F.gelu(hidden)
+        return x + self.mlp["c_proj"](hidden)
+
+
+class TextTower(nn.Module):
+    """The text half of a CLIP; parameter names are open_clip's, so its weights load as they are.
+
+    It is written here so that a prompt needs neither the image half nor the seconds that importing open_clip takes.
+    """
+
+    def __init__(self, cfg: dict[str, Any]) -> None:
+        super().__init__()
+        self.cfg, text = cfg, cfg["text_cfg"]
+        width, heads, self.length = text["width"], text["heads"], text.get("context_length", 77)
+        block = (width, heads, int(width * text.get("mlp_ratio", 4.0)))
+        quick_gelu = cfg.get("quick_gelu", False)
+        self.token_embedding = nn.Embedding(text.get("vocab_size", 49408), width)
+        self.positional_embedding = nn.Parameter(torch.empty(self.length, width))
+        layers = [ResidualAttentionBlock(*block, quick_gelu=quick_gelu) for _ in range(text["layers"])]
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(layers)})
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, cfg["embed_dim"]))
+
+    @property
+    def blocks(self) -> list[ResidualAttentionBlock]:
+        """All layers."""
+        return list(cast(nn.ModuleList, self.transformer["resblocks"]))  # type: ignore[arg-type]
+
+    def forward(self, ids: Tensor, *, layer: str = "last", normalize: bool = True) -> TextEmbeddings:
+        """(b, length) token ids -> states of `layer`, after the final layer norm or before, mask and pooled vector."""
+        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
+        *before, final = self.blocks
+        for block in before:
+            x = block(x)
+        last = final(x)
+        end = ids.argmax(dim=1)  # the end token has the largest id
+        mask = torch.arange(ids.shape[1], device=ids.device) <= end[:, None]
+        pooled = self.ln_final(last)[torch.arange(len(ids)), end] @ self.text_projection
+        states = last if layer == "last" else x
+        return TextEmbeddings(self.ln_final(states) if normalize else states, mask, pooled)
