@@ -1,8 +1,8 @@
-"""TODO."""
+"""The command line of all scripts: parse, run, and end with a short message where a person must change something."""
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +10,7 @@ from typing import TypeVar
 import tyro
 from pydantic import ValidationError
 
-from ldm.config import Config, _explain, read_yaml
+from ldm.config import Config, explain_errors, read_yaml
 
 
 class ScriptConfig(Config):
@@ -21,6 +21,21 @@ class ScriptConfig(Config):
 
 
 Script = TypeVar("Script", bound=ScriptConfig)
+Result = TypeVar("Result")
+
+
+def run(
+    cls: type[Script],
+    action: Callable[[Script], Result],
+    argv: Sequence[str] | None,
+    *,
+    description: str | None,
+    default: Path | None = None,
+) -> Result:
+    """What each script's `main` does: read the configuration and act on it; exits with a short message on an error."""
+    config = parse_cli(cls, argv, default=default, description=str(description))
+    with exit_on_user_error():
+        return action(config)
 
 
 def parse_cli(cls: type[Script], argv: Sequence[str] | None, *, default: Path | None, description: str) -> Script:
@@ -35,7 +50,7 @@ def parse_cli(cls: type[Script], argv: Sequence[str] | None, *, default: Path | 
         config = cls.from_dict({**values, "config": path}, source=str(path))
         return tyro.cli(cls, args=args, default=config, description=description)
     except ValidationError as error:
-        raise SystemExit(_exit_message("\n".join(_explain(cls, error, "command line")))) from None
+        raise SystemExit(_exit_message("\n".join(explain_errors(cls, error, "command line")))) from None
     except (ValueError, OSError) as error:
         raise SystemExit(_exit_message(str(error))) from None
 
@@ -68,3 +83,10 @@ def config_flag(args: list[str]) -> Path | None:
 
 def _exit_message(text: str) -> str:
     return "\n".join(f"error: {line}" for line in text.splitlines())
+
+
+def training_command(config: ScriptConfig, stage: str, default: Path) -> str:
+    """The command that trains another stage of the recipe of `config`, beside its run."""
+    recipe = config.config.with_name(f"{stage}.yaml") if config.config and config.config != default else None
+    flag = f" --config {recipe}" if recipe and recipe.is_file() else ""
+    return f"accelerate launch scripts/train_{stage}.py{flag} --run {config.run.parent / stage}"  # type: ignore[attr-defined]

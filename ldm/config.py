@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ldm.io.atomic import write_text
 
+CONFIGS = next(
+    folder for folder in (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs") if folder.is_dir()
+)  # within an installed package, or beside it in a checkout
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")  # tyro shows pydantic's text for a wrong flag
 # What PyYAML raises for a file that is none, also for a tag with a value that is not of its kind.
 YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
@@ -30,7 +33,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ValueError("\n".join(_explain(cls, error, source))) from None
+            raise ValueError("\n".join(explain_errors(cls, error, source))) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that YAML and JSON can hold; `from_dict` gives the same object back."""
@@ -76,7 +79,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _explain(cls: type[BaseModel], error: ValidationError, source: str) -> list[str]:
+def explain_errors(cls: type[BaseModel], error: ValidationError, source: str) -> list[str]:
     lines = []
     for fault in error.errors():
         where = " ".join(".".join(map(str, fault["loc"])).split())

@@ -1,52 +1,147 @@
-"""Grids, captions and other small helpers around PIL images."""
+"""PIL images: decoded safely, to and from tensors, saved whole, in grids, with captions."""
 
+import io
 import math
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
 from ldm.io.atomic import atomic_write
 
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_MEGAPIXELS = 64
+Encoded = bytes | Path  # the content of an image file, or where it is
+
+
+# Files.
+
+
+def open_image(path: Path) -> Image.Image:
+    """`decode_image` of a file that a person named; its ValueError names the file."""
+    try:
+        return decode_image(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def decode_image(data: Encoded, *, channels: int = 3) -> Image.Image:
+    """The first frame of a PNG, JPEG or WEBP file, upright, on white, in 8 bits: mode RGB, or L for one channel.
+
+    ValueError: not such an image, damaged, or above 64 megapixels, which is known before any pixel is decoded.
+    """
+    return decode_reduced(data, channels=channels)[0]
+
+
+def decode_reduced(data: Encoded, *, channels: int, side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """`decode_image`, but a large JPEG at a lower resolution, not below twice `side`; and its full height and width."""
+    try:
+        with Image.open(_regular_file(data), formats=FORMATS) as image:
+            size = (image.height, image.width)
+            if size[0] * size[1] > MAX_MEGAPIXELS * 1e6:
+                raise Image.DecompressionBombError
+            if side is not None:
+                image.draft(None, (2 * side, 2 * side))
+            image.load()
+            if image.info:  # else there is no orientation to look for
+                size = size[::-1] if _is_turned(image) else size
+                ImageOps.exif_transpose(image, in_place=True)
+            upright = _flatten_alpha(image)
+    except Image.DecompressionBombError:
+        raise ValueError(f"larger than the limit of {MAX_MEGAPIXELS} megapixels; shrink it") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError("not a PNG, JPEG or WEBP image") from None
+    except Exception as error:  # damaged files raise errors of many types in Pillow's decoders
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+    mode = "RGB" if channels == 3 else "L"
+    return (upright if upright.mode == mode else upright.convert(mode)), size
+
+
+def image_size(data: Encoded) -> tuple[int, int]:
+    """Height and width of an upright image, from the header of its file; (1, 1) for a file that cannot be read."""
+    try:
+        with Image.open(_regular_file(data), formats=FORMATS) as image:
+            turned = "exif" in image.info and _is_turned(image)  # else a PNG would be decoded to look for it
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception:  # damaged files raise errors of many types in Pillow's decoders; `decode_image` gives the reason
+        return 1, 1
+
 
 def save_image(image: Image.Image, path: Path, **options: Any) -> None:
-    """Write a picture whole; `options` are Pillow's."""
-    with atomic_write(path) as beside:
-        image.save(beside, **options)
+    """Write an image whole; `options` are Pillow's."""
+    with atomic_write(path) as partial:
+        image.save(partial, **options)
+
+
+def _regular_file(data: Encoded) -> io.BytesIO | Path:
+    """What Pillow reads; OSError for a path to no regular file, such as a pipe, which would never end."""
+    if isinstance(data, bytes):
+        return io.BytesIO(data)
+    if not stat.S_ISREG(os.stat(data).st_mode):
+        raise OSError("not a regular file")
+    return data
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether it is shown with height and width exchanged."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+
+
+def _flatten_alpha(image: Image.Image) -> Image.Image:
+    """On white, and 16-bit grey scaled to 8 bits (Pillow's own conversion would clip it)."""
+    if image.mode.startswith("I"):
+        grey = np.asarray(image, np.float32)
+        clear = image.info.get("transparency")  # a value that is transparent everywhere
+        grey = np.where(grey == clear, 65535, grey) if isinstance(clear, int) else grey
+        return Image.fromarray((grey / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image
+
+
+# Tensors.
+
+
+def pil_to_tensor(image: Image.Image, channels: int) -> Tensor:
+    """An 8-bit image -> (channels, h, w) float32 in [-1, 1]; 1 channel is grey, 3 are red, green and blue."""
+    mode = "L" if channels == 1 else "RGB"
+    array = np.array(image if image.mode == mode else image.convert(mode)).reshape(image.height, image.width, -1)
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1)
+
+
+def tensor_to_pil(pixels: Tensor) -> list[Image.Image]:
+    """(b, 1 or 3, h, w) in [-1, 1] -> 8-bit images."""
+    array = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item) for item in array]
+
+
+# Layout.
 
 
 def image_grid(
     images: Sequence[Image.Image], *, columns: int | None = None, scale: int = 1, gap: int = 2
 ) -> Image.Image:
-    """Lay pictures of one size out in rows; `scale` enlarges them with hard pixel edges."""
+    """Images of one size in rows; `scale` enlarges them with hard pixel edges, `gap` is in pixels."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     width, height = images[0].width * scale + gap, images[0].height * scale + gap
     rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
+    grid = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
     for i, image in enumerate(images):
-        place = (i % columns * width, i // columns * height)
-        sheet.paste(image.convert("RGB").resize((width - gap, height - gap), Image.Resampling.NEAREST), place)
-    return sheet
-
-
-def pad_for_outpainting(
-    image: Image.Image, mask: Image.Image | None, edges: tuple[int, int, int, int]
-) -> tuple[Image.Image, Image.Image]:
-    """A picture with its outermost pixels repeated beyond the left, top, right and bottom edge, and a mask of these."""
-    left, top, right, bottom = edges
-    rows = np.pad(np.asarray(image), ((top, bottom), (left, right), (0, 0)), mode="edge")
-    inner = Image.new("L", image.size) if mask is None else mask
-    outer = Image.new("L", (image.width + left + right, image.height + top + bottom), 255)
-    outer.paste(inner, (left, top))
-    return Image.fromarray(rows), outer
+        cell = image.convert("RGB").resize((width - gap, height - gap), Image.Resampling.NEAREST)
+        grid.paste(cell, (i % columns * width, i // columns * height))
+    return grid
 
 
 def captioned_grid(
     images: Sequence[Image.Image], captions: Sequence[str], *, columns: int, side: int = 128
 ) -> Image.Image:
-    """A grid with each picture's caption, wrapped, below it."""
+    """A grid of images, each `side` pixels wide, with its caption, wrapped, below it."""
     font = ImageFont.load_default(size=11)
     cells = []
     for image, caption in zip(images, captions, strict=True):
@@ -64,3 +159,15 @@ def wrap_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wid
         longer = f"{rows[-1]} {word}".strip()
         rows = [*rows[:-1], longer] if font.getlength(longer) <= width else [*rows, word]
     return "\n".join(rows[:lines])
+
+
+def pad_for_outpainting(
+    image: Image.Image, mask: Image.Image | None, edges: tuple[int, int, int, int]
+) -> tuple[Image.Image, Image.Image]:
+    """Repeat the outermost pixels of an RGB image beyond its left, top, right and bottom edge, and mask them."""
+    left, top, right, bottom = edges
+    padded = np.pad(np.asarray(image), ((top, bottom), (left, right), (0, 0)), mode="edge")
+    inner = Image.new("L", image.size) if mask is None else mask
+    outer = Image.new("L", (image.width + left + right, image.height + top + bottom), 255)
+    outer.paste(inner, (left, top))
+    return Image.fromarray(padded), outer

@@ -1,5 +1,6 @@
 """Layers that the VAE and the U-Net share."""
 
+import math
 from typing import Any
 
 import torch
@@ -16,22 +17,28 @@ def zero_init_(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
     return layer
 
 
-def check_group_norm(widths: tuple[int, ...], *, name: str) -> None:
-    """ValueError unless GroupNorm's 32 groups divide every width."""
-    for width in widths:
-        if width % 32:
-            raise ValueError(f"{name} gives a width of {width}, which 32 normalization groups do not divide")
+def check_group_norm(groups: dict[int, int], *, widths: str) -> None:
+    """ValueError unless `groups`, from the width of a layer to its number of norm groups, divide the widths.
+
+    `widths` names the settings that they come from.
+    """
+    for width, count in groups.items():
+        if count < 1 or width % count:
+            raise ValueError(
+                f"norm_num_groups: {count} groups do not divide a width of {width} ({widths}); set other widths, or "
+                f"norm_num_groups to a divisor of {math.gcd(*groups)}"
+            )
 
 
 def checkpointed(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
-    """Call a block; with `recompute` its activations are not kept for the backward pass but computed again."""
+    """Call a block; with `recompute` its activations are recomputed in the backward pass (Chen et al. 2016)."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by 2, then a 3x3 convolution."""
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution: (b, c, h, w) -> (b, c, 2 h, 2 w)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
 """Keyed randomness: every draw is a pure function of (seed, stream, step or epoch, position)."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ def fold_seed(*parts: int | str) -> int:
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator that starts at `key(*parts)`; the same on every machine and for every device."""
+    """A CPU generator seeded with `fold_seed(*parts)`: the same numbers on every machine and for every device."""
     return torch.Generator("cpu").manual_seed(fold_seed(*parts))
 
 
@@ -22,20 +23,25 @@ class StepRNG:
     """The random numbers of some samples of one training step.
 
     Each sample has its own stream, keyed by its position in the global batch. So the draws do not depend on how the
-    batch is cut into processes and micro-batches, nor on where the run was stopped and resumed.
+    batch is divided among ranks and micro-batches, nor on where the run was stopped and resumed.
     """
 
     def __init__(self, seed: int, step: int, positions: Sequence[int], batch_size: int, device: torch.device) -> None:
         self.seed, self.step, self.positions, self.device = seed, step, list(positions), device
-        self.batch_size = batch_size  # of the whole step, over all processes and micro-batches
-
-    def _each(self, stream: str) -> Iterable[torch.Generator]:
-        return (generator(self.seed, stream, self.step, position) for position in self.positions)
+        self.batch_size = batch_size  # global: over all ranks and micro-batches of the step
 
     def randn(self, stream: str, shape: Sequence[int]) -> Tensor:
         """Standard normal numbers (len(positions), *shape), float32."""
-        return torch.stack([torch.randn(*shape, generator=g) for g in self._each(stream)]).to(self.device)
+        return self._draw(Tensor.normal_, stream, shape, self.device)
 
-    def rand(self, stream: str) -> Tensor:
-        """One number in [0, 1) for each sample: (len(positions),), float32."""
-        return torch.cat([torch.rand(1, generator=g) for g in self._each(stream)]).to(self.device)
+    def rand(self, stream: str, device: torch.device | None = None) -> Tensor:
+        """One number in [0, 1) for each sample, (len(positions),), float32; on the RNG's device unless one is given."""
+        return self._draw(Tensor.uniform_, stream, (), device or self.device)
+
+    def _draw(self, fill: Callable[..., Any], stream: str, shape: Sequence[int], device: torch.device) -> Tensor:
+        cuda = device.type == "cuda"
+        numbers = torch.empty(len(self.positions), *shape, pin_memory=cuda)
+        stream_generator = torch.Generator("cpu")  # reseeded for each sample, which is cheaper than a new one
+        for row, position in zip(numbers, self.positions, strict=True):
+            fill(row, generator=stream_generator.manual_seed(fold_seed(self.seed, stream, self.step, position)))
+        return numbers.to(device, non_blocking=cuda)  # from pinned memory, so nothing waits for the device

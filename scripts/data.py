@@ -15,7 +15,7 @@ from ldm.data import DataConfig
 from ldm.data.dataset import open_user_data
 from ldm.data.inspect import inspect_dataset
 from ldm.data.sources.folder import find_metadata
-from ldm.text.tokenizer import make_tokenizer
+from ldm.text.tokenizer import Tokenizer
 
 
 class CheckDataConfig(ScriptConfig):
@@ -43,7 +43,7 @@ def run(config: CheckDataConfig) -> int:
         raise ValueError("name a folder, as in `python scripts/data.py check my_photos`")
     sources = [open_user_data(config.source, split, streams=DataConfig().shard_streams) for split in ("train", "test")]
     print(sources[0].description)
-    encode = make_tokenizer(config.max_tokens).encode_all
+    encode = Tokenizer(config.max_tokens).encode
     report, shown = inspect_dataset(
         sources,
         lambda caption: len(encode(caption)) + 2,

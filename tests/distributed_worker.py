@@ -14,7 +14,7 @@ import encode
 import pytest
 import train_vae  # noqa: F401
 from accelerate import PartialState
-from conftest import train
+from helpers import train
 
 from ldm.data.batch_sampler import EpochBatchSampler
 from ldm.data.loader import Batches, batch_sampler_for_rank, make_loader

@@ -9,7 +9,7 @@ from pathlib import Path
 import encode
 import pytest
 import torch
-from conftest import train
+from helpers import train
 from PIL import Image
 from test_training import assert_same, losses, tensors_of
 

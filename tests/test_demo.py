@@ -6,7 +6,7 @@ from pathlib import Path
 
 import demo
 import pytest
-from conftest import train
+from helpers import train
 from PIL import Image
 
 

@@ -11,7 +11,7 @@ import encode
 import pytest
 import torch
 import txt2img
-from conftest import train
+from helpers import train
 from PIL import Image
 from safetensors.torch import load_file
 from test_distributed import contents, encoding
@@ -148,7 +148,7 @@ def test_what_was_there_is_whole(name: str, write: Callable[[Path], None], tmp_p
     with full_disk(), pytest.raises(ValueError, match=f"{name} could not be written .*: free some space and try again"):
         write(tmp_path / name)
     assert contents(tmp_path) == {name: b"before"}
-    with pytest.raises(ValueError, match=r"could not be written \(.*\): name a folder that you may write to and try"):
+    with pytest.raises(ValueError, match=r"could not be written \(.*\): pass a writable folder and try"):
         write(tmp_path / name / "file")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import encode
 import pytest
 import torch
-from conftest import train
+from helpers import train
 from distributed_worker import Harm, Script, work_as
 from safetensors.torch import load_file
 from test_training import copy_stages_before, losses, tensors_of
@@ -194,10 +194,10 @@ def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
 def test_two_nodes_equal_one_process(tmp_path: Path) -> None:
     """Two launchers that meet at a port, each with one process, as on two machines; world size 2 is asserted there."""
     train("vae", tmp_path / "whole")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    meeting = ["--master-addr", "localhost", "--master-port", str(free_port())]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    meeting = ["--master_addr", "localhost", "--master_port", str(free_port())]
     stage = [str(WORKER), "vae", str(tmp_path / "vae"), "2"]
-    nodes = [subprocess.Popen([*command, "--node-rank", str(rank), *meeting, *stage]) for rank in range(2)]
+    nodes = [subprocess.Popen([*command, "--node_rank", str(rank), *meeting, *stage]) for rank in range(2)]
     assert [node.wait(300) for node in nodes] == [0, 0]
     assert close(losses(tmp_path / "whole"), losses(tmp_path / "vae"))
 

@@ -132,7 +132,7 @@ JUDGED = [
     (
         checks.devices(["a cuda:0", "a cuda:1"], "GPU", "bfloat16", on_gpu=True, gpus=2),
         checks.devices(["a cuda:0", "a cuda:0"], "GPU", "bfloat16", on_gpu=True, gpus=2),
-        "--num-processes",
+        "--num_processes",
     ),
     (
         checks.devices(["a cpu"], "cpu", "float32", on_gpu=False, gpus=0),

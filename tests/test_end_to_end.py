@@ -13,7 +13,7 @@ import pytest
 import torch
 import train_ldm
 import txt2img
-from conftest import train
+from helpers import train
 from test_training import losses
 
 from ldm.data.sources import shapes

@@ -37,7 +37,7 @@ from ldm.interop.diffusers import write
 from ldm.pipeline import Pipeline
 from ldm.pipeline.pipeline import initial_noise
 from ldm.text import TextConfig, TextEncoder
-from ldm.text.tokenizer import make_tokenizer
+from ldm.text.tokenizer import Tokenizer
 from ldm.text.tower import TextTower
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
@@ -273,7 +273,7 @@ def test_text_states_are_those_of_transformers(act: str, projected: bool) -> Non
         for layer, index in (("last", -1), ("penultimate", -2)):
             encoder = TextEncoder(
                 tower,
-                make_tokenizer(16),
+                Tokenizer(16),
                 TextConfig(layer=layer, pad_token_id=padding),  # type: ignore[arg-type]
                 model_id="random",
                 weights=Path(),
@@ -331,7 +331,7 @@ def their_folder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders that diffusers wrote, by kind: random weights, reduced width, the tokens of open_clip's tokenizer."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     words = tmp_path_factory.mktemp("words")
-    tokenizer = make_tokenizer(16)
+    tokenizer = Tokenizer(16)
     special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {special.get(token, token): number for token, number in tokenizer.encoder.items()}
     (words / "vocab.json").write_text(json.dumps(vocabulary))

@@ -29,7 +29,7 @@ from ldm.data.sources.decode import decode_image
 from ldm.data.sources.folder import METADATA, open_images
 from ldm.pipeline.record import GenerationRecord, read_png, save_png
 from ldm.text.prompt_weights import MAX_WEIGHT, WeightedText, parse_weights, split_and, strip_weights
-from ldm.text.tokenizer import make_tokenizer
+from ldm.text.tokenizer import Tokenizer
 
 STABLE = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -239,7 +239,7 @@ def test_a_name_of_another_encoding_is_told(tmp_path: Path) -> None:
 
 # Looking at a folder.
 
-COUNT = make_tokenizer(77).encode_all
+COUNT = Tokenizer(77).encode
 
 
 @settings(STABLE, max_examples=40)

@@ -13,8 +13,10 @@ from ldm.data.sources import shapes
 from ldm.diffusion.guidance import GuidanceConfig
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.diffusion.samplers import SAMPLERS, SamplerStep
+from ldm.imaging import tensor_to_pil
 from ldm.pipeline import Pipeline
-from ldm.pipeline.pipeline import initial_noise, slerp, split_words, tensor_to_pil
+from ldm.pipeline.inputs import initial_noise, slerp
+from ldm.text.vocabulary import split_words
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -22,7 +24,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def test_the_seed_of_image_i_is_seed_plus_i(tiny_model: Path) -> None:
-    """And the batch around a picture changes nothing but, at most, the last bit of the arithmetic."""
+    """And the batch around an image changes nothing but, at most, the last bit of the arithmetic."""
     pipeline = Pipeline.load(tiny_model)
     together = pipeline("a red circle", seed=7, num_images=3, steps=4)
     for i in range(3):
@@ -51,22 +53,51 @@ def test_seed_zero_is_a_seed(tiny_model: Path) -> None:
     assert one.tobytes() == two.tobytes()
 
 
-def test_every_sampler_paints_and_on_step_sees_each_step(tiny_model: Path) -> None:
+def test_every_sampler_runs_and_on_step_gets_each_step(tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
     for sampler in SAMPLERS:
-        seen: list[tuple[int, SamplerStep]] = []
-        image = pipeline("a star", sampler=sampler, steps=3, on_step=lambda n, step, seen=seen: seen.append((n, step)))[
-            0
-        ]
-        assert [number for number, _ in seen] == [1, 2, 3]
-        assert all(step.z.shape == step.denoised.shape == (1, 4, 4, 4) for _, step in seen)
-        assert image.size == (16, 16)
+        steps: list[tuple[int, SamplerStep]] = []
+        images = pipeline("a star", sampler=sampler, steps=3, on_step=lambda *step, steps=steps: steps.append(step))
+        assert [index for index, _ in steps] == [1, 2, 3]
+        assert all(step.z.shape == step.denoised.shape == (1, 4, 4, 4) for _, step in steps)
+        assert images[0].size == (16, 16)
 
 
-def test_guidance_and_negative_prompt_change_the_picture(tiny_runs: Path, tiny_model: Path) -> None:
+def test_stream_is_stopped_by_the_caller_and_leaves_gradients_on(tiny_model: Path) -> None:
+    """Each step is computed when it is asked for, without gradients; its last one is what `sample` returns."""
+    pipeline = Pipeline.load(tiny_model)
+    pipeline.unet.requires_grad_(True)
+    calls: list[bool] = []
+    pipeline.unet.conv_in.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    noise = initial_noise((4, 4, 4), [0])
+    settings = {"seeds": [0], "steps": 4, "guidance_scale": 2.0}
+    stream = pipeline.stream(noise, ["a star"], [""], **settings)  # type: ignore[arg-type]
+    for count in (1, 2):
+        step = next(stream)
+        assert torch.is_grad_enabled() and not step.z.requires_grad
+        assert calls == [False] * count
+    stream.close()
+    assert torch.is_grad_enabled() and len(calls) == 2
+    *_, last = pipeline.stream(noise, ["a star"], [""], **settings)  # type: ignore[arg-type]
+    assert torch.equal(last.z, pipeline.sample(noise, ["a star"], [""], **settings))  # type: ignore[arg-type]
+    assert tensor_to_pil(pipeline.decode(last.z).detach())[0] == pipeline("a star", steps=4, guidance_scale=2.0)[0]
+    with pytest.raises(ValueError, match="sampler 'plms'"):  # before the first step
+        pipeline.stream(noise, ["a star"], [""], sampler="plms", **settings)  # type: ignore[arg-type]
+
+
+def test_strength_zero_takes_no_step_and_returns_the_image(tiny_model: Path) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    init_image, noise = pipeline.prepare_init_image(an_image(), 0.0), initial_noise((4, 4, 4), [0, 1])
+    call = {"seeds": [0, 1], "steps": 4, "guidance_scale": 2.0, "init_image": init_image}
+    assert list(pipeline.stream(noise, ["a star"] * 2, [""] * 2, **call)) == []  # type: ignore[arg-type]
+    latents = pipeline.sample(noise, ["a star"] * 2, [""] * 2, **call)  # type: ignore[arg-type]
+    assert torch.equal(latents, init_image.latents.expand_as(noise))
+
+
+def test_guidance_and_negative_prompt_change_the_image(tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
     torch.manual_seed(0)
-    for parameter in pipeline.unet.parameters():  # four steps of training leave the text without a voice
+    for parameter in pipeline.unet.parameters():  # after four steps of training the text has no effect
         parameter.add_(0.2 * torch.randn_like(parameter))
     plain, guided, negative = (
         pixels(pipeline("a red circle", steps=3, **call)[0])  # type: ignore[arg-type]
@@ -82,17 +113,17 @@ def test_guidance_and_negative_prompt_change_the_picture(tiny_runs: Path, tiny_m
 def test_other_sizes_work_where_the_factor_divides_them(tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
     assert pipeline("a star", steps=1, width=24, height=32)[0].size == (24, 32)
-    with pytest.raises(ValueError, match="width 20 and height 16 must be multiples of 8 for this model"):
+    with pytest.raises(ValueError, match="width 20 .*multiples of 8"):
         pipeline("a star", width=20)
 
 
-def test_bad_settings_are_told(tiny_model: Path) -> None:
+def test_bad_settings_are_errors(tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
-    with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="steps .*at least 1.* 0"):
         pipeline("a star", steps=0)
-    with pytest.raises(ValueError, match="sampler 'plms' is unknown"):
+    with pytest.raises(ValueError, match="sampler 'plms'"):
         pipeline("a star", sampler="plms")
-    with pytest.raises(ValueError, match="eta must be between 0 and 1, not 2"):
+    with pytest.raises(ValueError, match="eta .*0 and 1.* 2"):
         pipeline("a star", eta=2)
 
 
@@ -100,7 +131,7 @@ def test_saving_and_loading_keeps_every_bit(tiny_model: Path, tmp_path: Path) ->
     pipeline = Pipeline.load(tiny_model)
     pipeline.save(tmp_path / "copy")
     copy = Pipeline.load(tmp_path / "copy")
-    for name in ("unet.safetensors", "vae.safetensors", "words.txt", "model.json"):
+    for name in ("unet.safetensors", "vae.safetensors", "vocab.txt", "model.json"):
         assert (tmp_path / "copy" / name).read_bytes() == (tiny_model / name).read_bytes()
     assert copy("a star", steps=2)[0].tobytes() == pipeline("a star", steps=2)[0].tobytes()
 
@@ -120,19 +151,19 @@ def test_another_vae_than_that_of_the_training_is_refused(tiny_model: Path, tmp_
     weights = bytearray((folder / "vae.safetensors").read_bytes())
     weights[-1] ^= 1
     (folder / "vae.safetensors").write_bytes(weights)
-    with pytest.raises(ValueError, match="is not the VAE that this U-Net was trained on"):
+    with pytest.raises(ValueError, match="vae.safetensors is not the VAE .*put that one back"):
         Pipeline.load(folder)
 
 
-def test_folders_that_are_none_or_not_whole_are_told(tiny_runs: Path, tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no model folder \(it has no model.json\)"):
+def test_other_and_incomplete_folders_are_errors(tiny_runs: Path, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no model.json.*pass RUN/model"):
         Pipeline.load(tmp_path)
-    with pytest.raises(ValueError, match="holds a vae, a pipeline is needed"):
+    with pytest.raises(ValueError, match="expected a pipeline.*vae"):
         Pipeline.load(tiny_runs / "vae/model")
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     whole = (folder / "unet.safetensors").read_bytes()
     (folder / "unet.safetensors").write_bytes(whole[:-4])
-    with pytest.raises(ValueError, match=r"unet.safetensors is damaged"):
+    with pytest.raises(ValueError, match="unet.safetensors is damaged"):
         Pipeline.load(folder)
     (folder / "unet.safetensors").unlink()
     with pytest.raises(ValueError, match="unet.safetensors is missing"):
@@ -140,28 +171,28 @@ def test_folders_that_are_none_or_not_whole_are_told(tiny_runs: Path, tiny_model
     values = json.loads((folder / "model.json").read_text())
     del values["resolution"]
     (folder / "model.json").write_text(json.dumps(values | {"colour": 1}))
-    with pytest.raises(ValueError, match=r"model.json: size: Field required(.|\n)*colour: unknown key"):
+    with pytest.raises(ValueError, match=r"model.json: resolution: Field required(.|\n)*colour: unknown key"):
         Pipeline.load(folder)
     shutil.copy(tiny_model / "model.json", folder / "model.json")
     shutil.copy(folder / "vae.safetensors", folder / "unet.safetensors")
-    with pytest.raises(ValueError, match=r"holds another model: \d+ tensors differ, among them"):
+    with pytest.raises(ValueError, match=r"unet.safetensors.* \d+ "):
         Pipeline.load(folder)
 
 
-def test_words_that_training_never_saw_are_named(tiny_model: Path) -> None:
+def test_words_that_training_never_had_are_named(tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
     assert pipeline.unseen_words("A small red Circle, riding a horse!") == ["riding", "horse"]
     assert split_words("Cat's-eye, O'Neill: 2 cats") == ["cat's-eye", "o'neill", "2", "cats"]
 
 
-def test_grey_and_colour_pixels_become_pictures() -> None:
+def test_grey_and_colour_pixels_become_images() -> None:
     grey = tensor_to_pil(torch.tensor([-1.0, 0.0, 1.0, 2.0]).view(1, 1, 2, 2))[0]
     assert grey.mode == "L" and list(grey.get_flattened_data()) == [0, 128, 255, 255]
     assert tensor_to_pil(torch.zeros(2, 3, 4, 5))[1].size == (5, 4)
 
 
 def test_guidance_rules_compose_in_the_pipeline(tiny_model: Path) -> None:
-    """Each changes the picture; scale 1 is no guidance under any rule; an empty interval is no guidance."""
+    """Each changes the image; scale 1 is no guidance under any rule; an empty interval is no guidance."""
     pipeline = Pipeline.load(tiny_model)
     call = {"seed": 3, "steps": 4, "guidance_scale": 6.0}
     plain = pipeline("a red circle", seed=3, steps=4, guidance_scale=1)[0]
@@ -182,13 +213,13 @@ def test_guidance_rules_compose_in_the_pipeline(tiny_model: Path) -> None:
     assert pipeline("a red circle", guidance=nowhere, **call)[0].tobytes() == plain.tobytes()  # type: ignore[arg-type]
 
 
-def test_autoguidance_goes_away_from_the_weaker_model(tiny_model: Path) -> None:
-    pipeline, weaker = Pipeline.load(tiny_model), Pipeline.load(tiny_model)
+def test_autoguidance_guides_away_from_the_guide_model(tiny_model: Path) -> None:
+    pipeline, guide = Pipeline.load(tiny_model), Pipeline.load(tiny_model)
     plain = pipeline("a red circle", steps=3, guidance_scale=1)[0]
-    same = pipeline.set_guide_model(weaker)("a red circle", steps=3, guidance_scale=4)[0]
-    assert abs(pixels(same) - pixels(plain)).max() <= 1  # both answers are the same
+    same = pipeline.set_guide_model(guide)("a red circle", steps=3, guidance_scale=4)[0]
+    assert abs(pixels(same) - pixels(plain)).max() <= 1  # both predictions are the same
     with torch.no_grad():
-        for parameter in weaker.unet.parameters():
+        for parameter in guide.unet.parameters():
             parameter.mul_(0.9)
     assert abs(pixels(pipeline("a red circle", steps=3, guidance_scale=4)[0]) - pixels(plain)).max() > 1
     seen = {
@@ -198,27 +229,27 @@ def test_autoguidance_goes_away_from_the_weaker_model(tiny_model: Path) -> None:
     }
     assert len(seen) == 6
     with torch.no_grad():
-        weaker.vae.decoder.conv_in.bias.add_(1)  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="can not guide .* its vae is another"):
-        pipeline.set_guide_model(weaker)
-    weaker.diffusion = Diffusion(DiffusionConfig(prediction="v"))
-    with pytest.raises(ValueError, match="can not guide .* its process is another"):
-        pipeline.set_guide_model(weaker)
-    pipeline.guide_unet, pipeline.diffusion = None, weaker.diffusion
-    with pytest.raises(ValueError, match="guidance zero_star is for the flow path, this model's is scaled_linear"):
+        guide.vae.decoder.conv_in.bias.add_(1)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="guide model .*model.* vae differs"):
+        pipeline.set_guide_model(guide)
+    guide.diffusion = Diffusion(DiffusionConfig(prediction="v"))
+    with pytest.raises(ValueError, match="guide model .* diffusion differs"):
+        pipeline.set_guide_model(guide)
+    pipeline.guide_unet, pipeline.diffusion = None, guide.diffusion
+    with pytest.raises(ValueError, match="zero_star .*flow.*scaled_linear"):
         pipeline("a star", steps=1, guidance=GuidanceConfig(zero_star=True))
 
 
-# From a picture.
+# From an image.
 
 
-def a_picture(size: int = 16) -> Image.Image:
+def an_image(size: int = 16) -> Image.Image:
     return shapes.render(shapes.scenes("train")[0], size, seed=1)
 
 
-def test_strength_goes_from_the_picture_to_another(tiny_model: Path) -> None:
+def test_strength_goes_from_the_image_to_another(tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
-    image = a_picture()
+    image = an_image()
     far = []
     kept = tensor_to_pil(pipeline.decode(pipeline.prepare_init_image(image, 0.0).latents))[0]
     for strength in (0.0, 0.3, 1.0):
@@ -234,7 +265,7 @@ def test_strength_goes_from_the_picture_to_another(tiny_model: Path) -> None:
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "ddpm", "unipc"])
 def test_inpainting_keeps_what_the_mask_does_not_cover(sampler: str, tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
-    image, mask = a_picture(), Image.new("L", (16, 16))
+    image, mask = an_image(), Image.new("L", (16, 16))
     mask.paste(255, (8, 0, 16, 16))
     call = {"image": image, "strength": 1.0, "steps": 4, "sampler": sampler}
     found = pixels(pipeline("a star", mask=mask, **call)[0])  # type: ignore[arg-type]
@@ -246,63 +277,63 @@ def test_inpainting_keeps_what_the_mask_does_not_cover(sampler: str, tiny_model:
 
 
 def test_known_latents_arrive_unchanged(tiny_model: Path) -> None:
-    """The part that the mask leaves is the source's own, for every sampler, not only after pasting."""
+    """What the mask leaves are the latents of the image, for every sampler, not only after pasting."""
     pipeline = Pipeline.load(tiny_model)
-    source = pipeline.prepare_init_image(a_picture(), 1.0, Image.new("L", (16, 16)))
+    init_image = pipeline.prepare_init_image(an_image(), 1.0, Image.new("L", (16, 16)))
     noise = initial_noise((4, 4, 4), [0])
     for sampler in SAMPLERS:
-        with torch.no_grad():
-            call = {"seeds": [0], "steps": 3, "guidance_scale": 2.0, "sampler": sampler}
-            found = pipeline.sample(noise, ["a star"], [""], init_image=source, **call)  # type: ignore[arg-type]
-        torch.testing.assert_close(found, source.latents, rtol=1e-5, atol=1e-5)
+        call = {"seeds": [0], "steps": 3, "guidance_scale": 2.0, "sampler": sampler}
+        found = pipeline.sample(noise, ["a star"], [""], init_image=init_image, **call)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, init_image.latents, rtol=1e-5, atol=1e-5)
 
 
 def test_variations_lie_between_two_seeds(tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
     one, two = (pixels(pipeline("a star", seed=seed, steps=2)[0]) for seed in (1, 2))
-    for share, want in ((0.0, one), (1.0, two)):
-        found = pixels(pipeline("a star", seed=1, variation=(2, share), steps=2)[0])
+    for strength, want in ((0.0, one), (1.0, two)):
+        found = pixels(pipeline("a star", seed=1, variation_seed=2, variation_strength=strength, steps=2)[0])
         assert abs(found - want).max() <= 1
     a, b = initial_noise((4, 8, 8), [1, 2]).split(1)
     assert slerp(a, b, 0.5).std().item() == pytest.approx(1, abs=0.1)
     torch.testing.assert_close(slerp(a, a, 0.3), a)
 
 
-def test_inversion_gives_the_picture_back(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the best network for normal latents, on the flow path; more steps miss less."""
+def test_inversion_gives_the_image_back(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the optimal network for normal latents, under the flow schedule; more steps miss less."""
     pipeline = Pipeline.load(tiny_model)
 
-    def best(z: torch.Tensor, timestep: torch.Tensor, *_: object) -> torch.Tensor:
+    def optimal(z: torch.Tensor, timestep: torch.Tensor, _: object) -> torch.Tensor:
         sigma = timestep.view(-1, 1, 1, 1) / 1000
         return (1 - sigma) * z / ((1 - sigma) ** 2 + sigma**2)
 
-    monkeypatch.setattr(pipeline.unet, "forward", best)
-    latents = pipeline.prepare_init_image(a_picture(), 1.0).latents
+    monkeypatch.setattr(pipeline.unet, "embed_timestep", lambda timestep: timestep)
+    monkeypatch.setattr(pipeline.unet, "predict", optimal)
+    latents = pipeline.prepare_init_image(an_image(), 1.0).latents
     errors = []
     for steps in (10, 160):
-        noise = pipeline.invert_image(a_picture(), "a star", steps=steps)
+        noise = pipeline.invert_image(an_image(), "a star", steps=steps)
         call = {"seeds": [0], "steps": steps, "guidance_scale": 1, "sampler": "euler"}
         again = pipeline.sample(noise, ["a star"], [""], **call)  # type: ignore[arg-type]
         errors.append((again - latents).abs().mean().item())
     assert errors[0] < 0.3 and errors[1] < 0.2 * errors[0], errors
 
 
-def test_bad_pictures_are_told(tiny_model: Path) -> None:
+def test_bad_images_are_errors(tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
     for message, call in {
-        "strength must be between 0 and 1, not 1.5": {"image": a_picture(), "strength": 1.5},
-        "mask is 8x8: it needs an image of the same size": {"image": a_picture(), "mask": Image.new("L", (8, 8))},
-        "mask is 16x16: it needs an image": {"mask": Image.new("L", (16, 16))},
-        "the image is 16x16: resize it, or leave out": {"image": a_picture(), "width": 24},
-        "width 18 and height 18 must be multiples": {"image": a_picture(18)},
-        "a variation goes from 0 to 1": {"variation": (1, 2.0)},
+        "strength .*0 and 1.* 1.5": {"image": an_image(), "strength": 1.5},
+        "mask is 8x8.* same size": {"image": an_image(), "mask": Image.new("L", (8, 8))},
+        "mask is 16x16.* needs an image": {"mask": Image.new("L", (16, 16))},
+        "image is 16x16: resize it, or leave out": {"image": an_image(), "width": 24},
+        "width 18 .*multiples": {"image": an_image(18)},
+        "variation_strength .*0 and 1.* 2": {"variation_seed": 1, "variation_strength": 2.0},
     }.items():
         with pytest.raises(ValueError, match=message):
             pipeline("a star", steps=1, **call)  # type: ignore[arg-type]
 
 
 def test_tiles_are_decoded_without_seams(tiny_model: Path) -> None:
-    """Against the whole: no pixel is far off, and the borders of tiles are not worse than other places."""
+    """Against the whole: no pixel is far off, and the borders of tiles are not worse than the rest."""
     pipeline = Pipeline.load(tiny_model)
     latents = torch.nn.functional.interpolate(initial_noise((4, 6, 6), [3]), scale_factor=4, mode="bilinear")
     with torch.no_grad():
@@ -316,9 +347,9 @@ def test_tiles_are_decoded_without_seams(tiny_model: Path) -> None:
         assert torch.equal(pipeline.decode(latents, tile=24), whole)
 
 
-def test_previews_look_like_the_picture(tiny_model: Path) -> None:
+def test_previews_look_like_the_image(tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
-    latents = pipeline.prepare_init_image(a_picture(32), 1.0).latents
+    latents = pipeline.prepare_init_image(an_image(32), 1.0).latents
     whole = tensor_to_pil(pipeline.decode(latents))[0].resize((8, 8), Image.Resampling.BOX)
     preview = pipeline.preview(latents)[0]
     assert preview.size == (8, 8)

@@ -10,7 +10,7 @@ from typing import Any
 import encode
 import pytest
 import torch
-from conftest import train
+from helpers import train
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_training import losses

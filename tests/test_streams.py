@@ -19,7 +19,7 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import train
+from helpers import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -1,8 +1,8 @@
-"""Images and captions: where they come from, how they are cut, and in which order."""
+"""Images and captions: where they come from, how they are cropped, and in which order they are taken."""
 
-from torch.utils.data import default_collate as collate
-
+from ldm.data.batch import Batch, collate
 from ldm.data.config import DataConfig
 from ldm.data.dataset import ImageTextDataset, open_dataset
+from ldm.data.sources.splits import Split
 
-__all__ = ["DataConfig", "ImageTextDataset", "collate", "open_dataset"]
+__all__ = ["Batch", "DataConfig", "ImageTextDataset", "Split", "collate", "open_dataset"]

@@ -1,4 +1,4 @@
-"""Buckets: sides of about one area and many shapes, of which each image takes the one that is most like it."""
+"""Buckets: heights and widths of about one area and many shapes; each image is assigned to the most similar one."""
 
 import math
 from collections.abc import Sequence
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ldm.data.transforms import Sides
+
 MAX_ASPECT_RATIO = 4.0  # the longest side over the shortest, as in Stable Diffusion XL (Podell et al. 2023, appendix I)
 MIN_BUCKET_IMAGES = 32  # images that make a bucket; those of a smaller one go to the next
-
-Sides = tuple[int, int]  # height and width, in pixels
 
 
 def bucket_resolutions(size: int, step: int) -> list[Sides]:
     """All sides that are multiples of `step`, with the largest area that is not above that of a square of `size`.
 
-    ValueError when `size` is no multiple of `step`, so that the square would be missing.
+    ValueError when `size` is not a multiple of `step`, so that the square would be missing.
     """
     if size % step:
         raise ValueError(f"data.resolution {size} is not a multiple of data.bucket_step {step}: choose one that is")
@@ -24,23 +24,22 @@ def bucket_resolutions(size: int, step: int) -> list[Sides]:
     return sorted(wide | {(width, height) for height, width in wide})
 
 
-def assign_buckets(shapes: Sequence[Sides], sides: Sequence[Sides]) -> tuple[list[Sides], Tensor]:
-    """The buckets in use for images of these heights and widths, and the number of the bucket of each image.
+def assign_buckets(sizes: Sequence[Sides], resolutions: Sequence[Sides]) -> tuple[list[Sides], Tensor]:
+    """The resolutions in use for images of these sizes, and for each image the index of its own, (n,) int64.
 
-    It is the one whose ratio of width and height is nearest, in logarithms. Where none has 32 images, half of what the
-    largest has is enough.
+    It is the one whose ratio of width and height is nearest, in logarithms. A bucket needs 32 images, or, where none
+    has 32, half of what the largest has.
     """
-    wanted = torch.tensor([math.log(width / height) for height, width in shapes])
-    nearest = _nearest(wanted, sides)
-    counts = nearest.bincount(minlength=len(sides))
-    most = int(counts.max())
-    kept = (counts >= (MIN_BUCKET_IMAGES if most >= MIN_BUCKET_IMAGES else most / 2)).nonzero().flatten().tolist()
-    used = [sides[i] for i in kept]
-    return used, _nearest(wanted, used)
+    ratios = torch.tensor([math.log(width / height) for height, width in sizes])
+    counts = _nearest(ratios, resolutions).bincount(minlength=len(resolutions))
+    largest = int(counts.max())
+    enough = counts >= (MIN_BUCKET_IMAGES if largest >= MIN_BUCKET_IMAGES else largest / 2)
+    used = [resolutions[i] for i in enough.nonzero().flatten().tolist()]
+    return used, _nearest(ratios, used)
 
 
-def _nearest(ratios: Tensor, sides: Sequence[Sides]) -> Tensor:
-    """The index of the sides that are nearest to each logarithm of a ratio."""
-    own = torch.tensor([math.log(width / height) for height, width in sides])
-    order = own.argsort()
-    return order[torch.bucketize(ratios, (own[order][1:] + own[order][:-1]) / 2)]
+def _nearest(ratios: Tensor, resolutions: Sequence[Sides]) -> Tensor:
+    """The index of the resolution that is nearest to each logarithm of width / height."""
+    centers = torch.tensor([math.log(width / height) for height, width in resolutions])
+    order = centers.argsort()
+    return order[torch.bucketize(ratios, (centers[order][1:] + centers[order][:-1]) / 2)]

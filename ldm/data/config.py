@@ -1,19 +1,16 @@
-"""TODO."""
+"""Which images are read, and how they are cropped: `DataConfig`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from tyro.conf import arg
 
 from ldm.config import Config
 
-if TYPE_CHECKING:
-    pass
-
 
 class DataConfig(Config):
-    """Which images, and how they are cut."""
+    """Which images are read, and how they are cropped."""
 
     source: str = "shapes"
     """shapes, pairs, emoji, a folder, a parquet file, the id `org/name` of a hub data set, or tar and parquet shards: a
@@ -22,30 +19,30 @@ class DataConfig(Config):
     """side of the square images, in pixels"""
     bucket_step: int = Field(0, ge=0)
     """0: squares; else training images keep about their shape, with sides that are multiples of this and an area of
-    about size x size, and each step takes images of one shape"""
+    about resolution x resolution, and all images of a step have one shape"""
     channels: Literal[1, 3] = 3
     """3 for colour, 1 for grey"""
     random_flip: bool = False
     """mirror every second training image at random; off because it also mirrors writing, left and right"""
     shard_streams: int = Field(16, ge=1)
-    """shards that a step takes images of; three times as many are kept on each machine"""
+    """shards that a step takes images of; three times as many are cached on each machine"""
     emoji_font: Annotated[Path | None, arg(aliases=["--font"])] = None
-    """colour-emoji font file for source emoji; found by itself when left out"""
+    """colour-emoji font file for source emoji; searched in the system's font folders when left out"""
     max_unreadable: float = Field(0.01, ge=0, le=1)
-    """share of images that may be unreadable, each replaced by another one, before training stops"""
+    """fraction of the images that may be unreadable, each replaced by another one, before training stops"""
 
     def check_buckets(self, factor: int) -> None:
-        """ValueError unless networks that divide each side by `factor` can take all buckets."""
+        """ValueError unless networks that divide each side by `factor` accept all buckets."""
         if self.bucket_step % factor:
             raise ValueError(
                 f"data.bucket_step {self.bucket_step} is not a multiple of {factor}, by which the networks divide sides"
             )
 
-    def check_channels(self, wanted: int) -> None:
-        """ValueError unless images have the channels that a VAE wants."""
-        if self.channels != wanted:
+    def check_channels(self, expected: int) -> None:
+        """ValueError unless images have the channels that a VAE expects."""
+        if self.channels != expected:
             raise ValueError(
-                f"data.channels is {self.channels}, the VAE wants {wanted}: --data.channels {wanted}, "
+                f"data.channels is {self.channels}, the VAE expects {expected}: pass --data.channels {expected}, "
                 f"or a VAE that was trained with --vae.image-channels {self.channels}"
             )
 

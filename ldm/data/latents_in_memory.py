@@ -1,4 +1,4 @@
-"""Latents computed once and kept in memory."""
+"""Latents of a whole data set, computed once and kept in memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,20 +9,21 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ldm.data.batch_sampler import SampleKey, sample_batches
+from ldm.data.dataset import ImageTextDataset
 
 
 class InMemoryLatents(Dataset[dict[str, Any]]):
-    """The samples of a data set with the mean and log-variance of their latents in the place of the image."""
+    """The samples of a data set with the mean and log-variance of their latents in place of the image: see `Batch`."""
 
     def __init__(
         self,
-        data: Dataset[Any],
+        data: ImageTextDataset,
         encode: Callable[[Tensor], tuple[Tensor, Tensor]],
         *,
         device: torch.device,
         progress: bool,
     ) -> None:
-        """`encode` maps images (b, c, h, w) to mean and log-variance, each (b, c, h, w)."""
+        """`encode` maps images (b, c, height, width) to mean and log-variance, each (b, c, h, w)."""
         means, logvars, sizes = [], [], []
         with torch.no_grad():
             for batch in tqdm(sample_batches(data), desc="latents", unit="batch", disable=not progress):
@@ -36,5 +37,5 @@ class InMemoryLatents(Dataset[dict[str, Any]]):
         return len(self.mean)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        kept = {"mean": self.mean[key.index], "logvar": self.logvar[key.index], "sizes": self.sizes[key.index]}
-        return {**kept, "caption": self.data.caption(key)}  # type: ignore[attr-defined]
+        latents = {"mean": self.mean[key.index], "logvar": self.logvar[key.index]}
+        return {**latents, "sizes": self.sizes[key.index], "caption": self.data.caption(key)}

@@ -1,20 +1,28 @@
-"""TODO."""
+"""From an image of any size to a sample: crop, resize, flip."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.buckets import Sides
+from ldm.imaging import pil_to_tensor
 
-if TYPE_CHECKING:
-    pass
+Sides = tuple[int, int]  # height and width, in pixels
+
+
+class View(NamedTuple):
+    """What a sample shows of an image, whatever that image's size: its largest crop of some shape, resized."""
+
+    sides: Sides
+    """of the sample"""
+    offset: int | None = None
+    """of the crop, along the side that is too long: any number, modulo the positions there are; None: the centre"""
+    flip: bool = False
+    """mirrored left to right"""
 
 
 class CropBox(NamedTuple):
-    """The largest rectangle of some shape in an image, in its pixels."""
+    """A rectangle in an image, in its pixels."""
 
     left: int
     top: int
@@ -22,26 +30,28 @@ class CropBox(NamedTuple):
     height: float
 
 
-def crop_box(image: Image.Image, sides: Sides, offset: int | None = None) -> CropBox:
-    """Where the cut lies that has the shape of `sides` (height, width).
+def crop_box(size: Sides, view: View) -> CropBox:
+    """The crop that a view takes of an image of this size."""
+    (image_height, image_width), (height, width) = size, view.sides
+    wide = image_width * height > image_height * width
+    crop_width = image_height * width / height if wide else image_width
+    crop_height = image_height if wide else image_width * height / width
+    slack = int(image_width - crop_width if wide else image_height - crop_height)
+    start = slack // 2 if view.offset is None else view.offset % (slack + 1)
+    return CropBox(start if wide else 0, 0 if wide else start, crop_width, crop_height)
 
-    It is the centre one, or begins at `offset` of the side that is too long (any number, modulo the places there are).
+
+def crop_resize_to_tensor(image: Image.Image, view: View, *, channels: int) -> tuple[Tensor, tuple[int, int]]:
+    """Pixels (channels, height, width) in float32 in [-1, 1], and top and left of the crop at their scale.
+
+    Resized in 8 bits, with Pillow's antialiased Lanczos filter. The corner is that of SDXL (Podell et al. 2023, 2.2).
     """
-    height, width = sides
-    wide = image.width * height > image.height * width
-    across = image.height * width / height if wide else image.width
-    down = image.height if wide else image.width * height / width
-    slack = int(image.width - across if wide else image.height - down)
-    start = slack // 2 if offset is None else offset % (slack + 1)
-    return CropBox(start if wide else 0, 0 if wide else start, across, down)
-
-
-def crop_resize_to_tensor(image: Image.Image, sides: Sides, cut: CropBox | None = None) -> Tensor:
-    """The cut (the centre one), made as large as `sides` with antialiasing: (c, height, width), float32 in [-1, 1]."""
-    height, width = sides
+    height, width = view.sides
+    box = crop_box((image.height, image.width), view)
+    left = float(image.width - box.width - box.left if view.flip else box.left)
+    corner = round(box.top * height / box.height), round(left * height / box.height)
     if image.size != (width, height):
-        left, top, across, down = cut or crop_box(image, sides)
-        box = (left, top, left + across, top + down)
-        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    pixels = torch.from_numpy(np.array(image).reshape(height, width, -1)).permute(2, 0, 1)
-    return pixels.contiguous().float().div_(127.5).sub_(1)
+        edges = (box.left, box.top, box.left + box.width, box.top + box.height)
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=edges)
+    pixels = pil_to_tensor(image, channels)
+    return (pixels.flip(-1) if view.flip else pixels), corner

@@ -1,7 +1,8 @@
-"""Guidance: from two answers, one that is wanted and one to go away from, to a Denoiser.
+"""Guidance: combine a conditional and a reference prediction into one denoiser.
 
-A `Pair` gives both answers, a `Rule` makes one of them; `guide` puts them together and `within` limits the result to an
-interval of time. All answers are guesses of the data, so rules and samplers compose, whatever the network predicts.
+A `CondUncondFn` gives both predictions, a `GuidanceFn` combines them; `guided_denoiser` puts the two together and
+`guidance_interval` limits guidance to an interval of t. All predictions are of x0, so guidance composes with every
+sampler, whatever the network predicts. Shapes: z_t and predictions are (b, ...), t is (b,).
 """
 
 from collections.abc import Callable
@@ -14,167 +15,164 @@ from torch import Tensor
 from ldm.config import Config
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""(z_t, t) -> the prediction of x0."""
 CondUncondFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(z_t, t) -> the answer under the prompt, and the reference: without it, under the negative one, of a weaker model."""
+"""(z_t, t) -> the prediction under the prompt, and the reference: unconditional, negative, or of a weaker model."""
 GuidanceFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(answer, reference, z_t, t) -> guided answer."""
+"""(cond, uncond, z_t, t) -> the guided prediction."""
 
 
 class GuidanceConfig(Config):
-    """How the scale is applied."""
+    """How the guidance scale is applied."""
 
     method: Literal["cfg", "apg"] = "cfg"
-    """the plain rule, or APG, which keeps colours from saturating"""
+    """classifier-free guidance, or APG, which keeps colours from saturating"""
     zero_star: bool = False
-    """fit the reference to the answer first, as CFG-Zero* does; for models on the flow path"""
+    """first fit the unconditional velocity to the conditional one (CFG-Zero*); for the flow schedule"""
     zero_init: bool = False
-    """move nothing at t = 1, as CFG-Zero* does beside; for the flow path and euler, whose steps do not look back"""
+    """keep z as it is at t = 1 (CFG-Zero*); for the flow schedule and euler, which uses no earlier prediction"""
     rescale: float = Field(0.0, ge=0, le=1)
-    """share by which the result gets the deviation of the answer without guidance; 0.7 is usual"""
+    """how far to rescale the result to the standard deviation of the conditional prediction; 0.7 is usual"""
     interval: tuple[float, float] = (0.0, 1.0)
-    """times t, from 0 (data) to 1 (noise), between which there is guidance"""
+    """lowest and highest t, from 0 (data) to 1 (noise), at which guidance is used"""
     apg_eta: float = Field(0.0, ge=0, le=1)
-    """share of the push along the answer that APG keeps"""
+    """APG: weight of the part of the update parallel to the conditional prediction"""
     apg_norm_threshold: float | None = Field(None, gt=0)
-    """longest push of APG in an image"""
+    """APG: largest norm of the update of an image"""
     apg_momentum: float = Field(0.0, gt=-1, lt=1)
-    """what APG takes over of the pushes before; the paper has -0.5"""
+    """APG: weight of the previous updates; -0.5 in the paper"""
 
     @model_validator(mode="after")
     def _check(self) -> "GuidanceConfig":
         low, high = self.interval
         if not 0 <= low <= high <= 1:
-            raise ValueError(f"interval {low} {high} must rise, within 0 to 1: name the earlier time, near 0, first")
+            raise ValueError(f"interval {low} {high} must rise, within 0 to 1: pass the lower t first")
         return self
 
-    def build(self, scale: float) -> "GuidanceFn":
-        """A rule for one run of a sampler."""
-        rule = cfg(scale)
+    def build(self, scale: float) -> GuidanceFn:
+        """The function for one run of a sampler: APG's momentum belongs to the run."""
+        guidance = cfg(scale)
         if self.method == "apg":
-            parallel, radius, momentum = self.apg_eta, self.apg_norm_threshold, self.apg_momentum
-            rule = apg(scale, parallel=parallel, radius=radius, momentum=momentum)
+            guidance = APG(scale, eta=self.apg_eta, norm_threshold=self.apg_norm_threshold, momentum=self.apg_momentum)
         if self.rescale:
-            rule = guidance_rescale(rule, self.rescale)
+            guidance = guidance_rescale(guidance, self.rescale)
         if self.zero_star:
-            rule = cfg_zero_star(rule)
-        return zero_init(rule) if self.zero_init else rule
+            guidance = cfg_zero_star(guidance)
+        return zero_init(guidance) if self.zero_init else guidance
 
 
-# Pairs.
+# Where the two predictions come from.
 
 
 def batched_cond_uncond(denoiser: Denoiser) -> CondUncondFn:
-    """One call with a doubled batch: its first half is answered under the prompt, its second half is the reference."""
+    """One call with a doubled batch, whose second half the denoiser conditions on the negative prompt."""
 
-    def pair(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        answer, reference = denoiser(torch.cat([z_t, z_t]), torch.cat([t, t])).chunk(2)
-        return answer, reference
+    def cond_uncond(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        cond, uncond = denoiser(torch.cat([z_t, z_t]), torch.cat([t, t])).chunk(2)
+        return cond, uncond
 
-    return pair
+    return cond_uncond
 
 
-def autoguidance_pair(denoiser: Denoiser, weaker: Denoiser) -> CondUncondFn:
+def autoguidance_pair(denoiser: Denoiser, guide: Denoiser) -> CondUncondFn:
     """The reference is a smaller or less trained model under the same prompt (Karras et al. 2024)."""
-    return lambda z_t, t: (denoiser(z_t, t), weaker(z_t, t))
+    return lambda z_t, t: (denoiser(z_t, t), guide(z_t, t))
 
 
 def composable_diffusion(denoiser: Denoiser, weights: Tensor) -> CondUncondFn:
-    """Several prompts at once: the reference and the weighted sum of what each prompt adds (Liu et al. 2022, eq. 11).
+    """Several prompts at once: the reference plus the weighted sum of their differences (Liu et al. 2022, eq. 11).
 
-    `denoiser` is asked for n + 1 batches in one, the last of which is the reference; `weights` is (n, b).
+    `denoiser` gets n + 1 copies of the batch, the last of which is the reference; `weights` is (n, b).
     """
 
-    def pair(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        count = len(weights) + 1
-        *answers, reference = denoiser(z_t.repeat(count, *[1] * (z_t.ndim - 1)), t.repeat(count)).chunk(count)
-        shape = (-1, *[1] * (z_t.ndim - 1))
-        added = [w.to(a).reshape(shape) * (a - reference) for w, a in zip(weights, answers, strict=True)]
-        return reference + torch.stack(added).sum(0), reference
+    def cond_uncond(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        count, ones = len(weights) + 1, [1] * (z_t.ndim - 1)
+        *conds, uncond = denoiser(z_t.repeat(count, *ones), t.repeat(count)).chunk(count)
+        added = [w.to(c).reshape(-1, *ones) * (c - uncond) for w, c in zip(weights, conds, strict=True)]
+        return uncond + torch.stack(added).sum(0), uncond
 
-    return pair
+    return cond_uncond
 
 
-# Rules.
+# How they are combined.
 
 
 def cfg(scale: float) -> GuidanceFn:
-    """From the reference through the answer and `scale` times as far (Ho and Salimans 2022, equation 6)."""
-    return lambda answer, reference, z_t, t: torch.lerp(reference, answer, scale)
+    """Classifier-free guidance, uncond + scale (cond - uncond) (Ho and Salimans 2022, equation 6)."""
+    return lambda cond, uncond, z_t, t: torch.lerp(uncond, cond, scale)
 
 
-def guidance_rescale(rule: GuidanceFn, share: float) -> GuidanceFn:
-    """Give the result the deviation of the answer, by this share (Lin et al. 2024, equations 15, 16; of data)."""
+def guidance_rescale(guidance: GuidanceFn, phi: float) -> GuidanceFn:
+    """Rescale to the standard deviation of cond, by the share phi (Lin et al. 2024, equations 15 and 16; of x0)."""
 
-    def guided(answer: Tensor, reference: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        result = rule(answer, reference, z_t, t)
-        matched = result * _std(answer) / _std(result).clamp_min(1e-12)
-        return torch.lerp(result, matched, share)
+    def rescaled(cond: Tensor, uncond: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        guided = guidance(cond, uncond, z_t, t)
+        matched = guided * _std(cond) / _std(guided).clamp_min(1e-12)
+        return torch.lerp(guided, matched, phi)
 
-    return guided
+    return rescaled
 
 
-def apg(scale: float, *, parallel: float = 0.0, radius: float | None = None, momentum: float = 0.0) -> GuidanceFn:
-    """APG (Sadat et al. 2024, algorithm 1): less of what only makes the answer larger, so that colours do not saturate.
+class APG:
+    """Adaptive projected guidance (Sadat et al. 2024, algorithm 1): a GuidanceFn that keeps colours from saturating.
 
-    `parallel` is the share of the push along the answer that is kept, `radius` limits the push's length in an image,
-    `momentum` (negative in the paper) adds the pushes of the steps before, so a rule serves one run of a sampler.
+    `eta` weighs the part of the update cond - uncond that is parallel to cond and only makes it larger;
+    `norm_threshold` limits the update's norm in each image; `momentum` (negative in the paper) weighs the previous
+    updates. With momentum the instance holds them, so it serves one run of a sampler.
     """
-    before: Tensor | float = 0.0
 
-    def guided(answer: Tensor, reference: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        nonlocal before
-        push = before = answer - reference + momentum * before
-        if radius is not None:
-            push = push * (radius / _norm(push).clamp_min(1e-12)).clamp_max(1)
-        direction = answer / _norm(answer).clamp_min(1e-12)
-        along = _dot(push, direction) * direction
-        return answer + (scale - 1) * (push - along + parallel * along)
+    def __init__(
+        self, scale: float, *, eta: float = 0.0, norm_threshold: float | None = None, momentum: float = 0.0
+    ) -> None:
+        self.scale, self.eta, self.norm_threshold, self.momentum = scale, eta, norm_threshold, momentum
+        self.running_update: Tensor | float = 0.0
 
-    return guided
-
-
-def cfg_zero_star(rule: GuidanceFn) -> GuidanceFn:
-    """Fit the reference's velocity to the answer's by a factor, then the rule (CFG-Zero*, Fan et al. 2025, eq. 7)."""
-
-    def guided(answer: Tensor, reference: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        wanted, velocity = z_t - answer, z_t - reference  # both times t, on the flow path
-        factor = _dot(wanted, velocity) / _dot(velocity, velocity).clamp_min(1e-12)
-        return rule(answer, z_t - factor * velocity, z_t, t)
-
-    return guided
+    def __call__(self, cond: Tensor, uncond: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        update = self.running_update = cond - uncond + self.momentum * self.running_update
+        if self.norm_threshold is not None:
+            update = update * (self.norm_threshold / _norm(update).clamp_min(1e-12)).clamp_max(1)
+        direction = cond / _norm(cond).clamp_min(1e-12)
+        parallel = _dot(update, direction) * direction
+        return cond + (self.scale - 1) * (update - parallel + self.eta * parallel)
 
 
-def zero_init(rule: GuidanceFn) -> GuidanceFn:
-    """No velocity at t = 1, where that of an unsure network is worse than none (Fan et al. 2025, section 4.2)."""
-    return lambda answer, reference, z_t, t: z_t if t[0].item() >= 1 else rule(answer, reference, z_t, t)
+def cfg_zero_star(guidance: GuidanceFn) -> GuidanceFn:
+    """CFG-Zero* (Fan et al. 2025, eq. 7): first scale the velocity of uncond to fit that of cond."""
+
+    def optimized(cond: Tensor, uncond: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        v_cond, v_uncond = z_t - cond, z_t - uncond  # t times the velocities of the flow schedule
+        scale = _dot(v_cond, v_uncond) / _dot(v_uncond, v_uncond).clamp_min(1e-12)
+        return guidance(cond, z_t - scale * v_uncond, z_t, t)
+
+    return optimized
+
+
+def zero_init(guidance: GuidanceFn) -> GuidanceFn:
+    """No velocity at t = 1, where that of an undertrained network is worse than none (Fan et al. 2025, section 4.2)."""
+    return lambda cond, uncond, z_t, t: z_t if t[0].item() >= 1 else guidance(cond, uncond, z_t, t)
 
 
 # Denoisers.
 
 
-def guided_denoiser(pair: CondUncondFn, rule: GuidanceFn) -> Denoiser:
-    """The Denoiser that a rule makes of both answers."""
-
-    def guided(z_t: Tensor, t: Tensor) -> Tensor:
-        answer, reference = pair(z_t, t)
-        return rule(answer, reference, z_t, t)
-
-    return guided
+def guided_denoiser(cond_uncond: CondUncondFn, guidance: GuidanceFn) -> Denoiser:
+    """The Denoiser that combines both predictions."""
+    return lambda z_t, t: guidance(*cond_uncond(z_t, t), z_t, t)
 
 
-def guidance_interval(interval: tuple[float, float], guided: Denoiser, plain: Denoiser) -> Denoiser:
-    """Guidance at times inside the interval alone, elsewhere the cheaper plain answer (Kynkaanniemi et al. 2024)."""
+def guidance_interval(interval: tuple[float, float], guided: Denoiser, unguided: Denoiser) -> Denoiser:
+    """Guidance at t inside the interval, elsewhere the cheaper unguided denoiser (Kynkaanniemi et al. 2024)."""
     low, high = interval
-    return lambda z_t, t: (guided if low <= t[0].item() <= high else plain)(z_t, t)
+    return lambda z_t, t: (guided if low <= t[0].item() <= high else unguided)(z_t, t)
 
 
-def inpaint_denoiser(denoiser: Denoiser, data: Tensor, mask: Tensor) -> Denoiser:
-    """Where `mask` is 0 the data are known: inpainting with any model, sampler and guidance."""
-    return lambda z_t, t: torch.lerp(data, denoiser(z_t, t), mask)
+def inpaint_denoiser(denoiser: Denoiser, x0: Tensor, mask: Tensor) -> Denoiser:
+    """Where `mask` is 0, x0 is known: inpainting with any model, sampler and guidance. All broadcast to (b, ...)."""
+    return lambda z_t, t: torch.lerp(x0, denoiser(z_t, t), mask)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Of each item, kept as (b, 1, ...)."""
+    """Dot product of each item, as (b, 1, ...)."""
     return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
 
 

@@ -13,7 +13,7 @@ from ldm.config import Config
 ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow", "edm"]
 Prediction = Literal["epsilon", "v", "x0", "flow"]
 NUM_TRAIN_TIMESTEPS = 1000  # of the discrete schedules
-EDM_SIGMA_MAX, EDM_SIGMA_MIN, EDM_RHO = 80.0, 0.002, 7  # Karras et al. 2022, table 1, for data of deviation 1
+EDM_SIGMA_MAX, EDM_SIGMA_MIN, EDM_RHO = 80.0, 0.002, 7  # Karras et al. 2022, table 1, for data of standard deviation 1
 
 
 class DiffusionConfig(Config):
@@ -40,7 +40,7 @@ class DiffusionConfig(Config):
     t_distribution: Literal["uniform", "stratified", "logit_normal", "log_normal"] = "uniform"
     """how training samples t; stratified spreads one batch evenly over [0, 1]; log_normal is EDM's, for its schedule"""
     log_normal_mean_std: tuple[float, float] = (-1.2, 1.2)
-    """mean and deviation of the logarithm of EDM's sigma, for log_normal"""
+    """mean and standard deviation of the logarithm of EDM's sigma (P_mean, P_std), for log_normal"""
 
     def inference_fields(self) -> dict[str, object]:
         """What decides how a trained network samples; the rest matters in training only."""

@@ -1,189 +1,203 @@
-"""What foreign formats have in common: the parts of a pipeline, and weights that are checked when they are read."""
+"""The components of a pipeline, and what reading and writing the formats of others have in common."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.diffusion.process import Diffusion
 from ldm.interop.key_map import Rename, remap_state_dict
-from ldm.text import DualTextEncoder, Text, TextConfig, TextEncoder
+from ldm.io.tensors import read_tensors
+from ldm.text import DualTextEncoder, TextConditioner, TextConfig, TextEncoder
 from ldm.text.config import CONVERTED
-from ldm.text.tokenizer import make_tokenizer
+from ldm.text.tokenizer import Tokenizer
 from ldm.text.tower import TextTower
-from ldm.unet import UNet, UNetConfig
-from ldm.vae import VAE, VAEConfig
+from ldm.unet import UNet
+from ldm.vae import VAE
 
-CLIP_VOCAB_SIZE = 49_408  # of CLIP
-NARROW = 256  # below, our U-Net has fewer than the 32 norm groups of the family
-HEAD_DIM = 64  # width of a head where heads can not be seen from shapes
+CLIP_VOCAB_SIZE = 49_408
+NUM_GROUPS = 32  # of the norms of the Stable Diffusion family
+HEAD_DIM = 64  # width of an attention head, where shapes do not show it
+# What all formats of the family have in common for a tower, and for the two of Stable Diffusion XL.
+SD_TEXT: dict[str, Any] = {"final_layer_norm": True, "use_pooled": False, "zero_empty_prompt": False}
+SDXL_TEXT_1: dict[str, Any] = {"layer": "penultimate", "final_layer_norm": False, "use_pooled": False}
+SDXL_TEXT_2: dict[str, Any] = SDXL_TEXT_1 | {"use_pooled": True}
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class ModelComponents(NamedTuple):
     """What a pipeline is made of."""
 
     unet: UNet
-    process: Diffusion
-    vae: VAE
-    text: Text
-    size: int
+    diffusion: Diffusion
+    vae: VAE | None  # None: diffusion in pixels
+    text: TextConditioner | None  # None: unconditional
+    resolution: int  # side of the training images, in pixels
+    vocabulary: Sequence[str] = ()  # words of the training captions; empty: unknown
+    metadata: Mapping[str, Any] = MappingProxyType({})  # of a training here: data, guidance scale; empty: unknown
 
     @property
     def description(self) -> str:
-        """Which member of the family this is, as its text and channels tell."""
-        openai = self.text.encoders[0].tower.blocks[0].quick_gelu
-        version = "XL" if isinstance(self.text, DualTextEncoder) else "1" if openai else "2"
+        """What kind of model this is, in words."""
+        if self.vae is None or self.text is None or self.metadata:
+            return "a model of ldm"
+        quick_gelu = self.text.encoders[0].tower.blocks[0].quick_gelu
+        version = "XL" if isinstance(self.text, DualTextEncoder) else "1" if quick_gelu else "2"
         inpainting = " for inpainting" if self.unet.config.cond_channels else ""
-        process = self.process.config
-        zero = " at zero terminal SNR" if process.zero_terminal_snr else ""
-        return f"Stable Diffusion {version}{inpainting}, predicts {process.prediction}{zero}, {self.size} pixels"
+        zero = " at zero terminal SNR" if self.diffusion.config.zero_terminal_snr else ""
+        prediction = self.diffusion.config.prediction
+        return f"Stable Diffusion {version}{inpainting}, predicts {prediction}{zero}, {self.resolution} pixels"
+
+
+class ExportComponents(NamedTuple):
+    """Components that another format can hold."""
+
+    unet: UNet
+    diffusion: Diffusion
+    vae: VAE
+    text: TextConditioner
+    resolution: int
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether this is a model like Stable Diffusion XL, with two towers."""
+        return isinstance(self.text, DualTextEncoder)
+
+
+# Reading.
 
 
 @contextmanager
-def unsupported_config_errors(source: str) -> Iterator[None]:
-    """ValueError with the source in front, where settings or shapes that were read make no network."""
+def unsupported_config_errors(where: str) -> Iterator[None]:
+    """ValueError that begins with `where`, for settings or shapes that do not make a network."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ZeroDivisionError, RuntimeError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"{source}: what was read makes no network that is known ({reason})") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{where}: unsupported architecture ({reason})") from None
 
 
 def read_file(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError when it is damaged or none."""
+    """The tensors of a safetensors file; ValueError when it is damaged or another kind of file."""
     if file.suffix == ".ckpt":
-        raise ValueError(f"{file} is a pickle, which can hold code: `python scripts/convert.py` makes it a safe file")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file ({error}); fetch it again") from None
+        raise ValueError(f"{file} is a pickle, which can hold code: convert it with `python scripts/convert.py`")
+    return read_tensors(file)
+
+
+def channel_mult(widths: Sequence[int]) -> tuple[int, ...]:
+    """Widths of levels as multiples of the first; ValueError where they are not."""
+    if any(width % widths[0] for width in widths):
+        raise ValueError(f"the widths {tuple(widths)} are not multiples of the first")
+    return tuple(width // widths[0] for width in widths)
+
+
+def count_blocks(tensors: Mapping[str, Tensor], prefix: str, *, start: int = 0) -> int:
+    """How many indices from `start` on follow `prefix.`."""
+    matches = (re.match(rf"{re.escape(prefix)}\.(\d+)", name) for name in tensors)
+    return sum(index >= start for index in {int(match[1]) for match in matches if match})
 
 
 def build_frozen(
-    cls: Any,
-    config: Any,
-    tensors: dict[str, Tensor],
-    rename_of: Callable[[Any], Rename],
-    source: str,
-    **buffers: Tensor,
-) -> Any:
-    """A frozen network with these tensors, and with buffers that are ours alone."""
-    with unsupported_config_errors(source), torch.device("meta"):
-        network = cls(config)
-    if isinstance(config, UNetConfig) and min(config.widths) < NARROW:
-        raise ValueError(f"{source}: levels narrower than {NARROW} channels have other norm groups there than here")
+    make: Callable[[], Network], tensors: dict[str, Tensor], rename: Rename, where: str, **buffers: Tensor
+) -> Network:
+    """A frozen network in float32 with these tensors, which `rename` maps our names to, and with buffers of our own."""
+    with unsupported_config_errors(where), torch.device("meta"):
+        network = make()
     own = {name: tensor for name, tensor in network.state_dict().items() if name not in buffers}
-    return load_frozen_fp32(network, {**buffers, **remap_checked(tensors, own, rename_of(config), source)})
-
-
-def build_frozen_vae(
-    config: VAEConfig,
-    tensors: dict[str, Tensor],
-    rename_of: Callable[[Any], Rename],
-    source: str,
-    *,
-    scale: float,
-    shift: float = 0.0,
-) -> VAE:
-    """A frozen VAE whose latents are standardized by one factor, and one shift, for all channels."""
-    mean, std = (torch.full((config.latent_channels,), value) for value in (shift, 1 / scale))
-    return build_frozen(VAE, config, tensors, rename_of, source, latent_mean=mean, latent_std=std)
-
-
-def remap_checked(tensors: dict[str, Tensor], own: dict[str, Tensor], rename: Rename, source: str) -> dict[str, Tensor]:
-    """`renamed`, with the source in front of what is wrong."""
     try:
-        return remap_state_dict(tensors, own, rename)
+        tensors = remap_state_dict(tensors, own, rename)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-
-
-def load_frozen_fp32(network: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """Give a network these tensors, as float32, and freeze it."""
-    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+        raise ValueError(f"{where}: {error}") from None
+    network.load_state_dict({name: tensor.float() for name, tensor in (buffers | tensors).items()}, assign=True)
     return network.requires_grad_(False).eval()
 
 
-def text_encoder(
-    tensors: dict[str, Tensor], config: TextConfig, source: str, *, quick_gelu: bool, heads: int | None = None
-) -> TextEncoder:
-    """A frozen tower of these tensors, under our names; its sizes are seen from shapes, heads are 64 wide if not given.
+def latent_buffers(channels: int, *, scale: float, shift: float = 0.0) -> dict[str, Tensor]:
+    """Buffers of a VAE whose latents are standardized by one factor, and one shift, for all channels."""
+    return {"latent_mean": torch.full((channels,), shift), "latent_std": torch.full((channels,), 1 / scale)}
 
-    ValueError: tensors that are missing, extra, misshapen or not finite.
+
+def text_encoder(
+    tensors: dict[str, Tensor], config: TextConfig, where: str, *, quick_gelu: bool, heads: int | None = None
+) -> TextEncoder:
+    """A frozen tower of tensors under our names; its sizes come from shapes, heads are 64 wide if not given.
+
+    ValueError: another vocabulary than CLIP's; tensors that are missing, extra, misshapen or not finite.
     """
     hidden = "transformer.resblocks.0.mlp.c_fc.weight"
-    vocabulary = tensors["token_embedding.weight"].shape[0] if "token_embedding.weight" in tensors else CLIP_VOCAB_SIZE
-    if vocabulary < CLIP_VOCAB_SIZE:
-        raise ValueError(f"{source}: knows {vocabulary:,} tokens; only CLIP's own {CLIP_VOCAB_SIZE:,} can be read")
-    needed = ("positional_embedding", "token_embedding.weight", "text_projection", hidden)
+    needed = ("token_embedding.weight", "positional_embedding", "text_projection", hidden)
     if missing := [name for name in needed if name not in tensors]:
-        raise ValueError(f"{source}: a text tower's tensors are missing: {', '.join(missing)}")
-    with unsupported_config_errors(source), torch.device("meta"):
-        length, width = tensors["positional_embedding"].shape
-        text = {
+        raise ValueError(f"{where}: tensors of a text tower are missing: {', '.join(missing)}")
+    with unsupported_config_errors(where):
+        (vocab_size, width), (length, _) = tensors["token_embedding.weight"].shape, tensors["positional_embedding"].shape
+        text_cfg = {
             "context_length": length,
-            "vocab_size": tensors["token_embedding.weight"].shape[0],
+            "vocab_size": vocab_size,
             "width": width,
             "heads": heads or max(width // HEAD_DIM, 1),
             "layers": count_blocks(tensors, "transformer.resblocks"),
             "mlp_ratio": tensors[hidden].shape[0] / width,
         }
-        embed_dim = tensors["text_projection"].shape[1]
-        tower = TextTower({"embed_dim": embed_dim, "quick_gelu": quick_gelu, "text_cfg": text})
-    load_frozen_fp32(tower, remap_checked(tensors, tower.state_dict(), str, source))
-    return TextEncoder(tower, make_tokenizer(length), config, model_id=CONVERTED, weights=Path(config.model))
+        cfg = {"embed_dim": tensors["text_projection"].shape[1], "quick_gelu": quick_gelu, "text_cfg": text_cfg}
+    check_vocabulary(vocab_size, where)
+    tower = build_frozen(lambda: TextTower(cfg), tensors, str, where)
+    return TextEncoder(tower, Tokenizer(length), config, model_id=CONVERTED, weights=Path(config.model))
 
 
-def count_blocks(tensors: dict[str, Tensor], prefix: str, *, start: int = 0) -> int:
-    """How many numbers from `start` on follow `prefix.`."""
-    found = {
-        int(name[len(prefix) + 1 :].split(".")[0]) for name in tensors if re.match(rf"{re.escape(prefix)}\.\d", name)
-    }
-    return sum(number >= start for number in found)
+def check_vocabulary(size: int, where: str) -> None:
+    """ValueError unless there are all tokens of CLIP; more are never used."""
+    if size < CLIP_VOCAB_SIZE:
+        raise ValueError(
+            f"{where}: vocabulary of {size:,} tokens, only CLIP's {CLIP_VOCAB_SIZE:,} are supported: use CLIP's "
+            "tokenizer, and a text model with its vocabulary (which may have any width and depth)"
+        )
 
 
-# What all formats of the family have in common for a tower, and for the two of Stable Diffusion XL.
-SD_TEXT: dict[str, Any] = {"final_layer_norm": True, "use_pooled": False, "zero_empty_prompt": False}
-SDXL_TEXT_1: dict[str, Any] = {"layer": "penultimate", "final_layer_norm": False, "use_pooled": False}
-SDXL_TEXT_2: dict[str, Any] = SDXL_TEXT_1 | {"use_pooled": True}
+# Writing.
 
 
-def unsupported_settings(parts: ModelComponents) -> list[str]:
+def check_exportable(
+    components: ModelComponents, target: str, unsupported: Callable[[ExportComponents], list[str]]
+) -> ExportComponents:
+    """ValueError unless `target` can hold a model; `unsupported` lists the settings that this target alone cannot."""
+    unet, diffusion, vae, text, resolution, *_ = components
+    if vae is None or text is None:
+        lacks = "VAE" if vae is None else "text tower"
+        raise ValueError(f"cannot export to {target}: the model has no {lacks}; only a model folder of ldm can hold it")
+    parts = ExportComponents(unet, diffusion, vae, text, resolution)
+    if settings := [*unsupported_settings(parts), *unsupported(parts)]:
+        raise ValueError(f"cannot export to {target}: unsupported settings {', '.join(settings)}")
+    return parts
+
+
+def unsupported_settings(parts: ExportComponents) -> list[str]:
     """Settings that no format of the Stable Diffusion family can hold."""
-    unet, joined = parts.unet.config, isinstance(parts.text, DualTextEncoder)
+    unet, vae, diffusion = parts.unet.config, parts.vae.config, parts.diffusion.config
     settings = {
         "unet.patch_size": unet.patch_size > 1,
         "unet.coord_conv": unet.coord_conv,
-        "unet.pooled_dim": unet.pooled_dim > 0 and not joined,
-        "unet.size_embed_dim": (unet.size_embed_dim > 0) != joined,
-        "unet.model_channels (norm groups of narrow levels are others)": min(unet.widths) < NARROW,
-        "vae.patch_size": parts.vae.config.patch_size > 1,
-        "diffusion.noise_schedule": parts.process.config.noise_schedule not in ("scaled_linear", "linear"),
-        "diffusion.prediction": parts.process.config.prediction == "flow",
+        "unet.pooled_dim": unet.pooled_dim > 0 and not parts.is_xl,
+        "unet.size_embed_dim": (unet.size_embed_dim > 0) != parts.is_xl,
+        "unet.norm_min_group_channels": len({*unet.norm_groups.values()}) > 1,
+        "vae.patch_size": vae.patch_size > 1,
+        "diffusion.noise_schedule": diffusion.noise_schedule not in ("scaled_linear", "linear"),
+        "diffusion.prediction": diffusion.prediction == "flow",
     }
-    found = [name for name, stands in settings.items() if stands]
-    kinds = (("text", SDXL_TEXT_1), ("second_text", SDXL_TEXT_2)) if joined else (("text", SD_TEXT),)
-    for encoder, (name, fixed) in zip(parts.text.encoders, kinds, strict=True):
-        found += [f"{name}.padding"] if encoder.config.pad_token_id is None else []
-        found += [f"{name}.{key}" for key, value in fixed.items() if getattr(encoder.config, key) != value]
-    return found
-
-
-def check_exportable(parts: ModelComponents, target: str, *more: str) -> None:
-    """ValueError names the settings that stand in the way of writing these parts, and `more` of this target."""
-    wrong = [*unsupported_settings(parts), *more]
-    if wrong:
-        raise ValueError(f"{target} can not hold this model: {', '.join(wrong)} stand in the way")
+    towers = {"text": SDXL_TEXT_1, "second_text": SDXL_TEXT_2} if parts.is_xl else {"text": SD_TEXT}
+    for encoder, (name, fixed) in zip(parts.text.encoders, towers.items(), strict=True):
+        settings[f"{name}.pad_token_id"] = encoder.config.pad_token_id is None
+        settings |= {f"{name}.{key}": getattr(encoder.config, key) != value for key, value in fixed.items()}
+    return [name for name, unsupported in settings.items() if unsupported]
 
 
 def fold_latent_stats(vae: VAE, *, scale: float) -> dict[str, Tensor]:
-    """The VAE's tensors, its latent statistics worked into the two 1x1 convolutions so that only `scale` is left."""
+    """The VAE's tensors, with its latent statistics folded into the two 1x1 convolutions so that `scale` remains."""
     state = {name: tensor.clone() for name, tensor in vae.state_dict().items() if not name.startswith("latent_")}
     mean, std, channels = vae.latent_mean, vae.latent_std * scale, vae.config.latent_channels
     factor = torch.cat([1 / std, torch.ones_like(std)])

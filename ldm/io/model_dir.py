@@ -7,8 +7,48 @@ from typing import Any, TypeVar
 from ldm.config import Config
 from ldm.io.atomic import write_text
 
-MODEL_FORMAT = "ldm-model-1"
-Card = TypeVar("Card", bound=Config)
+MODEL_FORMAT, MODEL_FORMAT_1 = "ldm-model-2", "ldm-model-1"
+VOCABULARY_FILES = {MODEL_FORMAT: "vocab.txt", MODEL_FORMAT_1: "words.txt"}
+Manifest = TypeVar("Manifest", bound=Config)
+
+# What fields are called now that ldm-model-1 called otherwise, by the part of the manifest that they are in.
+TEXT_FIELDS = {
+    "normalize": "final_layer_norm",
+    "padding": "pad_token_id",
+    "pooled": "use_pooled",
+    "zero_empty": "zero_empty_prompt",
+}
+RENAMED_FIELDS = {
+    "": {"process": "diffusion", "about": "metadata", "size": "resolution"},
+    "data": {"size": "resolution", "flip": "random_flip", "streams": "shard_streams", "font": "emoji_font"},
+    "text": TEXT_FIELDS,
+    "second_text": TEXT_FIELDS,
+    "unet": {
+        "extra_channels": "cond_channels",
+        "patch": "patch_size",
+        "channels": "model_channels",
+        "multipliers": "channel_mult",
+        "blocks": "num_res_blocks",
+        "depths": "transformer_depth",
+        "middle_depth": "mid_transformer_depth",
+        "heads": "num_heads",
+        "context_width": "context_dim",
+        "vector_width": "pooled_dim",
+        "size_width": "size_embed_dim",
+        "scale_shift": "scale_shift_norm",
+        "coordinates": "coord_conv",
+    },
+    "vae": {
+        "patch": "patch_size",
+        "channels": "base_channels",
+        "multipliers": "channel_mult",
+        "blocks": "num_res_blocks",
+        "attention": "mid_attention",
+    },
+    "diffusion": {"path": "noise_schedule", "times": "t_distribution", "log_normal": "log_normal_mean_std"},
+}
+# Its loss weightings, each with a field of its own for gamma.
+LOSS_WEIGHTINGS = {"p2_gamma": "p2", "soft_min_snr_gamma": "soft_min_snr", "min_snr_gamma": "min_snr"}
 
 
 def write_manifest(folder: Path, kind: str, values: dict[str, Any]) -> None:
@@ -16,40 +56,72 @@ def write_manifest(folder: Path, kind: str, values: dict[str, Any]) -> None:
     write_text(folder / "model.json", json.dumps({"format": MODEL_FORMAT, "kind": kind, **values}, indent=2))
 
 
-def read_manifest(folder: Path, kind: str, card: type[Card]) -> Card:
-    """What model.json says; ValueError when the folder is missing, holds something else or is of another version."""
+def read_manifest(folder: Path, kind: str, manifest: type[Manifest]) -> Manifest:
+    """The model.json of a folder, also of ldm-model-1; ValueError: missing, or of another kind or format."""
     path = folder / "model.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is no model folder (it has no model.json); name RUN/model of a finished run")
-    values = _values(path)
-    if values.get("format") != MODEL_FORMAT or values.get("kind") != kind:
-        raise ValueError(f"{folder} holds a {values.get('kind', 'foreign model')}, a {kind} is needed")
-    return card.from_dict({k: v for k, v in values.items() if k not in ("format", "kind")}, source=str(path))
+        raise ValueError(f"{folder} is not a model folder (it has no model.json): pass RUN/model of a finished run")
+    values = _read_json(path)
+    model_format, found = values.pop("format", None), values.pop("kind", None)
+    if model_format not in VOCABULARY_FILES:
+        readable = " and ".join(VOCABULARY_FILES)
+        raise ValueError(f"{path} has format {model_format}, expected {readable}: read it with the ldm that wrote it")
+    if found != kind:
+        raise ValueError(f"{folder}: expected a {kind}, found a {found}")
+    if model_format == MODEL_FORMAT_1:
+        values = _from_format_1(values)
+    return manifest.from_dict(values, source=str(path))
+
+
+def read_vocabulary(folder: Path) -> list[str]:
+    """The words of the training captions, in order; ValueError when the file is missing."""
+    return read_text(folder / VOCABULARY_FILES[_read_json(folder / "model.json")["format"]]).split()
 
 
 def read_text(path: Path) -> str:
-    """A file of a model folder, or one that a person wrote; ValueError when it is missing or no text."""
+    """A UTF-8 text file; ValueError when it is missing or not text."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: copy the folder again") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no UTF-8 text: save it as UTF-8") from None
+        raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from None
 
 
 def latest_model(kind: str, root: Path, *, script: str) -> Path:
     """The model folder of this kind below `root` that was finished last; ValueError names the script that makes one."""
-    found = []
-    for path in root.glob("**/model/model.json"):
-        if _values(path).get("kind") == kind:
-            found.append(path)
-    if not found:
-        raise ValueError(f"no finished {kind} below {root}: run `{script}` first, or name one")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
+    paths = [path for path in root.glob("**/model/model.json") if _read_json(path).get("kind") == kind]
+    if not paths:
+        raise ValueError(f"no finished {kind} below {root}: run `{script}` first, or pass one")
+    return max(paths, key=lambda path: path.stat().st_mtime).parent
 
 
-def _values(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged: copy the model folder again, or remove it") from None
+
+
+def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of an ldm-model-1 manifest as those of today; the metadata hold the settings of the data."""
+    values = _rename_parts(_rename(values, ""))
+    if isinstance(metadata := values.get("metadata"), dict):
+        values["metadata"] = _rename_parts(metadata)
+    return values
+
+
+def _rename_parts(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: _rename(value, name) if isinstance(value, dict) else value for name, value in values.items()}
+
+
+def _rename(values: dict[str, Any], part: str) -> dict[str, Any]:
+    names = RENAMED_FIELDS.get(part, {})
+    values = {names.get(name, name): value for name, value in values.items()}
+    if part == "unet":
+        values["norm_min_group_channels"] = 8  # which was not a setting
+    if part == "diffusion":
+        gammas = {kind: values.pop(name, None) for name, kind in LOSS_WEIGHTINGS.items()}
+        kind = next((kind for kind, gamma in gammas.items() if gamma), "min_snr" if values.get("snr_floor") else None)
+        values |= {"loss_weighting": kind, "gamma": gammas[kind]} if kind else {}
+    return values

@@ -1,53 +1,79 @@
 """A module's tensors and files of them: written, hashed, read back and checked."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.io.atomic import write_tensors
 
+INPUT_CONV = "conv_in.weight"  # (out, in, 3, 3); the U-Net's spatial condition has the last input channels
+
 
 def save_weights(module: nn.Module, path: Path) -> str:
-    """Write a module's weights whole and return the file's SHA-256."""
+    """Write a module's weights atomically and return the file's SHA-256."""
     write_tensors(path, module.state_dict())
     return sha256(path)
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Fill a module, which may be on the meta device, from a file; ValueError names what does not fit."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError when it is missing or damaged."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing: the model folder is not whole, copy it again")
+        raise ValueError(f"{path} is missing: the model folder is incomplete, copy it again")
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); copy it again") from None
-    own = module.state_dict()
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}): copy or download it again") from None
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fill a module, which may be on the meta device, from a file; ValueError: see `load_strict`, or not finite."""
+    tensors, own = read_tensors(path), module.state_dict()
     bad = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     bad += [n for n, t in tensors.items() if n in own and t.is_floating_point() != own[n].is_floating_point()]
     if bad:
-        raise ValueError(f"{path} holds {len(bad)} tensors with NaN, infinite or no real numbers: {', '.join(bad[:5])}")
+        raise ValueError(f"{path}: {len(bad)} tensors are not finite real numbers: {', '.join(bad[:5])}")
     tensors = {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in tensors.items()}
     load_strict(module, tensors, path, assign=True)
 
 
-def load_strict(module: nn.Module, tensors: dict[str, Tensor], source: Path, *, assign: bool = False) -> None:
-    """Give a module exactly these tensors; with `assign` they become its own instead of being copied.
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: Path, *, assign: bool = False) -> None:
+    """Fill a module with exactly these tensors; with `assign` they become its own instead of being copied.
 
-    ValueError names the tensors that are missing, foreign or of another shape.
+    ValueError names up to five tensors of `where` that are missing, unexpected or of another shape, with both shapes.
     """
     own = module.state_dict()
-    wrong = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
+    wrong = [name for name in {**own, **tensors} if _shape(own, name) != _shape(tensors, name)]
     if wrong:
-        raise ValueError(
-            f"{source} holds another model: {len(wrong)} tensors differ, among them {', '.join(wrong[:5])}"
-        )
+        named = ", ".join(f"{n} expected {_shape(own, n)}, got {_shape(tensors, n)}" for n in wrong[:5])
+        raise ValueError(f"{where} does not fit this network: {len(wrong)} tensors differ: {named}")
     module.load_state_dict(tensors, assign=assign)
+
+
+def init_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Start a module from the tensors of another model with the same names and shapes.
+
+    Its input convolution may have more input channels than theirs: the last ones start at zero, so that a new spatial
+    condition changes nothing at first (as Brooks et al. 2023, section 3.2). ValueError: any other difference.
+    """
+    conv, source = module.state_dict().get(INPUT_CONV), tensors.get(INPUT_CONV)
+    if conv is not None and source is not None and source.ndim == 4 and (new := conv.shape[1] - source.shape[1]) > 0:
+        tensors = {**tensors, INPUT_CONV: F.pad(source, (0, 0, 0, 0, 0, new))}
+    with torch.no_grad():
+        load_strict(module, tensors, where)
 
 
 def sha256(path: Path) -> str:
     """Hash of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
+    """The shape of a tensor in words."""
+    return str(tuple(tensors[name].shape)) if name in tensors else "none"

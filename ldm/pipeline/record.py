@@ -1,20 +1,19 @@
-"""What a painted PNG says of itself: the conventional `parameters` text and a JSON chunk that can be painted again."""
+"""The record in a generated PNG: the conventional `parameters` text, and a JSON chunk that `--reproduce` reads."""
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ldm.config import Config
-from ldm.data.sources.decode import decode_image
 from ldm.diffusion.guidance import GuidanceConfig
-from ldm.imaging import pad_for_outpainting, save_image
-from ldm.io.tensors import sha256
+from ldm.imaging import save_image
 
 PNG_CHUNK = "ldm"
+RECORD_VERSION: Final = 2
 SAMPLER_NAMES = {
     "ddpm": "DDPM",
     "ddim": "DDIM",
@@ -31,7 +30,7 @@ SAMPLER_NAMES = {
 
 
 class InitImageRecord(Config):
-    """The picture that another one was painted from."""
+    """The image, and the mask, that another image was generated from; hashes are SHA-256 of the files."""
 
     image: str
     image_hash: str
@@ -41,29 +40,11 @@ class InitImageRecord(Config):
     inversion_prompt: str | None = None
     outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)
 
-    @property
-    def pipeline_kwargs(self) -> dict[str, Any]:
-        """The arguments of the pipeline; ValueError when a file is another than it was."""
-        image = self._open(self.image, self.image_hash)
-        mask = self._open(self.mask, self.mask_hash).convert("L") if self.mask else None
-        if any(self.outpaint):
-            image, mask = pad_for_outpainting(image, mask, self.outpaint)
-        return {"image": image, "mask": mask, "strength": self.strength, "inversion_prompt": self.inversion_prompt}
-
-    @staticmethod
-    def _open(path: str, digest: str | None) -> Image.Image:
-        if not Path(path).is_file() or sha256(Path(path)) != digest:
-            raise ValueError(f"{path} is not the picture that this was painted from: put that one back")
-        try:
-            return decode_image(Path(path).read_bytes(), channels=3)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
 
 class GenerationRecord(Config):
-    """The call of the pipeline that painted a picture, which picture of its batch it is, and the model."""
+    """The call of the pipeline that generated an image, the image's index in that batch, and the models."""
 
-    version: Literal[2] = 2
+    version: Literal[2] = RECORD_VERSION
     prompt: str
     negative_prompt: str
     steps: int
@@ -89,19 +70,18 @@ class GenerationRecord(Config):
     @model_validator(mode="after")
     def _check_index(self) -> "GenerationRecord":
         if self.index >= self.num_images:
-            raise ValueError(f"index {self.index} is none of {self.num_images} pictures")
+            raise ValueError(f"index {self.index} is outside a batch of {self.num_images} images")
         return self
 
     @property
     def pipeline_kwargs(self) -> dict[str, Any]:
-        """The arguments of the pipeline."""
-        beside = {"version", "index", "init_image", "model", "model_hash", "guide_model", "guide_model_hash"}
-        call = {name: getattr(self, name) for name in GenerationRecord.model_fields if name not in beside}
-        return call | self.init_image.pipeline_kwargs if self.init_image else call
+        """The arguments of `Pipeline.__call__`, without those of the init image."""
+        others = {"version", "index", "init_image", "model", "model_hash", "guide_model", "guide_model_hash"}
+        return {name: getattr(self, name) for name in GenerationRecord.model_fields if name not in others}
 
 
 def save_png(path: Path, image: Image.Image, record: GenerationRecord) -> None:
-    """Write a picture with its record."""
+    """Write an image with its record."""
     info = PngInfo()
     info.add_itxt("parameters", a1111_parameters(record))
     info.add_itxt(PNG_CHUNK, json.dumps(record.to_dict(), ensure_ascii=False, sort_keys=True))
@@ -109,20 +89,20 @@ def save_png(path: Path, image: Image.Image, record: GenerationRecord) -> None:
 
 
 def read_png(path: Path) -> GenerationRecord:
-    """The record of a picture that `save_png` wrote; ValueError when there is none."""
+    """The record of an image that `save_png` wrote; ValueError when it has none that can be read."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such picture")
+        raise ValueError(f"{path}: no such image")
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = image.text.get(PNG_CHUNK)  # type: ignore[attr-defined]
     except Exception:  # damaged files raise errors of many types in Pillow's decoder
-        raise ValueError(f"{path} is no PNG file that can be read") from None
+        raise ValueError(f"{path} is not a readable PNG file") from None
     if text is None:
-        raise ValueError(f"{path} was not painted by txt2img, or lost its metadata: it can not be reproduced")
+        raise ValueError(f"{path}: no generation metadata in this PNG; only images of txt2img and img2img have it")
     try:
         return GenerationRecord.model_validate_json(text)
     except ValidationError:
-        raise ValueError(f"{path} was painted by another version of ldm: it can not be reproduced") from None
+        raise ValueError(f"{path} cannot be reproduced: {_why_unreadable(text)}") from None
 
 
 def a1111_parameters(record: GenerationRecord) -> str:
@@ -140,6 +120,23 @@ def a1111_parameters(record: GenerationRecord) -> str:
     if record.negative_prompt:
         lines.append(f"Negative prompt: {record.negative_prompt}")
     return "\n".join([*lines, ", ".join(f"{key}: {_quote(str(value))}" for key, value in settings.items())])
+
+
+class _Version(BaseModel):
+    """The one field that records of all versions have."""
+
+    version: int = Field(strict=True)
+
+
+def _why_unreadable(text: str) -> str:
+    try:
+        version = _Version.model_validate_json(text).version
+    except ValidationError:
+        return "its record is damaged"
+    if version == RECORD_VERSION:
+        return "its record is damaged"
+    age = "an older" if version < RECORD_VERSION else "a newer"
+    return f"it was made by {age} version of ldm (record {version}, this one reads {RECORD_VERSION})"
 
 
 def _quote(value: str) -> str:

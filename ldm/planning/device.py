@@ -1,4 +1,4 @@
-"""What memory a machine has, and what of it this process took."""
+"""Memory of a machine and of this process, and numbers as people read them."""
 
 import os
 import resource
@@ -32,7 +32,7 @@ def peak_rss(who: int) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was told, so that clocks tell the truth."""
+    """Wait until a GPU has finished, so that clocks are right."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,10 +1,11 @@
-"""Some real steps of a run, in a folder that goes again, and what they measure: for scripts/doctor.py."""
+"""Some real steps of a run, in a temporary run folder, and what they measure: for scripts/doctor.py."""
 
 import math
 import shutil
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ldm.data.batch_sampler import SampleKey
-from ldm.data.loader import Batches, batch_sampler_for_rank, make_loader
+from ldm.data.loader import Batches
 from ldm.planning import checks
 from ldm.planning.checks import DoctorCheck
 from ldm.planning.device import peak_memory, synchronize, total_memory
@@ -23,34 +24,37 @@ from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
 from ldm.training.fsdp import full_tensor
 from ldm.training.stage import Stage
-from ldm.training.trainer import Trainer
+from ldm.training.trainer import Buildable, Config, Trainer, train
 
 DOCTOR_STEPS, MIN_DOCTOR_STEPS = 20, 4  # real steps, and how many a run must have
-UNTIMED_STEPS, OVERFIT_STEPS = 5, 10  # steps that are left out of the rate; how often the last one is taken at the end
+UNTIMED_STEPS, OVERFIT_STEPS = 5, 10  # left out of the rate; how often the last step is repeated at the end
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+OnStep = Callable[[Trainer], None]
 
 
-def run_doctor(config: TrainingConfig, accelerator: Accelerator, stage: Stage, *, found: list[DoctorCheck]) -> Path:
-    """Takes the place of `fit`: some steps in `config.run`, which is removed; what they show is added to `found`.
+def run_doctor(
+    config: TrainingConfig, accelerator: Accelerator, stage: Stage, *, on_step: OnStep = lambda trainer: None
+) -> list[DoctorCheck]:
+    """In the place of `fit`: runs a few steps in the folder `config.run`, which is removed; returns the checks.
 
-    ValueError: what `fit` says, fewer than four steps, and a step that the memory does not hold.
+    ValueError: what `fit` raises, fewer than four steps, and a step that does not fit in the memory.
     """
     if config.steps < MIN_DOCTOR_STEPS:
-        raise ValueError(f"steps: the doctor looks at {MIN_DOCTOR_STEPS} steps at least")
+        raise ValueError(f"--steps must be at least {MIN_DOCTOR_STEPS} for the doctor, not {config.steps}")
     _remove(config.run, accelerator)  # what a killed one left
     accelerator.wait_for_everyone()
     try:
-        examination = DoctorRun(Trainer(config, accelerator, stage), stage)
-        with examination.trainer.open_logs(examination.steps):
-            found += broadcast_object_list(examination.checks())  # each has clocks of its own
+        doctor = DoctorRun(Trainer(config, accelerator, stage), on_step)
+        with doctor.trainer.open_logs(doctor.steps):
+            found: list[DoctorCheck] = broadcast_object_list(doctor.checks())  # each rank has clocks of its own
+            return found
     except torch.OutOfMemoryError:
         raise ValueError(
-            f"memory: a step of {config.batch_size} images does not fit: try --grad-accum-steps {2 * config.grad_accum_steps}, "
-            "--gradient-checkpointing, or --fsdp on several GPUs"
+            f"memory: a step of {config.batch_size} images does not fit: try --grad-accum-steps "
+            f"{2 * config.grad_accum_steps}, --gradient-checkpointing, or --fsdp on several GPUs"
         ) from None
     finally:
         _remove(config.run, accelerator)
-    return config.run
 
 
 def _remove(run: Path, accelerator: Accelerator) -> None:
@@ -58,30 +62,39 @@ def _remove(run: Path, accelerator: Accelerator) -> None:
         shutil.rmtree(run, ignore_errors=True)
 
 
-class DoctorRun:
-    """Takes the steps, as the loop does, and measures. All processes must do the same."""
+def examine(
+    stage_class: Buildable[Config], config: Config, *, on_step: OnStep = lambda trainer: None
+) -> list[DoctorCheck]:
+    """Build a stage and run the doctor, in a folder beside its run, from where `latest` finds the stages before it."""
+    run = config.run.resolve()
+    values = {"run": run.with_name(f".{run.name}-doctor"), "trackers": (), "resume": None}
+    return train(stage_class, config.model_copy(update=values), fit=partial(run_doctor, on_step=on_step))
 
-    def __init__(self, trainer: Trainer, stage: Stage) -> None:
-        self.trainer, self.stage = trainer, stage
-        self.config, self.accelerator = trainer.config, trainer.accelerator
+
+class DoctorRun:
+    """Takes the steps, as the loop does, and measures. All ranks must do the same."""
+
+    def __init__(self, trainer: Trainer, on_step: OnStep) -> None:
+        self.trainer, self.on_step = trainer, on_step
+        self.config, self.accelerator, self.state = trainer.config, trainer.accelerator, trainer.state
         self.device = self.accelerator.device
         self.on_gpu = self.device.type == "cuda"
         self.steps = min(DOCTOR_STEPS, self.config.steps)
-        self.model = self.config.run / "finished"  # no `model`, which `latest` would find
-        self.seen: list[list[SampleKey]] = []  # by this process, in each micro-batch
+        self.model = self.config.run / "finished"  # not `model`, which `latest` would find
+        self.keys: list[list[SampleKey]] = []  # of this rank, in each micro-batch
         self.waited = 0.0  # seconds, for data
 
     def checks(self) -> list[DoctorCheck]:
-        """Everything, in the order in which people read it."""
+        """Everything, in the order of the report."""
         config = self.config
         first, step, waiting = self._take_steps()
         sums = self._gradients()
-        seconds = {"step": step, **self._hooks(), "save": self._seconds(self.trainer.save)}
+        seconds = {"step": step, **self._stage_seconds(), "save": self._seconds(self.trainer.save)}
         memory, disk = self._memory(), self._disk()
         difference = self._check_resume()
         return [
             self._devices(),
-            checks.gradients_synced(sums, split=self.trainer.mesh is not None),
+            checks.gradients_synced(sums, fsdp=self.state.mesh is not None),
             self._disjoint(),
             checks.schedule(config),
             checks.resume_exact(difference, on_gpu=self.on_gpu),
@@ -92,93 +105,87 @@ class DoctorRun:
             disk,
         ]
 
-    # What is done.
-
-    def _batches(self, step: int) -> Batches:
-        order = batch_sampler_for_rank(self.config, self.accelerator, self.stage, start=step)
-        return make_loader(self.config, self.accelerator, self.stage, order)
+    # Steps.
 
     def _timed_batches(self, batches: Batches) -> Batches:
-        """The same batches; keeps their keys and the time that they took."""
+        """The same batches; records their keys and the time that they took."""
         while True:
             begin = time.perf_counter()
             keys, batch = next(batches)
             self.waited += time.perf_counter() - begin
-            self.seen.append(keys)
+            self.keys.append(keys)
             yield keys, batch
 
     def _take_steps(self) -> tuple[float, float, float]:
-        """All steps but the last; returns the loss of the first, the seconds of one, and the share that data took.
+        """All steps but the last; returns the loss of the first, the seconds of one, and the fraction spent on data.
 
-        That is of the process that waited longest: the others wait for it, and not for data.
+        That is of the rank that waited longest: the others wait for it, and not for data.
         """
-        watched, start, stop = (
-            self._timed_batches(self._batches(0)),
-            min(UNTIMED_STEPS, self.steps // 4),
-            self.steps - 1,
-        )
-        self._step(watched)
+        batches = self._timed_batches(self.trainer.batches(start=0))
+        start, stop = min(UNTIMED_STEPS, self.steps // 4), self.steps - 1
+        self._step(batches)
         first = self._loss()
         for _ in range(1, start):
-            self._step(watched)
+            self._step(batches)
         synchronize(self.device)
         begin, self.waited = time.perf_counter(), 0.0
         for _ in range(start, stop):
-            self._step(watched)
+            self._step(batches)
         synchronize(self.device)
         spent = time.perf_counter() - begin
         return first, spent / (stop - start), max(gather_object([self.waited / spent]))
 
     def _loss(self) -> float:
-        """Of the step that was taken, over all processes."""
-        return self._sum(self.trainer.report["loss"].item()) / self.accelerator.num_processes
+        """Of the last step, over all ranks."""
+        return self._sum(self.trainer.losses["loss"].item()) / self.accelerator.num_processes
 
     def _step(self, batches: Batches) -> None:
         self.trainer.train_step(batches)
-        self.trainer.logs.step(self.trainer.step)
+        self.trainer.logs.step(self.state.step)
+        self.on_step(self.trainer)
 
     def _check_resume(self) -> float | None:
         """The last step, back to the checkpoint before it, and the same step again.
 
         Returns the root mean square between both, in learning rates; None where all bits are equal.
         """
-        saved = checkpoint.latest(self.trainer.folder)
+        saved = checkpoint.latest(self.state.folder)
         assert saved is not None
-        self._step(self._timed_batches(self._batches(self.trainer.step)))
-        once = self._state()
-        self.trainer.restore(saved)
-        self._step(self._batches(self.trainer.step))
-        twice = self._state()
-        if not self._sum(float(any(not torch.equal(a, b) for a, b in zip(once, twice, strict=True)))):
+        self._step(self._timed_batches(self.trainer.batches(start=self.state.step)))
+        once = self._weights()
+        self.state.restore(saved)
+        self._step(self.trainer.batches(start=self.state.step))
+        again = self._weights()
+        if not self._sum(float(any(not torch.equal(a, b) for a, b in zip(once, again, strict=True)))):
             return None
-        square = self._sum(sum((a - b).double().square().sum().item() for a, b in zip(once, twice, strict=True)))
-        rate = self.trainer.optimizers[self.trainer.players[0].name].param_groups[0]["lr"]
-        return math.sqrt(square / self._sum(sum(one.numel() for one in once))) / max(rate, 1e-30)
+        square = self._sum(sum((a - b).double().square().sum().item() for a, b in zip(once, again, strict=True)))
+        rate = next(iter(self.state.optimizers.values())).param_groups[0]["lr"]
+        return math.sqrt(square / self._sum(sum(tensor.numel() for tensor in once))) / max(rate, 1e-30)
 
     def _overfit_one_batch(self) -> list[float]:
-        """Take the last step again and again: its samples, noise and learning rate stay, so its loss must fall."""
+        """Repeat the last step: its samples, noise and learning rate stay, so its loss must fall."""
         losses = []
-        rounds = list(islice(self._batches(self.steps - 1), self.config.grad_accum_steps))
+        micro_batches = list(islice(self.trainer.batches(start=self.steps - 1), self.config.grad_accum_steps))
         for _ in range(OVERFIT_STEPS):
-            self.trainer.step = self.steps - 1
-            self._step(iter(rounds))
+            self.state.step = self.steps - 1
+            self._step(iter(micro_batches))
             losses.append(self._loss())
         return losses
 
-    def _state(self) -> list[Tensor]:
-        """Copies of weights and averages: of the main process, or of its part for each where they are split."""
-        if self.trainer.mesh is None and not self.accelerator.is_main_process:
+    def _weights(self) -> list[Tensor]:
+        """Copies of weights and averages: of rank 0, or the shards of each rank."""
+        if self.state.mesh is None and not self.accelerator.is_main_process:
             return []
-        weights = [p.detach() for module in self.trainer.modules.values() for p in module.parameters()]
-        averages = [tensor for ema in self.trainer.ema.values() for tensor in ema.shadow.values()]
-        return [(t.to_local() if isinstance(t, DTensor) else t).to("cpu", copy=True) for t in weights + averages]
+        tensors = [p.detach() for module in self.state.modules.values() for p in module.parameters()]
+        tensors += [tensor for ema in self.state.ema.values() for tensor in ema.shadow.values()]
+        return [(t.to_local() if isinstance(t, DTensor) else t).to("cpu", copy=True) for t in tensors]
 
-    def _hooks(self) -> dict[str, float]:
+    def _stage_seconds(self) -> dict[str, float]:
         """Validate, sample and write the model once, as the run will; seconds of each."""
-        trainer, hooks = self.trainer, self.trainer.hooks
-        actions: dict[str, Callable[[], object]] = {"validate": hooks.validate, "sample": hooks.sample}
-        actions["model"] = lambda: hooks.save_model(self.model)
-        return {name: self._seconds(trainer.with_ema_weights, action) for name, action in actions.items()}
+        stage = self.trainer.stage
+        actions: dict[str, Callable[[], object]] = {"validate": stage.validate, "sample": stage.sample}
+        actions["model"] = lambda: stage.save(self.model)
+        return {name: self._seconds(self.trainer.with_ema_weights, action) for name, action in actions.items()}
 
     def _seconds(self, action: Callable[..., object], *arguments: object) -> float:
         begin = time.perf_counter()
@@ -187,17 +194,16 @@ class DoctorRun:
         return time.perf_counter() - begin
 
     def _sum(self, value: float) -> float:
-        """Of all processes."""
+        """Over all ranks."""
         return sum(gather_object([value]))
 
-    # What is measured.
+    # Measurements.
 
     def _devices(self) -> DoctorCheck:
         places = gather_object([f"{socket.gethostname()} {self.device}"])
         precision = PRECISIONS.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
-        return checks.devices(
-            places, self._device_name(), precision, on_gpu=self.on_gpu, gpus=torch.cuda.device_count()
-        )
+        gpus = torch.cuda.device_count()
+        return checks.devices(places, self._device_name(), precision, on_gpu=self.on_gpu, gpus=gpus)
 
     def _device_name(self) -> str:
         if self.on_gpu:
@@ -205,17 +211,17 @@ class DoctorRun:
         return f"{self.device.type} of {torch.get_num_threads()} threads each"
 
     def _gradients(self) -> Tensor:
-        """Sum and norm of each gradient of the last step, as each process sees it: (processes, gradients, 2)."""
-        sums = torch.cat([sums_of_gradients(module) for module in self.trainer.modules.values()])
+        """Sum and norm of each gradient of the last step, as each rank has it: (ranks, gradients, 2)."""
+        sums = torch.cat([gradient_sums(module) for module in self.state.modules.values()])
         return self.accelerator.gather(sums[None])
 
     def _disjoint(self) -> DoctorCheck:
-        each = self.config.grad_accum_steps
-        own = [list(chain(*self.seen[i : i + each])) for i in range(0, len(self.seen), each)]
-        return checks.data_disjoint(gather_object([own]), batch_size=self.config.batch_size)
+        rounds = self.config.grad_accum_steps
+        steps = [list(chain(*self.keys[i : i + rounds])) for i in range(0, len(self.keys), rounds)]
+        return checks.data_disjoint(gather_object([steps]), batch_size=self.config.batch_size)
 
     def _memory(self) -> DoctorCheck:
-        """The fullest GPU, or the sum of the processes on the fullest machine."""
+        """The fullest GPU, or the sum of the ranks on the fullest machine."""
         used: dict[str, int] = {}
         place = f"{socket.gethostname()} {self.device}"
         for name, peak in gather_object([(place, peak_memory(self.device))]):
@@ -223,15 +229,15 @@ class DoctorRun:
         return checks.memory(max(used.values()), total_memory(self.device), on_gpu=self.on_gpu)
 
     def _disk(self) -> DoctorCheck:
-        saved, model = (_size(folder) for folder in (self.trainer.folder, self.model))
+        saved, model = (_size(folder) for folder in (self.state.folder, self.model))
         free = shutil.disk_usage(self.config.run.parent).free + saved + model
         return checks.disk(saved, model, free, self.config)
 
 
-def sums_of_gradients(module: nn.Module) -> Tensor:
-    """(gradients, 2): sum and norm of each; one that is split is put together, so all processes must call this."""
-    found = [full_tensor(p.grad).float() for p in module.parameters() if p.grad is not None]
-    return torch.stack([torch.stack([gradient.sum(), gradient.norm()]) for gradient in found])
+def gradient_sums(module: nn.Module) -> Tensor:
+    """(gradients, 2): sum and norm of each; a sharded one is gathered, so all ranks must call this."""
+    gradients = [full_tensor(p.grad).float() for p in module.parameters() if p.grad is not None]
+    return torch.stack([torch.stack([gradient.sum(), gradient.norm()]) for gradient in gradients])
 
 
 def _size(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""Train a small OpenCLIP from nothing: open_clip's own model, tokenizer and loss, under our loop."""
+"""A small OpenCLIP to train from scratch: open_clip's own model and loss."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.config import Config
 from ldm.io.atomic import write_tensors, write_text
-from ldm.text.tokenizer import make_tokenizer
+from ldm.text.tokenizer import Tokenizer
 from ldm.text.weights import CONFIG_NAME, WEIGHTS_NAME
 
 
@@ -21,9 +21,9 @@ class CLIPConfig(Config):
     """Sizes of both towers; the vocabulary is CLIP's own, 49,408 byte pairs."""
 
     embed_dim: int = Field(128, ge=8)
-    """width of the space in which pictures and texts meet"""
+    """width of the space that images and texts share"""
     context_length: int = Field(32, ge=4)
-    """tokens of a prompt, with start and end"""
+    """tokens of a prompt, with start and end token"""
     width: int = Field(128, ge=32)
     """width of both towers"""
     num_layers: int = Field(3, ge=1)
@@ -31,14 +31,18 @@ class CLIPConfig(Config):
     num_heads: int = Field(4, ge=1)
     """attention heads of both towers"""
     patch_size: int = Field(8, ge=1)
-    """side of the patches that the image tower reads"""
+    """side of the image tower's patches, in pixels"""
 
     def architecture(self, image_size: int) -> dict[str, Any]:
-        """open_clip's `model_cfg`."""
+        """open_clip's `model_cfg` for images of this side; ValueError when heads or patches do not divide the sizes."""
         if self.width % self.num_heads:
-            raise ValueError(f"{self.num_heads} heads do not divide clip.width {self.width}")
+            raise ValueError(
+                f"clip.num_heads {self.num_heads} does not divide clip.width {self.width}: choose a divisor"
+            )
         if image_size % self.patch_size:
-            raise ValueError(f"image size {image_size} is not a multiple of clip.patch_size {self.patch_size}")
+            raise ValueError(
+                f"data.resolution {image_size} is not a multiple of clip.patch_size {self.patch_size}: change one"
+            )
         vision = {"image_size": image_size, "patch_size": self.patch_size, "head_width": self.width // self.num_heads}
         both = {"width": self.width, "layers": self.num_layers}
         text = {"context_length": self.context_length, "vocab_size": 49408, "heads": self.num_heads}
@@ -46,13 +50,13 @@ class CLIPConfig(Config):
 
 
 class CLIP(nn.Module):
-    """An open_clip model that reads images in [-1, 1] and returns the features its loss takes."""
+    """An open_clip model for images in [-1, 1], which returns the features that its loss needs."""
 
     def __init__(self, architecture: dict[str, Any]) -> None:
         super().__init__()
         self.architecture = architecture
         self.model = open_clip.CLIP(**architecture, output_dict=True)
-        self.tokenizer = make_tokenizer(architecture["text_cfg"]["context_length"])
+        self.tokenizer = Tokenizer(architecture["text_cfg"]["context_length"])
 
     def forward(self, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """(b, 1 or 3, h, w) and (b, length) -> image_features, text_features (b, embed_dim), logit_scale."""
@@ -67,13 +71,13 @@ class CLIP(nn.Module):
 
 
 def clip_loss(*, rank: int, world: int) -> ClipLoss:
-    """open_clip's symmetric cross-entropy over the whole batch of all processes."""
+    """open_clip's symmetric cross-entropy over the global batch of all ranks."""
     return ClipLoss(gather_with_grad=True, rank=rank, world_size=world)
 
 
 @torch.no_grad()
 def retrieval_accuracy(model: CLIP, images: Tensor, captions: list[str]) -> float:
-    """Share of captions whose own image is the nearest among those given."""
-    out = model(images, model.tokenizer(captions).to(images.device))
-    similarity = F.normalize(out["text_features"], dim=1) @ F.normalize(out["image_features"], dim=1).T
+    """Fraction of captions whose own image, of images (b, c, h, w), is the nearest."""
+    features = model(images, model.tokenizer(captions).to(images.device))
+    similarity = F.normalize(features["text_features"], dim=1) @ F.normalize(features["image_features"], dim=1).T
     return (similarity.argmax(1).cpu() == torch.arange(len(captions))).float().mean().item()

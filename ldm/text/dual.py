@@ -1,32 +1,48 @@
-"""Two frozen text towers side by side, as Stable Diffusion XL has them."""
+"""Two frozen text towers side by side, as in Stable Diffusion XL, and the choice of none, one or two."""
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.text.encoder import TextEncoder
+from ldm.io.model_dir import latest_model
+from ldm.text.config import LOCAL, TextConfig
+from ldm.text.encoder import TextConditioner, TextEncoder
 from ldm.text.tower import TextEmbeddings
 
 
-def combine_encoders(encoders: Sequence[TextEncoder]) -> "TextEncoder | DualTextEncoder | None":
-    """What conditions a U-Net: none, one tower, or two side by side."""
+def load_text_encoder(towers: Sequence[TextConfig], beside: Path, command: str) -> TextConditioner | None:
+    """The frozen tower, or two; None where all are `none`. `latest` is looked for in the folder `beside`.
+
+    ValueError: see `TextEncoder.load`; no finished tower there, with the `command` that trains one.
+    """
+    encoders = []
+    for config in towers:
+        model_id = config.model
+        if model_id == "latest":
+            model_id = f"{LOCAL}{latest_model('text tower', beside, script=command)}"
+        if model_id != "none":
+            encoders.append(TextEncoder.load(config, model_id=model_id))
+    return combine_encoders(encoders)
+
+
+def combine_encoders(encoders: Sequence[TextEncoder]) -> TextConditioner | None:
+    """What conditions a U-Net: nothing, one tower, or two."""
     return DualTextEncoder(*encoders) if len(encoders) == 2 else next(iter(encoders), None)
 
 
-class DualTextEncoder(nn.Module):
-    """The token states of both towers joined along their width, and the pooled vectors of those that give one."""
+class DualTextEncoder(TextConditioner):
+    """The hidden states of two towers, concatenated by width, and the pooled embeddings of those that use it."""
 
     def __init__(self, first: TextEncoder, second: TextEncoder) -> None:
         super().__init__()
-        if first.tower.length != second.tower.length:
-            raise ValueError(
-                f"the text towers take {first.tower.length} and {second.tower.length} tokens: choose two with one limit"
-            )
+        lengths = first.tower.length, second.tower.length
+        if lengths[0] != lengths[1]:
+            raise ValueError(f"text towers have context lengths {lengths[0]} and {lengths[1]}: choose equal ones")
         if (first.config.pad_token_id is None) != (second.config.pad_token_id is None):
-            raise ValueError("set the padding of both text towers, or of none: their states must be of one length")
-        self.first, self.second = first, second
+            raise ValueError("text towers must both have pad_token_id or neither: set it in text and second_text")
+        self.first, self.second, self.tokenizer = first, second, first.tokenizer
 
     @property
     def encoders(self) -> tuple[TextEncoder, ...]:
@@ -35,36 +51,24 @@ class DualTextEncoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """Width of the token states."""
+        """Width of the hidden states of both."""
         return self.first.width + self.second.width
 
     @property
     def pooled_dim(self) -> int:
-        """Width of the pooled vector that the U-Net gets; 0 when it gets none."""
+        """Width of the pooled embeddings that the U-Net gets; 0 when it gets none."""
         return self.first.pooled_dim + self.second.pooled_dim
 
-    def forward(self, prompts: list[str]) -> TextEmbeddings:
-        """As `TextEncoder` does, with both."""
-        return self._joined(self.first(prompts), self.second(prompts))
-
     def encode_ids(self, ids: Tensor) -> TextEmbeddings:
-        """As `TextEncoder` does, with both, whose tokenizer is the same."""
-        return self._joined(self.first.encode_ids(ids), self.second.encode_ids(ids))
-
-    @property
-    def tokenizer(self) -> Any:
-        """That of both."""
-        return self.first.tokenizer
-
-    def tokenize(self, prompts: list[str]) -> Tensor:
-        """As `TextEncoder` does."""
-        return self.first.tokenize(prompts)
+        """See `TextConditioner`."""
+        return self._concatenate(self.first.encode_ids(ids), self.second.encode_ids(ids))
 
     def encode_prompts(self, prompts: list[str]) -> TextEmbeddings:
-        """As `TextEncoder` does, with both."""
-        return self._joined(self.first.encode_prompts(prompts), self.second.encode_prompts(prompts))
+        """See `TextConditioner`."""
+        return self._concatenate(self.first.encode_prompts(prompts), self.second.encode_prompts(prompts))
 
-    def _joined(self, first: TextEmbeddings, second: TextEmbeddings) -> TextEmbeddings:
-        given = [s.pooled for s, e in zip((first, second), self.encoders, strict=True) if e.config.use_pooled]
-        pooled = torch.cat(given, dim=-1) if given else second.pooled
-        return TextEmbeddings(torch.cat([first.hidden_states, second.hidden_states], dim=-1), first.mask, pooled)
+    def _concatenate(self, first: TextEmbeddings, second: TextEmbeddings) -> TextEmbeddings:
+        both = zip(self.encoders, (first, second), strict=True)
+        pooled = [embeddings.pooled for encoder, embeddings in both if encoder.config.use_pooled] or [second.pooled]
+        hidden_states = torch.cat([first.hidden_states, second.hidden_states], dim=-1)
+        return TextEmbeddings(hidden_states, first.mask, torch.cat(pooled, dim=-1))

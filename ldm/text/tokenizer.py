@@ -1,4 +1,4 @@
-"""TODO."""
+"""CLIP's byte-pair tokenizer, open_clip's own, without the seconds that importing open_clip takes."""
 
 import hashlib
 import importlib.util
@@ -10,45 +10,69 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 log = logging.getLogger(__name__)
 
 
-def make_tokenizer(length: int, **settings: Any) -> Any:
-    """open_clip's tokenizer for `length` tokens.
+class Tokenizer:
+    """Prompts -> ids of a fixed context length; `settings` are those of open_clip's SimpleTokenizer.
 
-    It keeps what it encoded, since training sees every caption many times, and tells once what it must cut off.
+    It caches the ids of prompts, since training sees each caption many times, so a prompt that must be truncated is
+    logged once.
     """
-    tokenizer = _tokenizer_module().SimpleTokenizer(context_length=length, **settings)
-    room = length - 2  # start and end token
-    tokenizer.encode_all = tokenizer.encode
 
-    @lru_cache(2**16)
-    def encode_once(prompt: str) -> list[int]:
-        ids = tokenizer.encode_all(prompt)
-        if len(ids) > room:
-            rest = tokenizer.decode(ids[room:]).strip()
-            log.warning("prompt has %d tokens, the limit is %d; ignored: %r", len(ids), room, rest)
+    def __init__(self, context_length: int, **settings: Any) -> None:
+        self._bpe = _load_bpe(json.dumps(settings, sort_keys=True))
+        self.context_length = context_length
+        self.sot_token_id: int = self._bpe.sot_token_id
+        self.eot_token_id: int = self._bpe.eot_token_id  # the largest id of all
+        self.encoder: dict[str, int] = self._bpe.encoder
+        self.decoder: dict[int, str] = self._bpe.decoder
+        self.bpe_ranks: dict[tuple[str, str], int] = self._bpe.bpe_ranks
+        self._encode_truncated = lru_cache(2**16)(self._truncate)
+
+    def encode(self, prompt: str) -> list[int]:
+        """All tokens of a prompt, without start and end token."""
+        return self._bpe.encode(prompt)
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """Prompts -> (b, context_length) ids on the CPU: start token, prompt, end token, zeros."""
+        ids = torch.zeros(len(prompts), self.context_length, dtype=torch.long)
+        for row, prompt in zip(ids, prompts, strict=True):
+            tokens = self._encode_truncated(prompt)
+            row[: len(tokens)] = torch.tensor(tokens)
         return ids
 
-    tokenizer.encode = encode_once
-    return tokenizer
+    def _truncate(self, prompt: str) -> list[int]:
+        tokens, limit = self.encode(prompt), self.context_length - 2
+        if len(tokens) > limit:
+            rest = self._bpe.decode(tokens[limit:]).strip()
+            log.warning("prompt has %d tokens, the limit is %d; ignored: %r", len(tokens), limit, rest)
+        return [self.sot_token_id, *tokens[:limit], self.eot_token_id]
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 of what decides the ids of a text: the vocabulary, in order, and the limit."""
-    told = json.dumps([sorted(tokenizer.encoder.items()), tokenizer.context_length])
-    return hashlib.sha256(told.encode()).hexdigest()
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """SHA-256 of what decides the ids of a text: the vocabulary, in order, and the context length."""
+    content = json.dumps([sorted(tokenizer.encoder.items()), tokenizer.context_length])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+@lru_cache(4)
+def _load_bpe(settings: str) -> Any:
+    """A SimpleTokenizer; it takes a quarter of a second, and all context lengths can share it."""
+    return _tokenizer_module().SimpleTokenizer(**json.loads(settings))
 
 
 def _tokenizer_module() -> ModuleType:
-    """open_clip's tokenizer without the rest of open_clip, whose import takes seconds that no prompt needs."""
+    """open_clip's tokenizer.py, loaded by its path: `import open_clip` would import its models and torchvision, too."""
     if "open_clip.tokenizer" in sys.modules:
         return sys.modules["open_clip.tokenizer"]
     package = importlib.util.find_spec("open_clip")
     assert package is not None and package.submodule_search_locations
-    spec = importlib.util.spec_from_file_location(
-        "_open_clip_tokenizer", Path(package.submodule_search_locations[0]) / "tokenizer.py"
-    )
+    path = Path(package.submodule_search_locations[0]) / "tokenizer.py"
+    spec = importlib.util.spec_from_file_location("_open_clip_tokenizer", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

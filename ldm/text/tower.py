@@ -1,4 +1,4 @@
-"""TODO."""
+"""The text half of a CLIP: token ids -> hidden states, mask and pooled embedding."""
 
 from typing import Any, NamedTuple, cast
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class TextEmbeddings(NamedTuple):
-    """What a tower says of a batch of prompts."""
+    """The embeddings of b prompts."""
 
-    hidden_states: Tensor  # (b, length, width)
-    mask: Tensor | None  # (b, length) bool, True up to and with the end token; None where all are seen
+    hidden_states: Tensor  # (b, n, width)
+    mask: Tensor | None  # (b, n) bool, True up to and with the end token; None where all are attended to
     pooled: Tensor  # (b, embed_dim), CLIP's text feature, not normalized
 
 
@@ -29,6 +29,7 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, mlp_width), "c_proj": nn.Linear(mlp_width, width)})
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b, n, width) -> the same."""
         qkv = F.linear(self.ln_1(x), cast(Tensor, self.attn.in_proj_weight), cast(Tensor, self.attn.in_proj_bias))
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -39,7 +40,7 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class TextTower(nn.Module):
-    """The text half of a CLIP; parameter names are open_clip's, so its weights load as they are.
+    """CLIP's text transformer from open_clip's `model_cfg`; parameters have open_clip's names, so its weights load.
 
     It is written here so that a prompt needs neither the image half nor the seconds that importing open_clip takes.
     """
@@ -59,18 +60,25 @@ class TextTower(nn.Module):
 
     @property
     def blocks(self) -> list[ResidualAttentionBlock]:
-        """All layers."""
+        """All layers, in order."""
         return list(cast(nn.ModuleList, self.transformer["resblocks"]))  # type: ignore[arg-type]
 
-    def forward(self, ids: Tensor, *, layer: str = "last", normalize: bool = True) -> TextEmbeddings:
-        """(b, length) token ids -> states of `layer`, after the final layer norm or before, mask and pooled vector."""
+    def forward(self, ids: Tensor, *, layer: str = "last", final_layer_norm: bool = True) -> TextEmbeddings:
+        """(b, n) token ids -> the hidden states of `layer`, normalized or not, the mask and the pooled embedding."""
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
-        *before, final = self.blocks
-        for block in before:
+        *earlier, final = self.blocks
+        for block in earlier:
             x = block(x)
         last = final(x)
         end = ids.argmax(dim=1)  # the end token has the largest id
         mask = torch.arange(ids.shape[1], device=ids.device) <= end[:, None]
-        pooled = self.ln_final(last)[torch.arange(len(ids)), end] @ self.text_projection
-        states = last if layer == "last" else x
-        return TextEmbeddings(self.ln_final(states) if normalize else states, mask, pooled)
+        pooled = self.ln_final(last)[torch.arange(len(ids), device=ids.device), end] @ self.text_projection
+        hidden_states = last if layer == "last" else x
+        return TextEmbeddings(self.ln_final(hidden_states) if final_layer_norm else hidden_states, mask, pooled)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device; from the CPU to CUDA through pinned memory, so that nothing waits for the device."""
+    if tensor.is_cpu and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

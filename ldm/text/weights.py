@@ -1,89 +1,142 @@
-"""TODO."""
+"""Text towers on disk, on the Hugging Face hub and in open_clip's list: found, checked, loaded and saved."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
-from ldm.text.config import HUB, LOCAL
+from ldm.io.atomic import atomic_write, write_tensors, write_text
+from ldm.text.config import CONVERTED, HUB, LOCAL
 from ldm.text.tower import TextTower
 
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
-# Settings of open_clip's text towers that this one does not have; any other value than these is refused.
+# Settings of open_clip's text towers and tokenizer that ours do not have, with the only value that is supported.
 SUPPORTED_TEXT_CFG = {
     "embed_cls": False,
     "no_causal_mask": False,
     "pool_type": "argmax",
     "proj_type": "linear",
     "proj_bias": False,
+    "reduction_mask": "",
 }
 
 
-def _resolve_weights(source: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
-    """Configuration and weights file of a tower; whatever is not on the disk is fetched from the hub."""
-    if source.startswith(LOCAL):
-        folder = Path(source.removeprefix(LOCAL))
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if not (folder / name).is_file():
-                raise ValueError(
-                    f"text tower {source} has no {name}: train one with `accelerate launch scripts/train_clip.py`, "
-                    "or name a folder that open_clip saved"
-                )
-        return _model_cfg(folder / CONFIG_NAME), folder / WEIGHTS_NAME
-    if source.startswith(HUB):
+def load_tower(model_id: str, pretrained: str | None = None) -> tuple[TextTower, Path]:
+    """The tower of a `TextConfig.model` with its weights, and their file, downloaded where it is not on the disk.
+
+    ValueError: an unknown name or tag, a failed download, an architecture that is not supported, a damaged file.
+    """
+    try:
+        cfg, path = _find(model_id, pretrained)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"text tower {model_id}: download failed ({reason}): check the network or pass `local-dir:FOLDER`"
+        ) from None
+    _check_supported(cfg, model_id)
+    with torch.device("meta"):
+        tower = TextTower(cfg)
+    tower.load_state_dict(_read_tensors(path, list(tower.state_dict()), model_id), assign=True)
+    return tower, path
+
+
+def save_tower(tower: TextTower, model_id: str, folder: Path) -> str:
+    """Write a local or converted tower to `folder`; returns the `TextConfig.model` that loads it from beside there.
+
+    A public tower is not written: its name is enough.
+    """
+    if model_id == CONVERTED:
+        write_text(folder / CONFIG_NAME, json.dumps({"model_cfg": tower.cfg}, indent=2))
+        write_tensors(folder / WEIGHTS_NAME, tower.state_dict())
+        return LOCAL + folder.name
+    if not model_id.startswith(LOCAL):
+        return model_id
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        source, target = Path(model_id.removeprefix(LOCAL)) / name, folder / name
+        if not target.exists() or not source.samefile(target):
+            with atomic_write(target) as tmp_path:
+                shutil.copyfile(source, tmp_path)
+    return LOCAL + folder.name
+
+
+def _find(model_id: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
+    """open_clip's `model_cfg` and the weights file; OSError when a download fails."""
+    if model_id.startswith(LOCAL):
+        return _find_local(Path(model_id.removeprefix(LOCAL)), model_id)
+    if model_id.startswith(HUB):
         from huggingface_hub import hf_hub_download
 
-        config, weights = (hf_hub_download(source.removeprefix(HUB), name) for name in (CONFIG_NAME, WEIGHTS_NAME))
-        return _model_cfg(Path(config)), Path(weights)
-    import open_clip  # slow, and needed for its list of models only
+        config, weights = (hf_hub_download(model_id.removeprefix(HUB), name) for name in (CONFIG_NAME, WEIGHTS_NAME))
+        return _read_cfg(Path(config)), Path(weights)
+    return _find_public(model_id, pretrained)
 
-    cfg = open_clip.get_model_config(source)
+
+def _find_local(folder: Path, model_id: str) -> tuple[dict[str, Any], Path]:
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"text tower {model_id} has no {name}: train one with `accelerate launch scripts/train_clip.py`, "
+                "or pass a folder that open_clip saved"
+            )
+    return _read_cfg(folder / CONFIG_NAME), folder / WEIGHTS_NAME
+
+
+def _find_public(name: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
+    import open_clip  # slow to import, and needed only for its list of models
+
+    cfg = open_clip.get_model_config(name)
     if cfg is None:
         raise ValueError(
-            f"text.model {source!r} is no open_clip model; name one, `local-dir:FOLDER` or `hf-hub:ORG/NAME`"
+            f"text.model {name!r} is not an open_clip model: pass one, `local-dir:FOLDER` or `hf-hub:ORG/NAME`"
         )
-    tags = open_clip.list_pretrained_tags_by_model(source)
+    tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in tags:
         raise ValueError(
-            f"text.model {source} needs weights: set text.pretrained to one of {', '.join(tags)} (got {pretrained})"
+            f"text.model {name} needs weights: set text.pretrained to one of {', '.join(tags)}, not {pretrained}"
         )
-    entry = open_clip.get_pretrained_cfg(source, pretrained)
+    entry = open_clip.get_pretrained_cfg(name, pretrained)
     cfg = cfg | {"quick_gelu": entry.get("quick_gelu", cfg.get("quick_gelu", False))}
     return cfg, Path(open_clip.download_pretrained(entry, prefer_hf_hub=True))
 
 
-def _model_cfg(path: Path) -> dict[str, Any]:
-    """The architecture in open_clip's configuration file; ValueError when there is none in it."""
+def _read_cfg(path: Path) -> dict[str, Any]:
+    """The `model_cfg` in open_clip's configuration file; ValueError when it has none."""
     try:
         cfg = dict(json.loads(path.read_text())["model_cfg"])
         return cfg | {"embed_dim": cfg["embed_dim"], "text_cfg": dict(cfg["text_cfg"])}
     except (KeyError, TypeError, ValueError):
-        raise ValueError(
-            f"{path} tells no text tower as open_clip's configuration does: save or fetch it again"
-        ) from None
+        raise ValueError(f"{path} has no model_cfg of a text tower: save or download it again") from None
 
 
-def _check_supported(cfg: dict[str, Any], source: str) -> None:
-    text = cfg["text_cfg"]
+def _check_supported(cfg: dict[str, Any], model_id: str) -> None:
+    text = cfg["text_cfg"] | (cfg["text_cfg"].get("tokenizer_kwargs") or {})
     if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
-        raise ValueError(f"text tower {source} is a Hugging Face transformer; only CLIP's own text tower can be read")
+        raise ValueError(
+            f"text tower {model_id} is a Hugging Face transformer: only CLIP's own text tower is supported"
+        )
     for name, value in SUPPORTED_TEXT_CFG.items():
         if text.get(name, value) != value:
-            raise ValueError(f"text tower {source} has {name}: {text[name]!r}; only {value!r} can be read")
+            raise ValueError(f"text tower {model_id} has {name} {text[name]!r}: only {value!r} is supported")
 
 
-def _load_weights(tower: TextTower, path: Path, source: str) -> None:
+def _read_tensors(path: Path, names: list[str], model_id: str) -> dict[str, Tensor]:
+    """The tensors of these names, float32."""
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     except SafetensorError as error:
         raise ValueError(
-            f"text tower {source}: {path.name} can not be read ({error}); save or fetch it again"
+            f"text tower {model_id}: {path.name} cannot be read ({error}): save or download it again"
         ) from None
     tensors = {name.removeprefix("text."): tensor.float() for name, tensor in tensors.items()}
-    missing = [name for name in tower.state_dict() if name not in tensors]
+    missing = [name for name in names if name not in tensors]
     if missing:
-        raise ValueError(f"text tower {source}: {path.name} lacks {len(missing)} tensors: {', '.join(missing[:5])}")
-    tower.load_state_dict({name: tensors[name] for name in tower.state_dict()}, assign=True)
+        raise ValueError(
+            f"text tower {model_id}: {path.name} lacks {len(missing)} tensors, such as {', '.join(missing[:5])}: "
+            "save or download it again"
+        )
+    return {name: tensors[name] for name in names}

@@ -1,9 +1,11 @@
 """Checkpoints: folders of safetensors and JSON, complete or absent, never half-written."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,17 +19,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
-from ldm.io.atomic import disk_errors
+from ldm.io.atomic import disk_errors, write_text
 from ldm.io.tensors import sha256
 from ldm.training.fsdp import empty_shard, shard_tensor
 
-CHECKPOINT_FORMAT, MANIFEST = "ldm-checkpoint-2", "manifest.json"
-WRITING, CORRUPT, SHARD_GLOB = ".writing-", "damaged-", "shard-*.safetensors"
+CHECKPOINT_FORMAT, MANIFEST, HASHES = "ldm-checkpoint-3", "manifest.json", "sha256.json"
+WRITING, CORRUPT, SHARD_GLOB = ".writing-", "corrupt-", "shard-*.safetensors"
 PATTERN = re.compile(r"step-(\d{6,})$")
 
 Tensors = dict[str, Tensor]
 Result = TypeVar("Result")
-OnMain = Callable[[Callable[[], Result]], Result]
+OnRank0 = Callable[[Callable[[], Result]], Result]
+Gather = Callable[[list[Any]], list[Any]]
 
 
 def save_checkpoint(
@@ -37,21 +40,21 @@ def save_checkpoint(
     progress: dict[str, Any],
     *,
     keep: int,
-    on_main: OnMain[Any] = lambda action: action(),
-    parts: bool = False,
-) -> None:
-    """Write `folder`/step-XXXXXX, then prune all but the newest `keep`.
+    on_rank0: OnRank0[Any] = lambda action: action(),
+    sharded: bool = False,
+) -> Path:
+    """Write `folder`/step-XXXXXX, then prune all but the newest `keep`; returns its path.
 
-    There is one safetensors file for each group of tensors, or, with `parts`, one for the parts that each process
-    holds. The files are written beside, with a manifest of their hashes, synced to the disk and then renamed; a
-    checkpoint of this step that is whole already is kept instead. All processes call this; `on_main` does something on
-    the main one alone and hands its result, or its ValueError, to all. ValueError when writing fails, for example on a
-    full disk; what was there before is whole.
+    There is one safetensors file for each group of tensors, or, with `sharded`, one for the shards of each rank. They
+    are written to a temporary folder with a manifest of their sizes, synced to the disk and then renamed. A whole
+    checkpoint of this step is left as it is. All ranks call this; `on_rank0` does something on rank 0 alone and hands
+    its result, or its ValueError, to all. ValueError when writing fails, for example on a full disk; the previous
+    checkpoint is whole.
     """
     target = folder / f"step-{step:06d}"
     temporary = folder / f"{WRITING}step-{step:06d}"
 
-    def begin() -> bool:
+    def prepare() -> bool:
         if target.exists() and find_corruption(target) is None:
             return False
         for left in folder.glob(f"{WRITING}*"):  # of runs that were killed
@@ -61,21 +64,20 @@ def save_checkpoint(
 
     def finish() -> None:
         (temporary / "progress.json").write_text(json.dumps({"step": step, **progress}, indent=2))
-        files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps({"format": CHECKPOINT_FORMAT, "sha256": files}, indent=2))
-        for path in temporary.iterdir():
+        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps({"format": CHECKPOINT_FORMAT, "bytes": sizes}, indent=2))
+        for path in [*temporary.iterdir(), temporary]:
             _sync(path)
-        _sync(temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         _sync(folder)
         for old in _list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
 
-    kept = latest(folder)
-    remedy = f"go on with --resume latest, from {kept.name}" if kept else "start again"
+    previous = latest(folder)
+    remedy = f"restart with --resume latest, from {previous.name}" if previous else "start again"
 
-    def told(action: Callable[[], Any]) -> Any:
+    def with_cleanup(action: Callable[[], Any]) -> Any:
         try:
             with disk_errors(target, remedy):
                 return action()
@@ -83,13 +85,26 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    if not on_main(lambda: told(begin)):
-        return
-    if parts:
-        told(lambda: _write_sharded(temporary, tensors))
-    else:
-        on_main(lambda: told(lambda: _write_groups(temporary, tensors)))
-    on_main(lambda: told(finish))
+    if on_rank0(lambda: with_cleanup(prepare)):
+        if sharded:
+            with_cleanup(lambda: _write_sharded(temporary, tensors))
+        else:
+            on_rank0(lambda: with_cleanup(lambda: _write_groups(temporary, tensors)))
+        on_rank0(lambda: with_cleanup(finish))
+    return target
+
+
+def hash_in_background(path: Path) -> threading.Thread:
+    """Start to add the SHA-256 of each file of a finished checkpoint, while training goes on."""
+
+    def add_hashes() -> None:
+        with contextlib.suppress(OSError, ValueError):  # pruned meanwhile, or a full disk: it is whole without them
+            files = json.loads((path / MANIFEST).read_text())["bytes"]
+            write_text(path / HASHES, json.dumps({name: sha256(path / name) for name in [*files, MANIFEST]}, indent=2))
+
+    thread = threading.Thread(target=add_hashes)
+    thread.start()
+    return thread
 
 
 def _write_groups(folder: Path, tensors: dict[str, Tensors]) -> None:
@@ -101,26 +116,26 @@ def _write_sharded(folder: Path, tensors: dict[str, Tensors]) -> None:
     state = {f"{name}/{key}": t.detach() for name, group in tensors.items() for key, t in group.items()}
     try:
         dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except CheckpointException as error:  # of each process that failed, told to all
+    except CheckpointException as error:  # of each rank that failed, on all
         raise next(iter(error.failures.values()))[0] from None
 
 
 def load_checkpoint(
     path: Path, groups: list[str], mesh: DeviceMesh | None = None
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """Tensors by group, and the progress, of a checkpoint that `damage` found whole.
+    """Tensors by group, and the progress, of a whole checkpoint.
 
-    With a mesh each process gets its part of each tensor; how many processes wrote it does not matter. ValueError when
-    it belongs to another kind of run.
+    With a mesh each rank gets its shard of each tensor; how many ranks wrote it does not matter. ValueError when it
+    belongs to another kind of run.
     """
     progress = _json(path / "progress.json")
     if any(path.glob(SHARD_GLOB)):
-        tensors = _read_parts(path, mesh)
+        tensors = _read_sharded(path, mesh)
     else:
         tensors = {name: _read_group(path / f"{name}.safetensors", mesh) for name in groups}
-    wrong = [name for name in groups if not tensors.get(name)]
-    if wrong:
-        raise ValueError(f"{path} has no weights of {wrong[0]}: it belongs to another kind of run")
+    missing = [name for name in groups if not tensors.get(name)]
+    if missing:
+        raise ValueError(f"{path} has no weights of {missing[0]}: it belongs to another kind of run")
     return tensors, progress
 
 
@@ -129,10 +144,10 @@ def _read_group(file: Path, mesh: DeviceMesh | None) -> Tensors:
     return {name: shard_tensor(tensor, mesh) for name, tensor in tensors.items()} if mesh else tensors
 
 
-def _read_parts(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensors]:
+def _read_sharded(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensors]:
     reader = HuggingFaceStorageReader(str(folder))
-    found = reader.read_metadata().state_dict_metadata
-    state = {name: empty_shard(one.size, one.properties.dtype, mesh) for name, one in found.items()}  # type: ignore[union-attr]
+    metadata: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    state = {name: empty_shard(item.size, item.properties.dtype, mesh) for name, item in metadata.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load(state, storage_reader=reader, no_dist=mesh is None)
@@ -143,28 +158,33 @@ def _read_parts(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensors]:
     return tensors
 
 
-def find_corruption(path: Path) -> str | None:
-    """What is wrong with a checkpoint, each file of which must have the hash in its manifest; None when it is whole."""
+def find_corruption(path: Path, *, rank: int = 0, world: int = 1) -> str | None:
+    """What is wrong with a checkpoint; None when it is whole. Rank `rank` of `world` hashes its part of the files."""
     try:
-        return _damage(path)
+        return _find_corruption(path, rank, world)
     except OSError as error:  # of a disk that fails
-        return f"it can not be read ({error})"
+        return f"cannot be read ({error})"
 
 
-def _damage(path: Path) -> str | None:
+def _find_corruption(path: Path, rank: int, world: int) -> str | None:
     if not (path / MANIFEST).is_file():
-        return f"it has no {MANIFEST}, as a folder such as RUN/checkpoints/step-000500 has"
+        return f"no {MANIFEST}: pass a folder such as RUN/checkpoints/step-000500"
     try:
         manifest = _json(path / MANIFEST)
-        hashes = dict(manifest["sha256"]) if manifest["format"] == CHECKPOINT_FORMAT else None
+        written_as, sizes = manifest["format"], dict(manifest.get("bytes", {}))
+        hashes = _json(path / HASHES) if (path / HASHES).is_file() else {}
     except (ValueError, TypeError, KeyError):
-        return f"its {MANIFEST} is damaged"
-    if hashes is None:
-        return "it was written by another version of ldm"
-    if {file.name for file in path.iterdir()} != {*hashes, MANIFEST}:
+        return f"{MANIFEST} or {HASHES} is corrupt"
+    if written_as != CHECKPOINT_FORMAT:
+        return f"written as {written_as} by another version of ldm, which cannot be resumed by this one"
+    files = {file.name: file for file in path.iterdir() if file.name != HASHES and not file.name.startswith(".")}
+    if files.keys() != {*sizes, MANIFEST} or (hashes and hashes.keys() != files.keys()):
         return f"its files are not those of its {MANIFEST}"
-    wrong = [name for name, digest in hashes.items() if sha256(path / name) != digest]
-    return f"{wrong[0]} has not the hash that its {MANIFEST} tells" if wrong else None
+    wrong = [name for name, size in sizes.items() if files[name].stat().st_size != size]
+    if wrong:
+        return f"{wrong[0]}: size mismatch with {MANIFEST}"
+    wrong = [name for name in sorted(hashes)[rank::world] if sha256(files[name]) != hashes[name]]
+    return f"{wrong[0]}: SHA-256 mismatch with {HASHES}" if wrong else None
 
 
 def latest(folder: Path) -> Path | None:
@@ -172,36 +192,43 @@ def latest(folder: Path) -> Path | None:
     return next(reversed(_list_checkpoints(folder)), None)
 
 
-def resolve(resume: str, folder: Path) -> tuple[Path, list[str]]:
-    """What `--resume latest|PATH` means: for `latest` the newest that is whole, and what is wrong with newer ones.
+def resolve(
+    resume: str,
+    folder: Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    gather: Gather = lambda items: items,
+    on_rank0: OnRank0[Any] = lambda action: action(),
+) -> tuple[Path, list[str]]:
+    """What `--resume latest|PATH` means: for `latest` the newest whole one, and what is wrong with newer ones.
 
-    Those are set aside, so that they neither count as kept nor as the newest. ValueError when there is nothing to
-    resume from, and for a PATH where `folder` holds a newer one, which is of another course.
+    Those are renamed, so that they neither count as kept nor as the newest. All ranks call this and hash a part of the
+    files each. ValueError when there is nothing to resume from, and for a PATH where `folder` holds a newer one, which
+    is of another course.
     """
-    found, named = _list_checkpoints(folder), Path(resume)
-    newest_first = found[::-1] if resume == "latest" else [named]
-    if not newest_first:
-        raise ValueError(f"{folder} holds no checkpoint to resume from; start without --resume")
+    found, named = on_rank0(lambda: _list_checkpoints(folder)), Path(resume)
+    candidates = found[::-1] if resume == "latest" else [named]
+    if not candidates:
+        raise ValueError(f"{folder} has no checkpoint to resume from; start without --resume")
     if resume != "latest" and found and found[-1].resolve() != named.resolve():
-        raise ValueError(
-            f"{folder} holds {found[-1].name}: go on with --resume latest, or from {named} in another --run"
-        )
-    damaged: list[tuple[Path, str]] = []
-    for path in newest_first:
-        reason = find_corruption(path)
-        if reason is None:
-            return path, [f"{told}; it is {_quarantine(bad)} now" for bad, told in damaged]
-        damaged.append((path, f"{path} can not be resumed from: {reason}"))
-    told_of_all = "; ".join(told for _, told in damaged)
-    raise ValueError(f"{told_of_all}; name another checkpoint, or start anew with another --run")
+        raise ValueError(f"{folder} has {found[-1].name}: pass --resume latest, or resume {named} in another --run")
+    corrupt: list[tuple[Path, str]] = []
+    for path in candidates:
+        reasons = [reason for reason in gather([find_corruption(path, rank=rank, world=world)]) if reason]
+        if not reasons:
+            names = on_rank0(lambda: [_quarantine(bad) for bad, _ in corrupt])
+            return path, [f"{text}; renamed to {name}" for (_, text), name in zip(corrupt, names, strict=True)]
+        corrupt.append((path, f"cannot resume from {path}: {reasons[0]}"))
+    raise ValueError(f"{'; '.join(text for _, text in corrupt)}; pass another checkpoint, or start in another --run")
 
 
 def _quarantine(path: Path) -> str:
-    aside = path.with_name(f"{CORRUPT}{path.name}")
-    with disk_errors(aside):
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-    return aside.name
+    target = path.with_name(f"{CORRUPT}{path.name}")
+    with disk_errors(target):
+        shutil.rmtree(target, ignore_errors=True)
+        path.rename(target)
+    return target.name
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> Tensors:
@@ -222,7 +249,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
     for key, value in tensors.items():
         name, field = key.rsplit("/", 1)
         if name not in index:
-            raise ValueError(f"the checkpoint has optimizer state of {name}, which this model has not")
+            raise ValueError(f"the checkpoint has optimizer state of {name}, which this model does not train")
         parameter = parameters[index[name]]
         if value.shape == parameter.shape:  # fused optimizers walk through memory: the layouts must be the same
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The settings that all training scripts share."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,14 +9,14 @@ from ldm.cli import ScriptConfig
 
 
 class TrainingConfig(ScriptConfig):
-    """What all training scripts share."""
+    """Settings of the training loop."""
 
     run: Path = Path("runs/untitled")
     """folder for everything that the run writes"""
     steps: int = Field(1000, ge=1)
     """optimizer steps"""
     batch_size: int = Field(64, ge=1)
-    """images in an optimizer step, over all processes and micro-batches"""
+    """images in an optimizer step, over all ranks and micro-batches"""
     grad_accum_steps: int = Field(1, ge=1)
     """micro-batches in an optimizer step"""
     seed: int = 0
@@ -26,21 +26,21 @@ class TrainingConfig(ScriptConfig):
     warmup_steps: int = Field(100, ge=0)
     """steps in which the learning rate rises from 0"""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """how the learning rate goes on after the warm-up; cosine and linear end at 0"""
+    """learning rate after the warm-up; cosine and linear end at 0"""
     max_grad_norm: float = Field(1.0, gt=0)
-    """a gradient with a larger norm is scaled down to it"""
+    """gradient clipping: a larger norm is scaled down to it"""
     max_nonfinite_steps: int = Field(10, ge=0)
-    """steps in a row that may be skipped, since their gradient is not finite, before the run stops"""
+    """consecutive steps that may be skipped for a non-finite gradient before the run stops"""
     ema_decay: float = Field(0.999, ge=0, lt=1)
     """decay of the averaged weights, which validation, samples and the final model use"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     fsdp: bool = False
-    """split weights, averages and the optimizer's state over the processes (FSDP2): less memory, more traffic"""
+    """shard weights, averages and optimizer state over the ranks (FSDP2): less memory, more traffic"""
     num_workers: int = Field(0, ge=0)
     """processes that load data"""
     timeout: int = Field(1800, ge=1, le=10**8)
-    """seconds after which a process that waits for another one, or for data, gives up"""
+    """timeout in seconds for collectives and for the data loader"""
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(500, ge=1)
     sample_every: int = Field(500, ge=1)
@@ -49,4 +49,4 @@ class TrainingConfig(ScriptConfig):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """where scalars go beside log.jsonl"""
     resume: str | None = None
-    """`latest`, or the folder of a checkpoint"""
+    """`latest`, or a checkpoint folder"""

@@ -1,15 +1,17 @@
-"""TODO."""
+"""Ranks: starting accelerate, threads, timeouts, and doing something on rank 0 for all."""
 
 import os
 import re
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    broadcast_object_list,
     gather_object,
     is_wandb_available,
     set_seed,
@@ -21,7 +23,7 @@ PEER_FAILURE = re.compile("timed? ?out|connection (closed|reset)|peer", re.IGNOR
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """accelerate's engine, with precision and devices as `accelerate launch` was told."""
+    """accelerate's engine, with the precision and devices of `accelerate launch`."""
     if "wandb" in config.trackers and not is_wandb_available():
         raise ValueError("trackers: wandb is not installed; `pip install wandb` or leave it out")
     folders = ProjectConfiguration(str(config.run), logging_dir=str(config.run / "tensorboard"))
@@ -32,32 +34,46 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     )
     set_seed(config.seed)  # initial weights; every later draw is keyed
     if accelerator.device.type == "cpu":
-        _restore_num_threads()
+        restore_num_threads()
     return accelerator
 
 
 def process_group_timeout(seconds: int) -> InitProcessGroupKwargs:
-    """How long processes wait for each other, as accelerate wants to be told."""
+    """How long collectives wait, for an `Accelerator`."""
     return InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
 
 
-def make_gather(accelerator: Accelerator) -> Callable[[list[int]], list[int]]:
-    """A function that joins the lists of all processes."""
-    return lambda own: gather_object(own) if accelerator.num_processes > 1 else own
+def make_gather(accelerator: Accelerator) -> Callable[[list[Any]], list[Any]]:
+    """A function that joins the lists of all ranks."""
+    return lambda items: gather_object(items) if accelerator.num_processes > 1 else items
+
+
+def on_rank0(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """Do something on rank 0; its result, or its ValueError, is that of all ranks."""
+    result: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            result = [action()]
+        except ValueError as error:
+            result = [error]
+    result = broadcast_object_list(result)
+    if isinstance(result[0], ValueError):
+        raise result[0]
+    return result[0]
 
 
 def is_peer_failure(accelerator: Accelerator, error: RuntimeError) -> bool:
-    """Whether a collective operation failed since another process is gone; torch has no type for that."""
+    """Whether a collective failed since another rank is gone; torch has no exception type for that."""
     return accelerator.num_processes > 1 and PEER_FAILURE.search(str(error)) is not None
 
 
-def _has_launcher() -> bool:
+def has_launcher() -> bool:
     """Whether `accelerate launch` or torchrun started this process."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def _restore_num_threads() -> None:
-    """Undo the one thread a process that launchers set where they find no GPU: share out all cores."""
-    if _has_launcher() and os.environ.get("OMP_NUM_THREADS") == "1":
+def restore_num_threads() -> None:
+    """Share out all cores: launchers that find no GPU give each process one thread."""
+    if has_launcher() and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -1,11 +1,11 @@
-"""TODO."""
+"""What the loop is given: a stage with its networks, loss and data. The doctor and the planner take the same object."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from accelerate import Accelerator
+import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -13,50 +13,83 @@ from torch.utils.data import Dataset
 from ldm.data.batch_sampler import EpochBatchSampler
 from ldm.rng import StepRNG
 from ldm.training.config import TrainingConfig
+from ldm.training.optimizer import adamw
 
 Batch = Mapping[str, Any]
+Networks = Mapping[str, nn.Module]
+MakeOptimizer = Callable[[list[nn.Parameter], TrainingConfig], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """A module, with an optimizer of its own, and the loss that this optimizer minimizes.
+    """A network with an optimizer of its own. A VAE has one, with a discriminator there are two.
 
-    `loss(module, batch, draws)` returns scalar tensors by name and minimizes "loss". It is given the prepared module
-    and must call it through its forward. A VAE has one player; with a discriminator there are two, stepped in turn.
+    Only parameters that require a gradient are optimized, averaged and saved in checkpoints.
     """
 
     name: str
     module: nn.Module
-    loss: Callable[[nn.Module, Batch, StepRNG], dict[str, Tensor]]
+    make_optimizer: MakeOptimizer = adamw
 
 
-@dataclass(frozen=True)
-class StageCallbacks:
-    """What a stage does beside training; called with the averaged weights in place, on the main process only.
+class TrainingData(Protocol):
+    """The training set as the loop sees it."""
 
-    But `check` is called on every process, at every line of the log; a ValueError of it ends the run.
+    train: Dataset[Any]  # indexed by `SampleKey`
+
+    def collate(self, samples: list[Any]) -> Batch:
+        """One batch of several samples."""
+        ...
+
+    def make_batch_sampler(
+        self, *, seed: int, batch_size: int, start: int, grad_accum_steps: int, rank: int, world: int
+    ) -> EpochBatchSampler:
+        """Which samples a rank takes from step `start` on."""
+        ...
+
+    def sync(self, gather: Callable[[list[int]], list[int]]) -> None:
+        """Called on every rank at each log line; `gather` joins lists of all ranks. A ValueError stops the run."""
+        ...
+
+    def report(self) -> str:
+        """What to print at the end of a run."""
+        ...
+
+
+class Stage(Protocol):
+    """One training: what is trained, on what, by which loss.
+
+    `validate`, `sample` and `save` run on rank 0, with the averaged weights in place, in eval mode, without gradients.
     """
 
-    validate: Callable[[], dict[str, float]]
-    sample: Callable[[], Image.Image | None]
-    save_model: Callable[[Path], None]
-    check: Callable[[], None] = lambda: None
+    trainables: Sequence[Trainable]  # updated in this order in each step
+    frozen: Mapping[str, nn.Module]
+    data: TrainingData
 
+    def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
+        """Scalar terms of the loss of trainable `name`; "loss" is minimized.
 
-@dataclass(frozen=True)
-class Stage:
-    """What is trained, and on what.
+        `networks` are all trainables as they are prepared for this machine (DDP, FSDP2), by name: call them through
+        their forward. `batch` is on the CPU, `rng.device` is where the networks are.
+        """
+        ...
 
-    `identity` is what a checkpoint must agree on to be resumed: whatever decides the data, their order and the model.
-    `order` makes the order of the samples: see `Order` for what it is given.
-    """
+    def validate(self) -> dict[str, float]:
+        """Scalars on held-out data."""
+        ...
 
-    trainables: list[Trainable]
-    data: Dataset[Any]
-    collate: Callable[[list[Any]], Batch]
-    hooks: StageCallbacks
-    fingerprint: dict[str, Any]
-    make_batch_sampler: Callable[..., EpochBatchSampler]
+    def sample(self) -> Image.Image | None:
+        """An image to look at, if there is one."""
+        ...
 
+    def save(self, folder: Path) -> None:
+        """Write the finished model."""
+        ...
 
-Fit = Callable[[TrainingConfig, Accelerator, Stage], Path]  # `fit`, or what takes its place
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to be resumed: whatever decides the data, their order and the model."""
+        ...
+
+    def example_batch(self, count: int) -> Batch:
+        """A random batch as the loader gives it, for measurements: no data set is opened for it."""
+        ...

@@ -1,6 +1,75 @@
-"""TODO."""
+"""Stopping a run from outside: signals, and a launcher that is gone."""
 
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
-STOPPED_FILE = "stopped"  # file of a run that a signal ended, for schedulers: launchers change the exit code
+import torch
+import torch.distributed as dist
+
+from ldm.training.distributed import has_launcher
+
+STOPPED_FILE = "STOPPED"  # in the folder of a run that a signal ended, for schedulers: launchers change the exit code
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+
+
+class StopRequest:
+    """Whether any rank was asked to stop; all ranks see it after the same step.
+
+    `accelerate launch` hands no signal on to a single process, which sees that its launcher is gone.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0  # that this rank got
+        self._launcher = os.getppid() if has_launcher() else None
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        # On the CPU, so that no step waits for a device.
+        self._group: Any = dist.new_group(backend="gloo") if several else None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Turn Ctrl-C, and what schedulers announce the end with, into a request; a second Ctrl-C stops at once."""
+
+        def request_stop(number: int, _: FrameType | None) -> None:
+            if self.signal == signal.SIGINT == number:
+                raise KeyboardInterrupt
+            self.signal = number
+
+        handlers = {number: signal.signal(number, request_stop) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def poll(self) -> int:
+        """The signal that asked to stop, or 0; to be called by all ranks after each step.
+
+        With several ranks the answer is that of one step ago, which has arrived by now, so that no rank waits for it.
+        """
+        orphaned = self._launcher not in (None, os.getppid())
+        own = self.signal or (int(signal.SIGTERM) if orphaned else 0)
+        if self._group is None:
+            return own
+        requested = self._arrived()
+        flag = torch.tensor([own])
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        self._pending = flag, work
+        return requested
+
+    def close(self) -> None:
+        """Finish what was sent."""
+        self._arrived()
+
+    def _arrived(self) -> int:
+        if self._pending is None:
+            return 0
+        flag, work = self._pending
+        self._pending = None
+        work.wait()
+        return int(flag.item())

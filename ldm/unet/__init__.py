@@ -1,6 +1,5 @@
 """The network that learns to undo noise."""
 
-from ldm.unet.blocks import CachedContext
 from ldm.unet.model import UNet, UNetConfig
 
-__all__ = ["CachedContext", "UNet", "UNetConfig"]
+__all__ = ["UNet", "UNetConfig"]

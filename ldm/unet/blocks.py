@@ -1,13 +1,18 @@
 """Building blocks of the U-Net: time embedding, residual block, transformer, downsampling."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.conditioning import CachedContext
 from ldm.layers import zero_init_
+
+Context = Tensor | CachedContext
+NumGroups = Callable[[int], int]  # from the width of a layer to its number of norm groups
 
 
 def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
@@ -21,35 +26,30 @@ def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-def group_norm(channels: int, *, eps: float) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, as in Stable Diffusion, or groups of 8 channels where the layer is narrow.
-
-    In groups of one or two channels the norm would take away most of the time embedding, which is one number a channel.
-    """
-    return nn.GroupNorm(min(32, channels // 8), channels, eps=eps)
-
-
 class ResidualBlock(nn.Module):
-    """Two GroupNorm -> SiLU -> 3x3 convolutions, with the time embedding between them.
+    """Two GroupNorm -> SiLU -> 3x3 convolutions, with the time embedding between them: (b, in, h, w) -> (b, out, h, w).
 
-    It is added, or with `scale_shift` it scales and shifts what the second norm gives (Dhariwal and Nichol 2021,
-    section 3).
+    The embedding is added, or with `scale_shift` it scales and shifts the output of the second norm (Dhariwal and
+    Nichol 2021, section 3).
     """
 
-    def __init__(self, channels_in: int, channels_out: int, *, time_width: int, scale_shift: bool) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, *, time_width: int, scale_shift: bool, num_groups: NumGroups
+    ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = group_norm(channels_in, eps=1e-5)
+        self.norm1 = nn.GroupNorm(num_groups(channels_in), channels_in, eps=1e-5)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.time_proj = nn.Linear(time_width, (2 if scale_shift else 1) * channels_out)
-        self.norm2 = group_norm(channels_out, eps=1e-5)
+        self.norm2 = nn.GroupNorm(num_groups(channels_out), channels_out, eps=1e-5)
         self.conv2 = zero_init_(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         same = channels_in == channels_out
         self.shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t_embed: Tensor) -> Tensor:
+        """`t_embed` is (b or 1, time_width)."""
         h = self.conv1(F.silu(self.norm1(x)))
-        embedded = self.time_proj(F.silu(time))[:, :, None, None]
+        embedded = self.time_proj(F.silu(t_embed))[:, :, None, None]
         if self.scale_shift:
             scale, shift = embedded.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
@@ -59,18 +59,18 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention from x (b, n, c) to a context (b, m, d), or to x itself when there is none."""
+    """Multi-head attention from x (b, n, c) to a context (b, m, d), or to x itself without one: (b, n, c)."""
 
-    def __init__(self, channels: int, *, heads: int, context_width: int | None = None) -> None:
+    def __init__(self, channels: int, *, num_heads: int, context_dim: int | None = None) -> None:
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_width or channels, channels, bias=False)
-        self.to_v = nn.Linear(context_width or channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim or channels, channels, bias=False)
+        self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
         self.to_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: "Context | None" = None, mask: Tensor | None = None) -> Tensor:
-        """`mask` (b, m) is True where the context may be looked at."""
+    def forward(self, x: Tensor, context: Context | None = None, mask: Tensor | None = None) -> Tensor:
+        """`mask` (b, m) is True where the context may be attended to."""
         k, v = (
             context.kv_for(self)
             if isinstance(context, CachedContext)
@@ -81,32 +81,15 @@ class Attention(nn.Module):
         return self.to_out(rearrange(h, "b heads n d -> b n (heads d)"))
 
     def project_kv(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, heads, m, d) each."""
+        """Keys and values of a context (b, m, d): (b, heads, m, c / heads) each."""
         return self._by_head(self.to_k(context)), self._by_head(self.to_v(context))
 
     def _by_head(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b n (heads d) -> b heads n d", heads=self.heads)
-
-
-class CachedContext:
-    """A context (b, m, d) whose keys and values are computed once and kept: for sampling, where no step changes it."""
-
-    def __init__(self, states: Tensor) -> None:
-        self.states, self.shape = states, states.shape
-        self._read: dict[Attention, tuple[Tensor, Tensor]] = {}
-
-    def kv_for(self, attention: Attention) -> tuple[Tensor, Tensor]:
-        """Keys and values of one attention."""
-        if attention not in self._read:
-            self._read[attention] = attention.project_kv(self.states)
-        return self._read[attention]
-
-
-Context = Tensor | CachedContext
+        return rearrange(x, "b n (heads d) -> b heads n d", heads=self.num_heads)
 
 
 class GEGLU(nn.Module):
-    """Gated linear unit with an (erf) GELU gate (Shazeer 2020, equation 6)."""
+    """Gated linear unit with an (erf) GELU gate (Shazeer 2020, equation 6): (..., c) -> (..., hidden)."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -120,17 +103,18 @@ class GEGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm self-attention, cross-attention (where there is a context) and a feed-forward network."""
 
-    def __init__(self, channels: int, *, heads: int, context_width: int) -> None:
+    def __init__(self, channels: int, *, num_heads: int, context_dim: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
-        self.self_attention = Attention(channels, heads=heads)
-        if context_width:
+        self.self_attention = Attention(channels, num_heads=num_heads)
+        if context_dim:
             self.norm2 = nn.LayerNorm(channels)
-            self.cross_attention = Attention(channels, heads=heads, context_width=context_width)
+            self.cross_attention = Attention(channels, num_heads=num_heads, context_dim=context_dim)
         self.norm3 = nn.LayerNorm(channels)
         self.feed_forward = nn.Sequential(GEGLU(channels, 4 * channels), nn.Linear(4 * channels, channels))
 
     def forward(self, x: Tensor, context: Context | None, mask: Tensor | None) -> Tensor:
+        """x (b, n, c), context (b, m, context_dim), mask (b, m) bool -> (b, n, c)."""
         x = x + self.self_attention(self.norm1(x))
         if context is not None:
             x = x + self.cross_attention(self.norm2(x), context, mask)
@@ -140,12 +124,12 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map, with a residual connection: (b, c, h, w) -> (b, c, h, w)."""
 
-    def __init__(self, channels: int, *, depth: int, heads: int, context_width: int) -> None:
+    def __init__(self, channels: int, *, depth: int, num_heads: int, context_dim: int, num_groups: NumGroups) -> None:
         super().__init__()
-        self.norm = group_norm(channels, eps=1e-6)
+        self.norm = nn.GroupNorm(num_groups(channels), channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(
-            TransformerBlock(channels, heads=heads, context_width=context_width) for _ in range(depth)
+            TransformerBlock(channels, num_heads=num_heads, context_dim=context_dim) for _ in range(depth)
         )
         self.proj_out = zero_init_(nn.Linear(channels, channels))
 
@@ -157,7 +141,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2."""
+    """3x3 convolution of stride 2: (b, c, h, w) -> (b, c, h / 2, w / 2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

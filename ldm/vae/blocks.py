@@ -5,19 +5,19 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-def group_norm(channels: int, *, eps: float) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, as in Stable Diffusion."""
-    return nn.GroupNorm(32, channels, eps=eps)
+def group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
+    """GroupNorm with the epsilon of the Stable Diffusion VAE."""
+    return nn.GroupNorm(num_groups, channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
     """Two GroupNorm -> SiLU -> 3x3 convolutions with a shortcut: (b, in, h, w) -> (b, out, h, w)."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, *, num_groups: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(channels_in, eps=1e-6)
+        self.norm1 = group_norm(num_groups, channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = group_norm(channels_out, eps=1e-6)
+        self.norm2 = group_norm(num_groups, channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         same = channels_in == channels_out
         self.shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
@@ -31,9 +31,9 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over all pixels with a residual connection: (b, c, h, w) -> (b, c, h, w)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, num_groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels, eps=1e-6)
+        self.norm = group_norm(num_groups, channels)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -46,7 +46,10 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2 that pads right and below only, as the Stable Diffusion VAE does."""
+    """3x3 convolution of stride 2, padded at the right and below only as in the Stable Diffusion VAE.
+
+    (b, c, h, w) -> (b, c, h / 2, w / 2).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -56,7 +59,8 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-def mid_block(channels: int, *, attention: bool) -> nn.Sequential:
-    """The blocks at the lowest resolution."""
-    between = [Attention(channels)] if attention else []
-    return nn.Sequential(ResidualBlock(channels, channels), *between, ResidualBlock(channels, channels))
+def mid_block(channels: int, *, attention: bool, num_groups: int) -> nn.Sequential:
+    """The blocks at the lowest resolution: (b, c, h, w) -> (b, c, h, w)."""
+    between = [Attention(channels, num_groups=num_groups)] if attention else []  # first, for the order of random draws
+    first, last = (ResidualBlock(channels, channels, num_groups=num_groups) for _ in range(2))
+    return nn.Sequential(first, *between, last)

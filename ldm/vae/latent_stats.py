@@ -1,4 +1,4 @@
-"""Measure what the latents of a data set look like, so that diffusion can standardize them."""
+"""Measure mean and standard deviation of a data set's latents, so that diffusion can standardize them."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ from ldm.vae.model import VAE
 
 @torch.no_grad()
 def fit_latent_stats(vae: VAE, batches: Iterable[Tensor]) -> None:
-    """Set `latent_mean` and `latent_std`: mean and deviation of sampled latents in each channel.
+    """Set `latent_mean` and `latent_std`: mean and standard deviation of sampled latents in each channel.
 
     `batches` are images (b, c, h, w) on the VAE's device. The variance is that of the means plus the mean variance.
     """

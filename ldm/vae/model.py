@@ -20,28 +20,31 @@ class VAEConfig(Config):
     """3 for RGB, 1 for grey"""
     patch_size: int = Field(1, ge=1)
     """side of the pixel blocks that are folded into channels before the first convolution"""
-    base_channels: int = Field(128, ge=32)
+    base_channels: int = Field(128, ge=1)
     """width of the first level"""
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
-    """width of each level as a multiple of `channels`; each further level halves the resolution"""
+    """width of each level as a multiple of `base_channels`; each further level halves the resolution"""
     num_res_blocks: int = Field(2, ge=1)
     """residual blocks in a level of the encoder; the decoder has one more"""
     mid_attention: bool = True
     """self-attention at the lowest resolution"""
     latent_channels: int = Field(4, ge=1)
+    norm_num_groups: int = Field(32, ge=1)
+    """groups of each GroupNorm"""
 
     @model_validator(mode="after")
     def _check(self) -> "VAEConfig":
-        check_group_norm(self.widths, name="base_channels x channel_mult")
+        check_group_norm(dict.fromkeys(self.widths, self.norm_num_groups), widths="base_channels x channel_mult")
         return self
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
         return tuple(self.base_channels * m for m in self.channel_mult)
 
     @property
     def factor(self) -> int:
-        """Pixels to a latent cell, along one side."""
+        """Pixels for each latent cell, along one side."""
         return self.patch_size * 2 ** (len(self.channel_mult) - 1)
 
     def latent_size(self, size: int) -> int:
@@ -57,13 +60,13 @@ class VAEConfig(Config):
 
 
 class Posterior(NamedTuple):
-    """A diagonal Gaussian over latents; both tensors are (b, c, h, w)."""
+    """A diagonal Gaussian over latents (b, c, h, w)."""
 
     mean: Tensor
     logvar: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """mean + standard deviation x noise (Kingma and Welling 2014, section 2.4)."""
+        """mean + standard deviation x noise (Kingma and Welling 2014, section 2.4), all (b, c, h, w)."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Tensor:
@@ -76,21 +79,21 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig, *, gradient_checkpointing: bool) -> None:
         super().__init__()
-        self.patch, self.gradient_checkpointing = config.patch_size, gradient_checkpointing
-        widths = config.widths
+        self.patch_size, self.gradient_checkpointing = config.patch_size, gradient_checkpointing
+        widths, num_groups = config.widths, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.image_channels * config.patch_size**2, widths[0], 3, padding=1)
         self.levels = nn.ModuleList()
         for level, width in enumerate(widths):
-            before = widths[max(level - 1, 0)]
-            blocks = [ResidualBlock(before if i == 0 else width, width) for i in range(config.num_res_blocks)]
+            inputs = [widths[max(level - 1, 0)], *[width] * (config.num_res_blocks - 1)]
+            blocks = [ResidualBlock(channels, width, num_groups=num_groups) for channels in inputs]
             down = [Downsample(width)] if level < len(widths) - 1 else []
             self.levels.append(nn.Sequential(*blocks, *down))
-        self.middle = mid_block(widths[-1], attention=config.mid_attention)
-        self.norm_out = group_norm(widths[-1], eps=1e-6)
+        self.middle = mid_block(widths[-1], attention=config.mid_attention, num_groups=num_groups)
+        self.norm_out = group_norm(num_groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        h = self.conv_in(F.pixel_unshuffle(images, self.patch))
+        h = self.conv_in(F.pixel_unshuffle(images, self.patch_size))
         for level in self.levels:
             h = checkpointed(level, h, recompute=self.gradient_checkpointing)
         return self.conv_out(F.silu(self.norm_out(self.middle(h))))
@@ -101,37 +104,37 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig, *, gradient_checkpointing: bool) -> None:
         super().__init__()
-        self.patch, self.gradient_checkpointing = config.patch_size, gradient_checkpointing
-        widths = config.widths[::-1]
+        self.patch_size, self.gradient_checkpointing = config.patch_size, gradient_checkpointing
+        widths, num_groups = config.widths[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.middle = mid_block(widths[0], attention=config.mid_attention)
+        self.middle = mid_block(widths[0], attention=config.mid_attention, num_groups=num_groups)
         self.levels = nn.ModuleList()
         for level, width in enumerate(widths):
-            before = widths[max(level - 1, 0)]
-            blocks = [ResidualBlock(before if i == 0 else width, width) for i in range(config.num_res_blocks + 1)]
+            inputs = [widths[max(level - 1, 0)], *[width] * config.num_res_blocks]
+            blocks = [ResidualBlock(channels, width, num_groups=num_groups) for channels in inputs]
             up = [Upsample(width)] if level < len(widths) - 1 else []
             self.levels.append(nn.Sequential(*blocks, *up))
-        self.norm_out = group_norm(widths[-1], eps=1e-6)
+        self.norm_out = group_norm(num_groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.image_channels * config.patch_size**2, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         h = self.middle(self.conv_in(latents))
         for level in self.levels:
             h = checkpointed(level, h, recompute=self.gradient_checkpointing)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch_size)
 
 
 class PCASkip(nn.Module):
-    """Linear compression of patches to latents and back, beside the networks, where patching is all that changes size.
+    """Linear compression of patches to latents and back, added to the networks where only patching changes the size.
 
-    The best linear autoencoder is known in closed form: principal components (Baldi and Hornik 1989). `fit` sets it, so
-    training starts from there and the networks learn what a linear map can not do. Residual autoencoding is from
-    Chen et al. 2024 (DC-AE).
+    The best linear autoencoder is known in closed form: principal components (Baldi and Hornik 1989). `init_from_pca`
+    sets it, so training starts from there and the networks learn what a linear map cannot do. Residual autoencoding is
+    from Chen et al. 2024 (DC-AE).
     """
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        self.patch = config.patch_size
+        self.patch_size = config.patch_size
         values = config.image_channels * config.patch_size**2
         self.encode = nn.Conv2d(values, config.latent_channels, 1)
         self.decode = nn.Conv2d(config.latent_channels, values, 1)
@@ -139,7 +142,7 @@ class PCASkip(nn.Module):
     @torch.no_grad()
     def init_from_pca(self, images: Tensor) -> None:
         """Set both maps from the principal components of the patches of (b, c, h, w) images."""
-        patches = rearrange(F.pixel_unshuffle(images, self.patch), "b v h w -> (b h w) v").double()
+        patches = rearrange(F.pixel_unshuffle(images, self.patch_size), "b v h w -> (b h w) v").double()
         mean = patches.mean(0)
         variance, directions = torch.linalg.eigh((patches - mean).mT @ (patches - mean) / len(patches))
         count = self.encode.out_channels
@@ -152,10 +155,10 @@ class PCASkip(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder, with the measured statistics of its latents.
+    """Encoder and decoder, with the measured statistics of the latents.
 
-    `encode` and `decode` speak raw latents. Diffusion works on standardized ones: `standardize` and `unstandardize` use
-    the mean and deviation of each channel that training measured, so no scale is ever set by hand.
+    `encode` and `decode` work on raw latents, diffusion on standardized ones: `standardize` and `unstandardize` use the
+    mean and standard deviation of each channel that training measured, so no scale is set by hand.
     """
 
     latent_mean: Tensor
@@ -170,12 +173,15 @@ class VAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * latents, 2 * latents, 1)
         self.post_quant_conv = nn.Conv2d(latents, latents, 1)
         patches_only = config.patch_size > 1 and len(config.channel_mult) == 1
-        self.linear = self._linear_path() if patches_only else None
+        self.linear = self._pca_skip() if patches_only else None
         self.register_buffer("latent_mean", torch.zeros(latents))
         self.register_buffer("latent_std", torch.ones(latents))
 
     def encode(self, images: Tensor) -> Posterior:
-        """(b, c, h, w) pixels in [-1, 1] -> the posterior over raw latents."""
+        """(b, c, h, w) pixels in [-1, 1] -> the posterior over raw latents (b, latent_channels, h / f, w / f).
+
+        ValueError: sides that the factor f does not divide.
+        """
         for side in images.shape[-2:]:
             self.config.latent_size(side)
         mean, logvar = self.quant_conv(self.encoder(images)).float().chunk(2, dim=1)
@@ -184,26 +190,26 @@ class VAE(nn.Module):
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Raw latents -> (b, c, h, w) pixels, about in [-1, 1]."""
+        """Raw latents (b, latent_channels, h, w) -> (b, c, h * factor, w * factor) pixels, about in [-1, 1]."""
         images = self.decoder(self.post_quant_conv(latents))
         if self.linear is not None:
             images = images + F.pixel_shuffle(self.linear.decode(latents), self.config.patch_size)
         return images
 
-    def _linear_path(self) -> PCASkip:
-        """Start as the linear autoencoder alone: the networks answer zero, with a narrow posterior (deviation 0.05)."""
+    def _pca_skip(self) -> PCASkip:
+        """Start as the linear autoencoder alone: the networks' output is 0, the posterior's standard deviation 0.05."""
         zero_init_(self.encoder.conv_out)
         zero_init_(self.decoder.conv_out)
         nn.init.constant_(zero_init_(self.quant_conv).bias[self.config.latent_channels :], -6.0)  # type: ignore[index]
         return PCASkip(self.config)
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
-        """Reconstruct through a sampled latent; `noise` is shaped as the latent."""
+        """Images (b, c, h, w) reconstructed through a sampled latent, and its posterior; `noise` has its shape."""
         posterior = self.encode(images)
         return self.decode(posterior.sample(noise)), posterior
 
     def standardize(self, latents: Tensor) -> Tensor:
-        """Raw latents -> zero mean, unit deviation in each channel."""
+        """Raw latents (b, c, h, w) -> zero mean and unit variance in each channel."""
         return (latents - self.latent_mean.view(-1, 1, 1)) / self.latent_std.view(-1, 1, 1)
 
     def unstandardize(self, latents: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Decoding a large latent tile by tile, so that memory does not grow with the picture."""
+"""Decode a large latent tile by tile, so that memory does not grow with the image."""
 
 from collections.abc import Callable
 
@@ -9,13 +9,13 @@ from torch import Tensor
 def tiled_decode(
     decode: Callable[[Tensor], Tensor], latents: Tensor, *, factor: int, tile: int, overlap: int
 ) -> Tensor:
-    """`decode` on tiles of `tile` x `tile` latents, which overlap by `overlap` and fade into each other there.
+    """`decode` on tiles of `tile` x `tile` latents, which overlap by `overlap` and are blended there.
 
-    (b, c, h, w) -> (b, c, factor h, factor w). A decoder that looks farther than the overlap, or takes norms over the
-    whole picture, gives slightly other tiles; fading leaves no seam. ValueError: no room for the overlap.
+    (b, c, h, w) -> (b, c, factor h, factor w). A decoder whose receptive field exceeds the overlap, or with norms
+    over the whole image, gives slightly different tiles; blending leaves no seam. ValueError: no room for the overlap.
     """
     if not 0 < overlap < tile:
-        raise ValueError(f"overlap {overlap} must be above 0 and below the tile's {tile} latents")
+        raise ValueError(f"overlap {overlap} must be above 0 and below the tile, {tile} latents")
     height, width = latents.shape[-2:]
     result: Tensor | None = None
     total = latents.new_zeros(1, 1, factor * height, factor * width)
@@ -34,12 +34,12 @@ def tiled_decode(
 
 
 def _starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin, so that the last one ends with the side."""
+    """First row or column of each tile; the last tile ends with the side."""
     last = max(side - tile, 0)
     return [*range(0, last, tile - overlap), last]
 
 
 def _ramp(length: int, overlap: int) -> Tensor:
-    """Rises from both ends over `overlap` pixels, never to 0."""
+    """Blending weights (length,), which rise from both ends over `overlap` pixels and are never 0."""
     from_start = torch.arange(1, length + 1)
     return torch.minimum(from_start, from_start.flip(0)).clamp_max(overlap) / overlap

@@ -1,4 +1,4 @@
-"""TODO."""
+"""A folder of images, with captions in a table, in text files of the same names, or without; and what else is local."""
 
 import csv
 import io
@@ -8,150 +8,141 @@ import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ldm.data.sources.shapes import Split
-
-if TYPE_CHECKING:
-    pass
-from ldm.data.sources.base import (
+from ldm.data.sources.captions import (
     CAPTION_COLUMNS,
-    ImageTextSource,
-    _first,
-    _text,
     as_caption_list,
-    check_split,
     check_utf8_names,
-    hash_split,
+    first_names,
+    one_line,
     parse_captions,
 )
-from ldm.data.sources.decode import SUFFIXES
-from ldm.data.sources.table import _open_hub, _open_parquet
+from ldm.data.sources.decode import SUFFIXES, EncodedSource
+from ldm.data.sources.splits import Split, check_split, hash_split
+from ldm.data.sources.table import open_hub, open_parquet
 
 OTHER_SUFFIXES = (".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".jxl", ".jp2", ".ppm", ".dcm", ".nii", ".gz")
-SIDECARS = (".txt", ".caption")
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SIDECAR_SUFFIXES = (".txt", ".caption")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
-def open_images(source: str, split: Split) -> ImageTextSource:
+def open_images(source: str, split: Split) -> EncodedSource:
     """One split of a folder, a parquet file or a hub data set.
 
-    ValueError: nothing there, no image, captions that point nowhere or out of the folder, an unknown split.
+    ValueError: nothing there, no image, captions of missing files or of files outside of the folder, an unknown split.
     """
     check_split(split)
-    path = Path(os.path.expanduser(source))  # which leaves a user that is not known as it is
+    path = Path(os.path.expanduser(source))  # which leaves an unknown user as it is
     if path.is_dir():
         return _open_folder(path, split)
     if path.is_file() and path.suffix == ".parquet":
-        return _open_parquet(path, split)
+        return open_parquet(path, split)
     if not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
-        return _open_hub(source, split)
+        return open_hub(source, split)
     raise ValueError(
         f"data.source {source}: no such folder or parquet file; "
         "give --data.source an existing one, a hub id org/name, or shapes, pairs or emoji"
     )
 
 
-def _open_folder(root: Path, split: Split) -> ImageTextSource:
-    has_splits = (root / "train").is_dir() and (root / "test").is_dir()
-    if has_splits and find_metadata(root) is None:
-        return _read_folder(root / split)
-    found = _read_folder(root)
-    return found.select(hash_split(found.names, split))
-
-
-def _read_folder(root: Path) -> ImageTextSource:
-    found: Mapping[str, str | list[str]]
-    files = _walk(root)
-    images = [name for name in files if name.lower().endswith(SUFFIXES)]
-    if not images:
-        what = "holds no PNG, JPEG or WEBP image" if files else "is empty"
-        raise ValueError(f"{root}: this folder {what}; put images there or choose another --data.source")
-    metadata = find_metadata(root)
-    if metadata:
-        found, origin = _metadata_captions(metadata, set(images))
-    else:
-        found, origin = _sidecar_captions(root, images, set(files))
-    captions = [found.get(name, "") for name in images]
-    said = f"captions from {origin}, {sum(map(bool, captions)):,} captioned" if origin else "no captions"
-    others = [name for name in files if name.lower().endswith(OTHER_SUFFIXES)]
-    if others:
-        said += f", {len(others):,} left out that are no PNG, JPEG or WEBP: {_first(others, 3)}"
-    paths = [root / name for name in images]
-    return ImageTextSource(images, paths, captions, f"images: {len(images):,} files in {root}/, {said}")
-
-
 def find_metadata(root: Path) -> Path | None:
     """The table of captions in a folder, if there is one."""
-    return next((root / name for name in METADATA if (root / name).is_file()), None)
+    return next((root / name for name in METADATA_FILES if (root / name).is_file()), None)
 
 
-def _walk(root: Path) -> list[str]:
+def _open_folder(root: Path, split: Split) -> EncodedSource:
+    has_splits = (root / "train").is_dir() and (root / "test").is_dir()
+    if has_splits and find_metadata(root) is None:
+        return _read_folder(root / split, None)
+    return _read_folder(root, split)
+
+
+def _read_folder(root: Path, split: Split | None) -> EncodedSource:
+    """A split, or all, of the images below a folder."""
+    files = _list_files(root)
+    images = [name for name in files if name.lower().endswith(SUFFIXES)]
+    if not images:
+        content = "holds no PNG, JPEG or WEBP image" if files else "is empty"
+        raise ValueError(f"{root}: this folder {content}; put images there or choose another --data.source")
+    captions, origin = _read_captions(root, images, set(files))
+    described = f"captions from {origin}, {sum(map(bool, captions.values())):,} captioned" if origin else "no captions"
+    others = [name for name in files if name.lower().endswith(OTHER_SUFFIXES)]
+    if others:
+        described += f", {len(others):,} skipped that are not PNG, JPEG or WEBP: {first_names(others, 3)}"
+    names = images if split is None else [images[i] for i in hash_split(images, split)]
+    return EncodedSource(
+        names=names,
+        images=[root / name for name in names],
+        captions=[captions.get(name, "") for name in names],
+        description=f"images: {len(images):,} files in {root}/, {described}",
+    )
+
+
+def _list_files(root: Path) -> list[str]:
     """Relative paths of all files below `root`, in order, without hidden ones."""
-    found = []
+    names = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [(Path(folder) / name).relative_to(root).as_posix() for name in files if not name.startswith(".")]
-    check_utf8_names(found, str(root))
-    return sorted(found)
+        names += [(Path(folder) / name).relative_to(root).as_posix() for name in files if not name.startswith(".")]
+    check_utf8_names(names, str(root))
+    return sorted(names)
+
+
+def _read_captions(root: Path, images: list[str], files: set[str]) -> tuple[Mapping[str, str | list[str]], str]:
+    """Captions by the name of their image, and where they come from."""
+    table = find_metadata(root)
+    return _table_captions(table, set(images)) if table else _sidecar_captions(root, images, files)
 
 
 def _sidecar_captions(root: Path, images: list[str], files: set[str]) -> tuple[dict[str, str], str]:
     captions, used = {}, set()
     for name in images:
         stem = name.rsplit(".", 1)[0]
-        suffix = next((suffix for suffix in SIDECARS if stem + suffix in files), None)
+        suffix = next((suffix for suffix in SIDECAR_SUFFIXES if stem + suffix in files), None)
         if suffix:
-            captions[name] = _text(_read_text(root / (stem + suffix)))
+            captions[name] = one_line(_read_text(root / (stem + suffix)))
             used.add(f"*{suffix}")
     return captions, " and ".join(sorted(used))
 
 
-def _metadata_captions(path: Path, images: set[str]) -> tuple[dict[str, list[str]], str]:
-    """Captions by file name; a file that is listed twice has two."""
-    rows = _read_metadata(path)
+def _table_captions(path: Path, images: set[str]) -> tuple[dict[str, list[str]], str]:
+    """An image that is listed twice has two captions."""
+    rows = _read_table(path)
     columns = {column for row in rows for column in row}
     if "file_name" not in columns:
-        raise ValueError(f"{path}: there is no column file_name, or no row; name each image's path in the folder there")
+        raise ValueError(f"{path}: no column file_name, or no row; write each image's path in the folder there")
     column = next((name for name in CAPTION_COLUMNS if name in columns), None)
     if column is None:
-        raise ValueError(f"{path}: there is no caption column; call it caption, text or prompt")
+        raise ValueError(f"{path}: no caption column; call it caption, text or prompt")
     captions: dict[str, list[str]] = {}
     for row in rows:
         name = _safe_relative_path(row.get("file_name"), path)
-        wordings = parse_captions(row.get(column), f"{path}: {_text(name)}")
-        captions.setdefault(name, []).extend(filter(None, as_caption_list(wordings)))
+        entry = parse_captions(row.get(column), f"{path}: {one_line(name)}")
+        captions.setdefault(name, []).extend(filter(None, as_caption_list(entry)))
     missing = sorted(set(captions) - images)
     if missing:
         raise ValueError(
-            f"{path} names {len(missing):,} files that are not there as PNG, JPEG or WEBP: {_first(missing)}; "
-            "add them or take their lines out"
+            f"{path} names {len(missing):,} files that are not there as PNG, JPEG or WEBP: {first_names(missing)}; "
+            "add them or remove their lines"
         )
     return captions, f"{path.name} column `{column}`"
 
 
-def _read_metadata(path: Path) -> list[dict[str, Any]]:
+def _read_table(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
-        import pyarrow.parquet  # slow, and few need it
-
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError, ValueError, OverflowError):
-            raise ValueError(f"{path}: no parquet file, or a damaged one; write it again or take it out") from None
+        return _read_parquet(path)
     text = _read_text(path)
-    if path.suffix == ".csv":
-        return _read_csv(path, text)
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}: line {number} is no JSON object; write one object in each line")
-            rows.append(row)
-    return rows
+    return _read_csv(path, text) if path.suffix == ".csv" else _read_jsonl(path, text)
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet  # slow, and few need it
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError):
+        raise ValueError(f"{path}: not a parquet file, or a damaged one; write it again or remove it") from None
 
 
 def _read_csv(path: Path, text: str) -> list[dict[str, Any]]:
@@ -160,8 +151,22 @@ def _read_csv(path: Path, text: str) -> list[dict[str, Any]]:
         return list(rows)
     except csv.Error as error:
         raise ValueError(
-            f"{path}: line {rows.reader.line_num} is no CSV ({error}); is a quote left open there?"
+            f"{path}: line {rows.reader.line_num} is not CSV ({error}); is a quote left open there?"
         ) from None
+
+
+def _read_jsonl(path: Path, text: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: line {number} is not a JSON object; write one object in each line")
+            rows.append(row)
+    return rows
 
 
 def _read_text(path: Path) -> str:
@@ -171,13 +176,15 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path}: not UTF-8 text; save it as UTF-8") from None
 
 
-def _safe_relative_path(name: Any, path: Path) -> str:
-    """The normalised relative path; ValueError when it is no text or leads out of the folder."""
+def _safe_relative_path(name: Any, table: Path) -> str:
+    """The normalised relative path; ValueError when it is not text or leads out of the folder."""
     if not isinstance(name, str):
-        raise ValueError(f"{path}: file_name {reprlib.repr(name)} is no text; name an image's path in the folder there")
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or PureWindowsPath(name).drive:
         raise ValueError(
-            f"{path}: file_name {_text(name)} leads out of the folder; use paths relative to {path.parent}"
+            f"{table}: file_name {reprlib.repr(name)} is not text; write an image's path in the folder there"
         )
-    return pure.as_posix()
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive:
+        raise ValueError(
+            f"{table}: file_name {one_line(name)} leads out of the folder; use paths relative to {table.parent}"
+        )
+    return path.as_posix()

@@ -1,18 +1,20 @@
 """Procedural captioned scenes: no download, any size, and the exact truth of every caption.
 
 A scene is one shape on a plain background. `load` gives whole splits; the test split holds combinations of attributes
-that the training split never shows, so a model that paints them has understood the words and not the pictures.
+that the training split never shows, so a model that generates them has learned the words and not the images.
 """
 
-import io
 import itertools
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from ldm.data.sources.decode import EncodedSource
+from ldm.data.sources.drawn import drawn_source, png_cell
+from ldm.data.sources.splits import Split, check_split
 from ldm.rng import fold_seed
 
 if TYPE_CHECKING:
@@ -36,16 +38,14 @@ POSITIONS = {
     "bottom left": (0.27, 0.73),
     "bottom right": (0.73, 0.73),
 }
-SIZES = {"small": 0.145, "large": 0.235}  # outer radius as a fraction of the picture's side
+SIZES = {"small": 0.145, "large": 0.235}  # outer radius as a fraction of the image's side
 JITTER = 0.02  # of the position, as a fraction of the side
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 TEST_FRACTION = 0.1
 
-Split = Literal["train", "test"]
-
 
 class Scene(NamedTuple):
-    """What one picture of the `shapes` set shows."""
+    """What one image of the `shapes` set shows."""
 
     shape: str
     color: str
@@ -55,7 +55,7 @@ class Scene(NamedTuple):
 
 
 class PairScene(NamedTuple):
-    """What one picture of the `pairs` set shows: the first object stands in `relation` to the second."""
+    """What one image of the `pairs` set shows: the first object stands in `relation` to the second."""
 
     shape: str
     color: str
@@ -66,7 +66,7 @@ class PairScene(NamedTuple):
 
 
 def captions(scene: Scene) -> tuple[str, ...]:
-    """The wordings of a scene, each naming all five attributes."""
+    """The captions of a scene, each with all five attributes."""
     shape, color, background, position, size = scene
     place = "in the center" if position == "center" else f"in the {position} corner"
     short = "at the center" if position == "center" else f"at the {position}"
@@ -79,7 +79,7 @@ def captions(scene: Scene) -> tuple[str, ...]:
 
 
 def pair_captions(scene: PairScene) -> tuple[str, ...]:
-    """The wordings of a pair, each naming both objects, the relation and the background."""
+    """The captions of a pair, each with both objects, the relation and the background."""
     shape, color, other_shape, other_color, background, relation = scene
     return (
         f"{_a(color)} {shape} {relation} {_a(other_color)} {other_shape} on {_a(background)} background",
@@ -102,16 +102,30 @@ def scenes(split: Split) -> tuple[Scene, ...]:
 def pair_scenes(split: Split) -> tuple[PairScene, ...]:
     """Every pair of a split: two different shapes in two colours that differ from the background."""
     combos = itertools.product(SHAPES, COLORS, SHAPES, COLORS, COLORS, RELATIONS)
-    kept = [PairScene(*c) for c in combos if c[0] != c[2] and len({c[1], c[3], c[4]}) == 3]
-    return _split("pairs", kept, split)
+    valid = [PairScene(*c) for c in combos if c[0] != c[2] and len({c[1], c[3], c[4]}) == 3]
+    return _split("pairs", valid, split)
 
 
 def _split(name: str, combos: list, split: Split) -> tuple:
-    if split not in ("train", "test"):
-        raise ValueError(f"split {split!r} is unknown: choose train or test")
+    check_split(split)
     order = np.random.Generator(np.random.PCG64(fold_seed(name, "split"))).permutation(len(combos))
     held_out = round(len(combos) * TEST_FRACTION)
     return tuple(combos[i] for i in (order[:held_out] if split == "test" else order[held_out:]))
+
+
+def open_shapes(split: Split, *, size: int, channels: int) -> EncodedSource:
+    """One split of the `shapes` set as a source of images of `size` pixels."""
+    return _open(load(split, size), "shapes: procedural scenes", size, channels)
+
+
+def open_pairs(split: Split, *, size: int, channels: int) -> EncodedSource:
+    """One split of the `pairs` set as a source of images of `size` pixels."""
+    return _open(load_pairs(split, size), "pairs: scenes of two objects", size, channels)
+
+
+def _open(rows: "datasets.Dataset", description: str, size: int, channels: int) -> EncodedSource:
+    names = [f"row {index}" for index in range(len(rows))]
+    return drawn_source(rows, names, rows["caption"][:], description, size=size, channels=channels)
 
 
 def load(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> "datasets.Dataset":
@@ -131,21 +145,21 @@ def load_pairs(
 
 
 def render(scene: Scene | PairScene, size: int, *, seed: int) -> Image.Image:
-    """One scene as a picture; `seed` moves its objects a little."""
+    """One scene as an image; `seed` moves its objects a little."""
     rng = np.random.Generator(np.random.PCG64(seed))
     return (_draw_scene if isinstance(scene, Scene) else _draw_pair)(scene, size, rng)  # type: ignore[arg-type]
 
 
 def _dataset(
     combos: Sequence[NamedTuple],
-    wordings: Callable[..., tuple[str, ...]],
+    captions_of: Callable[..., tuple[str, ...]],
     draw: Callable[..., Image.Image],
     split: str,
     size: int,
     count: int | None,
     seed: int,
 ) -> "datasets.Dataset":
-    import datasets  # a slow import that painting from a prompt does not need
+    import datasets  # a slow import that sampling from a prompt does not need
 
     if size < 8:
         raise ValueError(f"size {size} is too small to draw a shape in: choose at least 8 pixels")
@@ -154,8 +168,8 @@ def _dataset(
     for index in range(3 * len(combos) if count is None else count):
         rng = np.random.Generator(np.random.PCG64(fold_seed(seed, type(combos[0]).__name__, split, index)))
         scene = combos[index] if index < len(combos) else combos[int(rng.integers(len(combos)))]
-        rows["caption"].append(wordings(scene)[rng.integers(len(wordings(scene)))])
-        rows["image"].append({"bytes": _png(draw(scene, size, rng)), "path": None})
+        rows["caption"].append(captions_of(scene)[rng.integers(len(captions_of(scene)))])
+        rows["image"].append(png_cell(draw(scene, size, rng)))
         for name, value in zip(scene._fields, scene, strict=True):
             rows[name].append(value)
     features = {name: datasets.Value("string") for name in rows} | {"image": datasets.Image()}
@@ -165,7 +179,7 @@ def _dataset(
 def _draw_scene(scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:
     center = np.array(POSITIONS[scene.position]) + rng.uniform(-JITTER, JITTER, 2)
     canvas = np.full((size, size, 3), COLORS[scene.background], np.float64)
-    _paint(canvas, scene.shape, COLORS[scene.color], center, SIZES[scene.size])
+    _blend(canvas, scene.shape, COLORS[scene.color], center, SIZES[scene.size])
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 
@@ -174,11 +188,11 @@ def _draw_pair(scene: PairScene, size: int, rng: np.random.Generator) -> Image.I
     canvas = np.full((size, size, 3), COLORS[scene.background], np.float64)
     for shape, color, sign in ((scene.shape, scene.color, 1), (scene.other_shape, scene.other_color, -1)):
         center = 0.5 + sign * offset + rng.uniform(-JITTER, JITTER, 2)
-        _paint(canvas, shape, COLORS[color], center, 0.19)
+        _blend(canvas, shape, COLORS[color], center, 0.19)
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 
-def _paint(canvas: np.ndarray, shape: str, color: tuple[int, int, int], center: np.ndarray, radius: float) -> None:
+def _blend(canvas: np.ndarray, shape: str, color: tuple[int, int, int], center: np.ndarray, radius: float) -> None:
     """Blend a shape in: its coverage of a pixel follows from the signed distance to its outline."""
     size = canvas.shape[0]
     low = np.maximum(np.floor((center - 1.2 * radius) * size).astype(int), 0)
@@ -223,9 +237,3 @@ _DISTANCE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "cross": lambda x, y: _polygon(x, y, _CROSS),
     "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.25,
 }
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()

@@ -1,8 +1,7 @@
-"""TODO."""
+"""Shards on this machine: downloaded whole when they are needed, read row by row, the least recently used removed."""
 
 import contextlib
 import itertools
-import json
 import os
 import threading
 import zlib
@@ -13,22 +12,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from ldm.data.sources.shard import Shard, ShardReadError, ShardRow, is_tar, shard_errors
+from ldm.data.sources.table import parquet_rows
+from ldm.data.sources.webdataset import tar_rows
 from ldm.io.atomic import atomic_write, disk_errors
 
 if TYPE_CHECKING:
-    import datasets
-from ldm.data.sources.webdataset import (
-    MAX_IMAGE_BYTES,
-    ROWS_PER_CHUNK,
-    Shard,
-    ShardReadError,
-    ShardRow,
-    _reason,
-    read_rows,
-)
+    import pyarrow
 
-FETCH_ATTEMPTS = 8  # times that a shard is fetched before its file counts as unreadable
-PREFETCH_SLOTS = threading.Semaphore(4)  # files that a process fetches ahead at a time
+PREFETCH_SLOTS = threading.Semaphore(4)  # files that a process downloads ahead at a time
+ROWS_PER_CHUNK = 64  # rows that are in memory while a shard is downloaded, or fewer large ones:
+MAX_CHUNK_BYTES = 2**28
+CHECKSUM_BYTES = 4  # CRC-32, at the end of a cached file
 
 
 class ShardRange(NamedTuple):
@@ -40,165 +35,160 @@ class ShardRange(NamedTuple):
 
 
 class ShardColumn(Sequence[Any]):
-    """One field of all rows, read when it is asked for."""
+    """One field of all rows, read on access."""
 
-    def __init__(self, store: "ShardCache", name: str) -> None:
-        self.store, self.name = store, name
+    def __init__(self, cache: "ShardCache", name: str) -> None:
+        self.cache, self.name = cache, name
 
     def __len__(self) -> int:
-        return self.store.starts[-1]
+        return self.cache.starts[-1]
 
     def __getitem__(self, index: int) -> Any:  # type: ignore[override]
-        number, row = self.store.locate(range(len(self))[index])
+        number, row = self.cache.locate(range(len(self))[index])
         if self.name == "name":
-            return f"{self.store.spans[number].shard.url}, row {row}"
-        found = self.store.rows(number)[row]
-        if found.pop("checksum") != _checksum(found):
-            raise ShardReadError(self.store.evict(number))
-        if self.name == "image" and found["error"]:
-            raise ValueError(found["error"])
-        return found[self.name]
+            return f"{self.cache.ranges[number].shard.url}, row {row}"
+        table = self.cache.open(number)
+        if self.name == "image" and (error := table["error"][row].as_py()):
+            raise ValueError(error)
+        return table[self.name][row].as_py()
 
 
 class ShardCache:
-    """The shards that are on this machine."""
+    """The shards of a split that are on this machine, for all its processes."""
 
-    def __init__(self, spans: Sequence[ShardRange], folder: Path, *, keep: int) -> None:
-        self.spans, self.folder, self.keep = spans, folder, keep
-        self.starts = [0, *itertools.accumulate(span.rows for span in spans)]
-        self._opened: dict[int, datasets.Dataset] = {}
+    def __init__(self, ranges: Sequence[ShardRange], folder: Path, *, max_files: int) -> None:
+        self.ranges, self.folder, self.max_files = ranges, folder, max_files
+        self.starts = [0, *itertools.accumulate(part.rows for part in ranges)]
+        self._opened: dict[int, pyarrow.Table] = {}
         self._remove_unfinished()
 
-    def locate(self, index: int) -> tuple[int, int]:
-        """The number of an item's span, and its row in the shard."""
-        number = bisect_right(self.starts, index) - 1
-        return number, self.spans[number].first + index - self.starts[number]
-
     def __getstate__(self) -> dict[str, Any]:
-        """Without the files that are open, which may be gone when another process begins."""
+        """Without the open files, which may be removed before another process begins."""
         return {**self.__dict__, "_opened": {}}
 
-    def rows(self, number: int) -> "datasets.Dataset":
-        """The rows of a shard, fetched if need be."""
-        shard, first, rows = self.spans[number]
+    def locate(self, index: int) -> tuple[int, int]:
+        """The number of an item's range, and its row in the shard."""
+        number = bisect_right(self.starts, index) - 1
+        return number, self.ranges[number].first + index - self.starts[number]
+
+    def path(self, shard: Shard) -> Path:
+        """Where a shard is cached."""
+        return self.folder / f"{shard.content_hash}.arrow"
+
+    def open(self, number: int) -> "pyarrow.Table":
+        """All rows of the shard of a range, downloaded if need be."""
+        shard, first, rows = self.ranges[number]
         with contextlib.suppress(FileNotFoundError):
-            os.utime(self.path(shard))  # it is used
-        opened = self._opened.get(number)
-        if opened is None:
-            opened = self._open(shard)
-            if len(opened) < first + rows:
+            os.utime(self.path(shard))  # it is in use
+        table = self._opened.get(number)
+        if table is None:
+            table = self._open(shard)
+            if len(table) < first + rows:
                 self.path(shard).unlink(missing_ok=True)
-                raise ShardReadError(f"{shard.url} has {len(opened):,} rows now, not {first + rows:,}: start again")
+                raise ShardReadError(f"{shard.url} has {len(table):,} rows now, not {first + rows:,}: start again")
             # A removed file takes room until all have closed it. (Threads may do this at once.)
-            kept = {n: file for n, file in list(self._opened.items()) if self.path(self.spans[n].shard).exists()}
-            self._opened = {**kept, number: opened}
-        return opened
-
-    def _open(self, shard: Shard) -> "datasets.Dataset":
-        import datasets
-        import pyarrow
-
-        for _ in range(FETCH_ATTEMPTS):
-            path = self._fetch(shard)
-            try:
-                opened = datasets.Dataset.from_file(str(path))
-                opened.data.validate(full=True)  # without it a changed offset would be followed out of the file
-                if opened.data.schema != _schema():
-                    raise ValueError("it has other columns")
-                return opened
-            except FileNotFoundError:  # another process made room meanwhile
-                reason = "it is removed at once"
-            except (pyarrow.ArrowException, ValueError, OSError) as error:  # not all of it came to the disk
-                reason = _reason(error)
-                path.unlink(missing_ok=True)
-        raise ShardReadError(f"{shard.url} was fetched {FETCH_ATTEMPTS} times, and {path} can not be read: {reason}")
-
-    def evict(self, number: int) -> str:
-        """Remove the file of a shard, which was changed; returns what to say."""
-        path = self.path(self.spans[number].shard)
-        path.unlink(missing_ok=True)
-        self._opened.pop(number, None)
-        return f"{path} was damaged, and is removed: start again"
+            cached = {n: other for n, other in list(self._opened.items()) if self.path(self.ranges[n].shard).exists()}
+            self._opened = {**cached, number: table}
+        return table
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """Begin to fetch shards that will be needed; one that fails is tried again, and told of, in its turn."""
+        """Begin to download shards that are needed soon; one that fails is tried again in its turn."""
         for number in numbers:
-            if not self.path(self.spans[number].shard).exists():
-                threading.Thread(target=self._try, args=[self.spans[number].shard], daemon=True).start()
+            if not self.path(self.ranges[number].shard).exists():
+                threading.Thread(target=self._try_download, args=[self.ranges[number].shard], daemon=True).start()
 
-    def _try(self, shard: Shard) -> None:
+    def _try_download(self, shard: Shard) -> None:
         with PREFETCH_SLOTS, contextlib.suppress(ValueError):
-            self._fetch(shard)
+            self._download(shard)
 
-    def _fetch(self, shard: Shard) -> Path:
+    def _open(self, shard: Shard) -> "pyarrow.Table":
+        for _ in range(2):  # another process may have removed the file meanwhile, or a full disk have cut it off
+            path = self._download(shard)
+            table = open_rows(path)
+            if table is not None:
+                return table
+            path.unlink(missing_ok=True)
+        raise ShardReadError(f"{shard.url} was downloaded twice, and {path} is damaged: check that disk")
+
+    def _download(self, shard: Shard) -> Path:
         path = self.path(shard)
         try:
-            with disk_errors(path), self._lock(shard.key):  # one process fetches it for all
+            with disk_errors(path), self._lock(shard.content_hash):  # one process does it for all
                 if not path.is_file():
-                    with atomic_write(path) as beside:
-                        write_rows(beside, read_rows(shard.url))
+                    with atomic_write(path) as partial:
+                        write_rows(partial, read_rows(shard.url))
                     self._evict_lru()
         except ValueError as error:  # no image is to blame for a full disk
             raise ShardReadError(str(error)) from None
         return path
 
-    def _lock(self, key: str, timeout: float = -1) -> FileLock:
-        return FileLock(self.folder / f".lock-{int(key, 16) % 64}", timeout=timeout)
+    def _lock(self, content_hash: str, timeout: float = -1) -> FileLock:
+        return FileLock(self.folder / f".lock-{int(content_hash, 16) % 64}", timeout=timeout)
 
     def _remove_unfinished(self) -> None:
-        """Remove what processes left that were killed."""
-        for beside in self.folder.glob(".*.arrow"):
-            with contextlib.suppress(Timeout), self._lock(beside.stem[1:], timeout=0):
-                beside.unlink(missing_ok=True)
-
-    def path(self, shard: Shard) -> Path:
-        """Where a shard is kept."""
-        return self.folder / f"{shard.key}.arrow"
+        """Remove what killed processes left."""
+        for partial in self.folder.glob(".*.arrow"):
+            with contextlib.suppress(Timeout), self._lock(partial.stem[1:], timeout=0):
+                partial.unlink(missing_ok=True)
 
     def _evict_lru(self) -> None:
-        """Remove the files that were not used for the longest time. Who has one open can go on reading it."""
-        for path in sorted(self.folder.glob("[!.]*.arrow"), key=_last_use)[: -self.keep]:
+        """Remove the least recently used files. A process that has one open can go on reading it."""
+        for path in sorted(self.folder.glob("[!.]*.arrow"), key=_last_use)[: -self.max_files]:
             path.unlink(missing_ok=True)
 
 
 def _last_use(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:  # another process made room meanwhile
+    except FileNotFoundError:  # another process has removed it
         return 0
 
 
+def read_rows(url: str) -> Iterator[ShardRow]:
+    """The rows of a shard, from begin to end. ShardReadError when it cannot be read, or is cut off."""
+    with shard_errors(url):
+        yield from tar_rows(url) if is_tar(url) else parquet_rows(url)
+
+
 def write_rows(path: Path, rows: Iterable[ShardRow]) -> None:
-    """Write a file that can be read row by row."""
-    import pyarrow
-
-    schema = _schema()
-    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
-        for chunk in _chunks(rows):
-            told = [{**row._asdict(), "checksum": _checksum(row._asdict())} for row in chunk]
-            writer.write(pyarrow.RecordBatch.from_pylist(told, schema=schema))
-
-
-def _checksum(row: dict[str, Any]) -> int:
-    """CRC-32 of what is kept of a row."""
-    return zlib.crc32(json.dumps([row["captions"], row["error"]]).encode(), zlib.crc32(row["image"] or b""))
-
-
-def _schema() -> Any:
+    """Write a file that can be read row by row: arrow's stream format, and its checksum."""
     import pyarrow
 
     captions = pyarrow.list_(pyarrow.string())
-    columns = {"image": pyarrow.large_binary(), "captions": captions, "error": pyarrow.string()}
-    return pyarrow.schema({**columns, "checksum": pyarrow.uint32()})
+    schema = pyarrow.schema({"image": pyarrow.large_binary(), "captions": captions, "error": pyarrow.string()})
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+        for chunk in _chunks(rows):
+            writer.write(pyarrow.RecordBatch.from_pylist([row._asdict() for row in chunk], schema=schema))
+    with pyarrow.memory_map(str(path)) as file:
+        checksum = zlib.crc32(file.read_buffer())
+    with path.open("ab") as file:
+        file.write(checksum.to_bytes(CHECKSUM_BYTES, "big"))
+
+
+def open_rows(path: Path) -> "pyarrow.Table | None":
+    """The rows of a cached shard, mapped into memory; None for a file that is missing, or not as it was written."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            content = file.read_buffer()
+    except (OSError, pyarrow.ArrowException):
+        return None
+    rows, checksum = memoryview(content)[:-CHECKSUM_BYTES], memoryview(content)[-CHECKSUM_BYTES:]
+    if zlib.crc32(rows) != int.from_bytes(checksum, "big"):
+        return None
+    return pyarrow.ipc.open_stream(content.slice(0, len(rows))).read_all()
 
 
 def _chunks(rows: Iterable[ShardRow]) -> Iterator[list[ShardRow]]:
-    """As many rows as may be in memory."""
+    """As many rows at a time as may be in memory."""
     chunk: list[ShardRow] = []
+    size = 0
     for row in rows:
         chunk.append(row)
-        if len(chunk) == ROWS_PER_CHUNK or sum(len(row.image or b"") for row in chunk) > MAX_IMAGE_BYTES:
+        size += len(row.image or b"")
+        if len(chunk) == ROWS_PER_CHUNK or size > MAX_CHUNK_BYTES:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
     if chunk:
         yield chunk

@@ -1,83 +1,119 @@
-"""TODO."""
+"""Tables with a column of images: a parquet file, a data set of the Hugging Face hub, and parquet shards."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.data.sources.shapes import Split
+from ldm.data.sources.captions import (
+    CAPTION_COLUMNS,
+    Captions,
+    as_caption_list,
+    first_names,
+    one_line,
+    parse_captions,
+)
+from ldm.data.sources.decode import Encoded, EncodedSource
+from ldm.data.sources.shard import ShardRow, open_url
+from ldm.data.sources.splits import Split, hash_split
 
 if TYPE_CHECKING:
     import datasets
-from ldm.data.sources.base import (
-    CAPTION_COLUMNS,
-    Captions,
-    ImageColumn,
-    ImageTextSource,
-    _first,
-    _text,
-    hash_split,
-    parse_captions,
-)
+
+ROWS_PER_BATCH = 64  # of a parquet shard that are decoded at a time
 
 
-def _open_parquet(path: Path, split: Split) -> ImageTextSource:
+def open_parquet(path: Path, split: Split) -> EncodedSource:
+    """One split of a parquet file; ValueError: not one, damaged, empty, or without images."""
     import datasets  # slow, and drawn sets do not need it here
 
     try:
         rows = datasets.Dataset.from_parquet(str(path))
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError, TypeError, LookupError):
         raise ValueError(
-            f"{path}: no parquet file, a damaged one or an empty one; choose another --data.source"
+            f"{path}: not a parquet file, or a damaged or empty one; choose another --data.source"
         ) from None
-    found = _table(rows, str(path), [path.parent])
-    return found.select(hash_split(found.names, split))
+    return _open_table(rows, str(path), [path.parent], split)
 
 
-def _open_hub(name: str, split: Split) -> ImageTextSource:
+def open_hub(name: str, split: Split) -> EncodedSource:
+    """One split of a data set of the hub; ValueError: not there, or without images."""
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 
     try:
         splits = datasets.load_dataset(name)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = _text(error)
         raise ValueError(
-            f"data.source {name}: no such folder, and the Hugging Face hub gave no data set of that name ({reason}); "
-            "give --data.source an existing folder or a public hub id"
+            f"data.source {name}: no such folder, and the Hugging Face hub gave no data set of that name "
+            f"({one_line(error)}); give --data.source an existing folder or a public hub id"
         ) from None
     if "train" not in splits:
-        raise ValueError(f"data.source {name}: has no split train, only {_first(list(splits))}; choose another one")
-    own = next((key for key in ("test", "validation") if key in splits), None)
+        raise ValueError(f"data.source {name}: no split train, only {first_names(list(splits))}; choose another one")
+    held_out = next((key for key in ("test", "validation") if key in splits), None)
     roots = [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
-    found = _table(splits[own if own and split == "test" else "train"], f"hub {name}", roots)
-    return found if own else found.select(hash_split(found.names, split))
+    if held_out is None:
+        return _open_table(splits["train"], f"hub {name}", roots, split)
+    return _open_table(splits[held_out if split == "test" else "train"], f"hub {name}", roots, None)
 
 
-def _table(rows: "datasets.Dataset", where: str, roots: Sequence[Path]) -> ImageTextSource:
-    """The image and caption columns of a table. Rows have no names of their own, so their number is the name."""
+def _open_table(rows: "datasets.Dataset", where: str, roots: Sequence[Path], split: Split | None) -> EncodedSource:
+    """A split, or all, of the image and caption columns of a table. A row has no name, so its number is its name."""
     import datasets
 
     image = image_column(rows.features, where)
     if not len(rows):
-        raise ValueError(f"{where}: holds no rows; choose another --data.source")
-    caption = next((name for name in CAPTION_COLUMNS if name in rows.features), None)
+        raise ValueError(f"{where}: no rows; choose another --data.source")
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    captions: Captions = [""] * len(rows)
-    if caption:
-        captions = [parse_captions(cell, f"{where}, row {i}") for i, cell in enumerate(_cells(rows, caption, where))]
-    said = f"captions from column `{caption}`, {sum(map(bool, captions)):,} captioned" if caption else "no captions"
+    captions, origin = _caption_column(rows, where)
     names = [f"row {i}" for i in range(len(rows))]
-    description = f"images: {len(rows):,} rows of {where}, column `{image}`, {said}"
-    return ImageTextSource(names, ImageColumn(rows.select_columns([image]), image, roots), captions, description)
+    chosen = range(len(rows)) if split is None else hash_split(names, split)
+    return EncodedSource(
+        names=[names[i] for i in chosen],
+        images=ImageColumn(rows.select_columns([image]).select(chosen), image, roots),
+        captions=[captions[i] for i in chosen],
+        description=f"images: {len(rows):,} rows of {where}, column `{image}`, {origin}",
+    )
 
 
-def _cells(rows: "datasets.Dataset", column: str, where: str) -> list[Any]:
-    """A column as it was written: what looks like an image in it is not decoded, and no path in it is followed."""
-    try:
-        return rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+def _caption_column(rows: "datasets.Dataset", where: str) -> tuple[Captions, str]:
+    """The captions of all rows, and where they come from."""
+    column = next((name for name in CAPTION_COLUMNS if name in rows.features), None)
+    if column is None:
+        return [""] * len(rows), "no captions"
+    try:  # as it was written: what looks like an image in it is not decoded, and no path in it is followed
+        cells = rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
     except (ValueError, OverflowError):  # times that Python has none for
-        raise ValueError(f"{where}: column {column} is no text; write text, or lists of texts") from None
+        raise ValueError(f"{where}: column {column} is not text; write text, or lists of texts") from None
+    captions = [parse_captions(cell, f"{where}, row {i}") for i, cell in enumerate(cells)]
+    return captions, f"captions from column `{column}`, {sum(map(bool, captions)):,} captioned"
+
+
+class ImageColumn(Sequence[Encoded]):
+    """The image column of a table, read row by row; a path in it must be below one of the `roots`."""
+
+    def __init__(self, rows: "datasets.Dataset", name: str, roots: Sequence[Path]) -> None:
+        self.rows, self.name, self.roots = rows, name, roots
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Encoded:  # type: ignore[override]
+        cell = self.rows[index][self.name]
+        data, path = (cell["bytes"], cell["path"]) if isinstance(cell, dict) else (cell, None)
+        if isinstance(data, bytes):
+            return data
+        if data is None and path and isinstance(path, str):
+            return _check_within_roots(path, self.roots)
+        raise ValueError("holds no image")
+
+
+def _check_within_roots(path: str, roots: Sequence[Path]) -> Path:
+    full = (roots[0] / path).resolve()
+    if not any(full.is_relative_to(root.resolve()) for root in roots):
+        raise ValueError(f"its path {path} leads out of {roots[0]}")
+    return full
 
 
 def image_column(features: "datasets.Features", where: str) -> str:
@@ -90,8 +126,57 @@ def image_column(features: "datasets.Features", where: str) -> str:
         return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
 
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    found = typed + [name for name, feature in features.items() if holds_bytes(feature)]
-    if not found:
-        columns = _first(list(features), 12)
-        raise ValueError(f"{where}: none of the columns {columns} holds images; choose another --data.source")
-    return found[0]
+    columns = typed + [name for name, feature in features.items() if holds_bytes(feature)]
+    if not columns:
+        names = first_names(list(features), 12)
+        raise ValueError(f"{where}: none of the columns {names} holds images; choose another --data.source")
+    return columns[0]
+
+
+# Parquet shards, read from begin to end.
+
+
+def count_parquet_rows(url: str) -> int:
+    """How many rows a parquet file has, from its footer."""
+    import pyarrow.parquet
+
+    with open_url(url) as file:
+        footer = pyarrow.parquet.read_metadata(file)
+    groups = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+    if min(groups, default=0) < 0 or sum(groups) != footer.num_rows:
+        raise ValueError("its counts of rows are damaged")
+    return footer.num_rows
+
+
+def parquet_rows(url: str) -> Iterator[ShardRow]:
+    """The rows of a parquet file, in order."""
+    import datasets
+    import pyarrow.parquet
+
+    with open_url(url) as file:
+        table = pyarrow.parquet.ParquetFile(file)
+        schema, features = table.schema_arrow, datasets.Features()
+        for column in schema:
+            with contextlib.suppress(ValueError, NotImplementedError):  # a type that it has no name for: not an image
+                features |= datasets.Features.from_arrow_schema(pyarrow.schema([column], metadata=schema.metadata))
+        image = image_column(features, url)
+        caption = next((name for name in CAPTION_COLUMNS if name in features), None)
+        columns = [image, *([caption] if caption else [])]
+        for batch in table.iter_batches(ROWS_PER_BATCH, columns=columns):
+            for row in range(batch.num_rows):
+                yield _parquet_row(*(batch[name][row] for name in columns))
+
+
+def _parquet_row(cell: Any, *caption: Any) -> ShardRow:
+    """A row from cells of arrow."""
+    try:
+        data = cell.as_py()
+        data = data["bytes"] if isinstance(data, dict) else data  # no path that a stranger wrote is followed
+        if not isinstance(data, bytes):
+            raise ValueError("holds no image")
+        captions = parse_captions(caption[0].as_py() if caption else None, "its row")
+        return ShardRow(data, list(filter(None, as_caption_list(captions))), None)
+    except UnicodeDecodeError:
+        return ShardRow(None, [], "its caption is not UTF-8")
+    except (ValueError, OverflowError) as error:
+        return ShardRow(None, [], str(error))

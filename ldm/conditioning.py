@@ -1,0 +1,39 @@
+"""What a network is given beside z_t and t: text context, pooled vector, sizes, spatial channels. Tensors only."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class _ProjectsKV(Protocol):
+    def project_kv(self, context: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class CachedContext:
+    """A context (b, n, d) whose keys and values are computed once for each attention: no sampling step changes them."""
+
+    def __init__(self, hidden_states: Tensor) -> None:
+        self.hidden_states, self.shape = hidden_states, hidden_states.shape
+        self._kv: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def kv_for(self, attention: _ProjectsKV) -> tuple[Tensor, Tensor]:
+        """Keys and values of one attention module, (b, heads, n, d) each."""
+        if attention not in self._kv:
+            self._kv[attention] = attention.project_kv(self.hidden_states)
+        return self._kv[attention]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """All conditions of a batch of b items; None where the network has no such input."""
+
+    context: Tensor | CachedContext | None = None  # (b, n, context_dim), for cross-attention
+    context_mask: Tensor | None = None  # (b, n) bool, True where the context may be attended to; None: everywhere
+    pooled: Tensor | None = None  # (b, pooled_dim), added to the time embedding
+    sizes: Tensor | None = None  # (b or 1, 6), in pixels: original height and width, crop top and left, height and width
+    spatial: Tensor | None = None  # (b or 1, cond_channels, h, w), concatenated to z_t
+
+    def cached(self) -> "Conditioning":
+        """The same with a `CachedContext`, for sampling."""
+        return replace(self, context=CachedContext(self.context)) if isinstance(self.context, Tensor) else self

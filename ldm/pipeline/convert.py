@@ -1,0 +1,86 @@
+"""What the command convert does: one model format into another, read back and compared."""
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from tyro.conf import Positional
+
+from ldm.cli import ScriptConfig
+from ldm.interop import compvis, diffusers
+from ldm.interop.components import ModelComponents
+from ldm.pipeline.load import load_components, save_components
+from ldm.pipeline.pipeline import Pipeline
+
+MAX_PIXEL_DIFFERENCE = 2  # of 255
+
+
+class ConvertConfig(ScriptConfig):
+    """Settings of convert."""
+
+    source: Positional[Path] = Path()
+    """our model folder, a diffusers folder, or a single file: .safetensors, or .ckpt, which is read without its code"""
+    target: Positional[Path] = Path()
+    """folder or file to write; it must not exist"""
+    format: Literal["ldm", "diffusers", "compvis"] = "ldm"
+    use_ema: bool = False
+    """read the averaged weights of a single file"""
+
+
+def convert(config: ConvertConfig) -> float:
+    """Write, read back and compare; returns the largest difference of a pixel, of 255."""
+    if Path() in (config.source, config.target):
+        raise ValueError("pass a model and where to write it: `python scripts/convert.py IN OUT --format diffusers`")
+    if config.target.exists():
+        raise ValueError(f"{config.target} exists: remove it, or choose another name")
+    components = read(config)
+    print(f"{config.source}: {components.description}")
+    partial = config.target.with_name(f".writing-{config.target.name}")
+    try:
+        write(components, partial, config)
+        difference = compare(Pipeline.from_components(components, config.source), Pipeline.load(partial))
+        if difference > MAX_PIXEL_DIFFERENCE:
+            raise ValueError(
+                f"{config.source} generates another image when it is read back as {config.format}: pixels differ by "
+                f"{difference:g} of 255, so nothing was written"
+            )
+        partial.rename(config.target)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+    print(f"{config.target}: written as {config.format}, read back; the same image differs by {difference:g} of 255")
+    return difference
+
+
+def read(config: ConvertConfig) -> ModelComponents:
+    """A model in any format; single files with the weights asked for, and from pickles too."""
+    if config.source.is_file():
+        return compvis.read(config.source, ema=config.use_ema, pickles=True)
+    return load_components(config.source)
+
+
+def write(components: ModelComponents, target: Path, config: ConvertConfig) -> None:
+    """Write a model in the format asked for; ValueError when that cannot hold it."""
+    if config.format == "ldm":
+        save_components(components, target)
+    elif components.vae is None or components.text is None:
+        raise ValueError(f"{config.source} has no VAE or no text: only --format ldm can hold it")
+    else:
+        (diffusers if config.format == "diffusers" else compvis).write(components, target)
+
+
+def compare(one: Pipeline, other: Pipeline) -> float:
+    """Largest pixel difference in a small image of the same seed; ValueError: other diffusion configurations."""
+    if one.diffusion.config.inference_fields() != other.diffusion.config.inference_fields():
+        raise ValueError(
+            f"read back, the diffusion configuration is {other.diffusion.config}, not {one.diffusion.config}"
+        )
+    side = 8 * one.unet.config.factor * (one.vae.config.factor if one.vae else 1)
+    call: dict[str, Any] = {"steps": 2, "sampler": "ddim", "seed": 0, "width": side, "height": side}
+    if one.unet.config.cond_channels:
+        call |= {"image": Image.new("RGB", (side, side), "red"), "mask": Image.new("L", (side, side), "white")}
+    a, b = (np.asarray(p("a cat astronaut", **call)[0], dtype=np.float64) for p in (one, other))
+    return float(abs(a - b).max())

@@ -1,0 +1,315 @@
+"""What the commands txt2img and img2img do: numbered PNGs, each with the record that reproduces it, and a grid."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from pydantic import Field
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from ldm.cli import ScriptConfig
+from ldm.diffusion.guidance import GuidanceConfig
+from ldm.diffusion.samplers import SamplerStep, get_sampler
+from ldm.imaging import image_grid, open_image, pad_for_outpainting, save_image
+from ldm.io.model_dir import latest_model, read_text
+from ldm.io.tensors import sha256
+from ldm.pipeline.inputs import img2img_steps
+from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.record import GenerationRecord, InitImageRecord, read_png, save_png
+
+REPRODUCE_FLAGS = {"reproduce", "model", "out", "device", "config"}  # that go together
+
+
+class GeneratedImage(NamedTuple):
+    """An image and how it was made."""
+
+    image: Image.Image
+    record: GenerationRecord
+
+
+class Txt2ImgConfig(ScriptConfig):
+    """Settings of txt2img."""
+
+    prompts: Positional[tuple[str, ...]] = ()
+    """what to generate; several prompts are generated one after the other"""
+    prompt_file: str | None = None
+    """file with a prompt on each line; `-` reads standard input"""
+    model: Path | None = None
+    """model folder; the newest finished one below runs/ when left out"""
+    out: Path = Path("outputs")
+    """folder for the images"""
+    negative_prompt: str = ""
+    steps: int = Field(30, ge=1)
+    guidance_scale: float | None = Field(None, allow_inf_nan=False)
+    """1 is no guidance; the scale of the model's own sample images when left out"""
+    guidance: GuidanceConfig = GuidanceConfig()
+    sampler: str = "dpmpp_2m"
+    """ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde, unipc or lcm"""
+    eta: float | None = Field(None, ge=0, le=1)
+    """fresh noise in each step; the sampler's own when left out"""
+    timesteps: str = "trailing"
+    """schedule of the steps: trailing, leading, linspace, karras, exponential, log_snr, beta, or a list as 1,0.7,0.3"""
+    seed: int = Field(0, ge=0, lt=2**62)
+    """of the first image; image i has seed + i"""
+    num_images: int = Field(1, ge=1)
+    """images of each prompt"""
+    batch_size: int = Field(8, ge=1)
+    """images generated together"""
+    width: int | None = Field(None, ge=1)
+    height: int | None = Field(None, ge=1)
+    variation_seed: int | None = Field(None, ge=0, lt=2**62)
+    """a second seed, towards whose noise the initial noise is interpolated (slerp)"""
+    variation_strength: float = Field(0.1, ge=0, le=1)
+    """how far: 0 is the noise of `seed`, 1 that of `variation_seed`"""
+    guide_model: Path | None = None
+    """autoguidance: a weaker model of the same kind, whose prediction replaces the unconditional one"""
+    vae_tile: int | None = Field(None, ge=8)
+    """decode latents larger than this side in tiles: less memory for large images"""
+    preview: bool = False
+    """keep OUT/preview.png up to date while sampling: the predicted images"""
+    device: str | None = None
+    """cpu, cuda or mps; the best available one when left out"""
+    reproduce: Path | None = None
+    """generate this PNG again, from its metadata"""
+
+
+class Img2ImgConfig(Txt2ImgConfig):
+    """Settings of img2img."""
+
+    image: Path | None = None
+    """the image to start from"""
+    strength: float = Field(0.75, ge=0, le=1)
+    """how much of it is generated anew; 1 under a mask forgets what was there"""
+    mask: Path | None = None
+    """an image of the same size: what is white is generated, what is black stays"""
+    inversion_prompt: str | None = None
+    """a prompt that describes the image: start from the noise of which DDIM makes it, instead of the seed's"""
+    outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """pixels to add beyond the left, top, right and bottom edge"""
+
+
+def generate_from_image(config: Img2ImgConfig) -> list[Path]:
+    """`generate`, starting from the image that the configuration names; ValueError when it names none."""
+    return generate(config, None if config.reproduce else init_image_record(config))
+
+
+def generate(config: Txt2ImgConfig, init_image: InitImageRecord | None = None) -> list[Path]:
+    """Generate and save images, each as it comes; returns the files, the grid last when there are several images."""
+    get_sampler(config.sampler, config.eta)
+    make_output_folder(config.out)
+    record = read_record(config) if config.reproduce else None
+    prompts = [] if record else read_prompts(config)
+    pipeline = Pipeline.load(find_model(config, record), device=resolve_device(config.device))
+    print(f"{pipeline.path}: {pipeline.description}", file=sys.stderr)
+    models = {"model": str(pipeline.path), "model_hash": sha256(pipeline.weights_file)}
+    if guide_model := record.guide_model if record else config.guide_model:
+        models |= load_guide_model(pipeline, guide_model)
+    if record:
+        check_models(record, models)
+        images: Iterable[GeneratedImage] = [reproduce(pipeline, record)]
+    else:
+        warn_of_prompts(pipeline, prompts)
+        images = generate_all(pipeline, prompts, models, config, init_image)
+    files = save_images(images, config.out)
+    print(f"saved {len(files)} files: {files[0]}" + (f" ... {files[-1]}" if len(files) > 1 else ""))
+    return files
+
+
+def make_output_folder(out: Path) -> None:
+    """ValueError when a file is in its place."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"--out {out} is a file: pass a folder") from None
+
+
+def read_record(config: Txt2ImgConfig) -> GenerationRecord:
+    """That of the image to reproduce; ValueError when other settings are passed too."""
+    assert config.reproduce is not None
+    defaults = Txt2ImgConfig()
+    for name in Txt2ImgConfig.model_fields.keys() - REPRODUCE_FLAGS:
+        if getattr(config, name) != getattr(defaults, name):
+            raise ValueError(f"--reproduce reads all settings from {config.reproduce}: leave out {name}")
+    return read_png(config.reproduce)
+
+
+def read_prompts(config: Txt2ImgConfig) -> list[str]:
+    """Prompts of the command line, then of the file; ValueError when there is none."""
+    prompts = list(config.prompts)
+    if config.prompt_file:
+        file = Path(config.prompt_file)
+        if config.prompt_file != "-" and (file.is_dir() or not file.exists()):
+            raise ValueError(f"prompt file {file} does not exist: pass a text file with a prompt on each line")
+        text = sys.stdin.read() if config.prompt_file == "-" else read_text(file)
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"prompt file {file} is empty: write a prompt on each line")
+        prompts += lines
+    if any(not prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt is empty: say what to generate, or leave it out")
+    if not prompts:
+        raise ValueError('no prompt: say what to generate, as in `python scripts/txt2img.py "a small red circle"`')
+    return prompts
+
+
+def init_image_record(config: Img2ImgConfig) -> InitImageRecord:
+    """The image and the mask of the command line; ValueError when a file is missing."""
+    for name, path in (("image", config.image), ("mask", config.mask)):
+        if path is not None and not path.is_file():
+            raise ValueError(f"{name} {path} does not exist")
+    if config.image is None:
+        raise ValueError("--image is required; txt2img.py generates from a prompt alone")
+    return InitImageRecord(
+        image=str(config.image),
+        image_hash=sha256(config.image),
+        strength=config.strength,
+        mask=config.mask and str(config.mask),
+        mask_hash=config.mask and sha256(config.mask),
+        inversion_prompt=config.inversion_prompt,
+        outpaint=config.outpaint,
+    )
+
+
+def find_model(config: Txt2ImgConfig, record: GenerationRecord | None) -> Path:
+    """The model of the command line, of the image to reproduce, or the newest finished one."""
+    if config.model:
+        return config.model
+    return Path(record.model) if record else latest_model("pipeline", Path("runs"), script="make demo")
+
+
+def resolve_device(name: str | None) -> str:
+    """This device, or the best available one: cuda, mps or cpu; ValueError when it cannot be used."""
+    if name is not None:
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {name} cannot be used here ({reason}): leave out --device") from None
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load_guide_model(pipeline: Pipeline, path: str | Path) -> dict[str, str]:
+    """Let the model at `path` guide the pipeline; returns the record's fields about it."""
+    guide = Pipeline.load(path, device=pipeline.device)
+    pipeline.set_guide_model(guide)
+    return {"guide_model": str(path), "guide_model_hash": sha256(guide.weights_file)}
+
+
+def check_models(record: GenerationRecord, models: dict[str, str]) -> None:
+    """ValueError unless the loaded models are those that made the image."""
+    if record.model_hash != models["model_hash"]:
+        raise ValueError(f"the image was generated by another model ({record.model}): pass that one with --model")
+    if record.guide_model_hash != models.get("guide_model_hash"):
+        raise ValueError(f"{record.guide_model} is not the guide model of this image: put that one back")
+
+
+def warn_of_prompts(pipeline: Pipeline, prompts: list[str]) -> None:
+    """Report on standard error what the model cannot have learned."""
+    if pipeline.text is None:
+        print("warning: unconditional model: the prompt is ignored", file=sys.stderr)
+        return
+    for prompt in prompts:
+        if unseen := pipeline.unseen_words(prompt):
+            print(f"warning: words never seen in training: {', '.join(unseen)}", file=sys.stderr)
+
+
+def generate_all(
+    pipeline: Pipeline,
+    prompts: list[str],
+    models: dict[str, str],
+    config: Txt2ImgConfig,
+    init_image: InitImageRecord | None = None,
+) -> Iterator[GeneratedImage]:
+    """Every image with its record, which names the `models` too; batch by batch, with a progress bar."""
+    inputs = open_init_image(init_image) if init_image else {}
+    settings = pipeline_settings(pipeline, config, inputs["image"].size if init_image else None)
+    steps = config.steps
+    if init_image and init_image.inversion_prompt is None:
+        steps = img2img_steps(init_image.strength, steps)
+    firsts = range(0, config.num_images, config.batch_size)
+    with tqdm(total=len(prompts) * len(firsts) * steps, unit="step", desc="sampling") as bar:
+
+        def on_step(index: int, step: SamplerStep) -> None:
+            bar.update()
+            if config.preview:
+                save_image(image_grid(pipeline.preview(step.denoised)), config.out / "preview.png")
+
+        for prompt in prompts:
+            for first in firsts:
+                count = min(config.batch_size, config.num_images - first)
+                call = {"prompt": prompt, **settings, "seed": config.seed + first, "num_images": count}
+                for index, image in enumerate(pipeline(**call, **inputs, on_step=on_step)):
+                    record = GenerationRecord(**call, index=index, init_image=init_image, **models)
+                    yield GeneratedImage(image, record)
+
+
+def pipeline_settings(pipeline: Pipeline, config: Txt2ImgConfig, image_size: tuple[int, int] | None) -> dict[str, Any]:
+    """The arguments of the pipeline that all batches have in common, all of them explicit."""
+    width, height = image_size or (pipeline.resolution, pipeline.resolution)
+    scale = config.guidance_scale
+    return {
+        "negative_prompt": config.negative_prompt,
+        "steps": config.steps,
+        "guidance_scale": pipeline.default_guidance_scale if scale is None else scale,
+        "guidance": config.guidance,
+        "sampler": config.sampler,
+        "eta": config.eta,
+        "timesteps": parse_schedule(config.timesteps),
+        "width": config.width or width,
+        "height": config.height or height,
+        "variation_seed": config.variation_seed,
+        "variation_strength": config.variation_strength,
+        "vae_tile": config.vae_tile,
+    }
+
+
+def parse_schedule(text: str) -> str | tuple[float, ...]:
+    """The name of a schedule, or a list of t."""
+    if "," not in text:
+        return text
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"timesteps {text!r} is not a list of numbers: write them as 1,0.7,0.3") from None
+
+
+def open_init_image(record: InitImageRecord) -> dict[str, Any]:
+    """The arguments of the pipeline; ValueError when a file has changed since, or cannot be read."""
+    image = _open_unchanged(record.image, record.image_hash)
+    mask = _open_unchanged(record.mask, record.mask_hash).convert("L") if record.mask else None
+    if any(record.outpaint):
+        image, mask = pad_for_outpainting(image, mask, record.outpaint)
+    return {"image": image, "mask": mask, "strength": record.strength, "inversion_prompt": record.inversion_prompt}
+
+
+def _open_unchanged(path: str, digest: str | None) -> Image.Image:
+    if not Path(path).is_file() or sha256(Path(path)) != digest:
+        raise ValueError(f"{path} is not the image that this was generated from: put that one back")
+    return open_image(Path(path))
+
+
+def reproduce(pipeline: Pipeline, record: GenerationRecord) -> GeneratedImage:
+    """Generate the whole batch of an image, since numbers differ in the last bit with its size, and pick the image."""
+    inputs = open_init_image(record.init_image) if record.init_image else {}
+    return GeneratedImage(pipeline(**record.pipeline_kwargs, **inputs)[record.index], record)
+
+
+def save_images(images: Iterable[GeneratedImage], out: Path) -> list[Path]:
+    """Write each image as it comes, numbered after the PNGs that are there, then a grid when there are several."""
+    first = 1 + max((int(path.stem) for path in out.glob("*.png") if path.stem.isdigit()), default=-1)
+    files, grid = [], []
+    for number, (image, record) in enumerate(images, start=first):
+        files.append(out / f"{number:05d}.png")
+        grid.append(image)
+        save_png(files[-1], image, record)
+    if len(grid) > 1:
+        files.append(out / f"grid-{first:05d}.png")
+        save_image(image_grid(grid), files[-1])
+    return files

@@ -1,0 +1,116 @@
+"""Model folders: their manifests, and reading and writing the components of a pipeline."""
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from ldm.config import Config
+from ldm.diffusion.process import Diffusion, DiffusionConfig
+from ldm.interop import compvis, diffusers
+from ldm.interop.components import ModelComponents
+from ldm.io.atomic import write_text
+from ldm.io.model_dir import MODEL_FORMAT, VOCABULARY_FILES, read_manifest, read_vocabulary, write_manifest
+from ldm.io.tensors import load_weights, save_weights, sha256
+from ldm.text import TextConditioner, TextConfig, TextEncoder, combine_encoders
+from ldm.text.config import LOCAL
+from ldm.unet import UNet, UNetConfig
+from ldm.vae import VAE, VAEConfig
+
+UNET_FILE, VAE_FILE = "unet.safetensors", "vae.safetensors"
+TEXT_FOLDERS = ("text", "second_text")
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class PipelineManifest(Config):
+    """The model.json of a pipeline."""
+
+    resolution: int
+    metadata: dict[str, Any]
+    null_prompt: Literal[""] = ""
+    diffusion: DiffusionConfig
+    unet: UNetConfig
+    vae: VAEConfig | None
+    vae_sha256: str | None
+    text: TextConfig | None
+    second_text: TextConfig | None = None
+
+
+class VAEManifest(Config):
+    """The model.json of a VAE."""
+
+    data: dict[str, Any]
+    vae: VAEConfig
+    vae_sha256: str
+
+
+def load_components(path: Path) -> ModelComponents:
+    """Read a model: a folder, ours or one of diffusers, or a single CompVis file.
+
+    ValueError: not a model, incomplete, or with another VAE than the one that the U-Net was trained on.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: pass a model folder, a diffusers folder or a single file")
+    if path.is_file():
+        return compvis.read(path)
+    return diffusers.read(path) if diffusers.is_folder(path) else _read_folder(path)
+
+
+def save_components(components: ModelComponents, folder: Path) -> None:
+    """Write a model folder; its manifest is last, so a folder that has one is complete."""
+    unet, diffusion, vae, text, resolution, vocabulary, metadata = components
+    save_weights(unet, folder / UNET_FILE)
+    vae_sha256 = save_weights(vae, folder / VAE_FILE) if vae else None
+    write_text(folder / VOCABULARY_FILES[MODEL_FORMAT], "\n".join(vocabulary))
+    towers: dict[str, TextConfig | None] = dict.fromkeys(TEXT_FOLDERS)
+    for name, encoder in zip(TEXT_FOLDERS, text.encoders if text else (), strict=False):
+        towers[name] = encoder.config.model_copy(update={"model": encoder.save(folder / name)})
+    manifest = PipelineManifest(
+        resolution=resolution,
+        metadata=metadata,
+        diffusion=diffusion.config,
+        unet=unet.config,
+        vae=vae.config if vae else None,
+        vae_sha256=vae_sha256,
+        **towers,
+    )
+    write_manifest(folder, "pipeline", manifest.to_dict())
+
+
+def load_vae(folder: Path) -> VAE:
+    """The frozen VAE of a finished train_vae run, in float32 on the CPU."""
+    return _build_frozen(VAE, read_manifest(folder, "vae", VAEManifest).vae, folder / VAE_FILE)
+
+
+def _read_folder(folder: Path) -> ModelComponents:
+    manifest = read_manifest(folder, "pipeline", PipelineManifest)
+    vae = _build_frozen(VAE, manifest.vae, folder / VAE_FILE) if manifest.vae else None
+    if vae is not None and sha256(folder / VAE_FILE) != manifest.vae_sha256:
+        raise ValueError(f"{folder / VAE_FILE} is not the VAE that this U-Net was trained on: put that one back")
+    return ModelComponents(
+        _build_frozen(UNet, manifest.unet, folder / UNET_FILE),
+        Diffusion(manifest.diffusion),
+        vae,
+        _load_text(manifest, folder),
+        manifest.resolution,
+        tuple(read_vocabulary(folder)),
+        manifest.metadata,
+    )
+
+
+def _build_frozen(network: type[Network], config: Config, weights: Path) -> Network:
+    with torch.device("meta"):
+        module = network(config)
+    load_weights(module, weights)
+    return module.requires_grad_(False).eval()
+
+
+def _load_text(manifest: PipelineManifest, folder: Path) -> TextConditioner | None:
+    encoders = []
+    for config in filter(None, (manifest.text, manifest.second_text)):
+        name = config.model.removeprefix(LOCAL)  # of a folder in this one
+        model_id = f"{LOCAL}{folder / name}" if config.model.startswith(LOCAL) else config.model
+        encoders.append(TextEncoder.load(config, model_id=model_id))
+    return combine_encoders(encoders)

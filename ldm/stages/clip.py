@@ -1,0 +1,80 @@
+"""CLIP: an image tower and a text tower learn which caption belongs to which image (Radford et al. 2021)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ldm.config import CONFIGS
+from ldm.data import DataConfig
+from ldm.io.model_dir import write_manifest
+from ldm.rng import StepRNG
+from ldm.stages.splits import Splits, example_images
+from ldm.text.clip import CLIP, CLIPConfig, clip_loss, retrieval_accuracy
+from ldm.training.config import TrainingConfig
+from ldm.training.stage import Batch, Networks, Stage, Trainable
+
+
+class TrainCLIPConfig(TrainingConfig):
+    """Settings of train_clip."""
+
+    run: Path = Path("runs/shapes/clip")
+    data: DataConfig = DataConfig()
+    clip: CLIPConfig = CLIPConfig()
+
+
+class CLIPStage(Stage):
+    """Trains open_clip's own model on the images and captions of a data set."""
+
+    Config, default = TrainCLIPConfig, CONFIGS / "shapes/clip.yaml"
+    data: Splits
+    device: torch.device
+    validation: dict[str, Any]  # held-out images and captions
+
+    def __init__(self, config: TrainCLIPConfig, *, rank: int = 0, world: int = 1) -> None:
+        if config.grad_accum_steps > 1:
+            raise ValueError("grad_accum_steps: the contrastive loss compares all images of a batch; leave it at 1")
+        if config.data.bucket_step:
+            raise ValueError("data.bucket_step: the image tower needs squares; leave it at 0 for train_clip")
+        self.config = config
+        self.clip = CLIP(config.clip.architecture(config.data.resolution))
+        self.contrastive_loss = clip_loss(rank=rank, world=world)
+        self.trainables, self.frozen = [Trainable("clip", self.clip)], {}
+
+    @classmethod
+    def build(cls, config: TrainCLIPConfig, accelerator: Accelerator) -> "CLIPStage":
+        """With data; ValueError as `open_dataset` and the networks raise it."""
+        stage = cls(config, rank=accelerator.process_index, world=accelerator.num_processes)
+        stage.data = Splits.open(config.data, config.seed)
+        accelerator.print(stage.data.images.describe())
+        stage.device, stage.validation = accelerator.device, stage.data.first_held_out(128)
+        return stage
+
+    def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
+        """Symmetric cross-entropy between images and captions of the whole batch of all ranks."""
+        images = batch["image"].to(rng.device, non_blocking=True)
+        ids = self.clip.tokenizer(batch["caption"]).to(rng.device, non_blocking=True)
+        return {"loss": self.contrastive_loss(**networks["clip"](images, ids))}
+
+    def example_batch(self, count: int) -> Batch:
+        """Random images, one caption."""
+        return example_images(self.config.data, count)
+
+    def validate(self) -> dict[str, float]:
+        """Share of held-out captions whose own image is the nearest."""
+        images = self.validation["image"].to(self.device)
+        return {"validation_retrieval": retrieval_accuracy(self.clip, images, self.validation["caption"])}
+
+    def sample(self) -> None:
+        """There is nothing to look at."""
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that open_clip loads as `local-dir:FOLDER`."""
+        self.clip.save(folder)
+        write_manifest(folder, "text tower", {"data": self.config.data.source})
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Data and model."""
+        return {"data": self.data.images.fingerprint(), "clip": self.config.clip.to_dict()}

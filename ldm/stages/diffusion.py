@@ -1,0 +1,306 @@
+"""Latent diffusion: a U-Net learns to predict the noise in latents, or pixels, under frozen text embeddings.
+
+Sources: Ho et al. 2020 (algorithm 1), Rombach et al. 2022 (section 3.3), Ho and Salimans 2022 (caption dropout).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from ldm.cli import training_command
+from ldm.conditioning import Conditioning
+from ldm.config import CONFIGS
+from ldm.data import DataConfig
+from ldm.data.latents import LatentDataset
+from ldm.data.latents_in_memory import InMemoryLatents
+from ldm.diffusion.process import Diffusion, DiffusionConfig
+from ldm.imaging import captioned_grid, tensor_to_pil
+from ldm.io.model_dir import latest_model
+from ldm.io.tensors import init_weights, sha256
+from ldm.pipeline import Pipeline
+from ldm.pipeline.conditions import text_conditioning
+from ldm.pipeline.inputs import initial_noise
+from ldm.pipeline.load import load_components, load_vae
+from ldm.rng import StepRNG, generator
+from ldm.stages.latents import open_latents, text_fingerprint
+from ldm.stages.splits import Splits, example_images
+from ldm.text import Text, TextConfig, TextEmbeddings, encode_for_cache, load_text_encoder, states_from_cache
+from ldm.text.vocabulary import vocabulary
+from ldm.training.config import TrainingConfig
+from ldm.training.stage import Batch, Networks, Stage, Trainable
+from ldm.unet import UNet, UNetConfig
+from ldm.vae import VAE, Posterior
+
+VALIDATION_T = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+class TrainLDMConfig(TrainingConfig):
+    """Settings of train_ldm."""
+
+    run: Path = Path("runs/shapes/ldm")
+    data: DataConfig = DataConfig()
+    vae: str = "latest"
+    """model folder of a train_vae run; `latest`: the newest finished one beside this run; `none`: pixels"""
+    text: TextConfig = TextConfig()
+    second_text: TextConfig = TextConfig(model="none")
+    """a second tower, whose hidden states are concatenated to those of the first, as in Stable Diffusion XL"""
+    unet: UNetConfig = UNetConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    init_from: Path | None = None
+    """start from the U-Net of a finished model: a model folder, a diffusers folder or a single file"""
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    """share of captions that are replaced by "", for classifier-free guidance"""
+    cache_latents: bool = False
+    """encode each image once, before training, and keep its latent in memory: with one crop, and without flips"""
+    cached_latents: Path | None = None
+    """folder of cache_latents.py: train on its latents and token ids, and open no image"""
+    sample_prompts: tuple[str, ...] = ()
+    """prompts of the sample grid; captions of held-out images when empty"""
+    sample_steps: int = Field(30, ge=1)
+    sample_guidance_scale: float = 3.0
+    """guidance scale of the sample grid; txt2img's default for this model"""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether latents are encoded before training and kept in memory."""
+        return self.cache_latents and self.cached_latents is None
+
+
+class DiffusionStage(Stage):
+    """Trains a U-Net under a frozen VAE and frozen text towers, where there are any."""
+
+    Config, default = TrainLDMConfig, CONFIGS / "shapes/ldm.yaml"
+    data: Splits
+    vae_sha256: str | None
+
+    def __init__(self, config: TrainLDMConfig, vae: VAE | None, text: Text | None, device: torch.device) -> None:
+        check_unet_dims(config, vae, text)
+        self.config, self.device, self.vae, self.text = config, device, vae, text
+        self.unet = UNet(config.unet, gradient_checkpointing=config.gradient_checkpointing)
+        self.diffusion = Diffusion(config.diffusion)
+        self.trainables = [Trainable("unet", self.unet)]
+        self.frozen: dict[str, nn.Module] = {}
+        for name, module in (("vae", vae), ("text", text)):
+            if module is not None:
+                self.frozen[name] = module.to(device)
+        self.empty_ids = text.tokenize([""]) if text else None
+
+    @classmethod
+    def build(cls, config: TrainLDMConfig, accelerator: Accelerator) -> "DiffusionStage":
+        """With the finished stages before it, data and initial weights; ValueError where something does not fit."""
+        check_in_memory(config)
+        vae_folder = resolve_vae(config)
+        vae = load_vae(vae_folder) if vae_folder else None
+        towers = (config.text, config.second_text)
+        text = load_text_encoder(towers, config.run.parent, training_command(config, "clip", cls.default))
+        model_ids = " and ".join(encoder.model_id for encoder in text.encoders) if text else "none"
+        accelerator.print(f"VAE: {vae_folder or 'none'}; text: {model_ids}")
+        if vae and config.cached_latents is None:
+            config.data.check_channels(vae.config.image_channels)
+        config.data.check_buckets(config.unet.factor * (vae.config.factor if vae else 1))
+        if config.cached_latents is None:
+            data = Splits.open(config.data, config.seed)
+            accelerator.print(data.images.describe())
+            words = vocabulary(data.images.captions)
+        else:
+            data, words = open_latents(config.cached_latents, config.data, config.seed, vae_folder, text)
+            accelerator.print(data.describe())
+        stage = cls(config, vae, text, accelerator.device)
+        if config.init_from:
+            init_weights(stage.unet, load_components(config.init_from).unet.state_dict(), config.init_from)
+        stage.vae_sha256 = sha256(vae_folder / "vae.safetensors") if vae_folder else None
+        stage.prepare(data, words, accelerator)
+        return stage
+
+    def prepare(self, data: Splits, words: list[str], accelerator: Accelerator) -> None:
+        """What validation, samples and the model folder need; encodes the images if they are kept in memory."""
+        self.data, self.validation = data, data.first_held_out(64)
+        if isinstance(data.held_out, LatentDataset):
+            self.sample_captions = data.held_out.index.sample_captions
+        else:
+            self.sample_captions = self.validation["caption"]
+        if self.config.in_memory and self.vae:
+            if data.images.is_sharded:
+                raise ValueError(
+                    "data.source: shards are too large to be cached; add --no-cache-latents, or use cache_latents.py"
+                )
+            accelerator.print("caching latents with one fixed crop per image (--no-cache-latents for random crops)")
+            progress = accelerator.is_main_process
+            data.train = InMemoryLatents(data.images, self.vae.encode, device=self.device, progress=progress)
+        metadata = {"data": self.config.data.to_dict(), "guidance_scale": self.config.sample_guidance_scale}
+        self.pipeline = Pipeline(
+            self.unet,
+            self.diffusion,
+            vae=self.vae,
+            text=self.text,
+            resolution=self.config.data.resolution,
+            vocabulary=words,
+            metadata=metadata,
+        )
+
+    # Loss.
+
+    def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
+        """Weighted squared error of the prediction at a random t, a mean over the batch."""
+        # Latents.
+        z = self.latents(batch, lambda shape: rng.randn("latent", shape))
+        # t, and the captions that are dropped.
+        positions = torch.tensor(rng.positions, device=z.device)
+        t = self.diffusion.sample_t(rng.rand("time"), positions, rng.batch_size)
+        dropped = rng.rand("dropout", torch.device("cpu")) < self.config.caption_dropout
+        # Noised latents.
+        noise = rng.randn("noise", z.shape[1:])
+        z_t = self.diffusion.add_noise(z, noise, t)
+        # Prediction.
+        cond = self.conditioning(batch, dropped)
+        prediction = networks["unet"](z_t, self.diffusion.network_timestep(t), cond)
+        # Weighted error.
+        error = squared_error(prediction, self.diffusion.training_target(z, noise, t))
+        return {"loss": (self.diffusion.loss_weight(t) * error).mean()}
+
+    def latents(self, batch: Batch, randn: Callable[[torch.Size], Tensor]) -> Tensor:
+        """What is noised, (b, c, h, w); `randn` draws the noise of the posterior, for a shape (c, h, w)."""
+        if self.vae is None:
+            return batch["image"].to(self.device, non_blocking=True)
+        if "mean" in batch:
+            posterior = Posterior(*(batch[key].to(self.device, non_blocking=True) for key in ("mean", "logvar")))
+        else:
+            with torch.no_grad():
+                posterior = self.vae.encode(batch["image"].to(self.device, non_blocking=True))
+        return self.vae.standardize(posterior.sample(randn(posterior.mean.shape[1:])))
+
+    def conditioning(self, batch: Batch, dropped: Tensor | None = None) -> Conditioning:
+        """Text and sizes of a batch, with those of "" where `dropped` (b,) is True; ids and lengths stay on the CPU."""
+        embeddings = self._text_embeddings(batch, dropped)
+        cond = text_conditioning(self.text, embeddings) if self.text and embeddings else Conditioning()
+        sizes = batch["sizes"].to(self.device, non_blocking=True) if self.config.unet.size_embed_dim else None
+        return replace(cond, sizes=sizes)
+
+    def _text_embeddings(self, batch: Batch, dropped: Tensor | None) -> TextEmbeddings | None:
+        if self.text is None or self.empty_ids is None:
+            return None
+        ids = batch["ids"] if "ids" in batch else self.text.tokenize(batch["caption"])
+        ids = drop_captions(ids, dropped, self.empty_ids)
+        if "hidden_states" not in batch:
+            return self.text.encode_ids(ids)
+        hidden_states, pooled = (
+            drop_captions(batch[key].to(self.device, non_blocking=True), dropped, empty)
+            for key, empty in zip(("hidden_states", "pooled"), self._empty_embeddings, strict=True)
+        )
+        return states_from_cache(self.text, ids, hidden_states, pooled)
+
+    @cached_property
+    def _empty_embeddings(self) -> tuple[Tensor, Tensor]:
+        assert self.text is not None and self.empty_ids is not None
+        return encode_for_cache(self.text, self.empty_ids)
+
+    def example_batch(self, count: int) -> Batch:
+        """Random images, or latents where the configuration caches them."""
+        batch = example_images(self.config.data, count)
+        if self.vae is None or not (self.config.cache_latents or self.config.cached_latents):
+            return batch
+        shape = (count, *self.vae.config.latent_shape(batch.pop("image")))
+        return {**batch, "mean": torch.randn(shape), "logvar": torch.zeros(shape)}
+
+    # Validation, samples, model folder.
+
+    def validate(self) -> dict[str, float]:
+        """The unweighted loss on held-out samples at fixed t, with fixed noise."""
+        count = len(self.validation["sizes"])
+        shape = self.pipeline.latent_shape(self.config.data.resolution, self.config.data.resolution)
+        noise = torch.randn(2, count, *shape, generator=generator(self.config.seed, "validation")).to(self.device)
+        z, cond = self.latents(self.validation, lambda _: noise[0]), self.conditioning(self.validation)
+        losses = {}
+        for value in VALIDATION_T:
+            t = torch.full((count,), value, device=self.device)
+            z_t = self.diffusion.add_noise(z, noise[1], t)
+            prediction = self.unet(z_t, self.diffusion.network_timestep(t), cond)
+            error = squared_error(prediction, self.diffusion.training_target(z, noise[1], t))
+            losses[f"validation_loss_t{value}"] = error.mean().item()
+        return {"validation_loss": sum(losses.values()) / len(losses), **losses}
+
+    def sample(self) -> Image.Image:
+        """A grid of sampled images with their prompts."""
+        config = self.config
+        prompts = list(config.sample_prompts or self.sample_captions[:16])
+        seeds = list(range(len(prompts)))
+        shape = self.pipeline.latent_shape(config.data.resolution, config.data.resolution)
+        z = self.pipeline.sample(
+            initial_noise(shape, seeds).to(self.device),
+            prompts,
+            [""] * len(seeds),
+            seeds=seeds,
+            steps=config.sample_steps,
+            guidance_scale=config.sample_guidance_scale,
+            literal=not config.sample_prompts,
+        )
+        return captioned_grid(tensor_to_pil(self.pipeline.decode(z)), prompts, columns=8)
+
+    def save(self, folder: Path) -> None:
+        """Write the whole pipeline."""
+        self.pipeline.save(folder)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Data, model, and the frozen networks."""
+        fingerprint = {"data": self.data.source.fingerprint(), "unet": self.config.unet.to_dict()}
+        fingerprint |= {"diffusion": self.config.diffusion.to_dict(), "vae_sha256": self.vae_sha256}
+        return fingerprint | text_fingerprint(self.text)
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean over each item: (b, ...), (b, ...) -> (b,)."""
+    return (prediction.float() - target).square().flatten(1).mean(1)
+
+
+def drop_captions(values: Tensor, dropped: Tensor | None, empty: Tensor) -> Tensor:
+    """Values of captions (b, ...) with those of "" (1, ...) where the caption is dropped (b,) bool."""
+    if dropped is None:
+        return values
+    where = dropped.to(values.device, non_blocking=True).view(-1, *[1] * (values.ndim - 1))
+    return torch.where(where, empty.to(values.device), values)
+
+
+# Checks of the configuration.
+
+
+def resolve_vae(config: TrainLDMConfig) -> Path | None:
+    """The model folder of the VAE; None for diffusion in pixels."""
+    if config.vae == "none":
+        return None
+    if config.vae == "latest":
+        return latest_model("vae", config.run.parent, script=training_command(config, "vae", DiffusionStage.default))
+    return Path(config.vae)
+
+
+def check_in_memory(config: TrainLDMConfig) -> None:
+    """ValueError where latents cannot be kept in memory as the configuration says."""
+    if config.in_memory and config.data.random_flip:
+        raise ValueError(
+            "data.random_flip: cached latents cannot be mirrored; add --no-cache-latents or --data.no-random-flip"
+        )
+    if config.in_memory and config.data.bucket_step:
+        raise ValueError(
+            "data.bucket_step: cached latents are of one shape; add --no-cache-latents, or use cache_latents.py"
+        )
+
+
+def check_unet_dims(config: TrainLDMConfig, vae: VAE | None, text: Text | None) -> None:
+    """ValueError unless the U-Net fits the latents and the text."""
+    expected = {
+        "cond_channels": 0,
+        "in_channels": vae.config.latent_channels if vae else config.data.channels,
+        "context_dim": text.width if text else 0,
+        "pooled_dim": text.pooled_dim if text else 0,
+    }
+    for name, value in expected.items():
+        if (found := getattr(config.unet, name)) != value:
+            flag = f"--unet.{name.replace('_', '-')} {value}"
+            raise ValueError(f"unet.{name} is {found}, the VAE and text need {value}: {flag}")

@@ -1,0 +1,189 @@
+"""Caching latents, token ids and text embeddings on disk, so that train_ldm needs neither images nor VAE."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.cli import ScriptConfig
+from ldm.data import DataConfig, open_dataset
+from ldm.data.batch_sampler import SampleKey
+from ldm.data.latents import (
+    INDEX_FILE,
+    VOCABULARY_FILE,
+    LatentDataset,
+    LatentFileLayout,
+    LatentIndex,
+    content_key,
+    is_valid,
+    list_latent_files,
+    save_groups,
+    write_latent_file,
+)
+from ldm.data.sources.shapes import Split
+from ldm.io.atomic import write_text
+from ldm.io.model_dir import latest_model, read_text
+from ldm.io.tensors import sha256
+from ldm.pipeline.load import load_vae
+from ldm.stages.splits import Splits
+from ldm.text import Text, TextConfig, encode_for_cache, load_text_encoder
+from ldm.text.tokenizer import tokenizer_hash
+from ldm.text.vocabulary import vocabulary
+from ldm.training.distributed import is_peer_failure, make_gather, process_group_timeout
+
+SPLITS: tuple[Split, ...] = ("train", "test")
+SAMPLE_CAPTIONS = 64
+
+
+class CacheLatentsConfig(ScriptConfig):
+    """Settings of cache_latents."""
+
+    out: Path = Path("runs/shapes/latents")
+    """folder for the latents"""
+    data: DataConfig = DataConfig()
+    vae: str = "latest"
+    """model folder of a train_vae run; `latest`: the newest finished one beside `out`"""
+    text: TextConfig = TextConfig()
+    """its tokenizer encodes the captions"""
+    second_text: TextConfig = TextConfig(model="none")
+    """a second tower, as in train_ldm, for its embeddings"""
+    text_embeddings: bool = False
+    """also cache the text embeddings of each caption, so that no tower has to run while the U-Net is trained"""
+    augmentations_per_image: int = Field(1, ge=1)
+    """crops and flips of each training image; epoch e of a run uses number e modulo this"""
+    images_per_file: int = Field(4096, ge=1)
+    seed: int = 0
+    """of crops and flips, as in train_ldm"""
+    timeout: int = Field(6 * 3600, ge=1, le=10**8)
+    """seconds after which a rank that waits for the others to finish gives up"""
+
+
+def cache_latents(config: CacheLatentsConfig) -> Path:
+    """Write what is not there yet, over all ranks, then the index; returns the folder."""
+    accelerator = Accelerator(kwargs_handlers=[process_group_timeout(config.timeout)])
+    try:
+        return LatentWriter(config, accelerator).run()
+    except RuntimeError as error:
+        if not is_peer_failure(accelerator, error):
+            raise
+        raise ValueError(
+            "a rank failed: see the output of the other ranks, then start cache_latents.py again"
+        ) from None
+
+
+class LatentWriter:
+    """The frozen networks and both splits of one call."""
+
+    def __init__(self, config: CacheLatentsConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        vae_folder = Path(config.vae)
+        if config.vae == "latest":
+            vae_folder = latest_model("vae", config.out.parent, script="accelerate launch scripts/train_vae.py")
+        towers, script = (config.text, config.second_text), "accelerate launch scripts/train_clip.py"
+        text = load_text_encoder(towers, config.out.parent, script)
+        if text is None:
+            raise ValueError("text.model none: pass the text tower that train_ldm will have")
+        self.vae, self.text = load_vae(vae_folder).to(accelerator.device), text.to(accelerator.device)
+        config.data.check_channels(self.vae.config.image_channels)
+        self.sets = {split: open_dataset(config.data, split, seed=config.seed) for split in SPLITS}
+        self.fingerprint = latents_fingerprint(config.data, config.seed, vae_folder, self.text)
+        self.fingerprint |= {"items": {split: data.source.fingerprint() for split, data in self.sets.items()}}
+        self.fingerprint |= text_fingerprint(self.text) if config.text_embeddings else {}
+
+    def run(self) -> Path:
+        """Write the missing files, then the index."""
+        config, accelerator = self.config, self.accelerator
+        accelerator.print(self.sets["train"].describe())
+        key = content_key(self.fingerprint, config.images_per_file)
+        config.out.mkdir(parents=True, exist_ok=True)
+        files = [(split, *file) for split in SPLITS for file in self._files(split)]
+        missing = [file for file in files if not is_valid(config.out / file[1], key)]
+        accelerator.wait_for_everyone()  # all have seen the same files
+        accelerator.print(f"{len(files) - len(missing)} of {len(files)} files are there")
+        share = missing[accelerator.process_index :: accelerator.num_processes]
+        for split, name, augmentation, rows in tqdm(share, unit="file", disable=not accelerator.is_main_process):
+            write_latent_file(
+                config.out / name,
+                self.sets[split],
+                augmentation,
+                rows,
+                encode=self._encode,
+                tokenize=self.text.tokenize,
+                encode_text=partial(encode_for_cache, self.text) if config.text_embeddings else None,
+                key=key,
+            )
+        accelerator.wait_for_everyone()
+        self.sets["train"].sync_unreadable(make_gather(accelerator))
+        if accelerator.is_main_process:
+            self._write_index()
+            size = sum((config.out / name).stat().st_size for _, name, _, _ in files)
+            accelerator.print(f"{config.out}: {len(files)} files, {size / 2**20:,.1f} MiB")
+            accelerator.print(self.sets["train"].report())
+        accelerator.wait_for_everyone()
+        return config.out
+
+    def _files(self, split: Split) -> list[Any]:
+        data, config = self.sets[split], self.config
+        layout = LatentFileLayout(len(data), config.images_per_file, data.groups)
+        return list_latent_files(split, layout, augmentations=config.augmentations_per_image)
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.vae.encode(images.to(self.accelerator.device))
+
+    def _write_index(self) -> None:
+        config, train, test = self.config, self.sets["train"], self.sets["test"]
+        index = LatentIndex(
+            fingerprint=self.fingerprint,
+            images_per_file=config.images_per_file,
+            augmentations=config.augmentations_per_image,
+            rows={split: len(self.sets[split]) for split in SPLITS},
+            groups_sha256=save_groups(config.out, train.groups),
+            sample_captions=[test.caption(SampleKey(i, 0, i)) for i in range(min(SAMPLE_CAPTIONS, len(test)))],
+        )
+        write_text(config.out / VOCABULARY_FILE, "\n".join(vocabulary(train.captions)))
+        write_text(config.out / INDEX_FILE, json.dumps(index.to_dict()))
+
+
+def open_latents(
+    folder: Path, data: DataConfig, seed: int, vae: Path | None, text: Text | None
+) -> tuple[Splits, list[str]]:
+    """Both splits of a folder of cached latents, and the words of its captions.
+
+    ValueError when it was made from other data, with another VAE or another tokenizer.
+    """
+    if vae is None or text is None:
+        raise ValueError("cached_latents: they were made with a VAE and a text tower; leave out `none` for both")
+    train, test = (LatentDataset(folder, split, seed=seed) for split in SPLITS)
+    made_from = train.index.fingerprint
+    expected = latents_fingerprint(data, seed, vae, text)
+    expected |= text_fingerprint(text) if "text_sha256" in made_from else {}
+    if wrong := [key for key in expected if made_from.get(key) != expected[key]]:
+        differences = "; ".join(f"{key} is {made_from.get(key)}, expected {expected[key]}" for key in wrong)
+        raise ValueError(f"{folder}: {differences}; run scripts/cache_latents.py for this recipe")
+    return Splits(train, test), read_text(folder / VOCABULARY_FILE).split()
+
+
+def latents_fingerprint(data: DataConfig, seed: int, vae: Path, text: Text) -> dict[str, Any]:
+    """What decides the latents of images under the VAE in a model folder, and the token ids of their captions."""
+    return {
+        "data": data.fingerprint(),
+        "seed": seed,
+        "vae_sha256": sha256(vae / "vae.safetensors"),
+        "tokenizer_sha256": tokenizer_hash(text.tokenizer),
+    }
+
+
+def text_fingerprint(text: Text | None) -> dict[str, Any]:
+    """What decides the text embeddings of captions: weights and settings of each tower."""
+    fingerprint: dict[str, Any] = {}
+    for prefix, encoder in zip(("", "second_"), text.encoders if text else (), strict=False):
+        values = {"text_sha256": sha256(encoder.weights), **encoder.config.fingerprint()}
+        fingerprint |= {prefix + key: value for key, value in values.items()}
+    return fingerprint

@@ -1,0 +1,103 @@
+"""The VAE: an encoder compresses images to latents, a decoder gives them back (Rombach et al. 2022, section 3.1)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from ldm.config import CONFIGS
+from ldm.data import DataConfig
+from ldm.imaging import image_grid, tensor_to_pil
+from ldm.io.model_dir import write_manifest
+from ldm.io.tensors import init_weights, save_weights
+from ldm.pipeline.load import load_vae
+from ldm.rng import StepRNG
+from ldm.stages.splits import Splits, example_images
+from ldm.training.config import TrainingConfig
+from ldm.training.stage import Batch, Networks, Stage, Trainable
+from ldm.vae import VAE, VAEConfig
+from ldm.vae.latent_stats import fit_latent_stats
+from ldm.vae.losses import VAELossConfig, psnr, ssim, vae_loss
+
+
+class TrainVAEConfig(TrainingConfig):
+    """Settings of train_vae."""
+
+    run: Path = Path("runs/shapes/vae")
+    data: DataConfig = DataConfig()
+    vae: VAEConfig = VAEConfig()
+    loss: VAELossConfig = VAELossConfig()
+    init_from: Path | None = None
+    """start from the VAE of a finished model: a model folder, a diffusers folder or a single file"""
+
+
+class VAEStage(Stage):
+    """Trains a VAE and measures the statistics of its latents."""
+
+    Config, default = TrainVAEConfig, CONFIGS / "shapes/vae.yaml"
+    data: Splits
+    device: torch.device
+    validation: Tensor  # held-out images (b, c, h, w)
+
+    def __init__(self, config: TrainVAEConfig) -> None:
+        config.vae.latent_size(config.data.resolution)
+        config.data.check_buckets(config.vae.factor)
+        config.data.check_channels(config.vae.image_channels)
+        self.config = config
+        self.vae = VAE(config.vae, gradient_checkpointing=config.gradient_checkpointing)
+        self.trainables, self.frozen = [Trainable("vae", self.vae)], {}
+
+    @classmethod
+    def build(cls, config: TrainVAEConfig, accelerator: Accelerator) -> "VAEStage":
+        """With data and initial weights; ValueError as `open_dataset` and the networks raise it."""
+        stage = cls(config)
+        stage.data = Splits.open(config.data, config.seed)
+        accelerator.print(stage.data.images.describe())
+        if config.init_from:
+            init_weights(stage.vae, load_vae(config.init_from).state_dict(), config.init_from)
+        elif stage.vae.linear is not None:  # a resumed run overwrites this with what it had learned
+            stage.vae.linear.init_from_pca(torch.cat(list(stage.data.spread_images(2048))))
+        stage.device, stage.validation = accelerator.device, stage.data.first_held_out(64)["image"]
+        return stage
+
+    def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
+        """Absolute error, SSIM and a small KL term of a reconstruction through a sampled latent."""
+        images = batch["image"].to(rng.device, non_blocking=True)
+        noise = rng.randn("latent", self.config.vae.latent_shape(images))
+        output, posterior = networks["vae"](images, noise)
+        return vae_loss(images, output, posterior, self.config.loss)
+
+    def example_batch(self, count: int) -> Batch:
+        """Random images."""
+        return example_images(self.config.data, count)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (b, c, h, w) through the mean of their posterior, in [-1, 1]."""
+        return self.vae.decode(self.vae.encode(images).mean).clamp(-1, 1)
+
+    def validate(self) -> dict[str, float]:
+        """PSNR in dB and SSIM of held-out images."""
+        images = self.validation.to(self.device)
+        output = self.reconstruct(images)
+        quality = {"psnr": psnr(output, images), "ssim": ssim(output, images)}
+        return {f"validation_{name}": value.mean().item() for name, value in quality.items()}
+
+    def sample(self) -> Image.Image:
+        """Held-out images, each beside its reconstruction."""
+        images = self.validation[:32].to(self.device)
+        pairs = torch.stack([images, self.reconstruct(images)], 1).flatten(0, 1)
+        return image_grid(tensor_to_pil(pairs), columns=8)
+
+    def save(self, folder: Path) -> None:
+        """Measure the latents, then write weights and model.json."""
+        fit_latent_stats(self.vae, (images.to(self.device) for images in self.data.spread_images(4096)))
+        digest = save_weights(self.vae, folder / "vae.safetensors")
+        values = {"data": self.config.data.to_dict(), "vae": self.config.vae.to_dict(), "vae_sha256": digest}
+        write_manifest(folder, "vae", values)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Data and model."""
+        return {"data": self.data.images.fingerprint(), "vae": self.config.vae.to_dict()}

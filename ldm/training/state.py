@@ -1,0 +1,141 @@
+"""The state of a run, which a checkpoint holds: networks, optimizers, averages, and the number of steps taken."""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ldm.io.tensors import load_strict
+from ldm.training import checkpoint
+from ldm.training.anomalies import AnomalyMonitor
+from ldm.training.config import TrainingConfig
+from ldm.training.distributed import make_gather, on_rank0
+from ldm.training.ema import EMA, trained_parameters
+from ldm.training.fsdp import apply_fsdp, full_tensor
+from ldm.training.stage import Trainable
+
+
+class TrainingState:
+    """Everything that the steps of a run change, by the name of each trainable."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        trainables: Sequence[Trainable],
+        fingerprint: dict[str, Any],
+    ) -> None:
+        self.config, self.accelerator, self.fingerprint = config, accelerator, fingerprint
+        self.folder = config.run / "checkpoints"
+        self.step = 0
+        self.mesh = _mesh(config, accelerator)
+        memory_format = torch.contiguous_format if config.fsdp else torch.channels_last  # FSDP2 accepts no other
+        for trainable in trainables:
+            trainable.module.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
+        self.modules = {t.name: apply_fsdp(t.module, self.mesh) if self.mesh else t.module for t in trainables}
+        self.optimizers = {
+            t.name: accelerator.prepare_optimizer(t.make_optimizer([*self._trained(t.name).values()], config))
+            for t in trainables
+        }
+        self.ema = {name: EMA(module, config.ema_decay) for name, module in self.modules.items()}
+        self.monitors = {name: AnomalyMonitor(limit=config.max_nonfinite_steps) for name in self.modules}
+        self._hashing: threading.Thread | None = None
+
+    def prepare_networks(self) -> dict[str, nn.Module]:
+        """The modules as they are called in training: within DDP, or sharded, under autocast."""
+        without_ddp = self.mesh is not None
+        return {
+            name: self.accelerator.prepare_model(module, evaluation_mode=without_ddp)
+            for name, module in self.modules.items()
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint of this step; all ranks call this."""
+        tensors: dict[str, checkpoint.Tensors] = {}
+        for name in self.modules:
+            tensors[name] = self._tensors(name)
+            tensors[f"{name}_ema"] = self.ema[name].shadow
+            tensors[f"{name}_optimizer"] = checkpoint.optimizer_tensors(self.optimizers[name], [*self._trained(name)])
+        progress: dict[str, Any] = {"fingerprint": self.fingerprint}
+        progress["skipped"] = {name: monitor.skipped for name, monitor in self.monitors.items()}
+        if self.accelerator.scaler is not None:  # fp16
+            progress["scaler"] = self.accelerator.scaler.state_dict()
+        self.finish_hashing()
+        path = checkpoint.save_checkpoint(
+            self.folder,
+            self.step,
+            tensors,
+            progress,
+            keep=self.config.keep_checkpoints,
+            on_rank0=lambda action: on_rank0(self.accelerator, action),
+            sharded=self.mesh is not None,
+        )
+        if self.accelerator.is_main_process:
+            self._hashing = checkpoint.hash_in_background(path)
+
+    def finish_hashing(self) -> None:
+        """Wait until the last checkpoint has its hashes."""
+        if self._hashing is not None:
+            self._hashing.join()
+
+    def resume(self, resume: str) -> None:
+        """Go on from `latest`, or a checkpoint folder. ValueError when it is corrupt or of another run."""
+        path, corrupt = checkpoint.resolve(
+            resume,
+            self.folder,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            gather=make_gather(self.accelerator),
+            on_rank0=lambda action: on_rank0(self.accelerator, action),
+        )
+        for line in corrupt:
+            self.accelerator.print(f"{line}; falling back to the previous checkpoint")
+        self.restore(path)
+
+    def restore(self, path: Path) -> None:
+        """Go back, or on, to a checkpoint; ValueError when it is of another run."""
+        groups = [group for name in self.modules for group in (name, f"{name}_ema", f"{name}_optimizer")]
+        tensors, progress = checkpoint.load_checkpoint(path, groups, self.mesh)
+        for key, value in self.fingerprint.items():
+            if (saved := progress["fingerprint"].get(key)) != value:
+                raise ValueError(f"{path} has {key} {saved}, this run {value}: they must match to resume")
+        if progress["step"] > self.config.steps:
+            raise ValueError(f"{path} is at step {progress['step']}, past --steps {self.config.steps}")
+        for name, module in self.modules.items():
+            buffers = {
+                key: full_tensor(tensors[name][key]) for key, _ in module.named_buffers() if key in tensors[name]
+            }
+            frozen = {key: value for key, value in module.state_dict().items() if key not in self._tensors(name)}
+            load_strict(module, frozen | tensors[name] | buffers, path)
+            checkpoint.restore_optimizer(self.optimizers[name], [*self._trained(name)], tensors[f"{name}_optimizer"])
+            for key, value in tensors[f"{name}_ema"].items():
+                self.ema[name].shadow[key].copy_(value)
+            self.monitors[name].skipped = progress["skipped"][name]
+        if self.accelerator.scaler is not None and "scaler" in progress:
+            self.accelerator.scaler.load_state_dict(progress["scaler"])
+        self.step = progress["step"]
+
+    def _trained(self, name: str) -> dict[str, nn.Parameter]:
+        return trained_parameters(self.modules[name])
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        """Trained parameters and buffers of a network, without its frozen parameters."""
+        frozen = {key for key, p in self.modules[name].named_parameters() if not p.requires_grad}
+        return {key: tensor for key, tensor in self.modules[name].state_dict().items() if key not in frozen}
+
+
+def _mesh(config: TrainingConfig, accelerator: Accelerator) -> DeviceMesh | None:
+    """All ranks in a row, if they shard the weights."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("accelerate's own FSDP is not used here: launch without --use_fsdp and pass --fsdp")
+    if not config.fsdp or accelerator.num_processes == 1:
+        return None
+    if accelerator.scaler is not None:
+        raise ValueError("--fsdp does not support fp16 loss scaling; use bf16")
+    return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))

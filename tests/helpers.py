@@ -1,0 +1,275 @@
+"""What several test files share: tiny recipes that train in seconds, a toy stage, and readers of what runs write."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from ldm.cli import parse_cli, run
+from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
+from ldm.io.atomic import write_tensors
+from ldm.planning.checks import DoctorCheck
+from ldm.planning.doctor import examine
+from ldm.rng import StepRNG
+from ldm.stages import STAGES
+from ldm.training.config import TrainingConfig
+from ldm.training.distributed import make_accelerator
+from ldm.training.stage import Batch, Networks, Stage, Trainable
+from ldm.training.trainer import FitResult, Trainer, fit
+from ldm.training.trainer import train as train_stage
+
+# Tiny recipes.
+
+STAGE_NAMES = ("clip", "vae", "ldm")
+COMMON = "--steps 4 --batch-size 8 --warmup-steps 1 --data.resolution 16 --checkpoint-every 2 --log-every 1"
+TINY = {
+    "clip": "--clip.context-length 24 --clip.width 32 --clip.num-layers 1 --clip.num-heads 2 --clip.embed-dim 16",
+    "vae": "--vae.base-channels 32 --vae.latent-channels 4",
+    "ldm": "--sample-steps 2 --unet.patch-size 1 --unet.model-channels 32 --unet.channel-mult 1 2 "
+    "--unet.transformer-depth 0 1 --unet.num-heads 2 2 --unet.in-channels 4 --unet.context-dim 32 --unet.pooled-dim 16",
+}
+OnStep = Callable[[Trainer], None]
+
+
+def nothing(trainer: Trainer) -> None:
+    """What happens after a step of a test that lets nothing happen."""
+
+
+def tiny_flags(stage: str, run_dir: Path, *flags: str) -> list[str]:
+    """The command line of the tiny recipe of a stage."""
+    return ["--run", str(run_dir), *COMMON.split(), *TINY[stage].split(), *flags]
+
+
+def train(
+    stage: str,
+    run_dir: Path,
+    *flags: str,
+    on_step: OnStep = nothing,
+    wrap: Callable[[Stage], Stage] = lambda stage: stage,
+) -> Path:
+    """Train the tiny recipe in this process as the script does; returns the model folder.
+
+    `on_step` is called after each step, `wrap` may change the stage that was built.
+    """
+    result = run(STAGES[stage].Config, partial(_train, stage, on_step, wrap), tiny_flags(stage, run_dir, *flags),
+                 description="", default=STAGES[stage].default)  # fmt: skip
+    if result.exit_status:
+        raise SystemExit(result.exit_status)
+    return run_dir / "model"
+
+
+def _train(stage: str, on_step: OnStep, wrap: Callable[[Stage], Stage], config: Any) -> FitResult:
+    result: FitResult = train_stage(Wrapped(stage, wrap), config, fit=partial(fit, on_step=on_step))
+    return result
+
+
+def examine_tiny(
+    stage: str,
+    run_dir: Path,
+    *flags: str,
+    on_step: OnStep = nothing,
+    wrap: Callable[[Stage], Stage] = lambda stage: stage,
+) -> list[DoctorCheck]:
+    """Run the doctor in this process on the tiny recipe."""
+    config = parse_cli(STAGES[stage].Config, tiny_flags(stage, run_dir, *flags), default=STAGES[stage].default,
+                       description="")  # fmt: skip
+    return examine(Wrapped(stage, wrap), config, on_step=on_step)
+
+
+class Wrapped:
+    """A stage class whose built stage goes through a function."""
+
+    def __init__(self, stage: str, wrap: Callable[[Stage], Stage]) -> None:
+        self.stage_class, self.wrap = STAGES[stage], wrap
+
+    def build(self, config: Any, accelerator: Any) -> Stage:
+        """The stage, wrapped."""
+        return self.wrap(self.stage_class.build(config, accelerator))
+
+
+def copy_stages_before(stage: str, runs: Path, target: Path) -> None:
+    """Copy the finished runs that a stage needs."""
+    for other in STAGE_NAMES[: STAGE_NAMES.index(stage)]:
+        shutil.copytree(runs / other, target / other)
+
+
+def signal_at(step: int, number: int = signal.SIGTERM) -> OnStep:
+    """Send this process a signal after a step."""
+
+    def send(trainer: Trainer) -> None:
+        if trainer.state.step == step:
+            os.kill(os.getpid(), number)
+
+    return send
+
+
+# What a run wrote.
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """The logged loss of each step."""
+    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def tensors_of(run_dir: Path, step: int) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, as FILE/NAME -> tensor."""
+    folder = run_dir / f"checkpoints/step-{step:06d}"
+    return {f"{file.stem}/{k}": t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Bit-equal."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ: {different[:5]}"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All bytes of the files of a folder."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+# A toy stage.
+
+
+class Numbers(Dataset[dict[str, Tensor]]):
+    """A toy regression set."""
+
+    def __len__(self) -> int:
+        return 37
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
+        return {"x": torch.tensor([key.index / 37, 1.0])}
+
+
+class ToyData:
+    """The toy set as the loop sees it."""
+
+    collate = staticmethod(default_collate)
+
+    def __init__(self, train: Dataset[Any] | None = None) -> None:
+        self.train = train or Numbers()
+
+    def make_batch_sampler(self, **cut: Any) -> EpochBatchSampler:
+        return EpochBatchSampler(37, **cut)
+
+    def sync(self, gather: Callable[[list[int]], list[int]]) -> None:
+        """No image can be unreadable."""
+
+    def report(self) -> str:
+        return ""
+
+
+class Toy(Stage):
+    """A 2 -> 1 linear map; at steps in `poison` its loss is NaN, at step `jump` it is large."""
+
+    def __init__(self, *, poison: Sequence[int] = (), jump: int | None = None, data: ToyData | None = None) -> None:
+        self.model, self.poison, self.jump = nn.Linear(2, 1), poison, jump
+        self.trainables, self.frozen, self.data = [Trainable("toy", self.model)], {}, data or ToyData()
+
+    def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
+        x = batch["x"].to(rng.device)
+        error = networks["toy"](x + 0.01 * rng.randn("jitter", (2,))) - 3 * x[:, :1]
+        factor = float("nan") if rng.step + 1 in self.poison else 1e4 if rng.step + 1 == self.jump else 1.0
+        return {"loss": error.square().mean() * factor}
+
+    def validate(self) -> dict[str, float]:
+        return {"validation_w": self.model.weight.sum().item()}
+
+    def sample(self) -> None:
+        return None
+
+    def save(self, folder: Path) -> None:
+        """A toy has no model folder."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"model": "toy"}
+
+    def example_batch(self, count: int) -> Batch:
+        return {"x": torch.rand(count, 2)}
+
+
+def toy_gan() -> "ToyGAN":
+    """A small generator and discriminator, the same at every call."""
+    torch.manual_seed(0)
+    return ToyGAN()
+
+
+class ToyGAN(Stage):
+    """Two trainables: each loss calls both networks and moves its own."""
+
+    def __init__(self) -> None:
+        self.maker = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+        self.judge = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.trainables, self.frozen = [Trainable("maker", self.maker), Trainable("judge", self.judge)], {}
+        self.data = ToyData()
+
+    def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
+        x = batch["x"].to(rng.device)
+        made = networks["maker"](x + 0.1 * rng.randn("jitter", (2,)))
+        if name == "maker":
+            return {"loss": (networks["judge"](made).float() - 1).square().mean()}
+        real, fake = networks["judge"](x).float(), networks["judge"](made.detach()).float()
+        return {"loss": (real - 1).square().mean() + fake.square().mean()}
+
+    def validate(self) -> dict[str, float]:
+        return {"validation_w": self.maker[0].weight.sum().item()}
+
+    def sample(self) -> None:
+        return None
+
+    def save(self, folder: Path) -> None:
+        write_tensors(folder / "maker.safetensors", self.maker.state_dict())
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"model": "gan"}
+
+    def example_batch(self, count: int) -> Batch:
+        return {"x": torch.rand(count, 2)}
+
+
+def toy(
+    config: TrainingConfig,
+    *,
+    stage: Callable[[], Stage] = Toy,
+    on_step: OnStep = nothing,
+    fp16: bool = False,
+    **settings: Any,
+) -> FitResult:
+    """Train a toy stage, by default `Toy(**settings)`, with `fit`; `fp16` scales the loss as fp16 does."""
+    accelerator = make_accelerator(config)
+    if fp16:
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    return fit(config, accelerator, stage(**settings), on_step=on_step)
+
+
+def toy_config(run_dir: Path, **values: Any) -> TrainingConfig:
+    """Eight steps, a checkpoint after every third."""
+    defaults = {"steps": 8, "batch_size": 12, "log_every": 1, "checkpoint_every": 3, "warmup_steps": 2}
+    return TrainingConfig(run=run_dir, **{**defaults, "learning_rate": 0.1, **values})
+
+
+# A full disk.
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Let the system refuse to write more than 64 bytes to a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,0 +1,85 @@
+"""A generator and a discriminator, each with its optimizer: exact on one rank and on two, whole and sharded."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ToyGAN, assert_same, losses, signal_at, tensors_of, toy, toy_config, toy_gan
+from ranks import launch, rank_environment
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ldm.rng import StepRNG
+from ldm.training.stage import Batch, Networks
+
+environment = pytest.fixture(scope="module", autouse=True)(rank_environment)
+
+
+class StillJudge(ToyGAN):
+    """A judge whose loss asks for nothing."""
+
+    def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
+        terms = super().loss(name, networks, batch, rng)
+        return {"loss": terms["loss"] * (name == "maker")}
+
+
+def test_each_loss_moves_its_own_network_only(tmp_path: Path) -> None:
+    stage = StillJudge()
+    start = {name: t.clone() for name, t in stage.judge.state_dict().items()}
+    maker = {name: t.clone() for name, t in stage.maker.state_dict().items()}
+    toy(toy_config(tmp_path), stage=lambda: stage)
+    assert_same(start, stage.judge.state_dict())
+    assert all(not torch.equal(maker[name], t) for name, t in stage.maker.state_dict().items())
+    assert {"maker", "judge", "maker_optimizer", "judge_optimizer", "maker_ema", "judge_ema"} == {
+        file.stem for file in (tmp_path / "checkpoints/step-000008").glob("*.safetensors")
+    }
+
+
+def test_accumulation_equals_the_large_batch(tmp_path: Path) -> None:
+    toy(toy_config(tmp_path / "one"), stage=toy_gan)
+    toy(toy_config(tmp_path / "four", grad_accum_steps=4), stage=toy_gan)
+    compare(tmp_path / "one", tmp_path / "four")
+
+
+def test_a_resumed_run_is_bit_equal(tmp_path: Path) -> None:
+    toy(toy_config(tmp_path / "whole"), stage=toy_gan)
+    toy(toy_config(tmp_path / "stopped"), stage=toy_gan, on_step=signal_at(5))
+    toy(toy_config(tmp_path / "stopped", resume="latest"), stage=toy_gan)
+    assert_same(tensors_of(tmp_path / "whole", 8), tensors_of(tmp_path / "stopped", 8))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_ranks_equal_one(fsdp: bool, precision: str, tmp_path: Path) -> None:
+    """Losses to 1e-5, and the finished model; the one rank cuts its batch as the two do, since bf16 rounds gradients."""
+    environment = {"ACCELERATE_MIXED_PRECISION": precision}
+    for name, ranks in (("one", 1), ("two", 2)):
+        flags = [f"fsdp={fsdp}", f"grad_accum_steps={4 // ranks}"]
+        launch("gan", tmp_path / name, ranks, flags, environment=environment)
+    compare(tmp_path / "one", tmp_path / "two")
+    toy(toy_config(tmp_path / "float32"), stage=toy_gan)
+    difference = max(
+        abs(value / losses(tmp_path / "one")[step] - 1) for step, value in losses(tmp_path / "float32").items()
+    )
+    assert (difference > 1e-4) == (precision == "bf16")
+    models = [load_file(tmp_path / f"{name}/model/maker.safetensors") for name in ("one", "two")]
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.allclose(models[0][name], models[1][name], rtol=1e-4, atol=1e-6) for name in models[0])
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_ranks_resume_bit_for_bit(fsdp: bool, precision: str, tmp_path: Path) -> None:
+    flags, environment = [f"fsdp={fsdp}", "keep_checkpoints=3"], {"ACCELERATE_MIXED_PRECISION": precision}
+    launch("gan", tmp_path / "whole", 2, flags, environment=environment)
+    shutil.copytree(tmp_path / "whole/checkpoints/step-000003", tmp_path / "again/checkpoints/step-000003")
+    launch("gan", tmp_path / "again", 2, [*flags, "resume=latest"], environment=environment)
+    assert_same(tensors_of(tmp_path / "whole", 8), tensors_of(tmp_path / "again", 8))
+
+
+def compare(one: Path, two: Path) -> None:
+    """The losses of all steps, of both networks, are equal to 1e-5."""
+    want, found = losses(one), losses(two)
+    assert want.keys() == found.keys() and len(want) == 8
+    assert max(abs(found[step] / want[step] - 1) for step in want) < 1e-5
