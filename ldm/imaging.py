@@ -39,8 +39,15 @@ def decode_image(data: Encoded, *, channels: int = 3) -> Image.Image:
     return decode_reduced(data, channels=channels)[0]
 
 
-def decode_reduced(data: Encoded, *, channels: int, side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """`decode_image`, but a large JPEG at a lower resolution, not below twice `side`; and its full height and width."""
+def decode_reduced(
+    data: Encoded | Image.Image, *, channels: int, side: int | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """`decode_image`, but a large JPEG at a lower resolution, not below twice `side`; and its full height and width.
+
+    An image that is decoded already is returned as it is.
+    """
+    if isinstance(data, Image.Image):
+        return data, (data.height, data.width)
     try:
         with Image.open(_regular_file(data), formats=FORMATS) as image:
             size = (image.height, image.width)
@@ -63,8 +70,10 @@ def decode_reduced(data: Encoded, *, channels: int, side: int | None = None) -> 
     return (upright if upright.mode == mode else upright.convert(mode)), size
 
 
-def image_size(data: Encoded) -> tuple[int, int]:
+def image_size(data: Encoded | Image.Image) -> tuple[int, int]:
     """Height and width of an upright image, from the header of its file; (1, 1) for a file that cannot be read."""
+    if isinstance(data, Image.Image):
+        return data.height, data.width
     try:
         with Image.open(_regular_file(data), formats=FORMATS) as image:
             turned = "exif" in image.info and _is_turned(image)  # else a PNG would be decoded to look for it

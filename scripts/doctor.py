@@ -9,18 +9,15 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from ldm.cli import config_flag, run
+from ldm.cli import run
 from ldm.planning.doctor import examine
-from ldm.stages import STAGES
+from ldm.stages import STAGES, split_stage
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; the exit status is 1 when a check fails."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    file = config_flag(args)
-    named = args[0] if args and args[0] in STAGES else None
-    stage = STAGES[named or (file.stem if file and file.stem in STAGES else "ldm")]
-    flags = args[1:] if named else args
+    name, flags = split_stage(list(sys.argv[1:] if argv is None else argv))
+    stage = STAGES[name]
     checks = run(stage.Config, partial(examine, stage), flags, description=__doc__, default=stage.default)
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(["", *(check.line() for check in checks)]))

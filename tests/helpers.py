@@ -1,10 +1,12 @@
 """What several test files share: tiny recipes that train in seconds, a toy stage, and readers of what runs write."""
 
+import io
 import json
 import os
 import resource
 import shutil
 import signal
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
@@ -114,6 +117,12 @@ def signal_at(step: int, number: int = signal.SIGTERM) -> OnStep:
     return send
 
 
+def latent_flags(runs: Path) -> list[str]:
+    """Flags that cache latents with the tiny stages, in several files with several augmentations."""
+    flags = f"--vae {runs}/vae/model --text.model local-dir:{runs}/clip/model --data.resolution 16 --data.random-flip"
+    return [*flags.split(), "--augmentations-per-image", "2", "--images-per-file", "90"]
+
+
 # What a run wrote.
 
 
@@ -139,6 +148,49 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """All bytes of the files of a folder."""
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+# Data sets.
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    """The bytes of an image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def plain(color: Any = (255, 0, 0), size: tuple[int, int] = (12, 12), mode: str = "RGB") -> Image.Image:
+    """An image of one colour; `size` is width and height."""
+    return Image.new(mode, size, color)
+
+
+def numbered_png(number: int) -> bytes:
+    """A PNG file of 24 x 16 pixels, red by its number."""
+    return encoded(plain((number % 256, number // 256, 0), (24, 16)))
+
+
+def write_tar(path: Path, files: Sequence[tuple[str, bytes]], links: Sequence[str] = ()) -> None:
+    """A tar of links to a file outside of it, then of files."""
+    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as tar:
+        for name in links:
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(link)
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def write_set(folder: Path, *, tars: int = 6, rows: int = 20) -> Path:
+    """Tars in which each row has an image of its own, whose number is its caption."""
+    folder.mkdir()
+    for shard in range(tars):
+        numbers = range(shard * rows, (shard + 1) * rows)
+        pairs = [((f"{i:05}.png", numbered_png(i)), (f"{i:05}.txt", b"%d" % i)) for i in numbers]
+        write_tar(folder / f"{shard:03}.tar", [file for pair in pairs for file in pair])
+    return folder
 
 
 # A toy stage.

@@ -1,4 +1,4 @@
-"""Emoji: what the font lacks is left out, sequences are one picture, names are captions."""
+"""Emoji: what the font lacks is left out, sequences are one image, names are captions."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ except ValueError:
 
 needs_font = pytest.mark.skipif(FONT is None, reason="no colour-emoji font on this machine")
 needs_raqm = pytest.mark.skipif(not features.check("raqm"), reason="Pillow found no libraqm, which joins sequences")
-UNJOINED = "🚀\u200d🚀"  # no emoji, so two pictures in any font
+UNJOINED = "🚀\u200d🚀"  # no emoji, so two images in any font
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_the_caption_is_the_name_and_comes_first(rows):
         assert not set("_:") & set(row["caption"])
 
 
-def test_names_and_wordings():
+def test_names_and_captions():
     assert emoji.emoji_name("👨‍🚀") == "man astronaut"
     assert emoji.captions("😀")[:3] == ["grinning face", "grinning", "a drawing of grinning face"]
     assert "de" not in emoji.captions("🇩🇪") and "flag for Germany" in emoji.captions("🇩🇪")
@@ -86,7 +86,7 @@ def test_what_the_font_lacks_is_left_out(monkeypatch):
 
 @needs_font
 @needs_raqm
-def test_a_sequence_is_one_picture(monkeypatch):
+def test_a_sequence_is_one_image(monkeypatch):
     known(monkeypatch, "👨‍🚀", "👨", "🚀")
     assert drawn_in_both() == {"👨‍🚀", "👨", "🚀"}
     font = emoji.open_font(FONT)  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ def test_a_sequence_is_one_picture(monkeypatch):
 
 
 @needs_font
-def test_half_written_forms_do_not_double_the_pictures(monkeypatch):
+def test_half_written_forms_do_not_double_the_images(monkeypatch):
     half = [t for t, data in emoji_names.EMOJI_DATA.items() if data["status"] > emoji_names.STATUS["fully_qualified"]]
     known(monkeypatch, "😀", "🚀", *half[:5])
     assert drawn_in_both() == {"😀", "🚀"}
@@ -103,32 +103,32 @@ def test_half_written_forms_do_not_double_the_pictures(monkeypatch):
 @needs_font
 def test_drawings_are_centred_and_keep_their_aspect():
     font = emoji.open_font(FONT)  # type: ignore[arg-type]
-    picture = np.asarray(emoji.draw(font, "🔴"))
-    assert picture.shape[0] == picture.shape[1]
-    ys, xs = np.nonzero(picture.min(-1) < 200)
-    assert abs(ys.mean() / len(picture) - 0.5) < 0.06 and abs(xs.mean() / len(picture) - 0.5) < 0.06
+    image = np.asarray(emoji.draw(font, "🔴"))
+    assert image.shape[0] == image.shape[1]
+    ys, xs = np.nonzero(image.min(-1) < 200)
+    assert abs(ys.mean() / len(image) - 0.5) < 0.06 and abs(xs.mean() / len(image) - 0.5) < 0.06
     assert 0.9 < (np.ptp(xs) / np.ptp(ys)) < 1.1
 
 
 @needs_font
-def test_wordings_change_with_the_epoch_in_training_alone(monkeypatch):
+def test_captions_change_with_the_epoch_in_training_alone(monkeypatch):
     known(monkeypatch, *list(emoji_names.EMOJI_DATA)[:60])
     config = DataConfig(source="emoji", resolution=16)
     train, test = (open_dataset(config, split, seed=3) for split in ("train", "test"))
-    worded = [train[SampleKey(4, epoch, 0)]["caption"] for epoch in range(12)]
-    assert len(set(worded)) > 1 and set(worded) <= set(train.source.captions[4])
-    assert worded == [train.caption(SampleKey(4, epoch, 7)) for epoch in range(12)]
+    captions = [train[SampleKey(4, epoch, 0)]["caption"] for epoch in range(12)]
+    assert len(set(captions)) > 1 and set(captions) <= set(train.source.captions[4])
+    assert captions == [train.caption(SampleKey(4, epoch, 7)) for epoch in range(12)]
     assert {test[SampleKey(0, epoch, 0)]["caption"] for epoch in range(8)} == {emoji.emoji_name(test.source.names[0])}
-    assert set(worded) < set(train.captions)
+    assert set(captions) < set(train.captions)
     assert train.describe() == f"emoji: drawn with {FONT}; {len(train):,} in the train split"
 
 
 @needs_font
-def test_it_says_when_sequences_can_not_be_joined(monkeypatch):
+def test_it_says_when_sequences_cannot_be_joined(monkeypatch):
     known(monkeypatch, "😀", "🚀")
-    monkeypatch.setattr("ldm.data.features.check", lambda feature: False)
+    monkeypatch.setattr(features, "check", lambda feature: False)
     text = open_dataset(DataConfig(source="emoji", resolution=16), "train", seed=0).describe()
-    assert "without flags and other joined ones, as Pillow found no libraqm" in text
+    assert "without flags and other joined ones" in text and "libraqm" in text
 
 
 def test_no_font(monkeypatch, tmp_path):
@@ -136,8 +136,8 @@ def test_no_font(monkeypatch, tmp_path):
     with pytest.raises(ValueError) as caught:
         emoji.load("train", 16)
     text = str(caught.value)
-    assert "no colour-emoji font found" in text and "apt install fonts-noto-color-emoji" in text
-    assert "macOS and Windows ship one" in text and "--font" in text and "\n" not in text
+    assert "no colour-emoji font" in text and "apt install fonts-noto-color-emoji" in text
+    assert "macOS and Windows" in text and "--font" in text and "\n" not in text
 
 
 def test_the_font_is_found_below_a_folder(monkeypatch, tmp_path):
@@ -152,13 +152,13 @@ def test_a_font_without_colour_and_a_file_that_is_none(tmp_path):
     assert plain.is_file()
     (tmp_path / "a.ttf").write_text("no font")
     for path in (plain, tmp_path / "a.ttf", tmp_path / "missing.ttf"):
-        with pytest.raises(ValueError, match=f"{path.name}: not a font with colour emoji; name another with --font"):
+        with pytest.raises(ValueError, match=f"{path.name}: not a font with colour emoji; .*--font"):
             emoji.load("train", 16, font=path)
 
 
 def test_messages(tmp_path):
-    with pytest.raises(ValueError, match="size 7 is too small to draw an emoji in: choose at least 8 pixels"):
+    with pytest.raises(ValueError, match="size 7 .*at least 8 pixels"):
         emoji.load("train", 7)
     if FONT is not None:
-        with pytest.raises(ValueError, match="split 'val' is unknown: choose train or test"):
+        with pytest.raises(ValueError, match="split 'val' .*train or test"):
             emoji.load("val", 16)  # type: ignore[arg-type]

@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import re
 import struct
 import zlib
 from collections import Counter
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,24 +18,20 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from helpers import encoded, plain
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
 from ldm.data import DataConfig, ImageTextDataset, collate, open_dataset
 from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
-from ldm.data.sources import folder, shapes
+from ldm.data.sources import shapes
+from ldm.data.sources.base import CAPTION_COLUMNS, Decoded, ImageTextSource, hash_split
+from ldm.data.sources.decode import decode_image, decode_reduced, image_size
+from ldm.data.sources.folder import open_images
+from ldm.data.transforms import Sides, View, crop_resize_to_tensor
+from ldm.imaging import tensor_to_pil
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-
-
-def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def plain(color: object = RED, size: tuple[int, int] = (12, 12), mode: str = "RGB") -> Image.Image:
-    return Image.new(mode, size, color)  # type: ignore[arg-type]
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -96,7 +94,7 @@ NAMES = ["a.png", "b.png", "c.jpg", "d.JPEG", "more/e.webp", "more/f.png"]
 # Captions of a folder.
 
 
-@pytest.mark.parametrize("column", folder.CAPTION_COLUMNS)
+@pytest.mark.parametrize("column", CAPTION_COLUMNS)
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_metadata(photos, kind, column):
     rows = [{"file_name": name, column: f'a "{i}", é'} for i, name in enumerate(NAMES[:5])]
@@ -109,11 +107,11 @@ def test_metadata(photos, kind, column):
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert captions(photos) == {**{name: f'a "{i}", é' for i, name in enumerate(NAMES[:5])}, NAMES[5]: ""}
-    said = f"images: 6 files in {photos}/, captions from metadata.{kind} column `{column}`, 5 captioned; "
-    assert opened(photos).describe() == said + f"{len(opened(photos))} in the train split"
+    described = f"images: 6 files in {photos}/, captions from metadata.{kind} column `{column}`, 5 captioned; "
+    assert opened(photos).describe() == described + f"{len(opened(photos))} in the train split"
 
 
-def test_a_file_that_is_listed_twice_has_two_wordings(photos):
+def test_a_file_that_is_listed_twice_has_two_captions(photos):
     rows = [{"file_name": name, "text": text} for name in NAMES for text in ("one", "two")]
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     train, test = opened(photos), opened(photos, "test")
@@ -127,8 +125,8 @@ def test_sidecars(photos):
     (photos / "more/f.caption").write_text("two")
     (photos / "readme.txt").write_text("belongs to no image")
     assert captions(photos) == dict.fromkeys(NAMES, "") | {"a.png": "one line", "more/f.png": "two"}
-    said = f"images: 6 files in {photos}/, captions from *.caption and *.txt, 2 captioned; "
-    assert opened(photos).describe().startswith(said)
+    described = f"images: 6 files in {photos}/, captions from *.caption and *.txt, 2 captioned; "
+    assert opened(photos).describe().startswith(described)
 
 
 def test_no_captions(photos):
@@ -150,8 +148,7 @@ def test_captions_that_point_to_missing_files(photos):
     rows = [{"file_name": f"{i}.png", "text": "x"} for i in range(7)] + [{"file_name": "a.png", "text": "x"}]
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     text = message(photos)
-    assert "names 7 files that are not there" in text and "0.png, 1.png, 2.png, 3.png, 4.png, ...;" in text
-    assert "add them or take their lines out" in text
+    assert "names 7 files" in text and "0.png, 1.png, 2.png, 3.png, 4.png, ...;" in text and "remove their" in text
 
 
 @pytest.mark.parametrize("name", ["../a.png", "more/../../a.png", "/etc/a.png", "C:/a.png"])
@@ -159,27 +156,23 @@ def test_a_path_that_leads_out_of_the_folder(photos, name):
     plain().save(photos.parent / "a.png")
     (photos / "metadata.csv").write_text(f"file_name,text\n{name},x\n")
     text = message(photos)
-    assert f"file_name {name} leads out of the folder; use paths relative to {photos}" in text
+    assert f"file_name {name} leads out" in text and f"relative to {photos}" in text
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "told"),
+    ("file", "content", "expected"),
     [
-        ("metadata.csv", "name,text\na.png,x\n", "no column file_name, or no row; name each image's path"),
-        ("metadata.csv", "file_name,words\na.png,x\n", "no caption column; call it caption, text or prompt"),
-        (
-            "metadata.jsonl",
-            '{"file_name": "a.png", "text": "x"}\n{oops\n',
-            "line 2 is no JSON object; write one object",
-        ),
+        ("metadata.csv", "name,text\na.png,x\n", "no column file_name.*write each image's path"),
+        ("metadata.csv", "file_name,words\na.png,x\n", "no caption column; .*caption, text or prompt"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{oops\n', "line 2 .*JSON object; write one object"),
         ("metadata.jsonl", "", "no column file_name"),
         ("a.txt", b"\xff\xfe\xfa", "not UTF-8 text; save it as UTF-8"),
     ],
 )
-def test_captions_that_can_not_be_read(photos, file, content, told):
+def test_captions_that_cannot_be_read(photos, file, content, expected):
     (photos / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     text = message(photos)
-    assert str(photos / file) in text and told in text
+    assert str(photos / file) in text and re.search(expected, text)
 
 
 # Splits.
@@ -187,24 +180,24 @@ def test_captions_that_can_not_be_read(photos, file, content, told):
 
 def test_what_is_held_out_does_not_move_when_items_are_added():
     names = [f"{i}.png" for i in range(400)]
-    few, many = ({names[i] for i in folder.hash_split(names[:count], "test")} for count in (200, 400))
+    few, many = ({names[i] for i in hash_split(names[:count], "test")} for count in (200, 400))
     assert few == many & set(names[:200])
     assert 0.02 < len(many) / 400 < 0.09
-    assert sorted(folder.hash_split(names, "train") + folder.hash_split(names, "test")) == list(range(400))
+    assert sorted(hash_split(names, "train") + hash_split(names, "test")) == list(range(400))
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 10])
 def test_small_sets_have_both_splits(count):
     for start in range(60):
         names = [f"{start}-{i}" for i in range(count)]
-        train, test = (folder.hash_split(names, split) for split in ("train", "test"))
+        train, test = (hash_split(names, split) for split in ("train", "test"))
         assert train and test and sorted(train + test) == list(range(count))
 
 
 def test_one_image_alone(tmp_path):
     plain().save(tmp_path / "a.png")
     assert len(opened(tmp_path)) == 1
-    assert "one image alone leaves none for the test split; add at least one more" in message(tmp_path, "test")
+    assert re.search("one image alone .* test split; add at least one more", message(tmp_path, "test"))
 
 
 # What is not there.
@@ -213,30 +206,29 @@ def test_one_image_alone(tmp_path):
 def test_missing_folder(tmp_path):
     text = message(tmp_path / "none")
     assert f"data.source {tmp_path / 'none'}: no such folder or parquet file" in text
-    assert "give --data.source an existing one, a hub id org/name, or shapes, pairs or emoji" in text
+    assert re.search("give --data.source .*a hub id org/name, or shapes, pairs or emoji", text)
 
 
 def test_empty_folder_and_folder_without_images(tmp_path):
-    assert f"{tmp_path}: this folder is empty; put images there" in message(tmp_path)
+    assert re.search(f"{tmp_path}: .*is empty; put images there", message(tmp_path))
     (tmp_path / "a.gif").write_bytes(b"GIF89a")
-    assert "holds no PNG, JPEG or WEBP image; put images there" in message(tmp_path)
+    assert re.search("no PNG, JPEG or WEBP image; put images there", message(tmp_path))
 
 
 def test_folder_with_no_readable_image(tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.png").write_bytes(b"no image")
     text = message(tmp_path, max_unreadable=1)
-    assert "none of the first 7 images can be read" in text and "no PNG, JPEG or WEBP image" in text
-    assert "repair them or choose another --data.source" in text
+    assert re.search("none of the first 7 images .*not a PNG, JPEG or WEBP.*repair them or .*--data.source", text)
 
 
 def test_unknown_split(photos):
-    assert message(photos, "val") == "split 'val' is unknown: choose train or test"
-    assert message(Path("shapes"), "val") == "split 'val' is unknown: choose train or test"
+    for source in (photos, Path("shapes")):
+        assert re.search("split 'val' .*: choose train or test", message(source, "val"))
 
 
 @pytest.mark.parametrize("values", [{"resolution": 7}, {"channels": 2}, {"max_unreadable": 1.5}])
-def test_values_that_can_not_be(values):
+def test_values_that_are_out_of_range(values):
     (name,) = values
     with pytest.raises(ValueError, match=f"f.yaml: {name}: Input should be"):
         DataConfig.from_dict(values, source="f.yaml")
@@ -271,39 +263,36 @@ def test_parquet_of_other_tools(tmp_path, kind):
     for part in parts:
         for i in range(len(part)):
             assert (part[SampleKey(i, 0, i)]["image"] - torch.tensor([1.0, -1, -1])[:, None, None]).abs().max() < 0.05
-    assert sorted(text for part in parts for text in part.captions) == ["", "one", "two"]
+    assert sorted(text for part in parts for text in part.captions) == ["one", "two"]
 
 
 def test_a_path_in_a_table_stays_beside_the_table(tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for place in (folder / "in.png", tmp_path / "out.png"):
-        plain().save(place)
-    paths = ["in.png", "../out.png", str(tmp_path / "out.png")]
-    cells = [{"bytes": None, "path": path} for path in paths] + [None]
-    path = table(
-        folder / "a.parquet",
-        {"image": cells},
-        image=pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}),
-    )
-    source = folder.ImageTextSource.select(
-        folder._table(datasets.Dataset.from_parquet(str(path)), "a", [folder]), range(4)
-    )
-    assert source.images[0] == folder / "in.png"
-    for index in (1, 2):
-        with pytest.raises(ValueError, match="leads out of"):
-            source.images[index]
-    with pytest.raises(ValueError, match="holds no image"):
-        source.images[3]
+    tables = tmp_path / "data"
+    tables.mkdir()
+    for path in (tables / "in.png", tmp_path / "out.png"):
+        plain().save(path)
+    cells = [{"bytes": None, "path": path} for path in ("in.png", "../out.png", str(tmp_path / "out.png"))] + [None]
+    types = {"image": pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})}
+    path = table(tables / "a.parquet", {"image": cells}, **types)
+    rows: dict[str, Any] = {}
+    for split in ("train", "test"):
+        source = open_images(str(path), split)
+        for i, name in enumerate(source.names):
+            try:
+                rows[name] = source.read(i, View((8, 8)), channels=3, side=8).pixels.shape
+            except ValueError as error:
+                rows[name] = str(error)
+    assert rows["row 0"] == (3, 8, 8) and "holds no image" in rows["row 3"]
+    assert all("leads out of" in rows[name] for name in ("row 1", "row 2"))
 
 
 def test_tables_without_images(tmp_path):
     path = table(tmp_path / "a.parquet", {"text": ["x"], "label": [1]})
-    assert f"{path}: none of the columns text, label holds images; choose another --data.source" in message(path)
+    assert re.search(f"{path}: none of the columns text, label .*choose another --data.source", message(path))
     table(tmp_path / "b.parquet", {"image": []}, image=pyarrow.binary())
     (tmp_path / "c.parquet").write_text("no table")
     for name in ("b.parquet", "c.parquet"):
-        assert f"{name}: no parquet file, a damaged one or an empty one; choose another" in message(tmp_path / name)
+        assert re.search(f"{name}: not a parquet file.*; choose another", message(tmp_path / name))
 
 
 def hub(monkeypatch, **splits: int) -> None:
@@ -317,36 +306,35 @@ def hub(monkeypatch, **splits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("splits", "own"),
+    ("splits", "held_out"),
     [
         ({"train": 20}, None),
         ({"train": 20, "test": 3, "validation": 2}, "test"),
         ({"train": 20, "validation": 2}, "validation"),
     ],
 )
-def test_hub_splits(monkeypatch, splits, own):
+def test_hub_splits(monkeypatch, splits, held_out):
     hub(monkeypatch, **splits)
     train, test = opened(Path("org/set")), opened(Path("org/set"), "test")
-    held_out = len(folder.hash_split([f"row {i}" for i in range(20)], "test"))
-    assert list(test.captions) == (["train"] * held_out if own is None else [own] * splits[own])
-    assert list(train.captions) == ["train"] * (20 - held_out if own is None else 20)
+    hashed = len(hash_split([f"row {i}" for i in range(20)], "test"))
+    assert list(test.captions) == (["train"] * hashed if held_out is None else [held_out] * splits[held_out])
+    assert list(train.captions) == ["train"] * (20 - hashed if held_out is None else 20)
     assert train.describe().startswith("images: 20 rows of hub org/set, column `image`, captions from column `caption`")
     assert train[SampleKey(0, 0, 0)]["image"].shape == (3, 8, 8)
 
 
 def test_hub_messages(monkeypatch):
     hub(monkeypatch, other=3)
-    assert "data.source org/set: has no split train, only other; choose another one" in message(Path("org/set"))
+    assert re.search("data.source org/set: no split train, only other; choose another", message(Path("org/set")))
     hub(monkeypatch, train=0)
-    assert "hub org/set: holds no rows; choose another --data.source" in message(Path("org/set"))
+    assert re.search("hub org/set: no rows; choose another --data.source", message(Path("org/set")))
 
     def fail(name: str) -> None:
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     text = message(Path("org/set"))
-    assert "no such folder, and the Hugging Face hub gave no data set of that name (no network)" in text
-    assert "give --data.source an existing folder or a public hub id" in text
+    assert re.search(r"no such folder.*Hugging Face hub .*\(no network\).*give --data.source .*a public hub id", text)
 
 
 # Pixels.
@@ -358,7 +346,7 @@ def test_exif_rotation():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     for format in ("PNG", "JPEG", "WEBP"):
-        upright = folder.decode_image(encoded(image, format, exif=exif))
+        upright = decode_image(encoded(image, format, exif=exif))
         assert upright.size == (10, 20)
         top, bottom = (np.array(upright.getpixel((5, y)), int) for y in (4, 15))
         assert np.abs(top - BLUE).max() < 12 and np.abs(bottom - RED).max() < 12
@@ -369,24 +357,24 @@ def test_transparency_becomes_white():
     clear.putpixel((0, 0), (255, 0, 0, 255))
     clear.putpixel((1, 0), (255, 0, 0, 128))
     for data in (encoded(clear), encoded(clear, "WEBP", lossless=True, exact=True)):
-        image = folder.decode_image(data)
+        image = decode_image(data)
         assert image.mode == "RGB"
         assert [image.getpixel((x, 0)) for x in range(3)] == [RED, (255, 127, 127), (255, 255, 255)]
     grey = Image.merge("LA", (plain(0, mode="L"), plain(0, mode="L")))
-    assert folder.decode_image(encoded(grey)).getpixel((0, 0)) == (255, 255, 255)
+    assert decode_image(encoded(grey)).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_palettes():
     image = plain(0, mode="P")
     image.putpalette([*RED, *GREEN])
     image.putpixel((1, 0), 1)
-    assert [folder.decode_image(encoded(image)).getpixel((x, 0)) for x in (0, 1)] == [RED, GREEN]
-    see_through = folder.decode_image(encoded(image, transparency=0))
+    assert [decode_image(encoded(image)).getpixel((x, 0)) for x in (0, 1)] == [RED, GREEN]
+    see_through = decode_image(encoded(image, transparency=0))
     assert [see_through.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), GREEN]
 
 
 def test_cmyk():
-    image = folder.decode_image(encoded(plain((0, 255, 255, 0), mode="CMYK"), "JPEG", quality=95))
+    image = decode_image(encoded(plain((0, 255, 255, 0), mode="CMYK"), "JPEG", quality=95))
     assert image.mode == "RGB" and np.abs(np.array(image.getpixel((4, 4)), int) - RED).max() < 8
 
 
@@ -394,88 +382,99 @@ def test_sixteen_bits_are_scaled():
     values = np.tile(np.array([0, 257, 32896, 65535], np.uint16), (4, 1))
     data = encoded(Image.fromarray(values))
     assert Image.open(io.BytesIO(data)).mode.startswith("I")
-    assert [folder.decode_image(data).getpixel((x, 0)) for x in range(4)] == [(v,) * 3 for v in (0, 1, 128, 255)]
-    assert [folder.decode_image(data, channels=1).getpixel((x, 0)) for x in range(4)] == [0, 1, 128, 255]
+    assert [decode_image(data).getpixel((x, 0)) for x in range(4)] == [(v,) * 3 for v in (0, 1, 128, 255)]
+    assert [decode_image(data, channels=1).getpixel((x, 0)) for x in range(4)] == [0, 1, 128, 255]
 
 
 @pytest.mark.parametrize(("mode", "color", "grey"), [("L", 100, 100), ("1", 1, 255), ("RGB", (0, 255, 0), 150)])
 def test_grey(mode, color, grey):
     data = encoded(plain(color, mode=mode))
-    assert folder.decode_image(data, channels=1).mode == "L"
-    assert folder.decode_image(data, channels=1).getpixel((0, 0)) == grey
-    assert folder.crop_resize_to_tensor(folder.decode_image(data, channels=1), (8, 8)).shape == (1, 8, 8)
+    assert decode_image(data, channels=1).mode == "L"
+    assert decode_image(data, channels=1).getpixel((0, 0)) == grey
+    assert resized(decode_image(data, channels=1), channels=1).shape == (1, 8, 8)
     if mode != "RGB":
-        assert folder.decode_image(data).getpixel((0, 0)) == (grey,) * 3
+        assert decode_image(data).getpixel((0, 0)) == (grey,) * 3
 
 
 def test_the_first_frame_is_taken():
     frames = [plain(color) for color in (RED, GREEN)]
     for format, options in (("PNG", {}), ("WEBP", {"lossless": True})):
         data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
-        assert folder.decode_image(data).getpixel((0, 0)) == RED
+        assert decode_image(data).getpixel((0, 0)) == RED
 
 
 def test_a_large_jpeg_is_read_smaller_but_not_too_small():
     data = encoded(plain(size=(640, 480)), "JPEG")
-    assert min(folder.decode_image(data, side=32).size) in range(64, 128)
-    assert folder.decode_image(data).size == (640, 480)
+    image, size = decode_reduced(data, channels=3, side=32)
+    assert min(image.size) in range(64, 128) and size == (480, 640)
+    assert decode_image(data).size == (640, 480)
 
 
 @pytest.mark.parametrize("size", [(20_000, 10_000), (9_000, 8_000)])  # above Pillow's own limit, and below it
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_giant_image_is_refused_from_its_header(size):
-    with pytest.raises(ValueError, match="larger than the limit of 64 megapixels; shrink it"):
-        folder.decode_image(png_header(*size))
+    with pytest.raises(ValueError, match="64 megapixels; shrink it"):
+        decode_image(png_header(*size))
     with pytest.raises(ValueError) as caught:  # small enough, it is decoded and found to lack its pixels
-        folder.decode_image(png_header(20, 10))
+        decode_image(png_header(20, 10))
     assert "megapixels" not in str(caught.value)
 
 
 def test_damaged_files(tmp_path):
     whole = encoded(Image.effect_noise((64, 64), 50))
     with pytest.raises(ValueError, match="truncated"):
-        folder.decode_image(whole[: len(whole) // 2])
+        decode_image(whole[: len(whole) // 2])
     for data in (b"", b"no image", encoded(plain(), "GIF"), encoded(plain(), "BMP")):
-        with pytest.raises(ValueError, match=r"^no PNG, JPEG or WEBP image$"):
-            folder.decode_image(data)
+        with pytest.raises(ValueError, match="not a PNG, JPEG or WEBP"):
+            decode_image(data)
     (tmp_path / "a.png").write_bytes(whole)
-    assert folder.decode_image(tmp_path / "a.png").size == (64, 64)
+    assert decode_image(tmp_path / "a.png").size == (64, 64)
     with pytest.raises(ValueError, match="No such file"):
-        folder.decode_image(tmp_path / "b.png")
+        decode_image(tmp_path / "b.png")
     os.mkfifo(tmp_path / "c.png")  # which would be waited for, for ever
-    with pytest.raises(ValueError, match="no regular file"):
-        folder.decode_image(tmp_path / "c.png")
-    assert folder.image_size(tmp_path / "c.png") == (1, 1)
+    with pytest.raises(ValueError, match="not a regular file"):
+        decode_image(tmp_path / "c.png")
+    assert image_size(tmp_path / "c.png") == (1, 1)
 
 
 def test_clear_grey_of_16_bits_is_white():
     grey = Image.fromarray(np.array([[0, 1000], [40000, 65535]], np.uint16))
     data = encoded(grey, transparency=1000)
-    assert np.asarray(folder.decode_image(data, channels=1)).tolist() == [[0, 255], [156, 255]]
+    assert np.asarray(decode_image(data, channels=1)).tolist() == [[0, 255], [156, 255]]
 
 
-def test_files_that_are_left_out_are_told(tmp_path):
+def test_files_that_are_skipped_are_named(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(encoded(plain()))
     (tmp_path / "c.tif").write_bytes(encoded(plain(), "TIFF"))
-    assert "1 left out that are no PNG, JPEG or WEBP: c.tif" in opened(tmp_path).describe()
+    assert re.search("1 skipped .*: c.tif", opened(tmp_path).describe())
     (tmp_path / "metadata.parquet").write_bytes(b"no parquet")
-    assert "metadata.parquet: no parquet file, or a damaged one" in message(tmp_path)
+    assert re.search("metadata.parquet: not a parquet file.*write it again or remove it", message(tmp_path))
+
+
+def resized(image: Image.Image, sides: Sides = (8, 8), *, channels: int = 3) -> torch.Tensor:
+    """The pixels of a centre crop."""
+    return crop_resize_to_tensor(image, View(sides), channels=channels)[0]
 
 
 def test_values_are_minus_one_to_one():
-    image = plain((0, 51, 255))
-    pixels = folder.crop_resize_to_tensor(image, (8, 8))
+    pixels = resized(plain((0, 51, 255)))
     assert pixels.dtype == torch.float32 and pixels.shape == (3, 8, 8) and pixels.is_contiguous()
     assert torch.allclose(pixels[:, 3, 3], torch.tensor([-1.0, -0.6, 1.0]))
-    assert torch.equal(
-        folder.crop_resize_to_tensor(plain(size=(8, 8)), (8, 8)), folder.crop_resize_to_tensor(plain(), (8, 8))
-    )
+    assert torch.equal(resized(plain(size=(8, 8))), resized(plain()))
 
 
 def test_resizing_is_antialiased():
     board = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
-    assert folder.crop_resize_to_tensor(board, (8, 8)).abs().max() < 0.1
+    assert resized(board, channels=1).abs().max() < 0.1
+
+
+def test_resizing_is_that_of_pillow():
+    """In 8 bits, over the box of the crop: the values that a reader of the file would get."""
+    image = Image.effect_noise((50, 30), 50)
+    want = image.resize((16, 16), Image.Resampling.LANCZOS, box=(10, 0, 40, 30))
+    (shown,) = tensor_to_pil(resized(image, (16, 16), channels=1)[None])
+    assert np.array_equal(np.asarray(shown), np.asarray(want))
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -484,20 +483,31 @@ def test_crops(wide):
     image = Image.fromarray(ramp if wide else ramp.T)
 
     def first(offset: int | None) -> float:
-        pixels = folder.crop_resize_to_tensor(image, (10, 10), folder.crop_box(image, (10, 10), offset))
-        return ((pixels[0, 0, 0] + 1) * 127.5 / 6).item()
+        pixels, corner = crop_resize_to_tensor(image, View((10, 10), offset), channels=1)
+        value = ((pixels[0, 0, 0] + 1) * 127.5 / 6).item()
+        assert corner == ((0, round(value)) if wide else (round(value), 0))
+        return value
 
     assert first(None) == pytest.approx(15)
     assert [first(offset) for offset in (0, 7, 30)] == pytest.approx([0, 7, 30])
     assert first(31) == pytest.approx(0)  # offsets count round
 
 
-def test_a_strip_is_cut_before_it_is_enlarged():
-    assert folder.crop_resize_to_tensor(plain(size=(1, 100_000)), (64, 64)).shape == (3, 64, 64)
+def test_flips():
+    image = Image.effect_noise((24, 16), 50)
+    (straight, corner), (mirrored, other) = (
+        crop_resize_to_tensor(image, View((8, 8), 2, flip), channels=1) for flip in (False, True)
+    )
+    assert torch.equal(straight.flip(-1), mirrored)
+    assert corner == (0, 1) and other == (0, 3)  # of 12 pixels, at half the size
 
 
-def test_sizes_tell_how_a_picture_was_cut(tmp_path: Path) -> None:
-    """Height and width before, also of a JPEG that was read smaller or lies on its side; the cut's corner; its size."""
+def test_a_strip_is_cropped_before_it_is_enlarged():
+    assert resized(plain(size=(1, 100_000)), (64, 64)).shape == (3, 64, 64)
+
+
+def test_sizes_tell_how_an_image_was_cropped(tmp_path: Path) -> None:
+    """Original size, also of a JPEG that was read smaller or is turned; corner of the crop; sides of the sample."""
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     for name, image, options in (
@@ -505,16 +515,16 @@ def test_sizes_tell_how_a_picture_was_cut(tmp_path: Path) -> None:
         ("b.jpg", plain(size=(640, 960)), {}),
         ("c.jpg", plain(size=(640, 960)), {"exif": exif}),
     ):
-        (tmp_path / name).write_bytes(encoded(image, "PNG" if name == "a.png" else "JPEG", **options))
-    source = folder._read_folder(tmp_path)
-    data = ImageTextDataset(source, DataConfig(resolution=8), "test", seed=0)
+        for split in ("train", "test"):
+            (tmp_path / split).mkdir(exist_ok=True)
+            (tmp_path / split / name).write_bytes(encoded(image, "PNG" if name == "a.png" else "JPEG", **options))
+    data = opened(tmp_path, "test")
     assert [data[SampleKey(i, 0, 0)]["sizes"].tolist() for i in range(3)] == [
         [12, 24, 0, 4, 8, 8],
         [960, 640, 2, 0, 8, 8],
         [640, 960, 0, 2, 8, 8],
     ]
-    mirrored = ImageTextDataset(source, DataConfig(resolution=8, random_flip=True), "train", seed=0)
-    straight = ImageTextDataset(source, DataConfig(resolution=8), "train", seed=0)
+    mirrored, straight = opened(tmp_path, random_flip=True), opened(tmp_path)
     lefts = [tuple(d[SampleKey(0, epoch, 0)]["sizes"][3].item() for d in (straight, mirrored)) for epoch in range(20)]
     assert {a == b for a, b in lefts} == {True, False} and all(b in (a, 8 - a) for a, b in lefts)
 
@@ -531,13 +541,13 @@ def ramps(tmp_path):
 
 
 def test_crops_and_flips_depend_on_seed_epoch_and_index_alone(ramps):
-    data, again, other = (opened(ramps, seed=seed, flip=True) for seed in (0, 0, 1))
+    data, again, other = (opened(ramps, seed=seed, random_flip=True) for seed in (0, 0, 1))
     keys = [SampleKey(index, epoch, 0) for index in range(6) for epoch in range(3)]
     torch.manual_seed(0)
     expected = [data[key]["image"] for key in keys]
     torch.manual_seed(1)
     assert all(
-        torch.equal(image, again[key._replace(position=5)]["image"]) for image, key in zip(expected, keys, strict=True)
+        torch.equal(image, again[replace(key, position=5)]["image"]) for image, key in zip(expected, keys, strict=True)
     )
     assert not any(torch.equal(image, other[key]["image"]) for image, key in zip(expected, keys, strict=True))
     assert len({image[0, 0, 0].item() for image in expected}) > 10
@@ -547,12 +557,12 @@ def test_crops_and_flips_depend_on_seed_epoch_and_index_alone(ramps):
 
 def test_nothing_is_flipped_unless_asked(ramps):
     data = opened(ramps)
-    images_ = [data[SampleKey(index, epoch, 0)]["image"] for index in range(6) for epoch in range(3)]
-    assert all(image[0, 0, 0] < image[0, 0, -1] for image in images_)
+    images = [data[SampleKey(index, epoch, 0)]["image"] for index in range(6) for epoch in range(3)]
+    assert all(image[0, 0, 0] < image[0, 0, -1] for image in images)
 
 
 def test_the_test_split_has_centre_crops_whatever_the_seed(ramps):
-    data, other = (opened(ramps, "test", seed=seed, flip=True) for seed in (0, 1))
+    data, other = (opened(ramps, "test", seed=seed, random_flip=True) for seed in (0, 1))
     image = data[SampleKey(0, 0, 0)]["image"]
     assert torch.equal(image, data[SampleKey(0, 5, 0)]["image"]) and torch.equal(
         image, other[SampleKey(0, 0, 0)]["image"]
@@ -590,7 +600,35 @@ def test_drawn_sets(monkeypatch, source):
         assert torch.allclose(sample["image"], pixels, atol=1e-6) and sample["caption"] == row["caption"]
 
 
-# Images that can not be read.
+# A source decides how it decodes.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scans(ImageTextSource):
+    """Images of more than 8 bits: ramps whose steps 8 bits do not show."""
+
+    def read(self, index: int, view: View, *, channels: int, side: int) -> Decoded:
+        height, width = view.sides
+        if index == 0:
+            raise ValueError("no scan")
+        pixels = torch.linspace(0, 1e-3, width).mul(index).expand(channels, height, width)
+        return Decoded(pixels, (0, 0), (512, 512))
+
+    def size(self, index: int) -> Sides:
+        return 512, 512
+
+
+def test_a_source_of_floats_is_not_rounded_to_8_bits():
+    source = Scans(names=["a", "b", "c"], captions=[[], ["one"], ["two", "three"]], description="scans")
+    data = ImageTextDataset(source, DataConfig(resolution=8, channels=1, max_unreadable=1), "test", seed=0)
+    sample = data[SampleKey(1, 0, 0)]
+    assert torch.equal(sample["image"], torch.linspace(0, 1e-3, 8).expand(1, 8, 8))
+    assert sample["caption"] == "one" and sample["sizes"].tolist() == [512, 512, 0, 0, 8, 8]
+    assert data[SampleKey(0, 0, 0)]["caption"] in ("one", "two") and data.unreadable == ["a: no scan"]
+    assert data.captions_of(SampleKey(2, 0, 0)) == ["two", "three"]
+
+
+# Images that cannot be read.
 
 
 @pytest.fixture
@@ -605,7 +643,7 @@ def damaged(tmp_path):
     return tmp_path
 
 
-def test_another_image_stands_in_with_its_own_caption(damaged):
+def test_another_image_replaces_it_with_its_own_caption(damaged):
     data, again = (opened(damaged, max_unreadable=0.1) for _ in range(2))
     place = data.source.names.index("03.png")
     sample = data[SampleKey(place, 0, 0)]
@@ -613,17 +651,32 @@ def test_another_image_stands_in_with_its_own_caption(damaged):
     assert round((sample["image"][0, 0, 0].item() + 1) * 127.5) == int(sample["caption"])
     assert data.caption(SampleKey(place, 0, 0)) == sample["caption"] == data[SampleKey(place, 4, 0)]["caption"]
     assert again[SampleKey(place, 0, 0)]["caption"] == sample["caption"]
-    assert data.unreadable == ["03.png: no PNG, JPEG or WEBP image"]
+    assert len(data.unreadable) == 1 and re.match("03.png: not a PNG, JPEG or WEBP", data.unreadable[0])
     assert len({data[SampleKey(i, 0, 0)]["caption"] for i in (place, data.source.names.index("07.png"))}) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_main_process_hears_of_them(damaged, workers):
+def test_the_main_process_knows_them(damaged, workers):
     data = opened(damaged, max_unreadable=0.1)
-    order = EpochBatchSampler(len(data), seed=0, batch_size=len(data))
-    batches = list(islice(DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=collate), 2))
+    sampler = EpochBatchSampler(len(data), seed=0, batch_size=len(data))
+    batches = list(islice(DataLoader(data, batch_sampler=sampler, num_workers=workers, collate_fn=collate), 2))
     assert not {"3", "7"} & {caption for batch in batches for caption in batch["caption"]}
-    assert data.unreadable == [f"{name}: no PNG, JPEG or WEBP image" for name in ("03.png", "07.png")]
+    assert [line.split(":")[0] for line in data.unreadable] == ["03.png", "07.png"]
+    assert re.search("train split: 2 images could not be read.*\n03.png: .*\n07.png: ", data.report())
+
+
+def test_ranks_exchange_them(damaged):
+    """What one rank met all know; above the cap all of them stop."""
+    ranks = [opened(damaged, max_unreadable=0.03) for _ in range(2)]
+    indices = [ranks[0].source.names.index(name) for name in ("03.png", "07.png")]
+    for rank, index in zip(ranks, indices, strict=True):
+        rank[SampleKey(index, 0, 0)]
+    for rank, index in zip(ranks, indices, strict=True):
+        sent: list[list[int]] = []
+        with pytest.raises(ValueError, match="2 of .* images .*03.png: .*; 07.png: .*--data.max-unreadable"):
+            rank.sync_unreadable(lambda mine, sent=sent: sent.append(mine) or indices)
+        assert sent == [[index]]
+        assert len(rank.unreadable) == 2
 
 
 def test_too_many_stop_the_run(damaged):
@@ -634,12 +687,9 @@ def test_too_many_stop_the_run(damaged):
     with pytest.raises(ValueError) as caught:
         data[SampleKey(second, 0, 0)]
     text = str(caught.value)
-    share = (
-        f"2 of {len(data)} images ({2 / len(data):.1%}) can not be read, above the 3.0% that data.max_unreadable allows"
-    )
-    assert f"{damaged}: {share}" in text
-    assert "03.png: no PNG, JPEG or WEBP image; 07.png: no PNG, JPEG or WEBP image; repair or remove them" in text
-    assert text.endswith("or raise --data.max-unreadable") and "\n" not in text
+    assert f"{damaged}: 2 of {len(data)} images ({2 / len(data):.1%})" in text and "\n" not in text
+    assert re.search("3.0% .*data.max_unreadable.*: 03.png: .*; 07.png: .*; repair or remove them", text)
+    assert text.endswith("or raise --data.max-unreadable")
 
 
 def test_no_more_than_five_are_named(tmp_path):
@@ -652,9 +702,9 @@ def test_no_more_than_five_are_named(tmp_path):
     assert str(caught.value).count(".png: ") == 5
 
 
-def test_the_search_for_a_stand_in_ends(damaged):
+def test_the_search_for_a_fallback_ends(damaged):
     data = opened(damaged, max_unreadable=1)
     for name in data.source.names:
         (damaged / name).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"32 images in a row can not be read, .*; repair or remove them"):
+    with pytest.raises(ValueError, match="32 images in a row .*; repair or remove them"):
         data[SampleKey(0, 0, 0)]

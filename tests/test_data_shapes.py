@@ -13,9 +13,9 @@ def pixels(row_image: Image.Image) -> np.ndarray:
     return np.asarray(row_image.convert("RGB"), np.float64)
 
 
-def center_of(picture: np.ndarray, color: str) -> np.ndarray:
+def center_of(image: np.ndarray, color: str) -> np.ndarray:
     """Mean (x, y) of the pixels that are nearer to `color` than 40."""
-    near = np.abs(picture - np.array(shapes.COLORS[color])).sum(-1) < 40
+    near = np.abs(image - np.array(shapes.COLORS[color])).sum(-1) < 40
     assert near.sum() >= 4, f"no {color} object"
     ys, xs = np.nonzero(near)
     return np.array([xs.mean(), ys.mean()]) + 0.5
@@ -31,7 +31,7 @@ def pairs():
     return shapes.load_pairs("train", 48, count=120)
 
 
-def test_columns_and_pictures(rows):
+def test_columns_and_images(rows):
     assert set(rows.column_names) == {"image", "caption", "shape", "color", "background", "position", "size"}
     assert rows[0]["image"].size == (32, 32) and rows[0]["image"].mode == "RGB"
 
@@ -59,7 +59,7 @@ def test_test_rows_show_test_combinations():
         assert shapes.Scene(*(row[name] for name in shapes.Scene._fields)) in held_out
 
 
-def test_a_wording_names_its_own_attributes_and_no_others():
+def test_a_caption_names_its_own_attributes_and_no_others():
     words = {"shape": shapes.SHAPES, "color": shapes.COLORS, "size": shapes.SIZES, "position": shapes.POSITIONS}
     for scene in shapes.scenes("test"):
         for caption in shapes.captions(scene):
@@ -68,7 +68,7 @@ def test_a_wording_names_its_own_attributes_and_no_others():
                 assert named == ({scene.color, scene.background} if field == "color" else {getattr(scene, field)})
 
 
-def test_pair_wordings_name_all_attributes():
+def test_pair_captions_name_all_attributes():
     for scene in shapes.pair_scenes("test")[:300]:
         assert all(value in caption for caption in shapes.pair_captions(scene) for value in scene)
         assert len(set(shapes.pair_captions(scene))) == 2
@@ -85,11 +85,11 @@ def test_object_and_background_differ():
         assert len({scene.color, scene.other_color, scene.background}) == 3 and scene.shape != scene.other_shape
 
 
-def test_the_picture_shows_what_the_row_says(rows):
+def test_the_image_shows_what_the_row_says(rows):
     for row in rows.select(range(80)):
-        picture = pixels(row["image"])
-        assert np.abs(picture[0, 0] - shapes.COLORS[row["background"]]).max() <= 1
-        distance = center_of(picture, row["color"]) / 32 - shapes.POSITIONS[row["position"]]
+        image = pixels(row["image"])
+        assert np.abs(image[0, 0] - shapes.COLORS[row["background"]]).max() <= 1
+        distance = center_of(image, row["color"]) / 32 - shapes.POSITIONS[row["position"]]
         assert np.abs(distance).max() < 0.08
 
 
@@ -141,7 +141,7 @@ def test_images_are_stored_as_png_bytes(rows):
 
 
 def test_messages():
-    with pytest.raises(ValueError, match="split 'val' is unknown: choose train or test"):
+    with pytest.raises(ValueError, match="split 'val' .*train or test"):
         shapes.load("val", 32, count=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="size 7 is too small to draw a shape in: choose at least 8 pixels"):
+    with pytest.raises(ValueError, match="size 7 .*at least 8 pixels"):
         shapes.load("train", 7, count=1)

@@ -96,9 +96,10 @@ def assert_weighs_x0(diffusion: Diffusion, t: Tensor, x0_weight: Callable[[Tenso
 def test_min_snr_is_the_same_objective_for_every_prediction(
     noise_schedule: str, prediction: str, floor: float | None, gamma: float | None
 ) -> None:
-    values = {"prediction": prediction, "loss_weighting": "min_snr", "gamma": gamma, "snr_floor": floor}
-    t = double(0.05, 0.2, 0.5, 0.8, 0.95)
-    assert_weighs_x0(diffusion_of(noise_schedule, **values), t, lambda snr: snr.clamp(floor, gamma))
+    diffusion = diffusion_of(
+        noise_schedule, prediction=prediction, loss_weighting="min_snr", gamma=gamma, snr_floor=floor
+    )
+    assert_weighs_x0(diffusion, double(0.05, 0.2, 0.5, 0.8, 0.95), lambda snr: snr.clamp(floor, gamma))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0", "flow"])
@@ -116,13 +117,14 @@ def test_soft_min_snr_and_p2_are_the_same_objective_for_every_prediction(
 
 @pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
 def test_min_snr_is_finite_at_zero_snr(prediction: str) -> None:
-    values = {"prediction": prediction, "loss_weighting": "min_snr", "gamma": 5, "snr_floor": 1}
-    assert diffusion_of(zero_terminal_snr=True, **values).loss_weight(double(0.0, 0.001, 1.0)).isfinite().all()
+    diffusion = diffusion_of(
+        prediction=prediction, zero_terminal_snr=True, loss_weighting="min_snr", gamma=5, snr_floor=1
+    )
+    assert diffusion.loss_weight(double(0.0, 0.001, 1.0)).isfinite().all()
 
 
 def test_edm_samples_sigma_log_normally() -> None:
-    log_normal = {"t_distribution": "log_normal", "log_normal_mean_std": (-1.0, 0.8)}
-    diffusion = diffusion_of("edm", prediction="v", **log_normal)
+    diffusion = diffusion_of("edm", prediction="v", t_distribution="log_normal", log_normal_mean_std=(-1.0, 0.8))
     uniform = torch.rand(50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sigma = diffusion.noise_to_signal(diffusion.sample_t(uniform, torch.arange(50_000), 50_000)).log()
     assert sigma.mean().item() == pytest.approx(-1.0, abs=0.02) and sigma.std().item() == pytest.approx(0.8, abs=0.02)

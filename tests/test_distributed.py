@@ -1,48 +1,29 @@
-"""Two processes train what one process trains."""
+"""Two ranks train what one rank trains."""
 
 import json
 import math
-import multiprocessing
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import encode
+import cache_latents
 import pytest
+import ranks
 import torch
-from helpers import train
-from distributed_worker import Harm, Script, work_as
+from helpers import contents, copy_stages_before, latent_flags, losses, tensors_of, train
+from ranks import FSDP, Harm, free_port, launch, rank_environment
 from safetensors.torch import load_file
-from test_training import copy_stages_before, losses, tensors_of
 from torch import Tensor
 
 from ldm.data.sources import shapes
 from ldm.data.sources.base import hash_split
 from ldm.training.checkpoint import load_checkpoint
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
-PATHS = os.pathsep.join(str(path) for path in (WORKER.parent, WORKER.parents[1] / "scripts", WORKER.parents[1]))
-FORKS = multiprocessing.get_context("forkserver")  # its processes have all imports from the start
-FORKS.set_forkserver_preload(["distributed_worker"])
 MODULE = {"clip": "clip", "vae": "vae", "ldm": "unet"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment() -> Iterator[None]:
-    """What the processes find when they start."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", PATHS)
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-
-
-SHARD = ["--fsdp", "--gradient-checkpointing"]
+environment = pytest.fixture(scope="module", autouse=True)(rank_environment)
 
 
 @pytest.mark.parametrize(
@@ -51,13 +32,13 @@ SHARD = ["--fsdp", "--gradient-checkpointing"]
         ("clip", []),
         ("vae", ["--grad-accum-steps", "2"]),
         ("ldm", ["--grad-accum-steps", "2"]),
-        ("vae", SHARD),
-        ("ldm", [*SHARD, "--grad-accum-steps", "2"]),
+        ("vae", FSDP),
+        ("ldm", [*FSDP, "--grad-accum-steps", "2"]),
     ],
     ids=["clip", "vae", "ldm", "vae-sharded", "ldm-sharded"],
 )
 def test_two_processes_equal_one(stage: str, flags: list[str], tiny_runs: Path, tmp_path: Path) -> None:
-    """Same losses to 1e-5, weights and averages; with weights split over both, the finished model is whole again."""
+    """Same losses to 1e-5, weights and averages; with weights sharded over both, the finished model is whole again."""
     copy_stages_before(stage, tiny_runs, tmp_path)
     one, two = tiny_runs / stage, tmp_path / stage
     if "--fsdp" in flags:
@@ -83,53 +64,34 @@ def test_two_processes_equal_one(stage: str, flags: list[str], tiny_runs: Path, 
 def test_a_disk_that_is_full_for_one_process_stops_both(tmp_path: Path) -> None:
     told = launch("vae", tmp_path / "vae", 2, ["--fsdp"], harm=Harm("full", 1, 3), codes=[1, 1])
     assert told.count("step-000004 could not be written (") == 2 and "File too large" in told
-    assert "free some space and go on with --resume latest, from step-000002" in told
+    assert "free some space and restart with --resume latest, from step-000002" in told
     assert [path.name for path in (tmp_path / "vae/checkpoints").iterdir()] == ["step-000002"]
-
-
-def encoding(runs: Path) -> list[str]:
-    """Flags that encode with the tiny stages, to several files of several variants."""
-    stages = ["--vae", str(runs / "vae/model"), "--text.model", f"local-dir:{runs}/clip/model"]
-    return [
-        *stages,
-        "--data.resolution",
-        "16",
-        "--data.random-flip",
-        "--augmentations-per-image",
-        "2",
-        "--images-per-file",
-        "90",
-    ]
 
 
 def test_two_processes_encode_what_one_does(tiny_runs: Path, tmp_path: Path) -> None:
     """To the byte, in every file; each writes about half of them."""
     one, two = tmp_path / "one", tmp_path / "two"
-    encode.main(["--out", str(one), *encoding(tiny_runs)])
-    launch("encode", two, 2, encoding(tiny_runs))
+    cache_latents.main(["--out", str(one), *latent_flags(tiny_runs)])
+    launch("cache_latents", two, 2, latent_flags(tiny_runs))
     assert contents(one) == contents(two) and len(contents(two)) == 8 + 4 + 2
 
 
 def test_a_disk_that_is_full_for_one_process_stops_encoding(tiny_runs: Path, tmp_path: Path) -> None:
     """What the other one wrote is kept, and a second call ends as one without a full disk."""
-    flags, one, two = encoding(tiny_runs), tmp_path / "one", tmp_path / "two"
-    told = launch("encode", two, 2, flags, harm=Harm("full", 1, 0), codes=[1, 1])
+    flags, one, two = latent_flags(tiny_runs), tmp_path / "one", tmp_path / "two"
+    told = launch("cache_latents", two, 2, flags, harm=Harm("full", 1, 0), codes=[1, 1])
     assert "safetensors could not be written" in told and "free some space and try again" in told
-    assert "error: another process is gone: look at what it said, then start encode.py again" in told
+    assert "error: a rank failed: see the output of the other ranks, then start cache_latents.py again" in told
     assert "Traceback" not in told and not list(two.glob(".*"))
-    encode.main(["--out", str(one), *flags])
+    cache_latents.main(["--out", str(one), *flags])
     assert contents(two).items() < contents(one).items() and contents(two)
-    encode.main(["--out", str(two), *flags])
+    cache_latents.main(["--out", str(two), *flags])
     assert contents(two) == contents(one)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_what_can_not_be_split_is_told(tmp_path: Path) -> None:
     told = launch("clip", tmp_path / "clip", 2, ["--fsdp"], codes=[1, 1])
-    assert "shard: model.logit_scale is a single number, which FSDP2 can not split; leave out --fsdp" in told
+    assert "--fsdp: model.logit_scale is a single number" in told and "leave out --fsdp" in told
 
 
 def test_images_that_one_process_can_not_read_are_counted_by_all(tmp_path: Path) -> None:
@@ -149,7 +111,7 @@ def test_images_that_one_process_can_not_read_are_counted_by_all(tmp_path: Path)
     assert "above the 6.0% that data.max_unreadable allows" in told
 
 
-@pytest.mark.parametrize(("first", "then"), [([], []), (SHARD, SHARD), (SHARD, []), ([], SHARD)])
+@pytest.mark.parametrize(("first", "then"), [([], []), (FSDP, FSDP), (FSDP, []), ([], FSDP)])
 def test_a_run_that_one_process_stops_goes_on_with_another_number(
     first: list[str], then: list[str], tmp_path: Path
 ) -> None:
@@ -162,8 +124,9 @@ def test_a_run_that_one_process_stops_goes_on_with_another_number(
     train("vae", tmp_path / "whole", *batch, *first[:1])
     codes = [128 + signal.SIGUSR1] * 2
     launch("vae", tmp_path / "stopped", 2, [*batch, *first], harm=Harm("signal", 1, 2), codes=codes)
-    assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-000002"]
-    assert (tmp_path / "stopped/stopped").read_text() == "step 2\n"
+    saved = sorted(path.name for path in (tmp_path / "stopped/checkpoints").iterdir())
+    assert saved[-1] == "step-000003"  # the step after the signal
+    assert (tmp_path / "stopped/STOPPED").read_text() == "step 3\n"
     for processes in (1, 3, 4) if first == then else (2,):
         run = tmp_path / str(processes)
         shutil.copytree(tmp_path / "stopped", run)
@@ -173,12 +136,12 @@ def test_a_run_that_one_process_stops_goes_on_with_another_number(
         else:
             launch("vae", run, processes, flags)
         assert close(losses(tmp_path / "whole"), losses(run), 1e-5 if first == then else 1e-4)
-        assert rates(tmp_path / "whole") == rates(run) and not (run / "stopped").exists()
+        assert rates(tmp_path / "whole") == rates(run) and not (run / "STOPPED").exists()
 
 
 def test_a_gradient_that_is_not_finite_on_one_process_is_skipped_by_all(tmp_path: Path) -> None:
     told = launch("vae", tmp_path / "vae", 2, ["--keep-checkpoints", "9"], harm=Harm("poison", 1, 2))
-    assert "vae: the gradient was not finite, skipped: step 2; 1 so far" in told
+    assert "vae: non-finite gradient, skipped step 2 (1 skipped so far)" in told
     found = losses(tmp_path / "vae")
     assert sorted(found) == [1, 2, 3, 4] and all(math.isfinite(found[step]) for step in (1, 3, 4))
     assert all(tensor.isfinite().all() for tensor in tensors_of(tmp_path / "vae", 4).values())
@@ -188,7 +151,7 @@ def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
     begin = time.monotonic()
     codes = [1, -signal.SIGTERM]
     told = launch("vae", tmp_path / "vae", 2, ["--timeout", "5"], harm=Harm("hang", 1, 2), codes=codes)
-    assert "another process did not answer within 5 s at step 2" in told and time.monotonic() - begin < 55
+    assert "a rank failed or timed out (5 s) at step 2" in told and time.monotonic() - begin < 55
 
 
 def test_two_nodes_equal_one_process(tmp_path: Path) -> None:
@@ -196,7 +159,7 @@ def test_two_nodes_equal_one_process(tmp_path: Path) -> None:
     train("vae", tmp_path / "whole")
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     meeting = ["--master_addr", "localhost", "--master_port", str(free_port())]
-    stage = [str(WORKER), "vae", str(tmp_path / "vae"), "2"]
+    stage = [ranks.__file__, "vae", str(tmp_path / "vae"), "2"]
     nodes = [subprocess.Popen([*command, "--node_rank", str(rank), *meeting, *stage]) for rank in range(2)]
     assert [node.wait(300) for node in nodes] == [0, 0]
     assert close(losses(tmp_path / "whole"), losses(tmp_path / "vae"))
@@ -217,41 +180,3 @@ def close(want: dict[int, float], found: dict[int, float], tolerance: float = 1e
 def rates(run: Path) -> list[float]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [line["learning_rate"] for line in lines if "loss" in line]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
-def launch(
-    stage: str,
-    run: Path,
-    processes: int,
-    flags: Sequence[str],
-    *,
-    harm: Harm | None = None,
-    codes: Sequence[int] | None = None,
-    script: Script = train,
-) -> str:
-    """What several processes say that do what `script` does, all together; their exit codes must be the given, or 0.
-
-    When one fails, the others get five seconds to follow before SIGTERM, as a launcher would send.
-    """
-    port, said = free_port(), [run.parent / f"{run.name}-{rank}.txt" for rank in range(processes)]
-    group = [
-        FORKS.Process(target=work_as, args=(rank, port, said[rank], processes, stage, run, list(flags), harm, script))
-        for rank in range(processes)
-    ]
-    for process in group:
-        process.start()
-    while all(process.exitcode in (None, 0) for process in group) and any(process.is_alive() for process in group):
-        time.sleep(0.05)
-    for process in group:
-        process.join(5)
-        process.terminate()
-        process.join()
-    told = "".join(file.read_text() for file in said)
-    assert [process.exitcode for process in group] == list(codes or [0] * processes), told[-3000:]
-    return told

@@ -4,32 +4,33 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import doctor
 import pytest
 import torch
-from conftest import examine
-from distributed_worker import Harm
-from test_distributed import SHARD, environment, launch  # noqa: F401
-from test_training import copy_stages_before
+from helpers import copy_stages_before, examine_tiny, tiny_flags
+from ranks import FSDP, Harm, launch, rank_environment
 
 from ldm.data.batch_sampler import SampleKey
 from ldm.planning import checks
 from ldm.planning.checks import DoctorCheck
-from ldm.training import trainer
+from ldm.stages import split_stage
 from ldm.training.config import TrainingConfig
-from ldm.training.trainer import Trainer
+from ldm.training.optimizer import learning_rate
+from ldm.training.state import TrainingState
 
 CHECKS = (
     "devices and precision",
-    "gradients on all ranks",
-    "data of the ranks",
+    "gradients identical across ranks",
+    "samples disjoint across ranks",
     "learning rate at the end",
-    "step after save and load",
-    "loss falls",
-    "memory head-room",
+    "resume is bit-exact",
+    "loss decreases",
+    "memory headroom",
     "images/s",
     "time to finish",
-    "disk needed",
+    "disk space",
 )
+environment = pytest.fixture(scope="module", autouse=True)(rank_environment)
 LONG = ["--steps", "4000", "--validate-every", "1000", "--sample-every", "1000", "--checkpoint-every", "1000"]
 
 
@@ -44,7 +45,7 @@ class Usage(NamedTuple):
 def states(told: str) -> dict[str, str]:
     """ok or FAILED of each check in a report."""
     lines = [line for line in told.splitlines() if line.startswith(("ok ", "FAILED "))]
-    return {line[8:34].strip(): line.split()[0] for line in lines}
+    return {line[8:42].strip(): line.split()[0] for line in lines}
 
 
 def failing(told: str) -> list[str]:
@@ -57,51 +58,53 @@ def test_a_sound_run_is_found_sound_and_nothing_of_it_is_touched(
 ) -> None:
     copy_stages_before(stage, tiny_runs, tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    examine(stage, tmp_path / stage, *LONG)
+    doctor.main([stage, *tiny_flags(stage, tmp_path / stage, *LONG)])
     told = capsys.readouterr().out
     assert tuple(states(told)) == CHECKS and failing(told) == [], told
-    assert "20 steps of 8 samples over 1 process, none taken twice" in told
+    assert "20 steps of 8 samples over 1 rank, none repeated" in told
     assert "bit-equal: weights and averages" in told and "for 4,000 steps" in told
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("flags", [["--grad-accum-steps", "2"], SHARD], ids=["accumulate", "sharded"])
+@pytest.mark.parametrize("flags", [["--grad-accum-steps", "2"], FSDP], ids=["accumulate", "sharded"])
 def test_two_processes_are_found_sound(flags: list[str], tmp_path: Path) -> None:
-    told = launch("vae", tmp_path / "vae", 2, [*LONG, *flags], script=examine)
+    told = launch("doctor vae", tmp_path / "vae", 2, [*LONG, *flags])
     assert tuple(states(told)) == CHECKS and failing(told) == [], told
     assert told.count("images/s   ") == 1, "the main process alone reports"
-    assert "2 processes on cpu" in told and "bit-equal on 2 processes" in told
-    assert ("put together from their parts" in told) == ("--fsdp" in flags)
-    assert "20 steps of 8 samples over 2 processes, none taken twice" in told
+    assert "2 ranks on cpu" in told and "bit-equal on 2 ranks" in told
+    assert ("gathered from their shards" in told) == ("--fsdp" in flags)
+    assert "20 steps of 8 samples over 2 ranks, none repeated" in told
     assert not (tmp_path / ".vae-doctor").exists()
 
 
 def test_two_processes_with_the_same_and_slow_data_or_other_gradients_are_found(tmp_path: Path) -> None:
-    told = launch("vae", tmp_path / "vae", 2, LONG, script=examine, harm=Harm("twin", 0, 0), codes=[1, 1])
-    assert failing(told) == ["data of the ranks", "images/s"], told
+    told = launch("doctor vae", tmp_path / "vae", 2, LONG, harm=Harm("twin", 0, 0), codes=[1, 1])
+    assert failing(told) == ["samples disjoint across ranks", "images/s"], told
     assert "data are slower than training" in told, "the first process waits for the second alone"
-    assert "80 taken twice" in told and "launch with accelerate or torchrun" in told
-    told = launch("vae", tmp_path / "vae", 2, LONG, script=examine, harm=Harm("apart", 1, 19), codes=[1, 1])
-    assert "gradients on all ranks" in failing(told) and "start all processes with one launcher" in told
+    assert "80 repeated" in told and "launch with accelerate or torchrun" in told
+    told = launch("doctor vae", tmp_path / "vae", 2, LONG, harm=Harm("apart", 1, 19), codes=[1, 1])
+    assert "gradients identical across ranks" in failing(told) and "start all processes with one launcher" in told
 
 
 def test_what_is_broken_in_one_process_is_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that is nearly full, a restore that is not exact, a learning rate that is no more."""
-    restore = Trainer.restore
+    restore = TrainingState.restore
 
-    def inexact(trainer: Trainer, path: Path) -> None:
-        restore(trainer, path)
+    def inexact(state: TrainingState, path: Path) -> None:
+        restore(state, path)
         with torch.no_grad():
-            next(trainer.modules["vae"].parameters()).mul_(1 + 1e-6)
+            next(state.modules["vae"].parameters()).mul_(1 + 1e-6)
 
-    monkeypatch.setattr(Trainer, "restore", inexact)
+    monkeypatch.setattr(TrainingState, "restore", inexact)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
     with pytest.raises(SystemExit, match="1"):
-        examine("vae", tmp_path / "vae", *LONG, "--learning-rate", "1e-30", "--warmup-steps", "5000")
+        doctor.main(
+            ["vae", *tiny_flags("vae", tmp_path / "vae", *LONG, "--learning-rate", "1e-30"), "--warmup-steps", "5000"]
+        )
     told = capsys.readouterr().out
-    wrong = ["learning rate at the end", "step after save and load", "loss falls", "disk needed"]
+    wrong = ["learning rate at the end", "resume is bit-exact", "loss decreases", "disk space"]
     assert failing(told) == wrong, told
     for remedy in (
         "--warmup-steps 200 or more --steps",
@@ -115,10 +118,10 @@ def test_what_is_broken_in_one_process_is_found(
 
 def test_a_learning_rate_that_ends_early_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks.schedule(TrainingConfig(lr_schedule="cosine")).ok
-    early = lambda config, step: trainer.learning_rate(config, 4 * step)  # noqa: E731  # stepped by each of 4 processes
+    early = lambda config, step: learning_rate(config, 4 * step)  # noqa: E731  # stepped by each of 4 processes
     monkeypatch.setattr(checks, "learning_rate", early)
     check = checks.schedule(TrainingConfig(lr_schedule="linear"))
-    assert not check.ok and "it is 0 from step 251 on" in check.remedy
+    assert not check.ok and "it is 0 from step 251 on" in check.fix
 
 
 CONFIG = TrainingConfig(steps=1000, batch_size=4)
@@ -180,13 +183,11 @@ def test_what_numbers_say(well: DoctorCheck, wrong: DoctorCheck, remedy: str) ->
 
 
 def test_the_stage_is_named_or_follows_from_the_file() -> None:
-    from doctor import parse_stage
-
-    assert parse_stage(["vae", "--steps", "9"]) == ("vae", ["--steps", "9"])
-    assert parse_stage(["--config", "configs/emoji/clip.yaml"])[0] == "clip"
-    assert parse_stage(["--config=configs/shapes/ddpm_pixels.yaml"])[0] == "ldm"
+    assert split_stage(["vae", "--steps", "9"]) == ("vae", ["--steps", "9"])
+    assert split_stage(["--config", "configs/emoji/clip.yaml"])[0] == "clip"
+    assert split_stage(["--config=configs/shapes/ddpm_pixels.yaml"])[0] == "ldm"
 
 
 def test_too_few_steps_are_told(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="at 4 steps at least"):
-        examine("vae", tmp_path / "vae", "--steps", "3")
+    with pytest.raises(ValueError, match="--steps must be at least 4 for the doctor, not 3"):
+        examine_tiny("vae", tmp_path / "vae", "--steps", "3")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ldm.data.sources import shapes
+from ldm.evaluation import classifier as module
 from ldm.evaluation import intervals
 from ldm.evaluation.classifier import (
     ATTRIBUTES,
@@ -16,7 +17,9 @@ from ldm.evaluation.classifier import (
     check_classifier,
     count_correct,
     render_batch,
+    train_classifier,
 )
+from ldm.imaging import pil_to_tensor
 
 
 def test_wilsons_interval() -> None:
@@ -52,17 +55,20 @@ def test_right_answers_are_counted_by_attribute() -> None:
     assert right == {"shape": 3, "color": 3, "background": 3, "position": 3, "size": 2, "all": 2}
 
 
-def test_renders_are_the_pictures_of_the_data_set() -> None:
-    images = render_batch(shapes.scenes("test")[:2], 16, seed=0)
-    assert images.shape == (2, 3, 16, 16) and images.min() >= -1 and images.max() <= 1
+def test_renders_are_the_images_of_the_data_set() -> None:
+    scenes = shapes.scenes("test")[:2]
+    images = render_batch(scenes, 16, seed=5)
+    for index, scene in enumerate(scenes):
+        assert torch.equal(images[index], pil_to_tensor(shapes.render(scene, 16, seed=5 + index), 3))
+    assert not torch.equal(images, render_batch(scenes, 16, seed=6)), "the seed moves the objects a little"
 
 
 def test_evaluate_reports_fidelity_and_prompt_accuracy(
     tiny_runs: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the tiny model, with a classifier that need not prove itself: every figure with its count and interval."""
-    monkeypatch.setattr(evaluate, "train_classifier", lambda size: AttributeClassifier().eval())
-    monkeypatch.setattr(evaluate, "check_classifier", lambda model, size: 1.0)
+    monkeypatch.setattr(module, "train_classifier", lambda size: AttributeClassifier().eval())
+    monkeypatch.setattr(module, "check_classifier", lambda model, size: 1.0)
     evaluate.main(
         ["--model", str(tiny_model), "--num-samples", "6", "--steps", "2", "--batch-size", "4", "--device", "cpu"]
     )
@@ -73,8 +79,8 @@ def test_evaluate_reports_fidelity_and_prompt_accuracy(
     assert (tiny_runs / f"classifier-{CLASSIFIER_VERSION}-16.safetensors").is_file()
 
 
-@pytest.mark.slow
-def test_the_classifier_reads_real_renders() -> None:
-    from ldm.evaluation.classifier import train_classifier
-
-    assert check_classifier(train_classifier(32), 32) >= 0.995
+def test_the_classifier_learns_to_read_renders() -> None:
+    """A tenth of its training at half the resolution; the demo trains it to 99.5 % and checks that at every use."""
+    scenes = shapes.scenes("test")[:200]
+    correct = count_correct(train_classifier(16, steps=40, batch_size=48), render_batch(scenes, 16, seed=1), scenes)
+    assert correct["background"] > 160 and correct["position"] > 120 and correct["color"] > 100

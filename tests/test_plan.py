@@ -1,40 +1,59 @@
 """The planner's numbers are those of real steps, and its commands run."""
 
 import math
+import re
 import shlex
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
-import plan
 import pytest
 import torch
-from plan import PlanConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from ldm.cli import ScriptConfig, parse_cli
-from ldm.planning import cost
-from ldm.planner.cost import Cost, dry_run, largest_batch, time_step
-from ldm.planner.device import GIB
-from ldm.planner.planner import MachineSpec, Recipe, StageEstimate, detect_machine, fit_to_memory
-from ldm.unet import UNet
+from ldm.cli import parse_cli
+from ldm.conditioning import Conditioning
+from ldm.config import CONFIGS
+from ldm.planning import planner, report
+from ldm.planning.cost import STATE_BYTES_PER_PARAMETER, Cost, dry_run, largest_batch, time_step
+from ldm.planning.device import GIB
+from ldm.planning.planner import MachineSpec, Recipe, StageEstimate, detect_machine, fit_to_memory, recipe_stages
+from ldm.planning.report import PlanConfig, make_plan
+from ldm.rng import StepRNG
+from ldm.stages import STAGES
+from ldm.training.stage import Batch, Networks, Stage, Trainable
+from ldm.unet import UNet, UNetConfig
 
 CPU = torch.device("cpu")
 SMALL = {"gpus": 0, "memory_gib": 8.0, "tflops": 0.05, "size": 32, "num_images": 9072}  # about what two cores reach
 
 
-plan.recipe_stages = cache(plan.recipe_stages)  # so that dry runs of one test are there for the next
+@cache
+def estimates(recipe: str, resolution: int) -> dict[str, StageEstimate]:
+    """The stages of a recipe; the same objects at every call, so that dry runs of one test are there for the next."""
+    return {estimate.stage: estimate for estimate in recipe_stages(CONFIGS / recipe, resolution)}
 
 
-def jobs(recipe: str, size: int) -> dict[str, StageEstimate]:
-    return {job.stage: job for job in plan.recipe_stages(plan.ROOT / "configs" / recipe, size)}
+class One(Stage):
+    """A single network under a loss."""
+
+    def __init__(self, module: nn.Module, example: Batch) -> None:
+        self.trainables, self.frozen, self.example = [Trainable("one", module)], {}, example
+
+    def example_batch(self, count: int) -> Batch:
+        return {key: value.expand(count, *value.shape[1:]) for key, value in self.example.items()}
+
+    def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
+        return {"loss": networks["one"](batch["x"]).sum()}
 
 
-def real_peak(job: StageEstimate, images: int, recompute: bool) -> int:
+def real_peak(estimate: StageEstimate, images: int, recompute: bool) -> int:
     """Bytes that a real forward and backward pass had at once, beside the weights, as torch's profiler saw them."""
-    module = job.build(recompute)
+    stage = estimate.build(recompute, CPU)
+    networks = {trainable.name: trainable.module for trainable in stage.trainables}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        job.loss(module, images, CPU).backward()
+        batch = stage.example_batch(images)
+        stage.loss(next(iter(networks)), networks, batch, StepRNG(0, 0, range(images), images, CPU))["loss"].backward()
     now = peak = 0
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -55,38 +74,44 @@ def real_peak(job: StageEstimate, images: int, recompute: bool) -> int:
 )
 def test_the_dry_run_has_the_memory_of_a_real_step(recipe: str, stage: str, recompute: bool) -> None:
     """Measured at 8 images: equal to 0.1 %, and 4 % below it for the VAE that recomputes; 5 % are allowed."""
-    job = jobs(recipe, 64 if recipe == "emoji" else 32)[stage]
-    dry = dry_run(lambda: job.build(recompute), job.loss, 8, bf16=False)
-    assert dry.peak_activation_bytes == pytest.approx(real_peak(job, 8, recompute), rel=0.05)
+    estimate = estimates(recipe, 64 if recipe == "emoji" else 32)[stage]
+    dry = dry_run(partial(estimate.build, recompute), 8, bf16=False)
+    assert dry.peak_activation_bytes == pytest.approx(real_peak(estimate, 8, recompute), rel=0.05)
 
 
 def test_recomputing_takes_more_work_and_less_memory() -> None:
-    job = jobs("emoji", 64)["ldm"]
-    plain, again = (dry_run(lambda r=r: job.build(r), job.loss, 64, bf16=False) for r in (False, True))  # type: ignore[misc]
+    estimate = estimates("emoji", 64)["ldm"]
+    plain, again = (dry_run(partial(estimate.build, recompute), 64, bf16=False) for recompute in (False, True))
     assert 1.2 < again.flop / plain.flop < 1.4 and again.peak_activation_bytes < 0.5 * plain.peak_activation_bytes
 
 
 def test_the_cost_of_a_known_layer() -> None:
     """y = x W: 2 b i o forward, as much for the gradient of W; 20 bytes a parameter when a step is at its peak."""
-    x = lambda images, device: torch.ones(images, 100, device=device)  # noqa: E731
-    loss = lambda module, images, device: module(x(images, device)).sum()  # noqa: E731
-    found = dry_run(lambda: nn.Linear(100, 1000, bias=False), loss, 2, bf16=False)
+    example = {"x": torch.ones(1, 100), "sizes": torch.ones(1, 6)}
+    found = dry_run(lambda device: One(nn.Linear(100, 1000, bias=False), example), 2, bf16=False)
     assert found.parameters == 100_000 and found.flop == 2 * 2 * 2 * 100 * 1000
     assert 20 * 100_000 <= found.memory() < 20 * 100_000 + 4 * 2 * 3000
     assert found.memory(2) == found.memory() + 4 * 100_000, "gradients travel in buckets"
-    assert found.memory(4, split=True) == found.memory() - 15 * 100_000
+    assert found.memory(4, fsdp=True) == found.memory() - 15 * 100_000
+
+
+class Conditioned(nn.Module):
+    """A U-Net under a context of 77 tokens."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.unet = UNet(config)
+
+    def forward(self, z: Tensor) -> Tensor:
+        cond = Conditioning(context=torch.ones(len(z), 77, 1024))
+        return self.unet(z, torch.ones(len(z)), cond)
 
 
 def test_a_large_network_costs_what_is_known_of_it() -> None:
     """Stable Diffusion 2.1: 804 GFLOP forward at 64 x 64, of which training takes three, and a little for attention."""
-    job = jobs("sd21-base", 512)["ldm"]
-    config = job.config.unet  # type: ignore[attr-defined]
-
-    def loss(module: nn.Module, images: int, device: torch.device) -> torch.Tensor:
-        z, states = torch.ones(images, 4, 64, 64, device=device), torch.ones(images, 77, 1024, device=device)
-        return module(z, torch.ones(images, device=device), states).sum()
-
-    found = dry_run(lambda: UNet(config), loss, 1, bf16=True)
+    config = estimates("sd21-base", 512)["ldm"].config.unet  # type: ignore[attr-defined]
+    example = {"x": torch.ones(1, 4, 64, 64), "sizes": torch.ones(1, 6)}
+    found = dry_run(lambda device: One(Conditioned(config), example), 1, bf16=True)
     assert found.parameters == 865_910_724 and found.flop / 3 / 804e9 == pytest.approx(1, rel=0.04)
 
 
@@ -98,60 +123,62 @@ def test_the_largest_batch_fits_and_divides() -> None:
 
 
 def test_a_rate_is_measured() -> None:
-    job = jobs("shapes", 32)["vae"]
-    few, many = (time_step(lambda: job.build(False), job.loss, n, CPU, bf16=False) for n in (1, 32))
+    build = partial(estimates("shapes", 32)["vae"].build, False)
+    few, many = (time_step(build, images, CPU, bf16=False) for images in (1, 32))
     assert 0 < few < many
 
 
 @pytest.mark.parametrize(("hours", "recipe"), [(0.5, "shapes"), (3.0, "emoji-cpu"), (200.0, "emoji")])
 def test_more_time_takes_a_larger_recipe_and_its_commands_are_read(hours: float, recipe: str) -> None:
-    told = plan.plan(PlanConfig(hours=hours, **SMALL))
+    told = make_plan(PlanConfig(hours=hours, **SMALL))
     assert told[1].startswith(f"configs/{recipe}, of emoji, emoji-cpu, shapes: "), told
     commands = [shlex.split(line) for line in told if line.startswith("accelerate launch scripts/train_")]
     assert len(commands) == 3
-    for words, settings in zip(commands, ("TrainCLIP", "TrainVAE", "TrainLDM"), strict=True):
-        stage = settings.removeprefix("Train").lower()
-        words[words.index("--config") + 1] = str(plan.ROOT / words[words.index("--config") + 1])
-        cls: type[ScriptConfig] = getattr(getattr(plan, f"train_{stage}"), settings)
-        config = parse_cli(cls, words[3:], default=None, description="")
-        assert config.data.size == 32 and config.run == Path("runs/plan") / stage  # type: ignore[attr-defined]
+    for words, (name, stage) in zip(commands, STAGES.items(), strict=True):
+        words[words.index("--config") + 1] = str(CONFIGS.parent / words[words.index("--config") + 1])
+        config = parse_cli(stage.Config, words[3:], default=None, description="")
+        assert config.data.resolution == 32 and config.run == Path("runs/plan") / name
 
 
 def test_a_folder_with_a_space_is_one_word_of_the_commands() -> None:
-    told = plan.plan(PlanConfig(hours=0.02, source="my photos", **SMALL))
+    told = make_plan(PlanConfig(hours=0.02, source="my photos", **SMALL))
     assert all("my photos" in shlex.split(line) for line in told if line.startswith("accelerate"))
 
 
 def test_too_little_time_cuts_steps_and_warm_up() -> None:
-    told = "\n".join(plan.plan(PlanConfig(hours=0.02, **SMALL)))
-    assert "so there is time for " in told and " of them" in told
+    told = "\n".join(make_plan(PlanConfig(hours=0.02, **SMALL)))
+    assert re.search(r"recipe needs .*; the budget covers \d+% of its steps", told)
     words = next(line for line in told.splitlines() if "train_ldm" in line).split()
     steps, warmup = (int(words[words.index(flag) + 1]) for flag in ("--steps", "--warmup-steps"))
     assert warmup <= steps // 10 and steps < 5200
-    told = "\n".join(plan.plan(PlanConfig(hours=1e-9, **SMALL)))
+    told = "\n".join(make_plan(PlanConfig(hours=1e-9, **SMALL)))
     assert "train_ldm.py" in told and "doctor.py" not in told  # which wants more steps than one
 
 
 def test_latents_of_many_images_are_not_kept_in_memory() -> None:
-    told = plan.plan(PlanConfig(hours=0.5, **SMALL | {"num_images": 10**8}))
-    assert any(line.startswith("latents: encoded in each step, as all of them take ") for line in told), told
+    told = make_plan(PlanConfig(hours=0.5, **SMALL | {"num_images": 10**8}))
+    assert any(line.startswith("latents: encoded in each step, since all of them need ") for line in told), told
     assert all(line.endswith(" --no-cache-latents") for line in told if "train_ldm.py" in line or "doctor.py" in line)
-    assert not any("--no-cache-latents" in line for line in plan.plan(PlanConfig(hours=0.5, **SMALL)))
+    assert not any("--no-cache-latents" in line for line in make_plan(PlanConfig(hours=0.5, **SMALL)))
 
 
-def test_what_does_not_fit_is_made_smaller_or_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_made_smaller_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Smaller micro-batches, then recomputing, then parts of the weights, then an error.
 
     The contrastive loss compares a whole batch, so its batch gets smaller.
     """
     known = lambda job, images, recompute, bf16: Cost(1000, 0, 1, 4000 + images * (100 if recompute else 1000))  # noqa: E731
-    monkeypatch.setattr(planning, "cost", known)
-    job, clip = jobs("emoji", 64)["ldm"], jobs("emoji", 64)["clip"]
+    monkeypatch.setattr(planner, "cost", known)
+    job, clip = estimates("emoji", 64)["ldm"], estimates("emoji", 64)["clip"]
     one = [fit_to_memory(job, MachineSpec(1, room, None, 1.0)) for room in (148_000, 60_000, 20_500)]
-    assert [(row.images, row.gradient_checkpointing, row.fsdp) for row in one] == [(128, 0, 0), (32, 0, 0), (4, 1, 0)]
-    assert [row.accumulate for row in one] == [1, 4, 32] and all(row.batch == 128 for row in one)
+    assert [(row.micro_batch, row.gradient_checkpointing, row.fsdp) for row in one] == [
+        (128, 0, 0),
+        (32, 0, 0),
+        (4, 1, 0),
+    ]
+    assert [row.grad_accum_steps for row in one] == [1, 4, 32] and all(row.batch == 128 for row in one)
     four = fit_to_memory(job, MachineSpec(4, 20_500, None, 1.0))
-    assert (four.images, four.gradient_checkpointing, four.fsdp, four.batch, four.accumulate) == (
+    assert (four.micro_batch, four.gradient_checkpointing, four.fsdp, four.batch, four.grad_accum_steps) == (
         32,
         True,
         True,
@@ -159,9 +186,9 @@ def test_what_does_not_fit_is_made_smaller_or_told(monkeypatch: pytest.MonkeyPat
         1,
     )
     assert fit_to_memory(clip, MachineSpec(1, 60_000, None, 1.0)).batch == 32
-    with pytest.raises(ValueError, match="clip.yaml: one image needs"):  # its logit scale can not be split
+    with pytest.raises(ValueError, match="clip.yaml: one image needs"):  # its logit scale cannot be sharded
         fit_to_memory(clip, MachineSpec(4, 20_500, None, 1.0))
-    with pytest.raises(ValueError, match="one image needs .* there is room for"):
+    with pytest.raises(ValueError, match="one image needs .* are usable"):
         fit_to_memory(job, MachineSpec(1, 20_000, None, 1.0))
 
 
@@ -170,20 +197,22 @@ def test_no_rate_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU, and measures it")
     with pytest.raises(ValueError, match="no recipe of configs/ is near"):
-        plan.recipes(4096)
-    assert [recipe.name for recipe in plan.recipes(40)] == ["emoji-cpu", "shapes"], "patches of emoji do not divide it"
+        planner.recipes(4096)
+    assert [recipe.name for recipe in planner.recipes(40)] == ["emoji-cpu", "shapes"], (
+        "patches of emoji do not divide it"
+    )
     with pytest.raises(ValueError, match="--size 100: configs/emoji: .* is not a multiple of .*; 32, 64"):
-        plan.recipes(100)
-    shapes = [Recipe("shapes", list(jobs("shapes", 32).values()))]
-    monkeypatch.setattr(plan, "recipes", lambda size, most: shapes)
-    told = plan.plan(PlanConfig(gpus=1, memory_gib=24, size=32))
-    assert "give --tflops" in told[-1] and "TFLOP/s a GPU needed" in told[2]
+        planner.recipes(100)
+    shapes = [Recipe("shapes", list(estimates("shapes", 32).values()))]
+    monkeypatch.setattr(report, "recipes", lambda size, most: shapes)
+    told = make_plan(PlanConfig(gpus=1, memory_gib=24, size=32))
+    assert "pass --tflops" in told[-1] and "TFLOP/s a GPU needed" in told[2]
     assert not any(line.startswith("accelerate") for line in told)
-    with pytest.raises(ValueError, match="--memory-gib: say what the other machine has"):
-        plan.plan(PlanConfig(gpus=1, tflops=10))
+    with pytest.raises(ValueError, match="--memory-gib: pass what the other machine has"):
+        make_plan(PlanConfig(gpus=1, tflops=10))
 
 
 def test_a_machine_has_room_for_less_than_its_memory() -> None:
     machine = detect_machine(0, 8.0, 0.05)
     assert machine.usable_bytes == int(0.9 * 8 * GIB) - GIB and machine.device is None
-    assert math.isclose(Cost(10, 4, 0, 40).memory(), 10 * cost.STATE_BYTES_PER_PARAMETER + 44)
+    assert math.isclose(Cost(10, 4, 0, 40).memory(), 10 * STATE_BYTES_PER_PARAMETER + 44)

@@ -1,4 +1,4 @@
-"""The signs in a prompt: weights, AND, long prompts, and what is refused."""
+"""The syntax of prompts: weights, AND, long prompts, and what is refused."""
 
 from pathlib import Path
 
@@ -30,53 +30,77 @@ from ldm.text.prompt_weights import WeightedText, parse_weights, split_and, stri
     ],
 )
 def test_weights(prompt: str, parts: list[tuple[str, float]]) -> None:
-    found = parse_weights(prompt)
-    assert [part.text for part in found] == [text for text, _ in parts]
-    assert [part.weight for part in found] == pytest.approx([weight for _, weight in parts])
+    parsed = parse_weights(prompt)
+    assert [part.text for part in parsed] == [text for text, _ in parts]
+    assert [part.weight for part in parsed] == pytest.approx([weight for _, weight in parts])
+
+
+def test_numbers_without_decimals_and_unclosed_brackets() -> None:
+    assert parse_weights("a (red:1.) [.5:") == [
+        WeightedText("a ", 1.0),
+        WeightedText("red", 1.0),
+        WeightedText(" ", 1.0),
+        WeightedText(".5:", 1 / 1.1),
+    ]
+
+
+@pytest.mark.parametrize("prompt", ["(cat:1001)", "(cat:-1001)", "(" * 100 + "cat", "a AND cat :1001"])
+def test_weights_over_the_limit_are_refused(prompt: str) -> None:
+    with pytest.raises(ValueError, match=r"prompt has 'cat' with weight .*at most 1000"):
+        [parse_weights(part.text) for part in split_and(prompt)]
 
 
 def test_and_joins_prompts() -> None:
     assert split_and("a cat") == [("a cat", 1.0)]
     assert split_and("a cat AND a dog :0.5 AND SAND") == [("a cat", 1.0), ("a dog", 0.5), ("SAND", 1.0)]
+    assert split_and("a AND b :1.") == [("a", 1.0), ("b", 1.0)]
     assert split_and("a clock: 3") == [("a clock: 3", 1.0)]
     assert strip_weights("a (red:1.3) cat AND [dog] :2").split() == ["a", "red", "cat", "dog"]
 
 
 @pytest.fixture
 def text(tiny_runs: Path) -> TextEncoder:
-    return TextEncoder.load(TextConfig(model=f"local-dir:{tiny_runs}/clip/model"))  # 24 tokens, 22 of them free
+    return TextEncoder.load(
+        TextConfig(model=f"local-dir:{tiny_runs}/clip/model")
+    )  # 24 tokens, two of them start and end
 
 
-def test_a_prompt_without_signs_is_encoded_as_in_training(text: TextEncoder) -> None:
+def test_a_prompt_without_syntax_is_encoded_as_in_training(text: TextEncoder) -> None:
     prompts = ["a red circle", "", "a very small blue ring in the corner"]
-    for ours, theirs in zip(text.encode_prompts(prompts), text(prompts), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for from_prompts, from_captions in zip(text.encode_prompts(prompts), text(prompts), strict=True):
+        torch.testing.assert_close(from_prompts, from_captions)
 
 
-def test_weights_multiply_the_states_of_their_words(text: TextEncoder) -> None:
-    states, weighted = (text.encode_prompts([p]).hidden_states[0] for p in ("a red circle", "a (red:1.5) circle"))
-    ratio = (weighted / states).mean(1)
+def test_weights_multiply_the_hidden_states_of_their_words(text: TextEncoder) -> None:
+    plain, weighted = (text.encode_prompts([p]).hidden_states[0] for p in ("a red circle", "a (red:1.5) circle"))
+    ratio = (weighted / plain).mean(1)
     torch.testing.assert_close(ratio, torch.tensor([1, 1, 1.5, 1, 1.0]), rtol=1e-4, atol=1e-4)
 
 
-def test_a_long_prompt_is_encoded_in_pieces(text: TextEncoder) -> None:
+def test_a_long_prompt_is_encoded_in_chunks(text: TextEncoder) -> None:
     long = "red " * 22 + "circle"
-    states = text.encode_prompts([long, "a star"])
-    pieces = text.encode_prompts(["red " * 22, "circle"])
-    torch.testing.assert_close(states.hidden_states[0, :24], pieces.hidden_states[0])
-    torch.testing.assert_close(states.hidden_states[0, 24:27], pieces.hidden_states[1, :3])
-    assert states.mask.sum(1).tolist() == [24 + 3, 4]
+    batch = text.encode_prompts([long, "a star"])
+    chunks = text.encode_prompts(["red " * 22, "circle"])
+    torch.testing.assert_close(batch.hidden_states[0, :24], chunks.hidden_states[0])
+    torch.testing.assert_close(batch.hidden_states[0, 24:27], chunks.hidden_states[1, :3])
+    assert batch.mask is not None and batch.mask.sum(1).tolist() == [24 + 3, 4]
     alone = text.encode_prompts(["a star"])
-    torch.testing.assert_close(states.hidden_states[1, :4], alone.hidden_states[0])
-    torch.testing.assert_close(states.pooled, torch.cat([pieces.pooled[:1], alone.pooled]))
+    torch.testing.assert_close(batch.hidden_states[1, :4], alone.hidden_states[0])
+    torch.testing.assert_close(batch.pooled, torch.cat([chunks.pooled[:1], alone.pooled]))
 
 
-def test_prompts_that_can_not_be_read_are_told(text: TextEncoder) -> None:
-    for token in ("<end_of_text>", "<start_of_text>"):
-        with pytest.raises(ValueError, match=f"prompt has {token} in it, which the text tower takes for its own"):
+def test_special_tokens_are_refused(text: TextEncoder) -> None:
+    """However they are written."""
+    escaped = ("&lt;end_of_text&gt;", "&amp;lt;START_OF_TEXT&amp;gt;", "＜end_of_text＞")
+    for token in ("<end_of_text>", "<start_of_text>", *escaped):
+        with pytest.raises(ValueError, match=r"prompt.*special token <(start|end)_of_text>: leave it out"):
             text.encode_prompts([f"a cat {token} a dog"])
-    with pytest.raises(ValueError, match="prompt has 10,000 tokens, at most 440 can be read: shorten it"):
-        text.encode_prompts(["red " * 10_000])
+
+
+def test_a_prompt_of_too_many_chunks_is_refused(text: TextEncoder) -> None:
+    text.encode_prompts(["red " * 440])
+    with pytest.raises(ValueError, match="prompt has 441 tokens, at most 440.*shorten it"):
+        text.encode_prompts(["red " * 441])
 
 
 # In the pipeline.
@@ -87,7 +111,7 @@ def pixels(pipeline: Pipeline, prompt: str, **more: object) -> np.ndarray:
     return np.asarray(image, dtype=int)
 
 
-def test_the_pipeline_reads_the_signs(tiny_model: Path) -> None:
+def test_the_pipeline_reads_the_syntax(tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
     alone = pixels(pipeline, "a red circle")
     assert abs(pixels(pipeline, "a red circle AND a blue star :0") - alone).max() <= 1
@@ -95,19 +119,11 @@ def test_the_pipeline_reads_the_signs(tiny_model: Path) -> None:
     assert abs(pixels(pipeline, "a red circle AND a blue star") - alone).max() > 1
     assert abs(pixels(pipeline, "a (red:90) circle") - alone).max() > 1
     assert pipeline.unseen_words("a (red:1.3) zebra AND [circle]") == ["zebra"]
-    for sign in ("<end_of_text>", "&lt;end_of_text&gt;", "&amp;lt;START_OF_TEXT&amp;gt;", "＜end_of_text＞"):
-        with pytest.raises(ValueError, match="prompt has <(start|end)_of_text> in it, which the text tower takes for"):
-            pixels(pipeline, f"a star {sign} a ring")
-    assert parse_weights("a (red:1.) [.5:") == [
-        WeightedText("a ", 1.0),
-        WeightedText("red", 1.0),
-        WeightedText(" ", 1.0),
-        WeightedText(".5:", 1 / 1.1),
-    ]
-    assert split_and("a AND b :1.") == [WeightedText("a", 1.0), WeightedText("b", 1.0)]
+    with pytest.raises(ValueError, match="special token <end_of_text>: leave it out"):
+        pixels(pipeline, "a star <end_of_text> a ring")
 
 
-def test_prompts_joined_and_alone_share_a_batch(tiny_model: Path) -> None:
+def test_prompts_with_and_without_and_share_a_batch(tiny_model: Path) -> None:
     """Each image of a mixed batch is that of its own prompt."""
     pipeline = Pipeline.load(tiny_model)
     noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -68,9 +68,8 @@ def eta_0(name: str) -> float | None:
 
 def inner_timesteps(diffusion: Diffusion, start: float, end: float, steps: int) -> Tensor:
     """Even in log-SNR between two t inside the schedule, where its ends spoil no order."""
-    level = torch.linspace(
-        *(diffusion.noise_to_signal(double(t)).log().item() for t in (start, end)), steps + 1
-    ).double()
+    high, low = (diffusion.noise_to_signal(double(t)).log().item() for t in (start, end))
+    level = torch.linspace(high, low, steps + 1, dtype=torch.float64)
     return torch.cat([double(start), diffusion.t_from_noise_to_signal(level.exp())[1:-1], double(end)])
 
 
@@ -315,7 +314,7 @@ def test_samplers_that_are_refused(name: str, eta: float | None, message: str) -
 # Against diffusers.
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "trailing"}
-SCHEDULERS = {
+SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
     "ddim": ("DDIMScheduler", {"set_alpha_to_one": True, "clip_sample": False}),
     "ddim eta 0.5": ("DDIMScheduler", {"set_alpha_to_one": True, "clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),

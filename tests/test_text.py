@@ -1,4 +1,4 @@
-"""The text tower: agreement with open_clip, freezing, masks, messages."""
+"""Text towers: agreement with open_clip, freezing, masks, caching, messages."""
 
 import json
 import logging
@@ -11,10 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.text import DualTextEncoder, TextConfig, TextEncoder, encode_for_cache, states_from_cache
+from ldm.text import (
+    DualTextEncoder,
+    TextConditioner,
+    TextConfig,
+    TextEncoder,
+    encode_for_cache,
+    load_text_encoder,
+    states_from_cache,
+)
+from ldm.text.tokenizer import Tokenizer
+from ldm.text.tower import TextTower
 from ldm.text.weights import CONFIG_NAME, WEIGHTS_NAME
 
 PROMPTS = ["a red circle", "", "a very small blue ring in the top left corner, on white"]
+METHODS = ["forward", "encode_prompts"]
 
 
 @pytest.fixture
@@ -22,14 +33,26 @@ def folder(tiny_runs: Path) -> Path:
     return tiny_runs / "clip/model"
 
 
-def load(folder: Path, **values: object) -> TextEncoder:
-    return TextEncoder.load(TextConfig(model=f"local-dir:{folder}", **values))  # type: ignore[arg-type]
+def load(folder: Path, **values: Any) -> TextEncoder:
+    return TextEncoder.load(TextConfig(model=f"local-dir:{folder}", **values))
+
+
+def write_config(folder: Path, like: Path, **text_cfg: object) -> None:
+    """The configuration of another tower, with some settings changed."""
+    cfg = json.loads((like / CONFIG_NAME).read_text())["model_cfg"]
+    cfg["text_cfg"] |= text_cfg
+    (folder / CONFIG_NAME).write_text(json.dumps({"model_cfg": cfg}))
+
+
+# Against open_clip.
 
 
 @pytest.mark.parametrize("layer", ["last", "penultimate"])
-@pytest.mark.parametrize(("quick_gelu", "normalize"), [(False, True), (True, True), (False, False)])
-def test_states_are_those_of_open_clip(layer: str, quick_gelu: bool, normalize: bool, tmp_path: Path) -> None:
-    """Random weights, two layers: token states, mask and pooled vector against open_clip's own model and loader."""
+@pytest.mark.parametrize(("quick_gelu", "final_layer_norm"), [(False, True), (True, True), (False, False)])
+def test_embeddings_are_those_of_open_clip(
+    layer: str, quick_gelu: bool, final_layer_norm: bool, tmp_path: Path
+) -> None:
+    """Random weights, two layers: hidden states, mask and pooled embedding against open_clip's own model and loader."""
     cfg = {
         "embed_dim": 24,
         "quick_gelu": quick_gelu,
@@ -37,72 +60,22 @@ def test_states_are_those_of_open_clip(layer: str, quick_gelu: bool, normalize: 
         "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
     }
     torch.manual_seed(0)
-    theirs = open_clip.CLIP(**cfg).eval()  # type: ignore[arg-type]
+    theirs = open_clip.CLIP(**cfg).eval()
     (tmp_path / CONFIG_NAME).write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": {}}))
     save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, tmp_path / WEIGHTS_NAME)
     ids = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(PROMPTS)
     with torch.no_grad():
-        states = theirs.forward_intermediates(text=ids, normalize_intermediates=normalize, intermediates_only=True)
+        states = theirs.forward_intermediates(
+            text=ids, normalize_intermediates=final_layer_norm, intermediates_only=True
+        )
         pooled = theirs.encode_text(ids)
-    ours = load(tmp_path, layer=layer, normalize=normalize)(PROMPTS)
+    ours = load(tmp_path, layer=layer, final_layer_norm=final_layer_norm)(PROMPTS)
     want = states["text_intermediates"][-1 if layer == "last" else -2]
-    length = ours.tokens.shape[1]
-    torch.testing.assert_close(ours.tokens, want[:, :length], rtol=1e-5, atol=1e-5)
+    length = ours.hidden_states.shape[1]
+    torch.testing.assert_close(ours.hidden_states, want[:, :length], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.pooled, pooled, rtol=1e-5, atol=1e-5)
     ends = (ids == 49407).int().argmax(1) + 1
-    assert ours.mask.sum(1).tolist() == ends.tolist() and length == ends.max()
-
-
-@pytest.mark.parametrize("values", [{}, {"pad_token_id": 49407}, {"zero_empty_prompt": True, "use_pooled": True}])
-@pytest.mark.parametrize("two", [False, True])
-def test_states_that_are_kept_are_the_same(values: dict[str, Any], two: bool, folder: Path) -> None:
-    """Kept one by one, or together, and put in batches of any length."""
-    text: Any = load(folder, **values)
-    text = DualTextEncoder(text, load(folder, layer="penultimate", **values)) if two else text
-    ids = text.tokenize(PROMPTS)
-    tokens, pooled = encode_for_cache(text, ids)
-    alone = [encode_for_cache(text, ids[i : i + 1]) for i in range(3)]
-    torch.testing.assert_close(tokens, torch.cat([own for own, _ in alone]), rtol=1e-5, atol=1e-5)
-    for chosen in ([0, 1], [2, 1], [1]):
-        want, found = text.id_states(ids[chosen]), states_from_cache(text, ids[chosen], tokens[chosen], pooled[chosen])
-        seen = torch.ones(want.tokens.shape[:2], dtype=torch.bool) if want.mask is None else want.mask
-        assert (found.mask is None) == (want.mask is None) and (
-            found.mask is None or torch.equal(found.mask, want.mask)
-        )
-        assert found.hidden_states.shape == want.tokens.shape
-        torch.testing.assert_close(found.hidden_states[seen], want.tokens[seen], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found.pooled, want.pooled, rtol=1e-5, atol=1e-5)
-
-
-def test_two_towers_say_both(folder: Path) -> None:
-    first, second = load(folder, padding=49407), load(folder, padding=0, layer="penultimate", pooled=True)
-    both = DualTextEncoder(first, second)
-    assert (both.width, both.pooled_dim) == (first.width + second.width, second.pooled_dim)
-    for name in ("forward", "prompt_states"):
-        a, b, states = (getattr(encoder, name)(PROMPTS) for encoder in (first, second, both))
-        assert torch.equal(states.tokens, torch.cat([a.tokens, b.tokens], -1)) and states.mask is None
-        assert torch.equal(states.pooled, b.pooled)
-    with pytest.raises(ValueError, match="set the padding of both text towers, or of none"):
-        DualTextEncoder(first, load(folder))
-    second.tower.length = 20
-    with pytest.raises(ValueError, match="the text towers take 24 and 20 tokens: choose two with one limit"):
-        DualTextEncoder(first, second)
-
-
-def test_a_configuration_that_tells_no_tower_is_named(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "text")
-    for content in ("{", "{}", '{"model_cfg": 3}', '{"model_cfg": {"embed_dim": 3}}'):
-        (tmp_path / "text" / CONFIG_NAME).write_text(content)
-        with pytest.raises(ValueError, match="open_clip_config.json tells no text tower as open_clip's configuration"):
-            load(tmp_path / "text")
-
-
-def test_an_empty_prompt_can_be_zeros(folder: Path) -> None:
-    zeros, plain = load(folder, zero_empty=True), load(folder)
-    for name in ("forward", "prompt_states"):
-        states, want = (getattr(encoder, name)(PROMPTS) for encoder in (zeros, plain))
-        assert not states.tokens[1].any() and not states.pooled[1].any() and want.tokens[1].any()
-        assert torch.equal(states.tokens[::2], want.tokens[::2]) and torch.equal(states.pooled[::2], want.pooled[::2])
+    assert ours.mask is not None and ours.mask.sum(1).tolist() == ends.tolist() and length == ends.max()
 
 
 def test_open_clip_loads_what_train_clip_saved(folder: Path) -> None:
@@ -113,23 +86,114 @@ def test_open_clip_loads_what_train_clip_saved(folder: Path) -> None:
     torch.testing.assert_close(model.encode_text(ids), load(folder)(["a red circle"]).pooled, rtol=1e-5, atol=1e-5)
 
 
-def test_frozen_means_frozen(folder: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"clean": "canonicalize"}])
+def test_ids_are_those_of_open_clip(settings: dict[str, Any]) -> None:
+    """Truncated or not."""
+    prompts = [*PROMPTS, "Two  Stars; &amp; a ring!", "red " * 30, "猫宇航员在月球上骑马"]
+    ours, theirs = Tokenizer(24, **settings), open_clip.SimpleTokenizer(context_length=24, **settings)
+    assert torch.equal(ours(prompts), theirs(prompts))
+    assert [ours.encode(prompt) for prompt in prompts] == [theirs.encode(prompt) for prompt in prompts]
+
+
+def test_the_public_towers_have_their_published_sizes() -> None:
+    for name, parameters in (("ViT-B-32", 63_428_096), ("ViT-H-14", 354_032_640)):
+        with torch.device("meta"):
+            tower = TextTower(open_clip.get_model_config(name))
+        assert sum(p.numel() for p in tower.parameters()) == parameters
+
+
+# Encoders.
+
+
+def test_a_tower_is_frozen(folder: Path) -> None:
     text = load(folder)
     text.train()
     assert not any(module.training for module in text.modules())
     assert not any(p.requires_grad for p in text.parameters())
-    assert not text(PROMPTS).tokens.requires_grad
+    assert not text(PROMPTS).hidden_states.requires_grad
 
 
-def test_a_prompt_is_encoded_alike_in_every_company(folder: Path) -> None:
+def test_prompts_of_a_batch_do_not_see_each_other(folder: Path) -> None:
     text = load(folder)
     alone, together = text(PROMPTS[:1]), text(PROMPTS)
-    length = alone.tokens.shape[1]
-    torch.testing.assert_close(together.tokens[:1, :length], alone.tokens, rtol=0, atol=1e-6)
+    length = alone.hidden_states.shape[1]
+    torch.testing.assert_close(together.hidden_states[:1, :length], alone.hidden_states, rtol=0, atol=1e-6)
     assert together.mask[0].sum() == alone.mask.sum()
 
 
-def test_a_cut_prompt_is_said_with_what_was_cut(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_an_empty_prompt_can_be_zeros(method: str, folder: Path) -> None:
+    zeros, plain = (getattr(load(folder, zero_empty_prompt=zero), method)(PROMPTS) for zero in (True, False))
+    assert not zeros.hidden_states[1].any() and not zeros.pooled[1].any() and plain.hidden_states[1].any()
+    assert torch.equal(zeros.hidden_states[::2], plain.hidden_states[::2])
+    assert torch.equal(zeros.pooled[::2], plain.pooled[::2])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_towers_are_concatenated(method: str, folder: Path) -> None:
+    first = load(folder, pad_token_id=49407)
+    second = load(folder, pad_token_id=0, layer="penultimate", use_pooled=True)
+    both = DualTextEncoder(first, second)
+    assert (both.width, both.pooled_dim) == (first.width + second.width, second.pooled_dim)
+    a, b, joined = (getattr(encoder, method)(PROMPTS) for encoder in (first, second, both))
+    assert torch.equal(joined.hidden_states, torch.cat([a.hidden_states, b.hidden_states], -1)) and joined.mask is None
+    assert torch.equal(joined.pooled, b.pooled)
+
+
+def test_two_towers_that_do_not_match_are_refused(folder: Path) -> None:
+    first, second = load(folder), load(folder, pad_token_id=0)
+    with pytest.raises(ValueError, match=r"pad_token_id.*text and second_text"):
+        DualTextEncoder(first, second)
+    first.tower.length = 20
+    with pytest.raises(ValueError, match="context lengths 20 and 24.*choose equal"):
+        DualTextEncoder(first, load(folder))
+
+
+def conditioner(folder: Path, *, two: bool, **values: Any) -> TextConditioner:
+    text = load(folder, **values)
+    return DualTextEncoder(text, load(folder, layer="penultimate", **values)) if two else text
+
+
+@pytest.mark.parametrize("values", [{}, {"pad_token_id": 49407}, {"zero_empty_prompt": True, "use_pooled": True}])
+@pytest.mark.parametrize("two", [False, True])
+def test_cached_embeddings_are_the_same(values: dict[str, Any], two: bool, folder: Path) -> None:
+    """Encoded one by one, or together, and put in batches of any length."""
+    text = conditioner(folder, two=two, **values)
+    ids = text.tokenize(PROMPTS)
+    hidden_states, pooled = encode_for_cache(text, ids)
+    alone = [encode_for_cache(text, ids[i : i + 1])[0] for i in range(3)]
+    torch.testing.assert_close(hidden_states, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    for batch in ([0, 1], [2, 1], [1]):
+        want = text.encode_ids(ids[batch])
+        cached = states_from_cache(text, ids[batch], hidden_states[batch], pooled[batch])
+        assert cached.hidden_states.shape == want.hidden_states.shape
+        mask = torch.ones(want.hidden_states.shape[:2], dtype=torch.bool) if want.mask is None else want.mask
+        assert (cached.mask is None) == (want.mask is None)
+        assert cached.mask is None or torch.equal(cached.mask, mask)
+        torch.testing.assert_close(cached.hidden_states[mask], want.hidden_states[mask], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(cached.pooled, want.pooled, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("values", [{}, {"pad_token_id": 49407}, {"zero_empty_prompt": True, "use_pooled": True}])
+@pytest.mark.parametrize("two", [False, True])
+def test_nothing_waits_for_the_device(values: dict[str, Any], two: bool, folder: Path) -> None:
+    """On the meta device no number can be read, so lengths must come from the ids on the CPU."""
+    text = conditioner(folder, two=two, **values)
+    ids, want = text.tokenize(PROMPTS), text(PROMPTS)
+    text.to("meta")
+    hidden_states, pooled = encode_for_cache(text, ids)
+    for embeddings in (text.encode_ids(ids), states_from_cache(text, ids, hidden_states, pooled)):
+        for tensor, like in zip(embeddings, want, strict=True):
+            if tensor is None or like is None:
+                assert tensor is like is None
+            else:
+                assert tensor.is_meta and tensor.shape == like.shape
+
+
+# Prompts over the limit.
+
+
+def test_a_truncated_prompt_is_logged_with_what_is_ignored(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         load(folder).tokenize(["red " * 21 + "circle"])
         assert not caplog.records
@@ -137,52 +201,7 @@ def test_a_cut_prompt_is_said_with_what_was_cut(folder: Path, caplog: pytest.Log
     assert [r.getMessage() for r in caplog.records] == ["prompt has 23 tokens, the limit is 22; ignored: 'circle'"]
 
 
-def test_a_tower_without_weights_is_an_error(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / CONFIG_NAME).write_text((folder / CONFIG_NAME).read_text())
-    with pytest.raises(ValueError, match=r"has no open_clip_model.safetensors: train one with .*train_clip.py"):
-        load(tmp_path)
-    tensors = load_file(folder / WEIGHTS_NAME)
-    del tensors["ln_final.weight"], tensors["text_projection"]
-    save_file(tensors, tmp_path / WEIGHTS_NAME)
-    with pytest.raises(
-        ValueError, match="lacks 2 tensors: ln_final.weight, text_projection|lacks 2 tensors: text_projection"
-    ):
-        load(tmp_path)
-    (tmp_path / WEIGHTS_NAME).write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="can not be read"):
-        load(tmp_path)
-
-
-def test_public_names_need_a_known_model_and_tag() -> None:
-    with pytest.raises(ValueError, match="'ViT-Z-99' is no open_clip model"):
-        TextEncoder.load(TextConfig(model="ViT-Z-99"))
-    with pytest.raises(ValueError, match="set text.pretrained to one of laion2b_s32b_b79k"):
-        TextEncoder.load(TextConfig(model="ViT-H-14"))
-
-
-def test_towers_of_another_kind_are_refused(folder: Path, tmp_path: Path) -> None:
-    config = json.loads((folder / CONFIG_NAME).read_text())
-    (tmp_path / WEIGHTS_NAME).write_bytes((folder / WEIGHTS_NAME).read_bytes())
-    for change, message in (
-        ({"hf_model_name": "roberta-base"}, "is a Hugging Face transformer"),
-        ({"pool_type": "last"}, "has pool_type: 'last'; only 'argmax' can be read"),
-    ):
-        changed = {**config["model_cfg"], "text_cfg": {**config["model_cfg"]["text_cfg"], **change}}
-        (tmp_path / CONFIG_NAME).write_text(json.dumps({"model_cfg": changed}))
-        with pytest.raises(ValueError, match=message):
-            load(tmp_path)
-
-
-def test_the_public_towers_have_their_published_sizes() -> None:
-    from ldm.text.tower import TextTower
-
-    for name, parameters in (("ViT-B-32", 63_428_096), ("ViT-H-14", 354_032_640)):
-        with torch.device("meta"):
-            tower = TextTower(open_clip.get_model_config(name))
-        assert sum(p.numel() for p in tower.parameters()) == parameters
-
-
-def test_a_short_prompt_of_many_tokens_is_told_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_truncated_prompt_is_logged_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Tokens are pieces of bytes: fourteen characters can be thirty-eight tokens."""
     text = load(folder)
     for _ in range(2):
@@ -190,6 +209,78 @@ def test_a_short_prompt_of_many_tokens_is_told_once(folder: Path, caplog: pytest
     assert [record.message.split(";")[0] for record in caplog.records] == ["prompt has 38 tokens, the limit is 22"]
 
 
-def test_a_hub_out_of_reach_is_told() -> None:
-    with pytest.raises(ValueError, match=r"text tower hf-hub:nobody/nothing can not be fetched .*local-dir:FOLDER"):
-        TextEncoder.load(TextConfig(model="hf-hub:nobody/nothing"))
+# Loading.
+
+
+def test_none_one_or_two_towers(tiny_runs: Path, folder: Path) -> None:
+    latest, none = TextConfig(), TextConfig(model="none")
+    assert load_text_encoder([none, none], tiny_runs, "") is None
+    one = load_text_encoder([latest, none], tiny_runs, "")
+    assert isinstance(one, TextEncoder) and one.model_id == f"local-dir:{folder}"
+    assert isinstance(load_text_encoder([latest, latest], tiny_runs, ""), DualTextEncoder)
+
+
+def test_without_a_finished_tower_the_command_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"text tower.*{tmp_path}.*train it so"):
+        load_text_encoder([TextConfig()], tmp_path, "train it so")
+
+
+def test_a_random_tower_needs_no_file() -> None:
+    """Its prompts are padded, so that no shape depends on them."""
+    cfg = {"embed_dim": 24, "text_cfg": {"context_length": 20, "width": 32, "heads": 2, "layers": 2}}
+    text = TextEncoder.random(TextConfig(model="latest", use_pooled=True), cfg)
+    embeddings = text(["a star"])
+    assert embeddings.hidden_states.shape == (1, 20, 32) and embeddings.mask is None and text.pooled_dim == 24
+    assert embeddings.hidden_states.isfinite().all()
+
+
+def test_a_configuration_without_a_tower_is_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "text")
+    for content in ("{", "{}", '{"model_cfg": 3}', '{"model_cfg": {"embed_dim": 3}}'):
+        (tmp_path / "text" / CONFIG_NAME).write_text(content)
+        with pytest.raises(ValueError, match=f"{CONFIG_NAME}.*model_cfg.*save or download it again"):
+            load(tmp_path / "text")
+
+
+def test_a_tower_without_weights_is_an_error(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / CONFIG_NAME).write_text((folder / CONFIG_NAME).read_text())
+    with pytest.raises(ValueError, match=rf"has no {WEIGHTS_NAME}.*train_clip.py"):
+        load(tmp_path)
+    tensors = load_file(folder / WEIGHTS_NAME)
+    del tensors["ln_final.weight"], tensors["text_projection"]
+    save_file(tensors, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(ValueError, match=rf"{WEIGHTS_NAME} lacks 2 tensors.*text_projection.*download it again"):
+        load(tmp_path)
+    (tmp_path / WEIGHTS_NAME).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=rf"{WEIGHTS_NAME} cannot be read.*download it again"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text_cfg", "message"),
+    [
+        ({"hf_model_name": "roberta-base"}, "Hugging Face transformer.*only CLIP's own"),
+        ({"pool_type": "last"}, "pool_type 'last'.*only 'argmax'"),
+        ({"tokenizer_kwargs": {"reduction_mask": "random"}}, "reduction_mask 'random'.*only ''"),
+    ],
+)
+def test_unsupported_towers_are_refused(
+    text_cfg: dict[str, object], message: str, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / WEIGHTS_NAME).write_bytes((folder / WEIGHTS_NAME).read_bytes())
+    write_config(tmp_path, folder, **text_cfg)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("ViT-Z-99", r"text.model 'ViT-Z-99'.*open_clip.*local-dir:FOLDER"),
+        ("ViT-H-14", "text.model ViT-H-14.*set text.pretrained to one of laion2b_s32b_b79k.*not None"),
+        ("hf-hub:nobody/nothing", "text tower hf-hub:nobody/nothing.*download failed.*local-dir:FOLDER"),
+    ],
+)
+def test_public_towers_that_cannot_be_loaded(model: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TextEncoder.load(TextConfig(model=model))

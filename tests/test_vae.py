@@ -41,10 +41,16 @@ def test_shapes_of_latents_and_images(config: VAEConfig) -> None:
     assert vae.decode(posterior.mean).shape == (2, 3, 16, 24)
 
 
-def test_sizes_that_the_factor_does_not_divide_are_told() -> None:
+def test_sizes_that_the_factor_does_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="image size 18 is not a multiple of 4, the VAE's factor"):
         VAE(PATCHED).encode(torch.zeros(1, 3, 16, 18))
-    with pytest.raises(ValidationError, match="width of 40, which 32 normalization groups do not divide"):
+
+
+def test_norm_groups_are_a_setting() -> None:
+    vae = VAE(SMALL.model_copy(update={"base_channels": 24, "norm_num_groups": 8}))
+    assert {m.num_groups for m in vae.modules() if isinstance(m, torch.nn.GroupNorm)} == {8}
+    assert vae(torch.rand(1, 3, 16, 16), torch.randn(1, 3, 8, 8))[0].shape == (1, 3, 16, 16)
+    with pytest.raises(ValidationError, match="norm_num_groups: 32 groups .* 40 .base_channels.* divisor of 40"):
         VAEConfig(base_channels=40)
 
 
@@ -65,19 +71,23 @@ def test_batch_items_do_not_see_each_other() -> None:
     torch.testing.assert_close(vae.encode(images[1:2]).mean, whole[1:2], rtol=0, atol=2e-6)
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
+def test_gradient_checkpointing_recomputes_each_level_and_changes_nothing() -> None:
     plain = VAE(SMALL)
     saving = VAE(SMALL, gradient_checkpointing=True)
     saving.load_state_dict(plain.state_dict())
     images, noise = torch.rand(2, 3, 16, 16), torch.randn(2, 3, 8, 8)
-    for vae in (plain, saving):
+    calls = {plain: 0, saving: 0}
+    for vae in calls:
+        for level in (*vae.encoder.levels, *vae.decoder.levels):
+            level.register_forward_pre_hook(lambda *_, vae=vae: calls.update({vae: calls[vae] + 1}))
         vae(images, noise)[0].square().mean().backward()
+    assert calls[saving] == 2 * calls[plain] > 0
     for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
 
 
-def test_the_linear_path_starts_at_the_principal_components() -> None:
-    """After `fit` the mean reconstruction is the best rank-12 projection of the patches, found here by SVD."""
+def test_the_pca_skip_starts_at_the_principal_components() -> None:
+    """After `init_from_pca` the mean reconstruction is the best rank-12 projection of the patches, by SVD."""
     images = torch.rand(8, 3, 16, 16)
     vae = VAE(PATCHED)
     assert vae.linear is not None
@@ -124,7 +134,7 @@ def test_ssim_and_psnr_are_torchmetrics() -> None:
     torch.testing.assert_close(ssim(x, y), theirs[..., 5:-5, 5:-5].flatten(1).mean(1), rtol=1e-4, atol=1e-5)
     want = [image.peak_signal_noise_ratio(a, b, data_range=2.0).item() for a, b in zip(x, y, strict=True)]
     torch.testing.assert_close(psnr(x, y), torch.tensor(want))
-    with pytest.raises(ValueError, match="at least 11 pixels a side"):
+    with pytest.raises(ValueError, match="at least 11 pixels.* ssim_weight"):
         ssim(x[..., :8, :8], y[..., :8, :8])
 
 

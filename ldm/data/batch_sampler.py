@@ -25,7 +25,7 @@ class SampleKey:
 
 
 class SamplerOptions(TypedDict):
-    """What a batch sampler is given beside the data: see `EpochBatchSampler`."""
+    """What every batch sampler is given: see `EpochBatchSampler`."""
 
     seed: int
     batch_size: int
@@ -148,7 +148,6 @@ class BucketBatchSampler(EpochBatchSampler):
         self._drawn: tuple[int, Tensor] = (-1, groups)  # the last epoch, and its steps
 
     def key_at(self, step: int, position: int) -> SampleKey:
-        """The sample at a position of the global batch of a step."""
         epoch, step_of_epoch = divmod(step, self.steps)
         if self._drawn[0] != epoch:
             self._drawn = epoch, self._draw_steps(epoch)
@@ -183,7 +182,6 @@ class ShardedBatchSampler(EpochBatchSampler):
         self._drawn: dict[int, tuple[list[int], list[int]]] = {}  # of an epoch: its files, and the last row of each
 
     def key_at(self, step: int, position: int) -> SampleKey:
-        """The sample at a position of the global batch of a step."""
         run = self.batch_size // self.streams  # positions of a stream in a step
         stream, row = position // run, step * run + position % run
         first, end = (self.size * n // self.streams for n in (stream, stream + 1))

@@ -19,13 +19,11 @@ from ldm.data.batch_sampler import (
 from ldm.data.buckets import assign_buckets, bucket_resolutions
 from ldm.data.config import DataConfig
 from ldm.data.failures import FallbackReader
-from ldm.data.sources.base import ImageTextSource
-from ldm.data.sources.captions import as_caption_list
+from ldm.data.sources.base import ImageTextSource, Split, check_split
 from ldm.data.sources.emoji import open_emoji
 from ldm.data.sources.folder import open_images
 from ldm.data.sources.shapes import open_pairs, open_shapes
 from ldm.data.sources.sharded import ShardedSource, is_sharded, open_shards
-from ldm.data.sources.splits import Split, check_split
 from ldm.data.transforms import View
 
 
@@ -66,7 +64,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         return View(sides, self._draw("crop", key), flip)
 
     def _choose_caption(self, index: int, key: SampleKey) -> str:
-        captions = as_caption_list(self.source.captions[index]) or [""]
+        captions = self.source.captions[index] or [""]
         return captions[self._draw("caption", key) % len(captions) if self.training else 0]
 
     def _draw(self, stream: str, key: SampleKey) -> int:
@@ -78,13 +76,13 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
 
     def captions_of(self, key: SampleKey) -> list[str]:
         """All captions that `self[key]` can have; "" where there is none."""
-        return as_caption_list(self.source.captions[self._reader.resolve(key.index)]) or [""]
+        return list(self.source.captions[self._reader.resolve(key.index)]) or [""]
 
     @property
     def captions(self) -> Iterator[str]:
         """All captions of all images, without decoding any; none of a sharded set, which had to be downloaded first."""
-        for entry in () if self.is_sharded else self.source.captions:
-            yield from as_caption_list(entry)
+        for captions in () if self.is_sharded else self.source.captions:
+            yield from captions
 
     @property
     def is_sharded(self) -> bool:

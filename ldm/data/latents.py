@@ -2,7 +2,7 @@
 
 A folder holds index.json, vocab.txt and SPLIT-AUGMENTATION-NUMBER.safetensors. An augmentation is one crop and flip of
 every image: augmentation a of n is what epochs a, a + n, ... would have cropped. Each file has its name and what it was
-made with in its metadata, and each row has a checksum: a row that is read is a row that was written, and no file need be
+made with in its metadata, and each row a checksum: a row that is read is a row that was written, and no file need be
 read whole for it. Where images have buckets, a file holds images of one bucket, and buckets.safetensors has the bucket
 of each image.
 """
@@ -27,11 +27,11 @@ from ldm.config import Config
 from ldm.data.batch import collate
 from ldm.data.batch_sampler import EpochBatchSampler, SampleKey, SamplerOptions, make_batch_sampler
 from ldm.data.dataset import ImageTextDataset
-from ldm.data.sources.splits import Split
+from ldm.data.sources.base import Split
 from ldm.io.atomic import write_tensors
 from ldm.io.tensors import sha256
 
-LATENTS_FORMAT = "ldm-latents-4"
+LATENTS_FORMAT: Literal["ldm-latents-4"] = "ldm-latents-4"
 INDEX_FILE, VOCABULARY_FILE, BUCKETS_FILE = "index.json", "vocab.txt", "buckets.safetensors"
 TEXT_COLUMNS = "hidden_states", "pooled"  # of the text towers, for each caption
 MAX_OPEN_FILES = 64  # by each process
@@ -48,7 +48,7 @@ class LatentIndex(Config):
 
     format: Literal["ldm-latents-4"] = LATENTS_FORMAT
     fingerprint: dict[str, Any]
-    """data, seed, and the hashes of the VAE and of the tokenizer; of the text towers, too, where embeddings are cached"""
+    """data, seed, and the hashes of the VAE and of the tokenizer; of the towers, too, if text embeddings are cached"""
     images_per_file: int = Field(ge=1)
     augmentations: int = Field(ge=1)
     rows: dict[Split, NonNegativeInt] = Field(min_length=2)
@@ -61,9 +61,6 @@ class LatentIndex(Config):
 def content_key(fingerprint: dict[str, Any], images_per_file: int) -> str:
     """A short hash of what decides latents, ids, and which rows are where; it is in each file's metadata."""
     return str(rng.fold_seed(json.dumps([LATENTS_FORMAT, fingerprint, images_per_file], sort_keys=True)))
-
-
-# Which rows are in which file.
 
 
 class LatentFileLayout:
@@ -115,9 +112,6 @@ def _file_name(split: Split, augmentation: int, number: int) -> str:
     return f"{split}-{augmentation:03}-{number:06}.safetensors"
 
 
-# Writing.
-
-
 def write_latent_file(
     path: Path,
     data: ImageTextDataset,
@@ -133,42 +127,25 @@ def write_latent_file(
 
     ValueError: numbers beyond float16.
     """
-    tensors = {
-        **_image_columns(data, augmentation, rows, encode),
-        **_caption_columns(data, augmentation, rows, tokenize),
-    }
-    if encode_text is not None:
-        tensors |= _text_columns(tensors["ids"], encode_text)
-    save_latent_file(path, tensors, key)
-
-
-def _image_columns(data: ImageTextDataset, augmentation: int, rows: Sequence[int], encode: Encode) -> dict[str, Tensor]:
-    means, deviations, sizes = [], [], []
+    columns: dict[str, list[Tensor]] = {"mean": [], "deviation": [], "sizes": [], "ids": []}
+    counts = []
     for first in range(0, len(rows), ENCODE_BATCH_SIZE):
-        chosen = rows[first : first + ENCODE_BATCH_SIZE]
-        batch = collate([data[SampleKey(row, augmentation, row)] for row in chosen])
+        keys = [SampleKey(row, augmentation, row) for row in rows[first : first + ENCODE_BATCH_SIZE]]
+        batch = collate([data[sample] for sample in keys])
         mean, logvar = encode(batch["image"])
-        means.append(_to_float16(mean, "latents"))
-        deviations.append(_to_float16((0.5 * logvar).exp(), "latents"))
-        sizes.append(batch["sizes"].int())
-    return {"mean": torch.cat(means), "deviation": torch.cat(deviations), "sizes": torch.cat(sizes)}
-
-
-def _caption_columns(
-    data: ImageTextDataset, augmentation: int, rows: Sequence[int], tokenize: Tokenize
-) -> dict[str, Tensor]:
-    """The ids of all captions of all rows, and the row of `ids` after the last caption of each row."""
-    captions = [data.captions_of(SampleKey(row, augmentation, row)) for row in rows]
-    ids = torch.cat([tokenize(texts).int() for texts in captions])
-    return {"ids": ids, "last": torch.tensor([len(texts) for texts in captions]).cumsum(0)}
-
-
-def _text_columns(ids: Tensor, encode_text: EncodeText) -> dict[str, Tensor]:
-    parts = [
-        [_to_float16(states, "text embeddings") for states in encode_text(batch.long())]
-        for batch in ids.split(ENCODE_BATCH_SIZE)
-    ]
-    return {name: torch.cat(columns) for name, columns in zip(TEXT_COLUMNS, zip(*parts, strict=True), strict=True)}
+        columns["mean"].append(_to_float16(mean, "latents"))
+        columns["deviation"].append(_to_float16((0.5 * logvar).exp(), "latents"))
+        columns["sizes"].append(batch["sizes"].int())
+        captions = [data.captions_of(sample) for sample in keys]
+        columns["ids"] += [tokenize(texts).int() for texts in captions]
+        counts += [len(texts) for texts in captions]
+    if encode_text is not None:
+        for ids in torch.cat(columns["ids"]).split(ENCODE_BATCH_SIZE):
+            for name, states in zip(TEXT_COLUMNS, encode_text(ids.long()), strict=True):
+                columns.setdefault(name, []).append(_to_float16(states, "text embeddings"))
+    tensors = {name: torch.cat(parts) for name, parts in columns.items()}
+    tensors["last"] = torch.tensor(counts).cumsum(0)  # row of `ids` after the last caption of each row
+    save_latent_file(path, tensors, key)
 
 
 def _to_float16(numbers: Tensor, name: str) -> Tensor:
@@ -188,7 +165,7 @@ def save_latent_file(path: Path, tensors: dict[str, Tensor], key: str) -> None:
 
 
 def file_tag(name: str, key: str) -> dict[str, str]:
-    """A file's metadata: one entry, as safetensors writes several in any order, and equal files shall be equal bytes."""
+    """A file's metadata: one entry, as safetensors writes several in any order and equal files shall be equal bytes."""
     return {"file": f"{name} {key}"}
 
 
@@ -225,11 +202,8 @@ def _row(columns: Any, index: int, first: int, last: int) -> dict[str, Tensor]:
     return {**row, **captions, "span": torch.tensor([index, first, last])}
 
 
-# Reading.
-
-
 def read_index(folder: Path) -> LatentIndex:
-    """ValueError when the folder is not finished, damaged, or of another version."""
+    """ValueError when the folder is unfinished, damaged, or of another version."""
     path = folder / INDEX_FILE
     if not path.is_file():
         raise ValueError(

@@ -1,15 +1,16 @@
-"""A small network that reads the five attributes of a shapes picture, to score whether a prompt was obeyed."""
+"""A small network that reads the five attributes of an image of shapes, to score whether a prompt was followed."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from ldm import rng
 from ldm.data.sources import shapes
+from ldm.imaging import pil_to_tensor, tensor_to_pil
+from ldm.io.tensors import load_weights, save_weights
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": shapes.SHAPES,
@@ -18,8 +19,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "position": tuple(shapes.POSITIONS),
     "size": tuple(shapes.SIZES),
 }
-CLASSIFIER_VERSION = 2  # raise it when the network or its training change: weights of other recipes are not read
-MIN_ACCURACY = 0.995  # share of real held-out renders that it must read without a mistake
+CLASSIFIER_VERSION = 2  # raise it when the network or its training change: weights of other versions are not read
+MIN_ACCURACY = 0.995  # on real held-out renders
 
 
 class AttributeClassifier(nn.Module):
@@ -40,7 +41,7 @@ class AttributeClassifier(nn.Module):
 
     @torch.no_grad()
     def predict_scenes(self, images: Tensor) -> list[shapes.Scene]:
-        """The scene that each picture seems to show."""
+        """The scene that each image (b, 3, size, size) seems to show."""
         best = {name: logits.argmax(1).tolist() for name, logits in self(images).items()}
         return [
             shapes.Scene(**{name: ATTRIBUTES[name][best[name][i]] for name in ATTRIBUTES}) for i in range(len(images))
@@ -53,10 +54,7 @@ def _convolution(channels_in: int, channels_out: int, *, stride: int = 1) -> lis
 
 
 def train_classifier(size: int, *, steps: int = 400, batch_size: int = 96, seed: int = 0) -> AttributeClassifier:
-    """Train on renders of the training split's scenes and check on those of the test split.
-
-    ValueError when it misreads more than 0.5 % of the held-out renders: then its word is worth nothing.
-    """
+    """Train on renders of the training split's scenes."""
     torch.manual_seed(rng.fold_seed(seed, "classifier"))
     model = AttributeClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
@@ -75,42 +73,57 @@ def train_classifier(size: int, *, steps: int = 400, batch_size: int = 96, seed:
         loss.backward()  # type: ignore[union-attr]
         optimizer.step()
         schedule.step()
-    check_classifier(model.eval(), size)
-    return model
+    return model.eval()
 
 
 def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur and noise each image, more or less: a reader of generated pictures must not stumble over soft outlines."""
+    """Blur and noise each image (b, c, h, w) at random: generated images have softer outlines than renders."""
     blur, noise = torch.rand(2, len(images), 1, 1, 1, generator=generator)
     soft = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
     return torch.lerp(images, soft, blur) + 0.1 * noise * torch.randn(images.shape, generator=generator)
 
 
 def check_classifier(model: AttributeClassifier, size: int) -> float:
-    """Share of held-out renders that are read without a mistake; ValueError when it is under 99.5 %."""
+    """Accuracy on held-out renders, all five attributes; ValueError when it is under 99.5 %."""
     scenes = shapes.scenes("test") * 3
-    right = count_correct(model, render_batch(scenes, size, seed=rng.fold_seed("held-out renders")), scenes)["all"]
-    if right < MIN_ACCURACY * len(scenes):
+    correct = count_correct(model, render_batch(scenes, size, seed=rng.fold_seed("held-out renders")), scenes)["all"]
+    if correct < MIN_ACCURACY * len(scenes):
         raise ValueError(
-            f"the classifier reads only {right} of {len(scenes)} real renders at {size} pixels, "
+            f"the classifier reads only {correct} of {len(scenes)} real renders at {size} pixels, "
             f"{MIN_ACCURACY:.1%} are needed to score generated ones: delete its file to train it again"
         )
-    return right / len(scenes)
+    return correct / len(scenes)
+
+
+def load_classifier(folder: Path, size: int) -> AttributeClassifier:
+    """The classifier of this image size, trained at the first call; it is checked at every call."""
+    path = folder / f"classifier-{CLASSIFIER_VERSION}-{size}.safetensors"
+    if path.is_file():
+        classifier = AttributeClassifier()
+        load_weights(classifier, path)
+        classifier.eval()
+    else:
+        print(f"training the classifier for shapes at {size} pixels, once, into {path}")
+        classifier = train_classifier(size)
+        save_weights(classifier, path)
+    accuracy = check_classifier(classifier, size)
+    print(f"classifier accuracy on held-out renders: {accuracy:.1%}")
+    return classifier
 
 
 def count_correct(model: AttributeClassifier, images: Tensor, scenes: Sequence[shapes.Scene]) -> dict[str, int]:
-    """How many pictures show the wanted value of each attribute, and of "all" five."""
+    """How many images (b, 3, h, w) show the wanted value of each attribute, and of "all" five."""
     pairs = list(zip(model.predict_scenes(images), scenes, strict=True))
-    right = {name: sum(getattr(a, name) == getattr(b, name) for a, b in pairs) for name in ATTRIBUTES}
-    return right | {"all": sum(a == b for a, b in pairs)}
+    correct = {name: sum(getattr(a, name) == getattr(b, name) for a, b in pairs) for name in ATTRIBUTES}
+    return correct | {"all": sum(a == b for a, b in pairs)}
+
+
+def prompt_scores(model: AttributeClassifier, images: Tensor, scenes: Sequence[shapes.Scene]) -> dict[str, int]:
+    """`count_correct` of generated images, as a PNG would hold them."""
+    return count_correct(model, torch.stack([pil_to_tensor(image, 3) for image in tensor_to_pil(images)]), scenes)
 
 
 def render_batch(scenes: Sequence[shapes.Scene], size: int, *, seed: int) -> Tensor:
-    """Pictures of scenes, (b, 3, size, size) in [-1, 1]."""
-    return to_tensor([shapes.render(scene, size, seed=seed + i) for i, scene in enumerate(scenes)])
-
-
-def to_tensor(images: Sequence[Image.Image]) -> Tensor:
-    """8-bit RGB pictures of one size -> (b, 3, h, w) in [-1, 1]."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    """Images of scenes, (b, 3, size, size) in [-1, 1]."""
+    images = [pil_to_tensor(shapes.render(scene, size, seed=seed + i), 3) for i, scene in enumerate(scenes)]
+    return torch.stack(images).to(memory_format=torch.channels_last)  # faster in convolutions

@@ -1,4 +1,4 @@
-"""Pictures that explain: noising, denoising, latents, guidance, changed pictures, and the curves of a run."""
+"""Figures that explain: noising, denoising, latents, guidance, edited images, and the curves of a run."""
 
 import json
 from collections.abc import Sequence
@@ -9,41 +9,42 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ldm.cli import ScriptConfig
+from ldm.data import DataConfig, open_dataset
+from ldm.data.batch_sampler import image_batches
 from ldm.diffusion.process import Diffusion
 from ldm.diffusion.samplers import SamplerStep
-from ldm.imaging import image_grid, wrap_text
+from ldm.imaging import captioned_grid, image_grid, save_image, tensor_to_pil, wrap_text
+from ldm.io.model_dir import latest_model
 from ldm.pipeline import Pipeline
-from ldm.pipeline.pipeline import initial_noise, tensor_to_pil
+from ldm.pipeline.inputs import initial_noise
 
 
 @torch.no_grad()
-def noising(images: Tensor, process: Diffusion, *, shown: int = 9, scale: int = 3) -> Image.Image:
+def noising(images: Tensor, diffusion: Diffusion, *, columns: int = 9, scale: int = 3) -> Image.Image:
     """Each row is one of `images` (b, c, h, w) with more and more noise, from t = 0 to t = 1."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    columns = [
-        process.add_noise(images, noise, torch.full((len(images),), t)) for t in torch.linspace(0, 1, shown).tolist()
-    ]
-    cells = torch.stack(columns, 1).flatten(0, 1).clamp(-1, 1)
-    return image_grid(tensor_to_pil(cells), columns=shown, scale=scale)
+    ts = [torch.full((len(images),), t) for t in torch.linspace(0, 1, columns).tolist()]
+    cells = torch.stack([diffusion.add_noise(images, noise, t) for t in ts], 1).flatten(0, 1).clamp(-1, 1)
+    return image_grid(tensor_to_pil(cells), columns=columns, scale=scale)
 
 
 @torch.no_grad()
 def denoising(
-    pipeline: Pipeline, prompts: Sequence[str], *, steps: int = 30, shown: int = 9, scale: int = 3, seed: int = 0
+    pipeline: Pipeline, prompts: Sequence[str], *, steps: int = 30, columns: int = 9, scale: int = 3, seed: int = 0
 ) -> Image.Image:
-    """Two rows for each prompt: what the sampler holds, decoded, and the denoiser's guess of the end, step by step."""
-    shown_steps = [round(i * (steps - 1) / (shown - 1)) for i in range(shown)]
-    guidance_scale = pipeline.metadata.get("guidance_scale", 7.5)
+    """Two rows for each prompt, step by step: the decoded z_t, and the denoised latents (the predicted x0)."""
+    indices = [round(i * (steps - 1) / (columns - 1)) for i in range(columns)]
     rows = []
     for prompt in prompts:
-        walk: list[SamplerStep] = []
+        history: list[SamplerStep] = []
 
-        def keep(number: int, step: SamplerStep, walk: list[SamplerStep] = walk) -> None:
-            walk.append(step)
+        def record(index: int, step: SamplerStep, history: list[SamplerStep] = history) -> None:
+            history.append(step)
 
-        pipeline(prompt, steps=steps, guidance_scale=guidance_scale, seed=seed, on_step=keep)
-        rows += [walk[i].z for i in shown_steps] + [walk[i].denoised for i in shown_steps]
-    return image_grid(tensor_to_pil(pipeline.decode(torch.cat(rows))), columns=shown, scale=scale)
+        pipeline(prompt, steps=steps, guidance_scale=pipeline.default_guidance_scale, seed=seed, on_step=record)
+        rows += [history[i].z for i in indices] + [history[i].denoised for i in indices]
+    return image_grid(tensor_to_pil(pipeline.decode(torch.cat(rows))), columns=columns, scale=scale)
 
 
 @torch.no_grad()
@@ -59,25 +60,24 @@ def latents(pipeline: Pipeline, images: Tensor, *, scale: int = 3) -> Image.Imag
     return image_grid(tensor_to_pil(torch.stack(rows)), columns=2 + channels.shape[1], scale=scale)
 
 
+@torch.no_grad()
 def guidance(
     pipeline: Pipeline, prompt: str, scales: Sequence[float], *, seeds: int = 6, scale: int = 3
 ) -> Image.Image:
-    """Each row paints the prompt with the same seeds under another guidance scale."""
+    """Each row has the prompt with the same seeds under another guidance scale."""
     shape = pipeline.latent_shape(pipeline.resolution, pipeline.resolution)
-    noise, names = initial_noise(shape, list(range(seeds))).to(pipeline.device), [prompt] * seeds
-    rows = []
+    own_seeds, prompts = list(range(seeds)), [prompt] * seeds
+    noise = initial_noise(shape, own_seeds).to(pipeline.device)
+    images = []
     for guidance_scale in scales:
-        with torch.no_grad():
-            z = pipeline.sample(
-                noise, names, [""] * seeds, seeds=list(range(seeds)), steps=30, guidance_scale=guidance_scale
-            )
-            rows += tensor_to_pil(pipeline.decode(z))
-    return with_row_labels(image_grid(rows, columns=seeds, scale=scale), [f"scale {value:g}" for value in scales])
+        settings: dict[str, Any] = {"seeds": own_seeds, "steps": 30, "guidance_scale": guidance_scale}
+        images += tensor_to_pil(pipeline.decode(pipeline.sample(noise, prompts, [""] * seeds, **settings)))
+    return with_row_labels(image_grid(images, columns=seeds, scale=scale), [f"scale {value:g}" for value in scales])
 
 
 def edits(pipeline: Pipeline, described: str, wanted: str, edits: Sequence[str], *, scale: int = 3) -> Image.Image:
-    """A picture of `described` that is changed: by strength and under a mask to `wanted`, by inversion to each edit."""
-    guided = {"guidance_scale": pipeline.metadata.get("guidance_scale", 7.5)}
+    """An image of `described`, edited: by strength and under a mask to `wanted`, by inversion to each edit."""
+    guided: dict[str, Any] = {"guidance_scale": pipeline.default_guidance_scale}
     image, side = pipeline(described, **guided, seed=1)[0], pipeline.resolution
     mask = Image.new("L", image.size)
     mask.paste(255, (side // 2, side // 2, side, side))
@@ -88,52 +88,111 @@ def edits(pipeline: Pipeline, described: str, wanted: str, edits: Sequence[str],
     rows += [image, mask.convert(image.mode), *filled]
     inverted: dict[str, Any] = {"image": image, "inversion_prompt": described, "sampler": "euler", "steps": 10}
     rows += [image, *(pipeline(edit, **inverted, **guided)[0] for edit in edits)]
-    labels = ["strength 0 to 1", "what a mask covers", "from its own noise, in other words"]
+    labels = ["strength 0 to 1", "inpainting under a mask", "inversion, then another prompt"]
     return with_row_labels(image_grid(rows, columns=columns, scale=scale), labels, width=110)
 
 
-def prompts(pipeline: Pipeline, texts: Sequence[str], *, seeds: int = 4, scale: int = 3) -> Image.Image:
-    """Each row paints a prompt with the seeds 0, 1, ... under the guidance that suits the model."""
-    guidance_scale = pipeline.metadata.get("guidance_scale", 7.5)
-    rows = [image for text in texts for image in pipeline(text, guidance_scale=guidance_scale, num_images=seeds)]
-    return with_row_labels(image_grid(rows, columns=seeds, scale=scale), texts, width=160)
+def prompt_grid(pipeline: Pipeline, prompts: Sequence[str], *, seeds: int = 4, scale: int = 3) -> Image.Image:
+    """Each row has a prompt with the seeds 0, 1, ... under the model's own guidance scale."""
+    settings: dict[str, Any] = {"guidance_scale": pipeline.default_guidance_scale, "num_images": seeds}
+    rows = [image for prompt in prompts for image in pipeline(prompt, **settings)]
+    return with_row_labels(image_grid(rows, columns=seeds, scale=scale), prompts, width=160)
 
 
-def with_row_labels(sheet: Image.Image, labels: Sequence[str], *, width: int = 70) -> Image.Image:
+def with_row_labels(grid: Image.Image, labels: Sequence[str], *, width: int = 70) -> Image.Image:
     """A grid with a label left of each row."""
-    wide = Image.new("RGB", (sheet.width + width, sheet.height), "white")
-    wide.paste(sheet, (width, 0))
+    wide = Image.new("RGB", (grid.width + width, grid.height), "white")
+    wide.paste(grid, (width, 0))
     draw, font = ImageDraw.Draw(wide), ImageFont.load_default(size=13)
     for row, label in enumerate(labels):
-        middle = (4, (row + 0.5) * sheet.height / len(labels))
-        draw.text(middle, wrap_text(label, font, width - 8), font=font, fill="black", anchor="lm")
+        position = (4, (row + 0.5) * grid.height / len(labels))
+        draw.text(position, wrap_text(label, font, width - 8), font=font, fill="black", anchor="lm")
     return wide
 
 
 def loss_curves(runs: Sequence[Path], path: Path) -> None:
-    """Plot the losses in the log.jsonl of each run, and what it validated, side by side."""
+    """Plot the losses and validation scores in the log.jsonl of each run, side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.2), squeeze=False)
-    for axis, run in zip(axes[0], runs, strict=True):
+    for left, run in zip(axes[0], runs, strict=True):
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         for name in ("loss", "validation_loss", "validation_psnr", "validation_retrieval"):
             points = [(line["step"], line[name]) for line in lines if name in line]
             if points:
-                own = axis if name.endswith("loss") else axis.twinx()
-                told, color = name.replace("_", " "), "C0" if name == "loss" else "C1"
-                own.plot(*zip(*points, strict=True), label=told, color=color)
+                axis = left if name.endswith("loss") else left.twinx()
+                label, color = name.replace("_", " "), "C0" if name == "loss" else "C1"
+                axis.plot(*zip(*points, strict=True), label=label, color=color)
                 if name == "validation_loss":
-                    own.legend()
+                    axis.legend()
                 else:
-                    own.set_ylabel(told, color=color)
-                if own is axis:
-                    own.set_yscale("log")
-        axis.set_title(run.name)
-        axis.set_xlabel("step")
+                    axis.set_ylabel(label, color=color)
+                if axis is left:
+                    axis.set_yscale("log")
+        left.set_title(run.name)
+        left.set_xlabel("step")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+# All figures of the documentation.
+
+PROMPTS = (
+    "a large red star in the center on a white background",
+    "a small blue ring in the top left corner on a yellow background",
+    "a large green triangle in the bottom right corner on a black background",
+    "a small white cross in the center on a purple background",
+    "a large orange circle in the top right corner on a blue background",
+    "a small black square in the bottom left corner on an orange background",
+    "a large purple ring in the center on a green background",
+    "a small yellow star in the bottom right corner on a red background",
+)
+EDITED = (
+    "a large red circle in the top left corner on a blue background",
+    "a large yellow star in the bottom right corner on a blue background",
+    (
+        "a large green circle in the top left corner on a blue background",
+        "a large red star in the top left corner on a blue background",
+        "a large red circle in the top left corner on a yellow background",
+        "a small red circle in the top left corner on a blue background",
+        "a large red circle in the top right corner on a blue background",
+    ),
+)
+
+
+class FiguresConfig(ScriptConfig):
+    """Settings of make_figures."""
+
+    model: Path | None = None
+    """model folder; the newest finished one below runs/ when left out"""
+    out: Path = Path("docs/images")
+    prompts: tuple[str, ...] = ()
+    """draw these alone, one a row with the seeds 0 to 3, as prompts.png"""
+
+
+def make_figures(config: FiguresConfig) -> None:
+    """Write samples, noising, denoising, latents, guidance and edits as PNG files, or prompts alone."""
+    folder = config.model or latest_model("pipeline", Path("runs"), script="make demo")
+    pipeline = Pipeline.load(folder)
+    if config.prompts:
+        save_image(prompt_grid(pipeline, config.prompts), config.out / "prompts.png")
+        return
+    held_out = open_dataset(DataConfig(**pipeline.metadata["data"]), "test", seed=0)
+    images = next(image_batches(held_out, held_out.evenly_spaced(3)))
+    scale = pipeline.default_guidance_scale
+    samples = [pipeline(prompt, guidance_scale=scale, seed=seed)[0] for seed, prompt in enumerate(PROMPTS)]
+    figures = {
+        "samples": captioned_grid(samples, PROMPTS, columns=4),
+        "noising": noising(images, pipeline.diffusion),
+        "denoising": denoising(pipeline, PROMPTS[:3]),
+        "guidance": guidance(pipeline, PROMPTS[1], (0, 1, scale, 12)),
+        "edits": edits(pipeline, *EDITED),
+    }
+    if pipeline.vae is not None:
+        figures["latents"] = latents(pipeline, images)
+    for name, figure in figures.items():
+        save_image(figure, config.out / f"{name}.png")

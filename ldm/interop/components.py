@@ -21,6 +21,10 @@ from ldm.unet import UNet
 from ldm.vae import VAE
 
 CLIP_VOCAB_SIZE = 49_408
+CLIP_VOCABULARY = (
+    f"only CLIP's own, of {CLIP_VOCAB_SIZE:,} tokens, is supported: use CLIP's tokenizer, and a text model with its "
+    "vocabulary, of any width and depth"
+)
 NUM_GROUPS = 32  # of the norms of the Stable Diffusion family
 HEAD_DIM = 64  # width of an attention head, where shapes do not show it
 # What all formats of the family have in common for a tower, and for the two of Stable Diffusion XL.
@@ -135,7 +139,10 @@ def text_encoder(
     if missing := [name for name in needed if name not in tensors]:
         raise ValueError(f"{where}: tensors of a text tower are missing: {', '.join(missing)}")
     with unsupported_config_errors(where):
-        (vocab_size, width), (length, _) = tensors["token_embedding.weight"].shape, tensors["positional_embedding"].shape
+        (vocab_size, width), (length, _) = (
+            tensors["token_embedding.weight"].shape,
+            tensors["positional_embedding"].shape,
+        )
         text_cfg = {
             "context_length": length,
             "vocab_size": vocab_size,
@@ -145,18 +152,10 @@ def text_encoder(
             "mlp_ratio": tensors[hidden].shape[0] / width,
         }
         cfg = {"embed_dim": tensors["text_projection"].shape[1], "quick_gelu": quick_gelu, "text_cfg": text_cfg}
-    check_vocabulary(vocab_size, where)
+    if vocab_size < CLIP_VOCAB_SIZE:
+        raise ValueError(f"{where}: a vocabulary of {vocab_size:,} tokens; {CLIP_VOCABULARY}")
     tower = build_frozen(lambda: TextTower(cfg), tensors, str, where)
     return TextEncoder(tower, Tokenizer(length), config, model_id=CONVERTED, weights=Path(config.model))
-
-
-def check_vocabulary(size: int, where: str) -> None:
-    """ValueError unless there are all tokens of CLIP; more are never used."""
-    if size < CLIP_VOCAB_SIZE:
-        raise ValueError(
-            f"{where}: vocabulary of {size:,} tokens, only CLIP's {CLIP_VOCAB_SIZE:,} are supported: use CLIP's "
-            "tokenizer, and a text model with its vocabulary (which may have any width and depth)"
-        )
 
 
 # Writing.

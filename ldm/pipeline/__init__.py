@@ -1,4 +1,4 @@
-"""Generating images: from a prompt to a PNG that says how it was made."""
+"""Generating images: model folders, sampling, and PNGs with the record that reproduces them."""
 
 from ldm.pipeline.pipeline import Pipeline
 

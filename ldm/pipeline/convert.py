@@ -10,11 +10,11 @@ from tyro.conf import Positional
 
 from ldm.cli import ScriptConfig
 from ldm.interop import compvis, diffusers
-from ldm.interop.components import ModelComponents
 from ldm.pipeline.load import load_components, save_components
 from ldm.pipeline.pipeline import Pipeline
 
 MAX_PIXEL_DIFFERENCE = 2  # of 255
+WRITERS = {"ldm": save_components, "diffusers": diffusers.write, "compvis": compvis.write}
 
 
 class ConvertConfig(ScriptConfig):
@@ -35,11 +35,14 @@ def convert(config: ConvertConfig) -> float:
         raise ValueError("pass a model and where to write it: `python scripts/convert.py IN OUT --format diffusers`")
     if config.target.exists():
         raise ValueError(f"{config.target} exists: remove it, or choose another name")
-    components = read(config)
+    if config.source.is_file():
+        components = compvis.read(config.source, ema=config.use_ema, pickles=True)
+    else:
+        components = load_components(config.source)
     print(f"{config.source}: {components.description}")
     partial = config.target.with_name(f".writing-{config.target.name}")
     try:
-        write(components, partial, config)
+        WRITERS[config.format](components, partial)
         difference = compare(Pipeline.from_components(components, config.source), Pipeline.load(partial))
         if difference > MAX_PIXEL_DIFFERENCE:
             raise ValueError(
@@ -53,23 +56,6 @@ def convert(config: ConvertConfig) -> float:
         partial.unlink(missing_ok=True)
     print(f"{config.target}: written as {config.format}, read back; the same image differs by {difference:g} of 255")
     return difference
-
-
-def read(config: ConvertConfig) -> ModelComponents:
-    """A model in any format; single files with the weights asked for, and from pickles too."""
-    if config.source.is_file():
-        return compvis.read(config.source, ema=config.use_ema, pickles=True)
-    return load_components(config.source)
-
-
-def write(components: ModelComponents, target: Path, config: ConvertConfig) -> None:
-    """Write a model in the format asked for; ValueError when that cannot hold it."""
-    if config.format == "ldm":
-        save_components(components, target)
-    elif components.vae is None or components.text is None:
-        raise ValueError(f"{config.source} has no VAE or no text: only --format ldm can hold it")
-    else:
-        (diffusers if config.format == "diffusers" else compvis).write(components, target)
 
 
 def compare(one: Pipeline, other: Pipeline) -> float:

@@ -104,7 +104,7 @@ def generate(config: Txt2ImgConfig, init_image: InitImageRecord | None = None) -
     record = read_record(config) if config.reproduce else None
     prompts = [] if record else read_prompts(config)
     pipeline = Pipeline.load(find_model(config, record), device=resolve_device(config.device))
-    print(f"{pipeline.path}: {pipeline.description}", file=sys.stderr)
+    print(f"{pipeline.path}: {pipeline.components.description}", file=sys.stderr)
     models = {"model": str(pipeline.path), "model_hash": sha256(pipeline.weights_file)}
     if guide_model := record.guide_model if record else config.guide_model:
         models |= load_guide_model(pipeline, guide_model)

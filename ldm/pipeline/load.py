@@ -69,7 +69,7 @@ def save_components(components: ModelComponents, folder: Path) -> None:
         towers[name] = encoder.config.model_copy(update={"model": encoder.save(folder / name)})
     manifest = PipelineManifest(
         resolution=resolution,
-        metadata=metadata,
+        metadata=dict(metadata),
         diffusion=diffusion.config,
         unet=unet.config,
         vae=vae.config if vae else None,

@@ -1,6 +1,6 @@
 """The pipeline: prompts -> guided denoiser -> sampler -> latents -> images."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Required, TypedDict, Unpack
 
@@ -57,12 +57,12 @@ class Pipeline:
         text: TextConditioner | None,
         resolution: int,
         vocabulary: Iterable[str] = (),
-        metadata: dict[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         self.unet, self.diffusion, self.vae, self.text = unet, diffusion, vae, text
         self.resolution = resolution  # side of the training images, in pixels
         self.vocabulary = frozenset(vocabulary)  # of the training captions; empty: unknown
-        self.metadata = metadata or {}  # of the training: data, and the guidance scale of its samples
+        self.metadata = dict(metadata or {})  # of the training: data, and the guidance scale of its samples
         self.path: Path | None = None  # the folder or file that it was loaded from
         self.guide_unet: UNet | None = None  # for autoguidance
         self._preview_map: Tensor | None = None  # (latent channels + 1, image channels)
@@ -344,7 +344,7 @@ class Pipeline:
         run_sampler = get_sampler(sampler, eta)
         ts = make_timesteps(self.diffusion, steps, timesteps)
         spatial = init_image.spatial if init_image else None
-        batch = self._denoiser(noise, prompts, negative_prompts, spatial=spatial, literal=literal)
+        batch = self._denoiser(noise, prompts, negative_prompts, spatial, literal)
         denoiser, z = batch.guided(guidance_scale, guidance), noise
         if init_image is not None:
             z, ts = init_image.start(noise, ts, self.diffusion)
@@ -359,26 +359,17 @@ class Pipeline:
 
     def _denoiser(
         self,
-        latents: Tensor,
+        like: Tensor,
         prompts: list[str],
         negative_prompts: list[str],
-        *,
         spatial: Tensor | None = None,
         literal: bool = False,
     ) -> PromptDenoiser:
-        """That of a batch shaped as `latents`."""
-        height, width = (side * (self.vae.config.factor if self.vae else 1) for side in latents.shape[-2:])
-        return PromptDenoiser(
-            self.unet,
-            self.guide_unet,
-            self.diffusion,
-            self.text,
-            prompts,
-            negative_prompts,
-            sizes=uncropped_size(width, height, latents.device),
-            spatial=spatial,
-            literal=literal,
-        )
+        """That of a batch of latents shaped as `like`."""
+        height, width = (side * (self.vae.config.factor if self.vae else 1) for side in like.shape[-2:])
+        sizes = uncropped_size(width, height, like.device)
+        networks = (self.unet, self.guide_unet, self.diffusion, self.text)
+        return PromptDenoiser(*networks, prompts, negative_prompts, sizes, spatial, literal)
 
 
 @torch.no_grad()

@@ -96,7 +96,9 @@ def dry_run(build: Build, images: int, *, bf16: bool) -> Cost:
 def time_step(build: Build, images: int, device: torch.device, *, bf16: bool) -> float:
     """Seconds of a real step on random images: the mean of three."""
     stage = build(device)
-    parameters = [p for t in stage.trainables for p in t.module.to(device).parameters() if p.requires_grad]
+    for module in [*(t.module for t in stage.trainables), *stage.frozen.values()]:
+        module.to(device)
+    parameters = [p for t in stage.trainables for p in t.module.parameters() if p.requires_grad]
     optimizer, batch = torch.optim.AdamW(parameters, fused=True), stage.example_batch(images)
 
     def step() -> None:

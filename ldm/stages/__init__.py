@@ -1,5 +1,6 @@
 """What is trained: each stage is one file with its configuration, data, loss, validation, samples and model folder."""
 
+from ldm.cli import config_flag
 from ldm.stages.clip import CLIPStage
 from ldm.stages.diffusion import DiffusionStage
 from ldm.stages.vae import VAEStage
@@ -10,4 +11,13 @@ STAGES: dict[str, type[CLIPStage] | type[VAEStage] | type[DiffusionStage]] = {
     "ldm": DiffusionStage,
 }
 
-__all__ = ["STAGES", "CLIPStage", "DiffusionStage", "VAEStage"]
+
+def split_stage(args: list[str]) -> tuple[str, list[str]]:
+    """The stage that a command line names in its first word or by its configuration file, else ldm; and its flags."""
+    if args and args[0] in STAGES:
+        return args[0], args[1:]
+    file = config_flag(args)
+    return (file.stem if file and file.stem in STAGES else "ldm"), args
+
+
+__all__ = ["STAGES", "CLIPStage", "DiffusionStage", "VAEStage", "split_stage"]

@@ -31,7 +31,7 @@ class CLIPStage(Stage):
     Config, default = TrainCLIPConfig, CONFIGS / "shapes/clip.yaml"
     data: Splits
     device: torch.device
-    validation: dict[str, Any]  # held-out images and captions
+    validation: Batch  # held-out images and captions
 
     def __init__(self, config: TrainCLIPConfig, *, rank: int = 0, world: int = 1) -> None:
         if config.grad_accum_steps > 1:

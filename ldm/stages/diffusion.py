@@ -32,7 +32,7 @@ from ldm.pipeline.load import load_components, load_vae
 from ldm.rng import StepRNG, generator
 from ldm.stages.latents import open_latents, text_fingerprint
 from ldm.stages.splits import Splits, example_images
-from ldm.text import Text, TextConfig, TextEmbeddings, encode_for_cache, load_text_encoder, states_from_cache
+from ldm.text import TextConditioner, TextConfig, TextEmbeddings, encode_for_cache, load_text_encoder, states_from_cache
 from ldm.text.vocabulary import vocabulary
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Batch, Networks, Stage, Trainable
@@ -81,16 +81,16 @@ class DiffusionStage(Stage):
     data: Splits
     vae_sha256: str | None
 
-    def __init__(self, config: TrainLDMConfig, vae: VAE | None, text: Text | None, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainLDMConfig, vae: VAE | None, text: TextConditioner | None, device: torch.device
+    ) -> None:
         check_unet_dims(config, vae, text)
         self.config, self.device, self.vae, self.text = config, device, vae, text
         self.unet = UNet(config.unet, gradient_checkpointing=config.gradient_checkpointing)
         self.diffusion = Diffusion(config.diffusion)
         self.trainables = [Trainable("unet", self.unet)]
-        self.frozen: dict[str, nn.Module] = {}
-        for name, module in (("vae", vae), ("text", text)):
-            if module is not None:
-                self.frozen[name] = module.to(device)
+        networks = (("vae", vae), ("text", text))
+        self.frozen: dict[str, nn.Module] = {name: module for name, module in networks if module is not None}
         self.empty_ids = text.tokenize([""]) if text else None
 
     @classmethod
@@ -114,6 +114,8 @@ class DiffusionStage(Stage):
             data, words = open_latents(config.cached_latents, config.data, config.seed, vae_folder, text)
             accelerator.print(data.describe())
         stage = cls(config, vae, text, accelerator.device)
+        for module in stage.frozen.values():
+            module.to(accelerator.device)
         if config.init_from:
             init_weights(stage.unet, load_components(config.init_from).unet.state_dict(), config.init_from)
         stage.vae_sha256 = sha256(vae_folder / "vae.safetensors") if vae_folder else None
@@ -250,7 +252,7 @@ class DiffusionStage(Stage):
 
     def fingerprint(self) -> dict[str, Any]:
         """Data, model, and the frozen networks."""
-        fingerprint = {"data": self.data.source.fingerprint(), "unet": self.config.unet.to_dict()}
+        fingerprint: dict[str, Any] = {"data": self.data.source.fingerprint(), "unet": self.config.unet.to_dict()}
         fingerprint |= {"diffusion": self.config.diffusion.to_dict(), "vae_sha256": self.vae_sha256}
         return fingerprint | text_fingerprint(self.text)
 
@@ -292,7 +294,7 @@ def check_in_memory(config: TrainLDMConfig) -> None:
         )
 
 
-def check_unet_dims(config: TrainLDMConfig, vae: VAE | None, text: Text | None) -> None:
+def check_unet_dims(config: TrainLDMConfig, vae: VAE | None, text: TextConditioner | None) -> None:
     """ValueError unless the U-Net fits the latents and the text."""
     expected = {
         "cond_channels": 0,

@@ -32,7 +32,7 @@ from ldm.io.model_dir import latest_model, read_text
 from ldm.io.tensors import sha256
 from ldm.pipeline.load import load_vae
 from ldm.stages.splits import Splits
-from ldm.text import Text, TextConfig, encode_for_cache, load_text_encoder
+from ldm.text import TextConditioner, TextConfig, encode_for_cache, load_text_encoder
 from ldm.text.tokenizer import tokenizer_hash
 from ldm.text.vocabulary import vocabulary
 from ldm.training.distributed import is_peer_failure, make_gather, process_group_timeout
@@ -152,7 +152,7 @@ class LatentWriter:
 
 
 def open_latents(
-    folder: Path, data: DataConfig, seed: int, vae: Path | None, text: Text | None
+    folder: Path, data: DataConfig, seed: int, vae: Path | None, text: TextConditioner | None
 ) -> tuple[Splits, list[str]]:
     """Both splits of a folder of cached latents, and the words of its captions.
 
@@ -170,7 +170,7 @@ def open_latents(
     return Splits(train, test), read_text(folder / VOCABULARY_FILE).split()
 
 
-def latents_fingerprint(data: DataConfig, seed: int, vae: Path, text: Text) -> dict[str, Any]:
+def latents_fingerprint(data: DataConfig, seed: int, vae: Path, text: TextConditioner) -> dict[str, Any]:
     """What decides the latents of images under the VAE in a model folder, and the token ids of their captions."""
     return {
         "data": data.fingerprint(),
@@ -180,7 +180,7 @@ def latents_fingerprint(data: DataConfig, seed: int, vae: Path, text: Text) -> d
     }
 
 
-def text_fingerprint(text: Text | None) -> dict[str, Any]:
+def text_fingerprint(text: TextConditioner | None) -> dict[str, Any]:
     """What decides the text embeddings of captions: weights and settings of each tower."""
     fingerprint: dict[str, Any] = {}
     for prefix, encoder in zip(("", "second_"), text.encoders if text else (), strict=False):

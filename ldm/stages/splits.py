@@ -57,7 +57,7 @@ class Splits:
             embeddings = ", with text embeddings"
         return (
             f"latents: {len(self.source):,} with {index.augmentations} augmentations in {self.source.folder}{embeddings}; "
-            f"{len(self.held_out):,} held out"  # type: ignore[arg-type]
+            f"{len(self.held_out):,} held out"
         )
 
     def report(self) -> str:

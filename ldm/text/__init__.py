@@ -6,8 +6,6 @@ from ldm.text.dual import DualTextEncoder, combine_encoders, load_text_encoder
 from ldm.text.encoder import TextConditioner, TextEncoder
 from ldm.text.tower import TextEmbeddings
 
-Text = TextConditioner
-
 __all__ = [
     "DualTextEncoder",
     "TextConditioner",

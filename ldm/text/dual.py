@@ -43,21 +43,12 @@ class DualTextEncoder(TextConditioner):
         if (first.config.pad_token_id is None) != (second.config.pad_token_id is None):
             raise ValueError("text towers must both have pad_token_id or neither: set it in text and second_text")
         self.first, self.second, self.tokenizer = first, second, first.tokenizer
+        self.width, self.pooled_dim = first.width + second.width, first.pooled_dim + second.pooled_dim
 
     @property
     def encoders(self) -> tuple[TextEncoder, ...]:
         """Both, in order."""
         return self.first, self.second
-
-    @property
-    def width(self) -> int:
-        """Width of the hidden states of both."""
-        return self.first.width + self.second.width
-
-    @property
-    def pooled_dim(self) -> int:
-        """Width of the pooled embeddings that the U-Net gets; 0 when it gets none."""
-        return self.first.pooled_dim + self.second.pooled_dim
 
     def encode_ids(self, ids: Tensor) -> TextEmbeddings:
         """See `TextConditioner`."""

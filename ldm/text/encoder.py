@@ -22,21 +22,13 @@ class TextConditioner(nn.Module, ABC):
     """What conditions a U-Net on text: one frozen tower (`TextEncoder`), or two side by side (`DualTextEncoder`)."""
 
     tokenizer: Tokenizer
+    width: int  # of the hidden states
+    pooled_dim: int  # of the pooled embedding that the U-Net gets; 0 when it gets none
 
     @property
     @abstractmethod
     def encoders(self) -> tuple["TextEncoder", ...]:
         """The towers, in order."""
-
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """Width of the hidden states."""
-
-    @property
-    @abstractmethod
-    def pooled_dim(self) -> int:
-        """Width of the pooled embedding that the U-Net gets; 0 when it gets none."""
 
     @abstractmethod
     def encode_ids(self, ids: Tensor) -> TextEmbeddings:
@@ -73,6 +65,8 @@ class TextEncoder(TextConditioner):
         super().__init__()
         self.tower, self.tokenizer, self.config = tower, tokenizer, config
         self.model_id, self.weights = model_id, weights  # as `TextConfig.model` names it, and the file it came from
+        self.width = tower.positional_embedding.shape[1]
+        self.pooled_dim = tower.text_projection.shape[1] if config.use_pooled else 0
         self.requires_grad_(False).eval()
 
     @classmethod
@@ -107,16 +101,6 @@ class TextEncoder(TextConditioner):
     def encoders(self) -> tuple["TextEncoder", ...]:
         """This one alone."""
         return (self,)
-
-    @property
-    def width(self) -> int:
-        """Width of the hidden states."""
-        return self.tower.positional_embedding.shape[1]
-
-    @property
-    def pooled_dim(self) -> int:
-        """Width of the pooled embedding that the U-Net gets; 0 when it gets none."""
-        return self.tower.text_projection.shape[1] if self.config.use_pooled else 0
 
     def train(self, mode: bool = True) -> "TextEncoder":
         """Stay in eval mode, whatever the mode of the module around."""

@@ -1,7 +1,5 @@
 """The VAE's training loss: absolute error, structural similarity, and a small KL term."""
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -64,12 +62,14 @@ def _blur(x: Tensor) -> Tensor:
 
     Two products with band matrices are far faster than depthwise convolutions.
     """
-    rows, columns = (_window_matrix(side, x.device) for side in x.shape[-2:])
+    height, width = x.shape[-2:]
+    rows = _window_matrix(height, x.device)
+    columns = rows if width == height else _window_matrix(width, x.device)
     return rows @ x @ columns.mT
 
 
-@lru_cache(maxsize=8)
 def _window_matrix(side: int, device: torch.device) -> Tensor:
     """(side - 10, side): row i weights the 11 pixels from i on."""
-    window = torch.softmax(-((torch.arange(11.0) - 5) ** 2) / (2 * 1.5**2), 0)
-    return torch.stack([F.pad(window, (i, side - 11 - i)) for i in range(side - 10)]).to(device)
+    window = torch.softmax(-((torch.arange(11.0, device=device) - 5) ** 2) / (2 * 1.5**2), 0)
+    places = torch.arange(side, device=device) - torch.arange(side - 10, device=device)[:, None]
+    return torch.where((places >= 0) & (places < 11), window[places.clamp(0, 10)], 0.0)

@@ -1,16 +1,24 @@
-"""What every source of images and captions offers: `ImageTextSource`."""
+"""What every source of images and captions offers, `ImageTextSource`; and how splits are made and captions read."""
 
 import hashlib
+import re
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
+from ldm import rng
 from ldm.data.batch_sampler import SampleKey, evenly_spaced
-from ldm.data.sources.captions import Captions
 from ldm.data.transforms import Sides, View
+
+Split = Literal["train", "test"]
+Captions = Sequence[Sequence[str]]  # of each item; none, one or several
+HELD_OUT_FRACTION = 0.05  # of the items of a set without a test split
+CAPTION_COLUMNS = ("caption", "text", "prompt")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # not a character: from a JSON escape, or a file name that is not UTF-8
 
 
 class Decoded(NamedTuple):
@@ -64,3 +72,54 @@ class ImageTextSource(ABC):
 def short_hash(text: str) -> str:
     """The first 16 hexadecimal digits of a text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_split(split: str) -> None:
+    """ValueError unless `split` is train or test."""
+    if split not in get_args(Split):
+        raise ValueError(f"split {split!r} is unknown: choose train or test")
+
+
+def hash_split(names: Sequence[str], split: Split) -> list[int]:
+    """Indices of a split's items: 5 % are held out, by a hash of the name alone, so a new item moves no other.
+
+    Few items are the exception: of two or more at least one is held out, and at least one is not.
+    """
+    check_split(split)
+    hashes = [rng.fold_seed("held out", name) for name in names]
+    held_out = {i for i, value in enumerate(hashes) if value < HELD_OUT_FRACTION * 2**63}
+    if len(names) > 1:
+        held_out = held_out or {hashes.index(min(hashes))}
+        held_out -= {hashes.index(max(hashes))} if len(held_out) == len(names) else set()
+    return [i for i in range(len(names)) if (i in held_out) == (split == "test")]
+
+
+def parse_captions(cell: Any, where: str) -> list[str]:
+    """The captions of a cell, which holds one or a list, without empty ones; ValueError for what is not text."""
+    cells = cell if isinstance(cell, list) else [cell]
+    return [text for text in (_parse_caption(item, where) for item in cells) if text]
+
+
+def _parse_caption(value: Any, where: str) -> str:
+    """A caption on one line; "" for a missing one, which pandas writes as NaN. Numbers are text, too."""
+    if value is None or value != value:
+        return ""
+    if not isinstance(value, str | int | float) or LONE_SURROGATE.search(text := one_line(value)):
+        raise ValueError(f"{where}: the caption {reprlib.repr(value)} is not text; write text, or a list of texts")
+    return text
+
+
+def one_line(value: Any) -> str:
+    """A value as text on one line."""
+    return " ".join(str(value).split())
+
+
+def first_names(names: Sequence[str], count: int = 5) -> str:
+    """The first of some names, for a message."""
+    return ", ".join(map(one_line, names[:count])) + (", ..." if len(names) > count else "")
+
+
+def check_utf8_names(names: Sequence[str], where: str) -> None:
+    """ValueError unless all names of files are UTF-8."""
+    for name in filter(LONE_SURROGATE.search, names):
+        raise ValueError(f"{where}: the name {name!a} is not UTF-8; rename that file")

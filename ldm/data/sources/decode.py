@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from ldm.data.sources.base import Decoded, ImageTextSource
-from ldm.data.sources.captions import one_line
+from ldm.data.sources.base import Decoded, ImageTextSource, one_line
 from ldm.data.transforms import Sides, View, crop_resize_to_tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP")

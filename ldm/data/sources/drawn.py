@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ldm.data.sources.captions import Captions
+from ldm.data.sources.base import Captions
 from ldm.data.sources.decode import Encoded, EncodedSource, decode_image
 
 if TYPE_CHECKING:

@@ -6,20 +6,20 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ldm.data.sources.captions import (
+from ldm.data.sources.base import (
     CAPTION_COLUMNS,
-    as_caption_list,
+    Split,
+    check_split,
     check_utf8_names,
     first_names,
+    hash_split,
     one_line,
     parse_captions,
 )
 from ldm.data.sources.decode import SUFFIXES, EncodedSource
-from ldm.data.sources.splits import Split, check_split, hash_split
 from ldm.data.sources.table import open_hub, open_parquet
 
 OTHER_SUFFIXES = (".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".jxl", ".jp2", ".ppm", ".dcm", ".nii", ".gz")
@@ -74,7 +74,7 @@ def _read_folder(root: Path, split: Split | None) -> EncodedSource:
     return EncodedSource(
         names=names,
         images=[root / name for name in names],
-        captions=[captions.get(name, "") for name in names],
+        captions=[captions.get(name, []) for name in names],
         description=f"images: {len(images):,} files in {root}/, {described}",
     )
 
@@ -89,19 +89,19 @@ def _list_files(root: Path) -> list[str]:
     return sorted(names)
 
 
-def _read_captions(root: Path, images: list[str], files: set[str]) -> tuple[Mapping[str, str | list[str]], str]:
+def _read_captions(root: Path, images: list[str], files: set[str]) -> tuple[dict[str, list[str]], str]:
     """Captions by the name of their image, and where they come from."""
     table = find_metadata(root)
     return _table_captions(table, set(images)) if table else _sidecar_captions(root, images, files)
 
 
-def _sidecar_captions(root: Path, images: list[str], files: set[str]) -> tuple[dict[str, str], str]:
+def _sidecar_captions(root: Path, images: list[str], files: set[str]) -> tuple[dict[str, list[str]], str]:
     captions, used = {}, set()
     for name in images:
         stem = name.rsplit(".", 1)[0]
         suffix = next((suffix for suffix in SIDECAR_SUFFIXES if stem + suffix in files), None)
         if suffix:
-            captions[name] = one_line(_read_text(root / (stem + suffix)))
+            captions[name] = parse_captions(_read_text(root / (stem + suffix)), name)
             used.add(f"*{suffix}")
     return captions, " and ".join(sorted(used))
 
@@ -118,8 +118,7 @@ def _table_captions(path: Path, images: set[str]) -> tuple[dict[str, list[str]],
     captions: dict[str, list[str]] = {}
     for row in rows:
         name = _safe_relative_path(row.get("file_name"), path)
-        entry = parse_captions(row.get(column), f"{path}: {one_line(name)}")
-        captions.setdefault(name, []).extend(filter(None, as_caption_list(entry)))
+        captions.setdefault(name, []).extend(parse_captions(row.get(column), f"{path}: {one_line(name)}"))
     missing = sorted(set(captions) - images)
     if missing:
         raise ValueError(

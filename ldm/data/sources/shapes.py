@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ldm.data.sources.base import Split, check_split
 from ldm.data.sources.decode import EncodedSource
 from ldm.data.sources.drawn import drawn_source, png_cell
-from ldm.data.sources.splits import Split, check_split
 from ldm.rng import fold_seed
 
 if TYPE_CHECKING:
@@ -125,7 +125,8 @@ def open_pairs(split: Split, *, size: int, channels: int) -> EncodedSource:
 
 def _open(rows: "datasets.Dataset", description: str, size: int, channels: int) -> EncodedSource:
     names = [f"row {index}" for index in range(len(rows))]
-    return drawn_source(rows, names, rows["caption"][:], description, size=size, channels=channels)
+    captions = [[caption] for caption in rows["caption"]]
+    return drawn_source(rows, names, captions, description, size=size, channels=channels)
 
 
 def load(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> "datasets.Dataset":

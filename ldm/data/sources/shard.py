@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ldm.data.sources.captions import one_line
+from ldm.data.sources.base import one_line
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 

@@ -172,12 +172,12 @@ def open_rows(path: Path) -> "pyarrow.Table | None":
     try:
         with pyarrow.memory_map(str(path)) as file:
             content = file.read_buffer()
+        rows, checksum = content.slice(0, max(0, len(content) - CHECKSUM_BYTES)), memoryview(content)[-CHECKSUM_BYTES:]
+        if zlib.crc32(rows) != int.from_bytes(checksum, "big"):
+            return None
+        return pyarrow.ipc.open_stream(rows).read_all()
     except (OSError, pyarrow.ArrowException):
         return None
-    rows, checksum = memoryview(content)[:-CHECKSUM_BYTES], memoryview(content)[-CHECKSUM_BYTES:]
-    if zlib.crc32(rows) != int.from_bytes(checksum, "big"):
-        return None
-    return pyarrow.ipc.open_stream(content.slice(0, len(rows))).read_all()
 
 
 def _chunks(rows: Iterable[ShardRow]) -> Iterator[list[ShardRow]]:

@@ -17,13 +17,11 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from ldm.data.batch_sampler import SampleKey, evenly_spaced, file_order
-from ldm.data.sources.base import short_hash
-from ldm.data.sources.captions import check_utf8_names
+from ldm.data.sources.base import HELD_OUT_FRACTION, Split, check_split, check_utf8_names, short_hash
 from ldm.data.sources.decode import SUFFIXES, EncodedSource
 from ldm.data.sources.folder import METADATA_FILES
 from ldm.data.sources.shard import TAR_SUFFIXES, Shard, is_tar, reason, shard_errors
 from ldm.data.sources.shard_cache import ShardCache, ShardColumn, ShardRange
-from ldm.data.sources.splits import HELD_OUT_FRACTION, Split, check_split
 from ldm.data.sources.table import count_parquet_rows
 from ldm.data.sources.webdataset import count_tar_rows
 from ldm.io.atomic import disk_errors

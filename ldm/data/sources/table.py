@@ -5,17 +5,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.data.sources.captions import (
+from ldm.data.sources.base import (
     CAPTION_COLUMNS,
     Captions,
-    as_caption_list,
+    Split,
     first_names,
+    hash_split,
     one_line,
     parse_captions,
 )
 from ldm.data.sources.decode import Encoded, EncodedSource
 from ldm.data.sources.shard import ShardRow, open_url
-from ldm.data.sources.splits import Split, hash_split
 
 if TYPE_CHECKING:
     import datasets
@@ -81,7 +81,7 @@ def _caption_column(rows: "datasets.Dataset", where: str) -> tuple[Captions, str
     """The captions of all rows, and where they come from."""
     column = next((name for name in CAPTION_COLUMNS if name in rows.features), None)
     if column is None:
-        return [""] * len(rows), "no captions"
+        return [[]] * len(rows), "no captions"
     try:  # as it was written: what looks like an image in it is not decoded, and no path in it is followed
         cells = rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
     except (ValueError, OverflowError):  # times that Python has none for
@@ -174,8 +174,7 @@ def _parquet_row(cell: Any, *caption: Any) -> ShardRow:
         data = data["bytes"] if isinstance(data, dict) else data  # no path that a stranger wrote is followed
         if not isinstance(data, bytes):
             raise ValueError("holds no image")
-        captions = parse_captions(caption[0].as_py() if caption else None, "its row")
-        return ShardRow(data, list(filter(None, as_caption_list(captions))), None)
+        return ShardRow(data, parse_captions(caption[0].as_py() if caption else None, "its row"), None)
     except UnicodeDecodeError:
         return ShardRow(None, [], "its caption is not UTF-8")
     except (ValueError, OverflowError) as error:

@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
-from ldm.data.sources.captions import CAPTION_COLUMNS, as_caption_list, parse_captions
+from ldm.data.sources.base import CAPTION_COLUMNS, parse_captions
 from ldm.data.sources.decode import SUFFIXES
 from ldm.data.sources.shard import ShardRow, open_url
 
@@ -24,7 +24,7 @@ def tar_rows(url: str) -> Iterator[ShardRow]:
     """The samples of a tar that have an image, in order."""
     for sample in _samples(url):
         try:
-            yield ShardRow(_image(sample), _captions(sample), None)
+            yield ShardRow(_image(sample), parse_captions(*_caption_cell(sample)), None)
         except ValueError as error:
             yield ShardRow(None, [], str(error))
 
@@ -69,11 +69,6 @@ def _max_bytes(ending: str) -> int:
 
 def _image(sample: dict[str, bytes]) -> bytes | None:
     return next((content for ending, content in sample.items() if f".{ending}".endswith(SUFFIXES)), None)
-
-
-def _captions(sample: dict[str, bytes]) -> list[str]:
-    cell, where = _caption_cell(sample)
-    return list(filter(None, as_caption_list(parse_captions(cell, where))))
 
 
 def _caption_cell(sample: dict[str, bytes]) -> tuple[Any, str]:

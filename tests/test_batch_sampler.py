@@ -1,5 +1,7 @@
-"""The data order: a pure function of seed, epoch and position, however the work is cut."""
+"""The order of samples: a pure function of seed, epoch and position, however a batch is divided."""
 
+import pickle
+from dataclasses import astuple
 from itertools import islice
 
 import pytest
@@ -8,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from ldm import rng
 from ldm.data.batch_sampler import (
+    BucketBatchSampler,
     EpochBatchSampler,
     SampleKey,
     evenly_spaced,
     first_samples,
     image_batches,
+    make_batch_sampler,
     permutation,
     sample_at_position,
 )
@@ -30,11 +33,11 @@ class Echo(Dataset):
         return self.size
 
     def __getitem__(self, key: SampleKey) -> dict[str, torch.Tensor]:
-        return {"image": torch.full((1, 2, 2), float(key.index)), "key": torch.tensor(key)}
+        return {"image": torch.full((1, 2, 2), float(key.index)), "key": torch.tensor(astuple(key))}
 
 
-def take(order: EpochBatchSampler, count: int) -> list[list[SampleKey]]:
-    return list(islice(order, count))
+def take(sampler: EpochBatchSampler, count: int) -> list[list[SampleKey]]:
+    return list(islice(sampler, count))
 
 
 def test_it_is_a_pure_function():
@@ -52,21 +55,23 @@ def test_it_is_a_pure_function():
     size=st.integers(1, 40),
     seed=st.integers(0, 3),
     world=st.sampled_from([1, 2, 3]),
-    accumulate=st.sampled_from([1, 2, 4]),
+    grad_accum_steps=st.sampled_from([1, 2, 4]),
     micro=st.integers(1, 3),
 )
-def test_ranks_and_accumulation_only_cut_the_order(size, seed, world, accumulate, micro):
-    batch_size = world * accumulate * micro
+def test_ranks_and_accumulation_only_divide_the_batch(size, seed, world, grad_accum_steps, micro):
+    batch_size = world * grad_accum_steps * micro
     whole = take(EpochBatchSampler(size, seed=seed, batch_size=batch_size), 3)
     parts = [
-        EpochBatchSampler(size, seed=seed, batch_size=batch_size, grad_accum_steps=accumulate, rank=rank, world=world)
+        EpochBatchSampler(
+            size, seed=seed, batch_size=batch_size, grad_accum_steps=grad_accum_steps, rank=rank, world=world
+        )
         for rank in range(world)
     ]
-    cut = [take(part, 3 * accumulate) for part in parts]
+    slices = [take(part, 3 * grad_accum_steps) for part in parts]
     for step in range(3):
-        rounds = range(step * accumulate, (step + 1) * accumulate)
-        assert [key for round_ in rounds for rank in cut for key in rank[round_]] == whole[step]
-    assert all(len(batch) == micro for rank in cut for batch in rank)
+        micro_batches = range(step * grad_accum_steps, (step + 1) * grad_accum_steps)
+        assert [key for i in micro_batches for rank in slices for key in rank[i]] == whole[step]
+    assert all(len(batch) == micro for rank in slices for batch in rank)
 
 
 @pytest.mark.parametrize("step", [0, 1, 7])
@@ -76,7 +81,7 @@ def test_a_resumed_order_is_the_tail(step):
     assert take(EpochBatchSampler(11, start=step, **options), 24 - 2 * step) == full[2 * step :]
 
 
-def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own():
+def test_each_epoch_has_every_sample_once_in_an_order_of_its_own():
     keys = [key for batch in take(EpochBatchSampler(12, seed=0, batch_size=4), 9) for key in batch]
     epochs = [[key.index for key in keys if key.epoch == epoch] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
@@ -97,18 +102,29 @@ def test_sample_at_agrees_with_the_permutation():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_data_loader_keeps_the_order(workers):
-    order = EpochBatchSampler(9, seed=1, batch_size=3)
-    loader = DataLoader(Echo(9), batch_sampler=order, num_workers=workers)
-    seen = [[SampleKey(*row) for row in batch["key"].tolist()] for batch in islice(loader, 4)]
-    assert seen == take(order, 4)
+    sampler = EpochBatchSampler(9, seed=1, batch_size=3)
+    loader = DataLoader(Echo(9), batch_sampler=sampler, num_workers=workers)
+    assert [[SampleKey(*row) for row in batch["key"].tolist()] for batch in islice(loader, 4)] == take(sampler, 4)
+
+
+def test_keys_are_values():
+    assert len({SampleKey(1, 0, 2), SampleKey(1, 0, 2), SampleKey(1, 0, 3)}) == 2
+    assert pickle.loads(pickle.dumps(SampleKey(1, 0, 2))) == SampleKey(1, 0, 2)
+    with pytest.raises(AttributeError):
+        SampleKey(1, 0, 2).index = 3  # type: ignore[misc]
+
+
+def test_the_batch_sampler_of_a_set_is_that_of_its_groups():
+    options = {"seed": 2, "batch_size": 4, "start": 3, "rank": 1, "world": 2}
+    groups = torch.tensor([0] * 9 + [1] * 3)
+    assert take(make_batch_sampler(12, None, **options), 5) == take(EpochBatchSampler(12, **options), 5)
+    assert take(make_batch_sampler(12, groups, **options), 5) == take(BucketBatchSampler(groups, **options), 5)
 
 
 def test_messages():
-    with pytest.raises(
-        ValueError, match=r"batch_size 10 does not divide over 2 processes x grad_accum_steps 3: .* multiple of 6"
-    ):
+    with pytest.raises(ValueError, match="batch_size 10 .* 2 ranks x grad_accum_steps 3: .*multiple of 6"):
         EpochBatchSampler(5, seed=0, batch_size=10, grad_accum_steps=3, world=2)
-    with pytest.raises(ValueError, match="the training set is empty"):
+    with pytest.raises(ValueError, match="training set is empty: .*--data.source"):
         EpochBatchSampler(0, seed=0, batch_size=1)
 
 
@@ -121,14 +137,3 @@ def test_image_batches_spread_over_the_set():
     assert whole == [[0, 1], [2, 3], [4]]
     assert [batch[:, 0, 0, 0].tolist() for batch in image_batches(Echo(9), evenly_spaced(3, 9))] == [[0, 3, 6]]
     assert evenly_spaced(10, 4) == [0, 1, 2, 3]
-
-
-def test_draws_do_not_depend_on_how_the_batch_is_cut():
-    device = torch.device("cpu")
-    whole = rng.StepRNG(7, 3, range(4), 4, device)
-    halves = [rng.StepRNG(7, 3, part, 4, device) for part in ([0, 1], [2, 3])]
-    assert torch.equal(whole.randn("noise", (2, 3)), torch.cat([half.randn("noise", (2, 3)) for half in halves]))
-    assert torch.equal(whole.rand("time"), torch.cat([half.rand("time") for half in halves]))
-    assert not torch.equal(whole.rand("time"), whole.rand("dropout"))
-    assert not torch.equal(whole.rand("time"), rng.StepRNG(7, 4, range(4), 4, device).rand("time"))
-    assert len(set(whole.rand("time").tolist())) == 4

@@ -1,4 +1,4 @@
-"""Starts short runs, kills each at a random moment and goes on; started by test_killed.py.
+"""Starts short runs, kills each at a random moment and continues; started by test_crash_recovery.py.
 
 Each run is a fork of this process, which has imported everything and holds no thread, so a start takes milliseconds.
 """
@@ -14,16 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import encode
 import torch
 import torch._dynamo  # what the first optimizer of a process imports: with it here, no fork pays for it
 from accelerate import Accelerator
-from test_training import losses, tensors_of, toy, toy_config
+from helpers import contents, losses, tensors_of, toy, toy_config
 from torch import Tensor
 
 from ldm.data import DataConfig
 from ldm.data.sources import shapes
 from ldm.io import atomic
+from ldm.stages.latents import CacheLatentsConfig, LatentWriter
 from ldm.text import TextConfig
 from ldm.training import checkpoint
 
@@ -41,21 +41,23 @@ def trained(run: Path) -> dict[str, Any]:
     return {**{name: t.numpy().tobytes() for name, t in tensors_of(run, STEPS).items()}, "losses": losses(run)}
 
 
-def encoder(stages: Path) -> Callable[[Path], None]:
-    """A function that encodes with finished stages, which all runs share, to a folder on a slow disk."""
-    config = encode.CacheLatentsConfig(
+def latent_writer(stages: Path) -> Callable[[Path], Any]:
+    """A function that caches latents with networks and images that all runs share, to a folder on a slow disk."""
+    shapes.load = functools.partial(shapes.load, count=60)
+    config = CacheLatentsConfig(
         vae=str(stages / "vae/model"),
         text=TextConfig(model=f"local-dir:{stages}/clip/model"),
         data=DataConfig(resolution=16),
         images_per_file=10,
     )
-    vae, text = encode.load_vae(Path(config.vae)), encode.load_text_encoder([config.text], stages, "")
-    shapes.load = functools.partial(shapes.load, count=60)
-    sets = {split: encode.open_dataset(config.data, split, seed=config.seed) for split in encode.SPLITS}
-    encode.load_vae, encode.load_text_encoder = lambda folder: vae, lambda *towers: text
-    encode.open_dataset = lambda config, split, seed: sets[split]
+    writer = LatentWriter(config, Accelerator())
     atomic.save_file = slowly(atomic.save_file)
-    return lambda run: encode.encode(config.model_copy(update={"out": run}), Accelerator())
+
+    def write(run: Path) -> Path:
+        writer.config = config.model_copy(update={"out": run})
+        return writer.run()
+
+    return write
 
 
 def slowly(save: Callable[..., None]) -> Callable[..., None]:
@@ -69,11 +71,6 @@ def slowly(save: Callable[..., None]) -> Callable[..., None]:
             time.sleep(0.01)
 
     return save_in_halves
-
-
-def encoded(run: Path) -> dict[str, Any]:
-    """All bytes of a folder."""
-    return {file.name: file.read_bytes() for file in run.iterdir()}
 
 
 def start(work: Callable[[Path], None], run: Path) -> int:
@@ -118,6 +115,6 @@ def main(folder: Path, kills: int, work: Callable[[Path], None], finished_with: 
 if __name__ == "__main__":
     folder, kills, stages = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     if stages:
-        main(folder, kills, encoder(Path(stages[0])), encoded)
+        main(folder, kills, latent_writer(Path(stages[0])), contents)
     else:
         main(folder, kills, train, trained)

@@ -6,17 +6,14 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cache_latents
 import datasets
-import encode
 import pytest
 import torch
 import txt2img
-from helpers import train
+from helpers import assert_same, contents, full_disk, latent_flags, tensors_of, train, write_set
 from PIL import Image
 from safetensors.torch import load_file
-from test_distributed import contents, encoding
-from test_streams import write_set
-from test_training import assert_same, full_disk, tensors_of
 
 from ldm import imaging
 from ldm.config import write_yaml
@@ -110,14 +107,16 @@ def test_encoding(
     tiny_runs: Path, disk: Callable[[int], Disk], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What was written stays, and a second call makes the files of one that never met a full disk."""
-    small, flags = disk(200), encoding(tiny_runs)
+    small, flags = disk(200), latent_flags(tiny_runs)
     out = small.folder / "latents"
-    assert "safetensors could not be written" in refused(lambda: encode.main(["--out", str(out), *flags]), capsys)
+    assert "safetensors could not be written" in refused(
+        lambda: cache_latents.main(["--out", str(out), *flags]), capsys
+    )
     check_whole(out)
     before = contents(out)
     small.grow()
-    encode.main(["--out", str(out), *flags])
-    encode.main(["--out", str(tmp_path / "whole"), *flags])
+    cache_latents.main(["--out", str(out), *flags])
+    cache_latents.main(["--out", str(tmp_path / "whole"), *flags])
     assert before and before.items() < contents(out).items() and contents(out) == contents(tmp_path / "whole")
 
 
@@ -159,8 +158,8 @@ def test_the_log_names_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     note = RunLogger.write_json
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunLogger, "note", limited)
-        with pytest.raises(SystemExit, match=r"log.jsonl could not be written .* go on with --resume latest"):
+        patch.setattr(RunLogger, "write_json", limited)
+        with pytest.raises(SystemExit, match=r"log.jsonl could not be written .* restart with --resume latest"):
             train("vae", tmp_path / "vae")
     assert "Traceback" not in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Latents computed once: the same training, what is whole is kept, and what is damaged is never read."""
+"""Latents computed once: the same training, valid files are kept, and what is damaged is never read."""
 
 import json
 import random
@@ -7,17 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import encode
+import cache_latents
 import pytest
 import torch
-from helpers import train
+from helpers import losses, train
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_training import losses
 
+from ldm import rng
 from ldm.data import DataConfig, latents, open_dataset
 from ldm.data.batch_sampler import SampleKey
-from ldm.pipeline.pipeline import load_vae
+from ldm.pipeline.load import load_vae
+from ldm.stages.splits import Splits
 from ldm.text.tower import TextTower
 
 SIZE = ["--data.resolution", "16"]
@@ -25,7 +26,7 @@ TEXT = ["--text.layer", "penultimate", "--text.use-pooled"]  # as configs/shapes
 
 
 def make(runs: Path, *flags: str) -> Path:
-    encode.main(["--out", str(runs / "latents"), *SIZE, "--images-per-file", "100", *flags])
+    cache_latents.main(["--out", str(runs / "latents"), *SIZE, "--images-per-file", "100", *flags])
     return runs / "latents"
 
 
@@ -42,31 +43,29 @@ def runs(tiny_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_from_latents_equals_training_from_images(runs: Path, tiny_runs: Path) -> None:
     """Up to the float16 of the latents, in the losses of training and validation; it opens no image."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train_ldm.open_dataset", None)
+        patch.setattr(Splits, "open", None)
         train("ldm", runs / "ldm", "--cached-latents", str(runs / "latents"))
-    want, found = losses(tiny_runs / "ldm"), losses(runs / "ldm")
-    assert want.keys() == found.keys() and max(abs(found[step] / want[step] - 1) for step in want) < 2e-3
-    words = [(run / "ldm/model/words.txt").read_text() for run in (runs, tiny_runs)]
+    assert losses(runs / "ldm") == pytest.approx(losses(tiny_runs / "ldm"), rel=2e-3)
+    words = [(run / "ldm/model/vocab.txt").read_text() for run in (runs, tiny_runs)]
     assert words[0] == words[1]
     last = [json.loads((run / "ldm/log.jsonl").read_text().splitlines()[-1]) for run in (runs, tiny_runs)]
     assert last[0]["validation_loss"] == pytest.approx(last[1]["validation_loss"], rel=2e-3)
 
 
-def test_training_from_text_states_runs_no_tower(runs: Path, tiny_runs: Path, tmp_path: Path) -> None:
-    """But for that of "", and of the sample grid. A tower that says something else is refused."""
+def test_training_from_text_embeddings_runs_no_tower(runs: Path, tiny_runs: Path, tmp_path: Path) -> None:
+    """But for those of "", and of the sample grid. A tower with other settings is refused."""
     for name in ("clip", "vae"):
         shutil.copytree(runs / name, tmp_path / name)
     flags = ["--cached-latents", str(make(tmp_path, "--text-embeddings", *TEXT))]
-    asked: list[int] = []
+    sizes: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TextTower, "forward", counted(asked, TextTower.forward))
+        patch.setattr(TextTower, "forward", counted(sizes, TextTower.forward))
         train("ldm", tmp_path / "ldm", *flags, "--sample-every", "99", "--caption-dropout", "0.5")
-    assert asked == [1, 2 * 16]  # ""; the sample grid at the end, and "" for each of its prompts
-    with pytest.raises(SystemExit, match="something else: layer is last, there penultimate; run scripts/encode"):
+    assert sizes == [1, 2 * 16]  # ""; the sample grid at the end, and "" for each of its prompts
+    with pytest.raises(SystemExit, match="layer is penultimate, expected last; run scripts/cache_latents.py"):
         train("ldm", tmp_path / "other", *flags, "--text.layer", "last")
     train("ldm", runs / "dropped", "--cached-latents", str(runs / "latents"), "--caption-dropout", "0.5")
-    want, found = losses(runs / "dropped"), losses(tmp_path / "ldm")
-    assert want.keys() == found.keys() and max(abs(found[step] / want[step] - 1) for step in want) < 2e-3
+    assert losses(tmp_path / "ldm") == pytest.approx(losses(runs / "dropped"), rel=2e-3)
 
 
 def counted(sizes: list[int], forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,20 +73,20 @@ def counted(sizes: list[int], forward: Callable[..., Any]) -> Callable[..., Any]
     return lambda self, ids, **rest: sizes.append(len(ids)) or forward(self, ids, **rest)
 
 
-def test_what_is_whole_is_kept(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_valid_files_are_kept(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("clip", "vae", "latents"):
         shutil.copytree(runs / name, tmp_path / name)
     files = sorted((tmp_path / "latents").glob("*.safetensors"))
     index = latents.read_index(tmp_path / "latents")
     assert len(files) == sum(-(-rows // 100) for rows in index.rows.values()) > 5
     before = {file: file.stat().st_mtime_ns for file in files}
-    told = (tmp_path / "latents/index.json").read_text()
+    index_text = (tmp_path / "latents/index.json").read_text()
     files[1].unlink()
     files[2].write_bytes(files[2].read_bytes()[:100])
     make(tmp_path)
     assert f"{len(files) - 2} of {len(files)} files are there" in capsys.readouterr().out
     changed = [file for file in files if file.stat().st_mtime_ns != before[file]]
-    assert changed == files[1:3] and (tmp_path / "latents/index.json").read_text() == told
+    assert changed == files[1:3] and (tmp_path / "latents/index.json").read_text() == index_text
     make(tmp_path, "--seed", "1")
     assert f"0 of {len(files)} files are there" in capsys.readouterr().out
     make(tmp_path, "--seed", "1", "--images-per-file", "50")  # files of the same names hold other rows
@@ -96,8 +95,8 @@ def test_what_is_whole_is_kept(runs: Path, tmp_path: Path, capsys: pytest.Captur
 
 def test_numbers_beyond_float16_are_refused(runs: Path, tmp_path: Path) -> None:
     large, none = torch.full((1, 1, 1, 1), 7e4), torch.zeros(1, 1, 1, 1)
-    for mean, states, told in ((large, none, "latents reach 70000"), (none, large, "text tower reach 70000")):
-        with pytest.raises(ValueError, match=f"the .*{told}, beyond the 65,504 of float16: train without"):
+    for mean, states, name in ((large, none, "latents"), (none, large, "text embeddings")):
+        with pytest.raises(ValueError, match=f"{name} overflow float16 .*70000.*: do not cache them"):
             latents.write_latent_file(
                 tmp_path / "train-000-000000.safetensors",
                 open_dataset(DataConfig(resolution=16), "train", seed=0),
@@ -105,13 +104,13 @@ def test_numbers_beyond_float16_are_refused(runs: Path, tmp_path: Path) -> None:
                 range(1),
                 encode=lambda images, mean=mean: (mean, none),
                 tokenize=lambda texts: torch.zeros(len(texts), 4),
-                keep=lambda ids, states=states: (states, states),
-                made="made",
+                encode_text=lambda ids, states=states: (states, states),
+                key="key",
             )
     assert not list(tmp_path.iterdir())
 
 
-def test_variants_are_what_the_epochs_would_have_cut(runs: Path, tmp_path: Path) -> None:
+def test_augmentations_are_what_the_epochs_would_have_cropped(runs: Path, tmp_path: Path) -> None:
     for name in ("clip", "vae"):
         shutil.copytree(runs / name, tmp_path / name)
     photos, draw = tmp_path / "photos", random.Random(0)
@@ -140,20 +139,20 @@ def test_variants_are_what_the_epochs_would_have_cut(runs: Path, tmp_path: Path)
 
 def test_latents_of_something_else_are_refused(runs: Path, tmp_path: Path) -> None:
     flags = ["--cached-latents", str(runs / "latents")]
-    with pytest.raises(SystemExit, match="was made with something else: seed is 1, there 0; run scripts/encode.py"):
+    with pytest.raises(SystemExit, match="seed is 0, expected 1; run scripts/cache_latents.py"):
         train("ldm", runs / "other", *flags, "--seed", "1")
     vae = train("vae", tmp_path / "vae", "--seed", "1")
-    with pytest.raises(SystemExit, match="made with something else: vae_sha256 is .*, there .*; run scripts/encode.py"):
+    with pytest.raises(SystemExit, match="vae_sha256 is .*, expected .*; run scripts/cache_latents.py"):
         train("ldm", runs / "other", *flags, "--vae", str(vae))
-    with pytest.raises(SystemExit, match=r"holds no finished latents \(no index.json\): make them with scripts/encode"):
+    with pytest.raises(SystemExit, match="no finished latents .*index.json.*scripts/cache_latents.py"):
         train("ldm", runs / "other", "--cached-latents", str(tmp_path))
-    with pytest.raises(SystemExit, match="encode.py made them with a VAE and a text tower"):
+    with pytest.raises(SystemExit, match="cached_latents: .*VAE and a text tower"):
         none = ["--vae", "none", "--unet.in-channels", "3"]
         train("ldm", runs / "other", *flags, *none)
 
 
 def test_a_changed_file_is_never_read(runs: Path, tmp_path: Path) -> None:
-    """2,000 files with bits turned, bytes cut off or changed: each row is the one that was written, or an error."""
+    """2,000 files with bits flipped, bytes cut off or changed: each row is the one that was written, or an error."""
     folder, draw = tmp_path / "latents", random.Random(0)
     shutil.copytree(runs / "latents", folder)
     index = latents.read_index(folder)
@@ -167,29 +166,44 @@ def test_a_changed_file_is_never_read(runs: Path, tmp_path: Path) -> None:
     )
     whole = file.read_bytes()
     held_out = latents.LatentDataset(folder, "test", seed=0)
-    latents._opened.cache_clear()
+    latents.open_columns.cache_clear()
     want = [held_out[SampleKey(i, 0, 0)] for i in range(8)]
-    seen = 0
+    refused = 0
     for number in range(2_000):
-        place = draw.choice((draw.randrange(len(whole)), draw.randrange(900)))
+        position = draw.choice((draw.randrange(len(whole)), draw.randrange(900)))
         changed = {
-            0: whole[:place] + bytes([whole[place] ^ (1 << draw.randrange(8))]) + whole[place + 1 :],
-            1: whole[:place],
-            2: whole[:place] + draw.randbytes(8) + whole[place + 8 :],
+            0: whole[:position] + bytes([whole[position] ^ (1 << draw.randrange(8))]) + whole[position + 1 :],
+            1: whole[:position],
+            2: whole[:position] + draw.randbytes(8) + whole[position + 8 :],
         }[number % 3]
         other = folder / f".changed-{number}"  # a new file each time: the old one is mapped into memory
         other.write_bytes(changed)
         other.replace(file)
-        latents._opened.cache_clear()
+        latents.open_columns.cache_clear()
         for i in range(8):
             try:
                 found = held_out[SampleKey(i, 0, 0)]
             except ValueError as error:
                 assert "test-000-000000.safetensors is missing or damaged: remove it and run" in str(error)
-                seen += 1
+                refused += 1
                 break
             assert all(torch.equal(found[name], want[i][name]) for name in found)
-    assert seen > 1_900  # the others had a change in what no row of the split is read from
+    assert refused > 1_900  # the others had a change in what no row of the split is read from
     (folder / "index.json").write_text("{")
-    with pytest.raises(ValueError, match="index.json is damaged: run scripts/encode.py again"):
+    with pytest.raises(ValueError, match="index.json is damaged: run scripts/cache_latents.py again"):
         latents.LatentDataset(folder, "test", seed=0)
+
+
+def test_a_folder_of_another_version_is_refused(runs: Path, tmp_path: Path) -> None:
+    """In one line that says with which version it was made; its files are not taken for valid ones."""
+    folder = tmp_path / "latents"
+    shutil.copytree(runs / "latents", folder)
+    values = json.loads((folder / "index.json").read_text())
+    for version, shown in (("ldm-latents-3", "ldm-latents-3"), (None, "None")):
+        (folder / "index.json").write_text(json.dumps({**values, "format": version}))
+        with pytest.raises(ValueError, match=f"^{folder} holds {shown}, .*run scripts/cache_latents.py again$"):
+            latents.LatentDataset(folder, "train", seed=0)
+    key = latents.content_key(values["fingerprint"], values["images_per_file"])
+    old = str(rng.fold_seed(json.dumps([values["fingerprint"], values["images_per_file"]], sort_keys=True)))
+    assert latents.is_valid(folder / "train-000-000000.safetensors", key)
+    assert old != key and not latents.is_valid(folder / "train-000-000000.safetensors", old)

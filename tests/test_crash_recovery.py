@@ -8,26 +8,26 @@ from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).with_name("killed_worker.py")
+WORKER = Path(__file__).with_name("crash_worker.py")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs")
 def test_200_kills_change_no_bit(tmp_path: Path) -> None:
     """SIGKILL, also while a checkpoint is written: what goes on ends as the run that was never killed."""
-    told = kill(tmp_path, 200)
-    assert told["killed"] == 200 and told["writing"] >= 1 and told["finished"] >= 1, told
+    counts = kill(tmp_path, 200)
+    assert counts["killed"] == 200 and counts["writing"] >= 1 and counts["finished"] >= 1, counts
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs")
-def test_20_kills_of_encode_change_no_byte(tiny_runs: Path, tmp_path: Path) -> None:
+def test_20_kills_while_latents_are_cached_change_no_byte(tiny_runs: Path, tmp_path: Path) -> None:
     """Also while a file is written: a second call ends with the files of one that was never killed, and no other."""
-    told = kill(tmp_path, 20, tiny_runs)
-    assert told["killed"] == 20 and told["writing"] >= 1 and told["finished"] >= 1, told
+    counts = kill(tmp_path, 20, tiny_runs)
+    assert counts["killed"] == 20 and counts["writing"] >= 1 and counts["finished"] >= 1, counts
 
 
 def kill(*arguments: object) -> dict[str, int]:
-    """What the worker tells of its kills."""
+    """What the worker counted."""
     paths = os.pathsep.join(str(p) for p in (WORKER.parent, WORKER.parents[1] / "scripts", WORKER.parents[1]))
     done = subprocess.run(
         [sys.executable, str(WORKER), *map(str, arguments)],

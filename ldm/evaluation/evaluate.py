@@ -1,0 +1,122 @@
+"""Measuring a trained model: the VAE's fidelity on held-out images, and whether held-out prompts are followed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.cli import ScriptConfig
+from ldm.data import DataConfig, open_dataset
+from ldm.data.batch_sampler import image_batches
+from ldm.data.sources import shapes
+from ldm.diffusion.samplers import get_sampler
+from ldm.evaluation.classifier import load_classifier, prompt_scores
+from ldm.evaluation.intervals import Estimate, mean_ci, proportion_ci
+from ldm.io.atomic import write_text
+from ldm.io.model_dir import latest_model
+from ldm.pipeline import Pipeline
+from ldm.pipeline.generate import resolve_device
+from ldm.pipeline.inputs import initial_noise
+from ldm.vae.losses import psnr, ssim
+
+
+class EvaluateConfig(ScriptConfig):
+    """Settings of evaluate."""
+
+    model: Path | None = None
+    """model folder; the newest finished one below runs/ when left out"""
+    num_samples: int = Field(240, ge=2)
+    """held-out images, and held-out captions"""
+    steps: int = Field(30, ge=1)
+    guidance_scale: float | None = None
+    """the scale of the model's own sample grids when left out"""
+    sampler: str = "dpmpp_2m"
+    batch_size: int = Field(60, ge=1)
+    seed: int = 0
+    device: str | None = None
+    """cpu, cuda, mps; the best there is when left out"""
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure, print a table and write evaluation.json beside the model folder."""
+    get_sampler(config.sampler, None)
+    folder = config.model or latest_model("pipeline", Path("runs"), script="make demo")
+    pipeline = Pipeline.load(folder, device=resolve_device(config.device))
+    if "data" not in pipeline.metadata:
+        raise ValueError(f"{folder} does not name its data, as it was not trained here: nothing is held out")
+    data = DataConfig(**pipeline.metadata["data"])
+    report: dict[str, Estimate] = {}
+    if pipeline.vae is not None:
+        report |= vae_fidelity(pipeline, data, config)
+    if data.source == "shapes" and data.channels == 3 and pipeline.text is not None:
+        report |= prompt_accuracy(pipeline, folder, config)
+    if not report:
+        raise ValueError(f"{folder} has neither a VAE nor prompts about shapes: evaluate has nothing to measure")
+    settings = {"guidance_scale": guidance_scale(pipeline, config), "steps": config.steps, "sampler": config.sampler}
+    values = {"model": str(folder), **settings, **{name: e._asdict() for name, e in report.items()}}
+    write_text(folder.parent / "evaluation.json", json.dumps(values, indent=2))
+    print(table(report))
+    return values
+
+
+@torch.no_grad()
+def vae_fidelity(pipeline: Pipeline, data: DataConfig, config: EvaluateConfig) -> dict[str, Estimate]:
+    """PSNR (dB) and SSIM of reconstructed held-out images."""
+    assert pipeline.vae is not None
+    scores: dict[str, list[float]] = {"VAE PSNR, dB": [], "VAE SSIM": []}
+    held_out = open_dataset(data, "test", seed=config.seed)
+    chosen = held_out.evenly_spaced(config.num_samples)
+    for batch in image_batches(held_out, chosen, batch_size=config.batch_size):
+        images = batch.to(pipeline.device)
+        output = pipeline.vae.decode(pipeline.vae.encode(images).mean).clamp(-1, 1)
+        scores["VAE PSNR, dB"] += psnr(output, images).tolist()
+        scores["VAE SSIM"] += ssim(output, images).tolist()
+    return {name: mean_ci(values) for name, values in scores.items()}
+
+
+def prompt_accuracy(pipeline: Pipeline, folder: Path, config: EvaluateConfig) -> dict[str, Estimate]:
+    """Share of images, generated from captions of unseen combinations, that show each attribute and all five."""
+    classifier = load_classifier(folder.parent.parent, pipeline.resolution)
+    count, scenes = config.num_samples, shapes.scenes("test")
+    chosen = [scenes[i * len(scenes) // count % len(scenes)] for i in range(count)]
+    captions = [shapes.captions(scene)[i % len(shapes.captions(scene))] for i, scene in enumerate(chosen)]
+    correct = prompt_scores(classifier, generate(pipeline, captions, config), chosen)
+    return {f"prompt accuracy, {name}": proportion_ci(n, count) for name, n in correct.items()}
+
+
+@torch.no_grad()
+def generate(pipeline: Pipeline, captions: list[str], config: EvaluateConfig) -> Tensor:
+    """Images of captions, (b, c, h, w) in [-1, 1]; caption i has seed + i."""
+    shape = pipeline.latent_shape(pipeline.resolution, pipeline.resolution)
+    images = []
+    for first in tqdm(range(0, len(captions), config.batch_size), desc="generating", unit="batch"):
+        prompts = captions[first : first + config.batch_size]
+        seeds = [config.seed + first + i for i in range(len(prompts))]
+        latents = pipeline.sample(
+            initial_noise(shape, seeds).to(pipeline.device),
+            prompts,
+            [""] * len(prompts),
+            seeds=seeds,
+            steps=config.steps,
+            guidance_scale=guidance_scale(pipeline, config),
+            sampler=config.sampler,
+        )
+        images.append(pipeline.decode(latents))
+    return torch.cat(images)
+
+
+def guidance_scale(pipeline: Pipeline, config: EvaluateConfig) -> float:
+    """The scale asked for, or the model's own."""
+    return pipeline.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
+
+
+def table(report: dict[str, Estimate]) -> str:
+    """One line for each measure, with its 95 % confidence interval."""
+    width = max(len(name) for name in report)
+    return "\n".join(
+        f"{name:{width}}  {e.value:8.3f}  [{e.low:.3f}, {e.high:.3f}]  n = {e.samples}" for name, e in report.items()
+    )
