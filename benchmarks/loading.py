@@ -1,21 +1,23 @@
-"""Measure how fast images and latents come: results/loading.json, on which docs/scaling.md builds.
+"""Measure how fast images and latents are loaded: results/loading.json, which docs/scaling.md builds on.
 
     python benchmarks/loading.py
 
-Images: JPEGs of 1024 x 768 from a folder, decoded, cut and resized to 512, by the number of loading processes. Latents:
-rows of 4 x 32 x 32 (256 pixels, factor 8) from files of 4,096, in shuffled order. First batch: of ten million rows.
-Shards: tar and parquet files of the same JPEGs, counted, fetched into the cache, read in shuffled order, decoded.
+Images: JPEGs of 1024 x 768 from a folder, decoded, cropped and resized to 512, by the number of loading processes.
+Latents: rows of 4 x 32 x 32 (256 pixels, factor 8) from files of 4,096, in shuffled order. First batch: of ten million
+rows. Shards: tar and parquet files of the same JPEGs, counted, fetched into the cache, read in shuffled order, decoded.
 """
 
 import io
 import json
 import os
 import platform
+import statistics
 import subprocess
 import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ import numpy as np
 import pyarrow.parquet
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from ldm.data import DataConfig, collate, open_dataset
+from ldm.data import DataConfig, ImageTextDataset, collate, open_dataset
 from ldm.data.batch_sampler import EpochBatchSampler, ShardedBatchSampler, permutation
 from ldm.data.latents import (
     INDEX_FILE,
@@ -40,15 +42,16 @@ from ldm.data.latents import (
 from ldm.data.sources.sharded import open_shards
 
 ROOT = Path(__file__).parents[1]
-PHOTOS, ROWS, SHARD, MANY, BATCH, SHARDS = 600, 16_384, 4_096, 10_000_000, 256, 4
-IDENTITY: dict[str, Any] = {"data": {}, "items": {}, "seed": 0, "vae_sha256": "", "tokenizer_sha256": ""}
+NUM_PHOTOS, NUM_SHARDS, BATCH_SIZE = 600, 4, 256
+NUM_LATENTS, LATENTS_PER_FILE, MANY_LATENTS = 16_384, 4_096, 10_000_000
+FINGERPRINT: dict[str, Any] = {"data": {}, "items": {}, "seed": 0, "vae_sha256": "", "tokenizer_sha256": ""}
 
 
 def photos(folder: Path) -> None:
     """JPEGs with the detail, and so the size, of photographs: about 250 kB each."""
     draw = np.random.default_rng(0)
     fine = draw.integers(-14, 15, (768, 1024, 3), np.int16)
-    for number in range(PHOTOS):
+    for number in range(NUM_PHOTOS):
         coarse = Image.fromarray(draw.integers(0, 256, (24, 32, 3), np.uint8)).resize((1024, 768))
         pixels = np.clip(np.asarray(coarse, np.int16) + np.roll(fine, number, 1), 0, 255).astype(np.uint8)
         buffer = io.BytesIO()
@@ -56,8 +59,8 @@ def photos(folder: Path) -> None:
         (folder / f"{number:04}.jpg").write_bytes(buffer.getvalue())
 
 
-def shard(path: Path, made: str, rows: int) -> None:
-    """A file of latents as scripts/encode.py writes it, of random numbers."""
+def latent_file(path: Path, key: str, rows: int) -> None:
+    """A file of latents as scripts/cache_latents.py writes it, of random numbers."""
     draw = torch.Generator().manual_seed(0)
     columns = {
         "mean": torch.randn(rows, 4, 32, 32, generator=draw).half(),
@@ -66,26 +69,31 @@ def shard(path: Path, made: str, rows: int) -> None:
         "ids": torch.randint(0, 49_408, (rows, 77), generator=draw, dtype=torch.int32),
         "last": torch.arange(1, rows + 1),
     }
-    save_latent_file(path, columns, made)
+    save_latent_file(path, columns, key)
 
 
-def index(folder: Path, rows: int) -> LatentIndex:
+def latent_index(folder: Path, rows: int) -> None:
     """Write the index of a folder of latents."""
-    told = LatentIndex(
-        fingerprint=IDENTITY,
-        images_per_file=SHARD,
+    index = LatentIndex(
+        fingerprint=FINGERPRINT,
+        images_per_file=LATENTS_PER_FILE,
         augmentations=1,
         rows={"train": rows, "test": 0},
         sample_captions=[],
     )
-    (folder / INDEX_FILE).write_text(json.dumps(told.to_dict()))
-    return told
+    (folder / INDEX_FILE).write_text(json.dumps(index.to_dict()))
 
 
-def batches(data: Dataset[Any], workers: int, batch: int = BATCH) -> Iterator[Any]:
+def latent_files(rows: int) -> list[tuple[str, int]]:
+    """Name and rows of all files of latents."""
+    layout = LatentFileLayout(rows, LATENTS_PER_FILE)
+    return [(name, len(chosen)) for name, _, chosen in list_latent_files("train", layout, augmentations=1)]
+
+
+def batches(data: ImageTextDataset | LatentDataset, workers: int, batch_size: int = BATCH_SIZE) -> Iterator[Any]:
     """Shuffled batches, as training takes them."""
-    order = data.order(seed=0, batch_size=batch)  # type: ignore[attr-defined]
-    return iter(DataLoader(data, batch_sampler=order, collate_fn=collate, num_workers=workers))
+    sampler = data.make_batch_sampler(seed=0, batch_size=batch_size)
+    return iter(DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=workers))
 
 
 def tar(path: Path, images: Sequence[Path]) -> None:
@@ -108,116 +116,122 @@ def parquet(path: Path, images: Sequence[Path]) -> None:
 def shards(folder: Path, images: list[Path], cores: int) -> dict[str, Any]:
     """What shards of all images cost, by their format, and what a loading process needs for them."""
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for write in (tar, parquet):
         kind = write.__name__
         (folder / kind).mkdir()
-        for number in range(SHARDS):
-            write(folder / kind / f"{number}.{kind}", images[number::SHARDS])
+        for number in range(NUM_SHARDS):
+            write(folder / kind / f"{number}.{kind}", images[number::NUM_SHARDS])
         start = time.perf_counter()
-        source = open_shards(str(folder / kind), "train", streams=SHARDS)
+        source = open_shards(str(folder / kind), "train", streams=NUM_SHARDS)
         counted = time.perf_counter()
-        for number in range(SHARDS):
-            source.store.rows(number)
-        fetched = time.perf_counter()
-        found[f"{kind}_rows_counted_per_second"] = round(len(images) / (counted - start))
-        found[f"{kind}_rows_fetched_per_second"] = round(len(images) / (fetched - counted))
-        order = iter(
-            ShardedBatchSampler([span.rows for span in source.spans], streams=SHARDS, seed=0, batch_size=BATCH)
-        )
-        keys = [key for _ in range(20) for key in next(order)]
+        for number in range(NUM_SHARDS):
+            source.cache.open(number)
+        downloaded = time.perf_counter()
+        results[f"{kind}_rows_counted_per_second"] = round(len(images) / (counted - start))
+        results[f"{kind}_rows_fetched_per_second"] = round(len(images) / (downloaded - counted))
+        rows = [span.rows for span in source.cache.ranges]
+        sampler = iter(ShardedBatchSampler(rows, streams=NUM_SHARDS, seed=0, batch_size=BATCH_SIZE))
+        keys = [key for _ in range(20) for key in next(sampler)]
         start = time.perf_counter()
         for key in keys:
             source.images[key.index]
-        found[f"{kind}_rows_read_per_second"] = round(len(keys) / (time.perf_counter() - start))
-    config = DataConfig(source=str(folder / "tar"), resolution=512, shard_streams=SHARDS)
+        results[f"{kind}_rows_read_per_second"] = round(len(keys) / (time.perf_counter() - start))
+    config = DataConfig(source=str(folder / "tar"), resolution=512, shard_streams=NUM_SHARDS)
     data = open_dataset(config, "train", seed=0)
-    found["images_per_second"] = {w: round(rate(data, w, count=512, batch=32), 1) for w in range(cores + 1)}
-    found["worker_mib"] = round(worker_memory(data), 1)
+    results["images_per_second"] = {n: round(rate(data, n, count=512, batch_size=32), 1) for n in range(cores + 1)}
+    results["worker_mib"] = round(worker_memory(data), 1)
     start = time.perf_counter()
-    next(iter(ShardedBatchSampler([10_000] * (MANY // 10_000), streams=16, seed=0, batch_size=BATCH)))
-    found["seconds_to_first_keys_of_10_million"] = round(time.perf_counter() - start, 3)
-    return found
+    next(iter(ShardedBatchSampler([10_000] * (MANY_LATENTS // 10_000), streams=16, seed=0, batch_size=BATCH_SIZE)))
+    results["seconds_to_first_keys_of_10_million"] = round(time.perf_counter() - start, 3)
+    return results
 
 
-def rate(data: Dataset[Any], workers: int, *, count: int, batch: int) -> float:
+def rate(data: ImageTextDataset | LatentDataset, workers: int, *, count: int, batch_size: int) -> float:
     """Samples a second, after the first batches, in which loading processes start."""
-    found = batches(data, workers, batch)
+    loader = batches(data, workers, batch_size)
     for _ in range(1 + workers):
-        next(found)
+        next(loader)
     start = time.perf_counter()
-    for _ in range(count // batch):
-        next(found)
-    return count // batch * batch / (time.perf_counter() - start)
+    for _ in range(count // batch_size):
+        next(loader)
+    return count // batch_size * batch_size / (time.perf_counter() - start)
 
 
-def worker_memory(data: Dataset[Any]) -> float:
-    """What a loading process adds to the memory of the machine, MiB: its own pages, after 20 batches."""
-    found = batches(data, 1, 32)
+def worker_memory(data: ImageTextDataset) -> float:
+    """What a loading process adds to the memory of the machine, MiB: its private pages, after 20 batches."""
+    loader = batches(data, 1, 32)
     for _ in range(20):
-        next(found)
+        next(loader)
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True)
-    own = []
+    private = []
     for child in children.stdout.split():
         rollup = Path(f"/proc/{child}/smaps_rollup")
         if rollup.is_file():
             lines = dict(line.split(":", 1) for line in rollup.read_text().splitlines()[1:] if ":" in line)
-            own.append(sum(int(lines[name].split()[0]) for name in ("Private_Clean", "Private_Dirty")) / 1024)
-    return max(own)
+            private.append(sum(int(lines[name].split()[0]) for name in ("Private_Clean", "Private_Dirty")) / 1024)
+    return max(private)
 
 
-def first_batch(folder: Path, made: str) -> float:
+def first_batch(folder: Path, key: str) -> float:
     """Seconds to the first shuffled batch of ten million rows; of 2,442 files those are there that it takes from."""
-    names = [name for name, _, _ in list_latent_files("train", LatentFileLayout(MANY, SHARD), variants=1)]
-    order = EpochBatchSampler(MANY, seed=0, batch_size=BATCH)
-    wanted = {names[i // SHARD] for i in order.indices(0)}
-    for name in wanted:
-        shard(folder / name, made, 64)
-    index(folder, MANY)
+    names = [name for name, _ in latent_files(MANY_LATENTS)]
+    sampler = EpochBatchSampler(MANY_LATENTS, seed=0, batch_size=BATCH_SIZE)
+    for name in {names[i // LATENTS_PER_FILE] for i in sampler.indices(0)}:
+        latent_file(folder / name, key, 64)
+    latent_index(folder, MANY_LATENTS)
     permutation.cache_clear()
     start = time.perf_counter()
     data = LatentDataset(folder, "train", seed=0)
-    keys = next(iter(EpochBatchSampler(MANY, seed=0, batch_size=BATCH)))
-    collate([data[key._replace(index=key.index // SHARD * SHARD + key.index % 64)] for key in keys])
+    keys = next(iter(data.make_batch_sampler(seed=0, batch_size=BATCH_SIZE)))
+    rows = [key.index // LATENTS_PER_FILE * LATENTS_PER_FILE + key.index % 64 for key in keys]  # that are there
+    collate([data[replace(key, index=row)] for key, row in zip(keys, rows, strict=True)])
     return time.perf_counter() - start
+
+
+def measure(folder: Path, cores: int) -> dict[str, Any]:
+    """All results; the files that they need are written to a folder."""
+    for part in ("photos", "latents", "many"):
+        (folder / part).mkdir()
+    photos(folder / "photos")
+    data = open_dataset(DataConfig(source=str(folder / "photos"), resolution=512), "train", seed=0)
+    results: dict[str, Any] = {"jpeg_kib": round(mean_size(folder / "photos"), 1)}
+    results["images_per_second"] = {n: round(rate(data, n, count=512, batch_size=32), 1) for n in range(cores + 1)}
+    results["worker_mib"] = round(worker_memory(data), 1)
+    results["shards"] = shards(folder, sorted((folder / "photos").iterdir()), cores)
+    key = content_key(FINGERPRINT, LATENTS_PER_FILE)
+    for name, rows in latent_files(NUM_LATENTS):
+        latent_file(folder / "latents" / name, key, rows)
+    results["latent_row_kib"] = round(mean_size(folder / "latents") / LATENTS_PER_FILE, 2)
+    latent_index(folder / "latents", NUM_LATENTS)
+    latents = LatentDataset(folder / "latents", "train", seed=0)
+    rates = {n: rate(latents, n, count=12_800, batch_size=BATCH_SIZE) for n in range(cores + 1)}
+    results["latents_per_second"] = {workers: round(value) for workers, value in rates.items()}
+    results["seconds_to_first_batch_of_10_million"] = round(first_batch(folder / "many", key), 2)
+    return results
+
+
+def mean_size(folder: Path) -> float:
+    """Of the files in a folder, in KiB."""
+    return statistics.mean(path.stat().st_size for path in folder.iterdir()) / 1024
 
 
 def main() -> None:
     """Measure, and write results/loading.json."""
     torch.set_num_threads(1)
-    found: dict[str, Any] = {}
     cores = len(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for part in ("photos", "latents", "many"):
-            (folder / part).mkdir()
-        photos(folder / "photos")
-        data = open_dataset(DataConfig(source=str(folder / "photos"), resolution=512), "train", seed=0)
-        mean = sum(path.stat().st_size for path in (folder / "photos").iterdir()) / PHOTOS
-        found["jpeg_kib"] = round(mean / 1024, 1)
-        found["images_per_second"] = {w: round(rate(data, w, count=512, batch=32), 1) for w in range(cores + 1)}
-        found["worker_mib"] = round(worker_memory(data), 1)
-        found["shards"] = shards(folder, sorted((folder / "photos").iterdir()), cores)
-        made = content_key(index(folder / "latents", ROWS).fingerprint, SHARD)
-        for shard_name, _, rows in list_latent_files("train", LatentFileLayout(ROWS, SHARD), variants=1):
-            shard(folder / "latents" / shard_name, made, len(rows))
-        found["latent_row_kib"] = round(
-            sum(p.stat().st_size for p in (folder / "latents").glob("*.safetensors")) / ROWS / 1024, 2
-        )
-        latents = LatentDataset(folder / "latents", "train", seed=0)
-        found["latents_per_second"] = {w: round(rate(latents, w, count=12_800, batch=BATCH)) for w in range(cores + 1)}
-        found["seconds_to_first_batch_of_10_million"] = round(first_batch(folder / "many", made), 2)
-    about = {
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(Path(folder), cores)
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    machine = {
         "machine": f"{platform.machine()}, {cores} cores",
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "commit": subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip(),
     }
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
-    results = ROOT / "benchmarks/results/loading.json"
-    results.write_text(json.dumps({**about, "commit": commit, **found}, indent=1) + "\n")
-    print(results.read_text())
+    path = ROOT / "benchmarks/results/loading.json"
+    path.write_text(json.dumps({**machine, **results}, indent=1) + "\n")
+    print(path.read_text())
 
 
 if __name__ == "__main__":

@@ -5,18 +5,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("ACCELERATE_USE_CPU", "1")
 
-import functools
 from pathlib import Path
 
 import pytest
 import torch
-
-from ldm.data.sources import shapes
+from helpers import STAGE_NAMES, train
 
 torch.set_num_threads(1)
-shapes.load = functools.partial(shapes.load, count=320)  # not 10,000 images, where a test does not ask for a number
-
-from helpers import STAGE_NAMES, train
 
 
 @pytest.fixture(scope="session")

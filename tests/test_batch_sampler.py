@@ -95,9 +95,9 @@ def test_a_batch_may_span_epochs_and_positions_count_on():
 
 
 def test_sample_at_agrees_with_the_permutation():
-    for place in (0, 6, 7, 20):
-        index, epoch = sample_at_position(place, size=7, seed=9)
-        assert epoch == place // 7 and index == permutation(7, 9, epoch)[place % 7]
+    for position in (0, 6, 7, 20):
+        index, epoch = sample_at_position(position, size=7, seed=9)
+        assert epoch == position // 7 and index == permutation(7, 9, epoch)[position % 7]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -645,14 +645,14 @@ def damaged(tmp_path):
 
 def test_another_image_replaces_it_with_its_own_caption(damaged):
     data, again = (opened(damaged, max_unreadable=0.1) for _ in range(2))
-    place = data.source.names.index("03.png")
-    sample = data[SampleKey(place, 0, 0)]
+    index = data.source.names.index("03.png")
+    sample = data[SampleKey(index, 0, 0)]
     assert sample["caption"] not in ("3", "7")
     assert round((sample["image"][0, 0, 0].item() + 1) * 127.5) == int(sample["caption"])
-    assert data.caption(SampleKey(place, 0, 0)) == sample["caption"] == data[SampleKey(place, 4, 0)]["caption"]
-    assert again[SampleKey(place, 0, 0)]["caption"] == sample["caption"]
+    assert data.caption(SampleKey(index, 0, 0)) == sample["caption"] == data[SampleKey(index, 4, 0)]["caption"]
+    assert again[SampleKey(index, 0, 0)]["caption"] == sample["caption"]
     assert len(data.unreadable) == 1 and re.match("03.png: not a PNG, JPEG or WEBP", data.unreadable[0])
-    assert len({data[SampleKey(i, 0, 0)]["caption"] for i in (place, data.source.names.index("07.png"))}) == 2
+    assert len({data[SampleKey(i, 0, 0)]["caption"] for i in (index, data.source.names.index("07.png"))}) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])

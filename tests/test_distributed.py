@@ -106,7 +106,7 @@ def test_images_that_one_process_can_not_read_are_counted_by_all(tmp_path: Path)
     told = launch("clip", tmp_path / "a", 2, [*read, "--data.max-unreadable", "0.5"])
     bad = [index for index in hash_split([f"{i:02}.png" for i in range(40)], "train") if index in (7, 8, 21, 29)]
     assert f"train split: {len(bad)} images could not be read" in told and len(bad) > 2
-    assert all(f"{index:02}.png: no PNG" in told for index in bad)
+    assert all(f"{index:02}.png: not a PNG" in told for index in bad)
     told = launch("clip", tmp_path / "b", 2, [*read, "--data.max-unreadable", "0.06"], codes=[1, 1])
     assert "above the 6.0% that data.max_unreadable allows" in told
 

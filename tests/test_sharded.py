@@ -374,7 +374,7 @@ def test_an_unreadable_image_is_replaced_by_one_of_its_shard(tmp_path: Path, cac
     )  # where most of it is damaged, one of another shard
     source = data.source
     assert isinstance(source, ShardedSource)
-    source.cache.path(source.ranges[1].shard).unlink()
+    source.cache.path(source.cache.ranges[1].shard).unlink()
     assert f"{folder}/001.tar, row 5" in data.unreadable  # no reason, for which it had to be downloaded again
 
 
@@ -392,7 +392,7 @@ def test_shards_are_downloaded_ahead(photos: Path, cache: Path) -> None:
     )
     batches = iter(loader)
     next(batches)
-    expected = {source.cache.path(source.ranges[number].shard) for number in ahead}
+    expected = {source.cache.path(source.cache.ranges[number].shard) for number in ahead}
     deadline = time.monotonic() + 20
     while not expected <= set(cache.rglob("*.arrow")):
         assert time.monotonic() < deadline

@@ -22,7 +22,7 @@ from ldm.data.failures import FallbackReader
 from ldm.data.sources.base import ImageTextSource, Split, check_split
 from ldm.data.sources.emoji import open_emoji
 from ldm.data.sources.folder import open_images
-from ldm.data.sources.shapes import open_pairs, open_shapes
+from ldm.data.sources.shapes import open_shapes
 from ldm.data.sources.sharded import ShardedSource, is_sharded, open_shards
 from ldm.data.transforms import View
 
@@ -92,7 +92,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
     def make_batch_sampler(self, **options: Unpack[SamplerOptions]) -> EpochBatchSampler:
         """Which samples come when."""
         if isinstance(self.source, ShardedSource):
-            rows = [part.rows for part in self.source.ranges]
+            rows = [span.rows for span in self.source.cache.ranges]
             return ShardedBatchSampler(rows, streams=self.config.shard_streams, **options)
         return make_batch_sampler(len(self), self.groups, **options)
 
@@ -156,13 +156,10 @@ def open_dataset(config: DataConfig, split: Split, *, seed: int) -> ImageTextDat
 
 def _open_source(config: DataConfig, split: Split) -> ImageTextSource:
     size, channels = config.resolution, config.channels
-    match config.source:
-        case "shapes":
-            return open_shapes(split, size=size, channels=channels)
-        case "pairs":
-            return open_pairs(split, size=size, channels=channels)
-        case "emoji":
-            return open_emoji(split, size=size, channels=channels, font=config.emoji_font)
+    if config.source in ("shapes", "pairs"):
+        return open_shapes(split, size=size, channels=channels, pairs=config.source == "pairs")
+    if config.source == "emoji":
+        return open_emoji(split, size=size, channels=channels, font=config.emoji_font)
     return open_user_data(config.source, split, streams=config.shard_streams)
 
 

@@ -113,9 +113,9 @@ def build_frozen(
     """A frozen network in float32 with these tensors, which `rename` maps our names to, and with buffers of our own."""
     with unsupported_config_errors(where), torch.device("meta"):
         network = make()
-    own = {name: tensor for name, tensor in network.state_dict().items() if name not in buffers}
+    ours = {name: tensor for name, tensor in network.state_dict().items() if name not in buffers}
     try:
-        tensors = remap_state_dict(tensors, own, rename)
+        tensors = remap_state_dict(tensors, ours, rename)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     network.load_state_dict({name: tensor.float() for name, tensor in (buffers | tensors).items()}, assign=True)

@@ -40,7 +40,7 @@ UNET, EMA, VAE_PREFIX = "model.diffusion_model.", "model_ema.diffusion_model", "
 TEXT1, TEXT2 = "cond_stage_model.transformer.", "cond_stage_model.model."
 TEXT_XL1, TEXT_XL2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 TRANSFORMERS_PREFIXES = (TEXT1, TEXT_XL1)  # of OpenAI's towers; the others are open_clip's, and have its names
-SCALE, SCALE_XL = 0.18215, 0.13025  # of the latents, which the published configurations have beside the file
+SCALE, SCALE_XL = 0.18215, 0.13025  # of the latents, from the published configurations
 V_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_BIAS_STD = 0.09  # of the bias above: a network over it predicts v, as ComfyUI detects it; nothing else shows that
 V_XL, ZERO_XL = "v_pred", "ztsnr"  # empty tensors in files of XL: prediction v, zero terminal SNR
@@ -80,11 +80,11 @@ def components_from_tensors(tensors: Tensors, file: Path, *, ema: bool = False) 
 
 def vae_from_tensors(tensors: Tensors, file: Path) -> VAE:
     """The VAE among the tensors of `file`."""
-    where, own = f"{file}: {VAE_PREFIX}", _strip_prefix(tensors, VAE_PREFIX)
+    where, ours = f"{file}: {VAE_PREFIX}", _strip_prefix(tensors, VAE_PREFIX)
     with unsupported_config_errors(where):
-        config = _vae_config(own)
+        config = _vae_config(ours)
     buffers = latent_buffers(config.latent_channels, scale=_scale(is_xl=_is_xl(tensors)))
-    return build_frozen(partial(VAE, config), own, key_map.vae_key_to_compvis(config), where, **buffers)
+    return build_frozen(partial(VAE, config), ours, key_map.vae_key_to_compvis(config), where, **buffers)
 
 
 def text_from_tensors(tensors: Tensors, file: Path) -> TextConditioner:
@@ -103,22 +103,22 @@ def _tower(tensors: Tensors, prefix: str, file: Path, **settings: Any) -> TextEn
     """One tower."""
     theirs, openai = _strip_prefix(tensors, prefix), prefix in TRANSFORMERS_PREFIXES
     with unsupported_config_errors(f"{file}: {prefix}"):
-        own = key_map.text_from_transformers(theirs) if openai else theirs
-    own = {name: tensor for name, tensor in own.items() if name not in ("attn_mask", "logit_scale")}
+        ours = key_map.text_from_transformers(theirs) if openai else theirs
+    ours = {name: tensor for name, tensor in ours.items() if name not in ("attn_mask", "logit_scale")}
     config = TextConfig(model=str(file), pad_token_id=49407 if openai else 0, **settings)
-    return text_encoder(own, config, f"{file}: {prefix}", quick_gelu=openai)
+    return text_encoder(ours, config, f"{file}: {prefix}", quick_gelu=openai)
 
 
 def _unet_from_tensors(tensors: Tensors, file: Path, pooled_dim: int, *, ema: bool) -> UNet:
-    where, own = f"{file}: {UNET}", _strip_prefix(tensors, UNET)
+    where, ours = f"{file}: {UNET}", _strip_prefix(tensors, UNET)
     if ema:
-        names = {name: EMA + name.replace(".", "") for name in own}
+        names = {name: EMA + name.replace(".", "") for name in ours}
         if missing := [name for name, averaged in names.items() if averaged not in tensors]:
             raise ValueError(f"{file} has no averaged weights of {len(missing)} tensors, such as {missing[0]}")
-        own = {name: tensors[averaged] for name, averaged in names.items()}
+        ours = {name: tensors[averaged] for name, averaged in names.items()}
     with unsupported_config_errors(where):
-        config = _unet_config(own, pooled_dim)
-    return build_frozen(partial(UNet, config), own, key_map.unet_key_to_compvis(config), where)
+        config = _unet_config(ours, pooled_dim)
+    return build_frozen(partial(UNet, config), ours, key_map.unet_key_to_compvis(config), where)
 
 
 def _unet_config(tensors: Tensors, pooled_dim: int) -> UNetConfig:

@@ -61,6 +61,7 @@ VAE_COMPVIS = {
     r"(?<=middle\.1\.)to_([qkv])\.": r"\1.",
     r"(?<=middle\.1\.)to_out\.": "proj_out.",
 }
+VAE_SIDES = (("encoder", "down", 0), ("decoder", "up", 1))  # the decoder has one more block in each level
 # Until diffusers 0.15 the attention of an AutoencoderKL had other names.
 VAE_LEGACY = {r"\.query\.": ".to_q.", r"\.key\.": ".to_k.", r"\.value\.": ".to_v.", r"\.proj_attn\.": ".to_out.0."}
 # open_clip's names, which are ours, and those of transformers; of the projections q, k and v only the first.
@@ -92,10 +93,10 @@ def unet_key_to_compvis(config: UNetConfig) -> Rename:
         first = level * (blocks + 1)  # a change of resolution ends each level
         table[rf"^downsample\.{level}\.conv\."] = f"input_blocks.{first + blocks + 1}.0.op."
         table[rf"^upsample\.{level}\."] = f"output_blocks.{first + blocks}.{2 if depths[last - level] else 1}."
-        for kind, place in kinds.items():
+        for kind, index in kinds.items():
             for i in range(blocks + 1):
-                table[rf"^down\.{level}\.{i}\.{kind}\."] = f"input_blocks.{first + 1 + i}.{place}."
-                table[rf"^up\.{level}\.{i}\.{kind}\."] = f"output_blocks.{first + i}.{place}."
+                table[rf"^down\.{level}\.{i}\.{kind}\."] = f"input_blocks.{first + 1 + i}.{index}."
+                table[rf"^up\.{level}\.{i}\.{kind}\."] = f"output_blocks.{first + i}.{index}."
     middle = (
         ["0.residual", "0.transformer", "1.residual"] if config.mid_transformer_depth else ["0.residual", "1.residual"]
     )
@@ -106,9 +107,10 @@ def unet_key_to_compvis(config: UNetConfig) -> Rename:
 def vae_key_to_diffusers(config: VAEConfig) -> Rename:
     """Names in `vae/diffusion_pytorch_model.safetensors`."""
     table = dict(VAE_DIFFUSERS)
-    for side, way, blocks in (("encoder", "down", config.num_res_blocks), ("decoder", "up", config.num_res_blocks + 1)):
-        table[rf"^{side}\.levels\.(\d+)\.{blocks}\."] = rf"{side}.{way}_blocks.\1.{way}samplers.0."
-        table[rf"^{side}\.levels\.(\d+)\.(\d+)\."] = rf"{side}.{way}_blocks.\1.resnets.\2."
+    for side, direction, more_blocks in VAE_SIDES:
+        sampler = config.num_res_blocks + more_blocks  # the index after the blocks
+        table[rf"^{side}\.levels\.(\d+)\.{sampler}\."] = rf"{side}.{direction}_blocks.\1.{direction}samplers.0."
+        table[rf"^{side}\.levels\.(\d+)\.(\d+)\."] = rf"{side}.{direction}_blocks.\1.resnets.\2."
     middle = ["resnets.0", "attentions.0", "resnets.1"] if config.mid_attention else ["resnets.0", "resnets.1"]
     table |= {rf"\.middle\.{i}\.": f".mid_block.{name}." for i, name in enumerate(middle)}
     return partial(_substitute, table=table)
@@ -117,11 +119,12 @@ def vae_key_to_diffusers(config: VAEConfig) -> Rename:
 def vae_key_to_compvis(config: VAEConfig) -> Rename:
     """Names below `first_stage_model.`, where the levels of the decoder are numbered from the highest resolution on."""
     table, last = dict(VAE_COMPVIS), len(config.channel_mult) - 1
-    for side, way, blocks in (("encoder", "down", config.num_res_blocks), ("decoder", "up", config.num_res_blocks + 1)):
+    for side, direction, more_blocks in VAE_SIDES:
+        sampler = config.num_res_blocks + more_blocks
         for level in range(last + 1):
-            place = f"{side}.{way}.{level if side == 'encoder' else last - level}"
-            table[rf"^{side}\.levels\.{level}\.{blocks}\."] = f"{place}.{way}sample."
-            table[rf"^{side}\.levels\.{level}\.(\d+)\."] = rf"{place}.block.\1."
+            theirs = f"{side}.{direction}.{level if side == 'encoder' else last - level}"
+            table[rf"^{side}\.levels\.{level}\.{sampler}\."] = f"{theirs}.{direction}sample."
+            table[rf"^{side}\.levels\.{level}\.(\d+)\."] = rf"{theirs}.block.\1."
     middle = ["block_1", "attn_1", "block_2"] if config.mid_attention else ["block_1", "block_2"]
     table |= {rf"\.middle\.{i}\.": f".mid.{name}." for i, name in enumerate(middle)}
     return partial(_substitute, table=table)
@@ -139,22 +142,22 @@ def text_from_transformers(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     theirs = {name.removeprefix("text_model."): t for name, t in theirs.items() if not name.endswith("position_ids")}
     names = {their: our for our, their in TEXT_TRANSFORMERS.items()}
-    own = {_replace(name, names): t for name, t in theirs.items() if not re.search(r"\.self_attn\.[qkv]_proj\.", name)}
+    ours = {_replace(name, names): t for name, t in theirs.items() if not re.search(r"\.self_attn\.[qkv]_proj\.", name)}
     for name in theirs:
         qkv = [name.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
         if ".self_attn.q_proj." in name and all(part in theirs for part in qkv):  # else the caller misses the joint one
-            own[_replace(name, names)] = torch.cat([theirs[part] for part in qkv])
-    if "text_projection.weight" in own:
-        own["text_projection"] = own.pop("text_projection.weight").T
-    elif "ln_final.weight" in own:
-        own["text_projection"] = torch.eye(own["ln_final.weight"].shape[0])
-    return own
+            ours[_replace(name, names)] = torch.cat([theirs[part] for part in qkv])
+    if "text_projection.weight" in ours:
+        ours["text_projection"] = ours.pop("text_projection.weight").T
+    elif "ln_final.weight" in ours:
+        ours["text_projection"] = torch.eye(ours["ln_final.weight"].shape[0])
+    return ours
 
 
-def text_to_transformers(own: Mapping[str, Tensor], layers: int, *, projected: bool = False) -> dict[str, Tensor]:
+def text_to_transformers(ours: Mapping[str, Tensor], layers: int, *, projected: bool = False) -> dict[str, Tensor]:
     """The inverse: a transformers CLIP text model of the first `layers` blocks, with or without the projection."""
-    theirs: dict[str, Tensor] = {"text_projection.weight": own["text_projection"].T} if projected else {}
-    for name, tensor in own.items():
+    theirs: dict[str, Tensor] = {"text_projection.weight": ours["text_projection"].T} if projected else {}
+    for name, tensor in ours.items():
         block = re.match(r"transformer\.resblocks\.(\d+)\.", name)
         if name == "text_projection" or (block and int(block[1]) >= layers):
             continue
@@ -164,28 +167,28 @@ def text_to_transformers(own: Mapping[str, Tensor], layers: int, *, projected: b
     return {name: tensor.detach().cpu().contiguous() for name, tensor in theirs.items()}
 
 
-def remap_state_dict(theirs: Mapping[str, Tensor], own: Mapping[str, Tensor], rename: Rename) -> dict[str, Tensor]:
-    """Their tensors under the names and in the shapes of `own`; `rename` gives theirs for one of our names.
+def remap_state_dict(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], rename: Rename) -> dict[str, Tensor]:
+    """Their tensors under the names and in the shapes of `ours`; `rename` gives theirs for one of our names.
 
     ValueError: tensors that are missing, extra, of another number of elements or not finite: the first five.
     """
-    names = {name: rename(name) for name in own}
+    names = {name: rename(name) for name in ours}
     missing = [their for their in names.values() if their not in theirs]
     extra = sorted(theirs.keys() - set(names.values()))
     for kind, wrong in (("missing", missing), ("extra", extra)):
         if wrong:
             raise ValueError(f"{len(wrong)} tensors are {kind}: {', '.join(wrong[:5])}")
     shapes = [
-        f"{their} expected {tuple(own[name].shape)}, got {tuple(theirs[their].shape)}"
+        f"{their} expected {tuple(ours[name].shape)}, got {tuple(theirs[their].shape)}"
         for name, their in names.items()
-        if _squeezed_shape(theirs[their]) != _squeezed_shape(own[name])
+        if _squeezed_shape(theirs[their]) != _squeezed_shape(ours[name])
     ]
     if shapes:
         raise ValueError(f"{len(shapes)} tensors have another shape: {'; '.join(shapes[:5])}")
     bad = [n for n in names.values() if theirs[n].is_floating_point() and not theirs[n].isfinite().all()]
     if bad:
         raise ValueError(f"{len(bad)} tensors hold NaN or infinite numbers: {', '.join(bad[:5])}")
-    return {name: theirs[their].reshape(own[name].shape) for name, their in names.items()}
+    return {name: theirs[their].reshape(ours[name].shape) for name, their in names.items()}
 
 
 def _substitute(name: str, table: Mapping[str, str]) -> str:

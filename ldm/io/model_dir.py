@@ -62,12 +62,12 @@ def read_manifest(folder: Path, kind: str, manifest: type[Manifest]) -> Manifest
     if not path.is_file():
         raise ValueError(f"{folder} is not a model folder (it has no model.json): pass RUN/model of a finished run")
     values = _read_json(path)
-    model_format, found = values.pop("format", None), values.pop("kind", None)
+    model_format, found_kind = values.pop("format", None), values.pop("kind", None)
     if model_format not in VOCABULARY_FILES:
         readable = " and ".join(VOCABULARY_FILES)
         raise ValueError(f"{path} has format {model_format}, expected {readable}: read it with the ldm that wrote it")
-    if found != kind:
-        raise ValueError(f"{folder}: expected a {kind}, found a {found}")
+    if found_kind != kind:
+        raise ValueError(f"{folder}: expected a {kind}, found a {found_kind}")
     if model_format == MODEL_FORMAT_1:
         values = _from_format_1(values)
     return manifest.from_dict(values, source=str(path))

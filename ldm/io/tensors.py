@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -33,12 +32,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_weights(module: nn.Module, path: Path) -> None:
     """Fill a module, which may be on the meta device, from a file; ValueError: see `load_strict`, or not finite."""
-    tensors, own = read_tensors(path), module.state_dict()
+    tensors, expected = read_tensors(path), module.state_dict()
     bad = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
-    bad += [n for n, t in tensors.items() if n in own and t.is_floating_point() != own[n].is_floating_point()]
+    bad += [n for n, t in tensors.items() if n in expected and t.is_floating_point() != expected[n].is_floating_point()]
     if bad:
         raise ValueError(f"{path}: {len(bad)} tensors are not finite real numbers: {', '.join(bad[:5])}")
-    tensors = {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in tensors.items()}
+    tensors = {
+        name: tensor.to(expected[name].dtype) if name in expected else tensor for name, tensor in tensors.items()
+    }
     load_strict(module, tensors, path, assign=True)
 
 
@@ -47,10 +48,10 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: Path, *
 
     ValueError names up to five tensors of `where` that are missing, unexpected or of another shape, with both shapes.
     """
-    own = module.state_dict()
-    wrong = [name for name in {**own, **tensors} if _shape(own, name) != _shape(tensors, name)]
+    expected = module.state_dict()
+    wrong = [name for name in {**expected, **tensors} if _shape(expected, name) != _shape(tensors, name)]
     if wrong:
-        named = ", ".join(f"{n} expected {_shape(own, n)}, got {_shape(tensors, n)}" for n in wrong[:5])
+        named = ", ".join(f"{n} expected {_shape(expected, n)}, got {_shape(tensors, n)}" for n in wrong[:5])
         raise ValueError(f"{where} does not fit this network: {len(wrong)} tensors differ: {named}")
     module.load_state_dict(tensors, assign=assign)
 
@@ -64,8 +65,7 @@ def init_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) 
     conv, source = module.state_dict().get(INPUT_CONV), tensors.get(INPUT_CONV)
     if conv is not None and source is not None and source.ndim == 4 and (new := conv.shape[1] - source.shape[1]) > 0:
         tensors = {**tensors, INPUT_CONV: F.pad(source, (0, 0, 0, 0, 0, new))}
-    with torch.no_grad():
-        load_strict(module, tensors, where)
+    load_strict(module, tensors, where)
 
 
 def sha256(path: Path) -> str:

@@ -30,5 +30,5 @@ class TextConfig(Config):
     """encode the empty prompt as zeros (Stable Diffusion XL) instead of running the tower"""
 
     def fingerprint(self) -> dict[str, Any]:
-        """The settings that decide the embeddings, beside the weights."""
+        """The settings that decide the embeddings, apart from the weights."""
         return self.model_dump(exclude={"model", "pretrained"})

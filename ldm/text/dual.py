@@ -12,8 +12,8 @@ from ldm.text.encoder import TextConditioner, TextEncoder
 from ldm.text.tower import TextEmbeddings
 
 
-def load_text_encoder(towers: Sequence[TextConfig], beside: Path, command: str) -> TextConditioner | None:
-    """The frozen tower, or two; None where all are `none`. `latest` is looked for in the folder `beside`.
+def load_text_encoder(towers: Sequence[TextConfig], runs_dir: Path, command: str) -> TextConditioner | None:
+    """The frozen tower, or two; None where all are `none`. `latest` is the newest finished one below `runs_dir`.
 
     ValueError: see `TextEncoder.load`; no finished tower there, with the `command` that trains one.
     """
@@ -21,7 +21,7 @@ def load_text_encoder(towers: Sequence[TextConfig], beside: Path, command: str) 
     for config in towers:
         model_id = config.model
         if model_id == "latest":
-            model_id = f"{LOCAL}{latest_model('text tower', beside, script=command)}"
+            model_id = f"{LOCAL}{latest_model('text tower', runs_dir, script=command)}"
         if model_id != "none":
             encoders.append(TextEncoder.load(config, model_id=model_id))
     return combine_encoders(encoders)

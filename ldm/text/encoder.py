@@ -94,7 +94,7 @@ class TextEncoder(TextConditioner):
         return cls(tower, Tokenizer(tower.length), padded, model_id="random", weights=Path())
 
     def save(self, folder: Path) -> str:
-        """Write a local or converted tower to `folder`; returns the `TextConfig.model` that names it from beside."""
+        """Write a local or converted tower to `folder`; returns the `TextConfig.model` that names it."""
         return save_tower(self.tower, self.model_id, folder)
 
     @property

@@ -46,7 +46,7 @@ def load_tower(model_id: str, pretrained: str | None = None) -> tuple[TextTower,
 
 
 def save_tower(tower: TextTower, model_id: str, folder: Path) -> str:
-    """Write a local or converted tower to `folder`; returns the `TextConfig.model` that loads it from beside there.
+    """Write a local or converted tower to `folder`; returns the `TextConfig.model` that names it.
 
     A public tower is not written: its name is enough.
     """

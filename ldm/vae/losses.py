@@ -13,7 +13,7 @@ class VAELossConfig(Config):
     """Weights of the terms."""
 
     ssim_weight: float = Field(0.1, ge=0)
-    """weight of 1 - SSIM beside the mean absolute error"""
+    """weight of 1 - SSIM, relative to the mean absolute error"""
     kl_weight: float = Field(1e-6, ge=0)
     """weight of the KL divergence of an image, relative to errors summed over its pixels"""
 

@@ -68,10 +68,10 @@ class PairScene(NamedTuple):
 def captions(scene: Scene) -> tuple[str, ...]:
     """The captions of a scene, each with all five attributes."""
     shape, color, background, position, size = scene
-    place = "in the center" if position == "center" else f"in the {position} corner"
+    where = "in the center" if position == "center" else f"in the {position} corner"
     short = "at the center" if position == "center" else f"at the {position}"
     return (
-        f"a {size} {color} {shape} {place} on {_a(background)} background",
+        f"a {size} {color} {shape} {where} on {_a(background)} background",
         f"a {size} {color} {shape} on {_a(background)} background, {position}",
         f"{short}, {_a(color)} {shape}, {size}, with {background} behind it",
         f"{_a(background)} picture with a {size} {color} {shape} {short}",
@@ -113,19 +113,12 @@ def _split(name: str, combos: list, split: Split) -> tuple:
     return tuple(combos[i] for i in (order[:held_out] if split == "test" else order[held_out:]))
 
 
-def open_shapes(split: Split, *, size: int, channels: int) -> EncodedSource:
-    """One split of the `shapes` set as a source of images of `size` pixels."""
-    return _open(load(split, size), "shapes: procedural scenes", size, channels)
-
-
-def open_pairs(split: Split, *, size: int, channels: int) -> EncodedSource:
-    """One split of the `pairs` set as a source of images of `size` pixels."""
-    return _open(load_pairs(split, size), "pairs: scenes of two objects", size, channels)
-
-
-def _open(rows: "datasets.Dataset", description: str, size: int, channels: int) -> EncodedSource:
+def open_shapes(split: Split, *, size: int, channels: int, pairs: bool = False) -> EncodedSource:
+    """One split of the `shapes` or the `pairs` set, of images of `size` pixels."""
+    rows = load_pairs(split, size) if pairs else load(split, size)
     names = [f"row {index}" for index in range(len(rows))]
     captions = [[caption] for caption in rows["caption"]]
+    description = "pairs: scenes of two objects" if pairs else "shapes: procedural scenes"
     return drawn_source(rows, names, captions, description, size=size, channels=channels)
 
 

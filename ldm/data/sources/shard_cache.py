@@ -44,10 +44,10 @@ class ShardColumn(Sequence[Any]):
         return self.cache.starts[-1]
 
     def __getitem__(self, index: int) -> Any:  # type: ignore[override]
-        number, row = self.cache.locate(range(len(self))[index])
+        part, row = self.cache.locate(range(len(self))[index])
         if self.name == "name":
-            return f"{self.cache.ranges[number].shard.url}, row {row}"
-        table = self.cache.open(number)
+            return f"{self.cache.ranges[part].shard.url}, row {row}"
+        table = self.cache.open(part)
         if self.name == "image" and (error := table["error"][row].as_py()):
             raise ValueError(error)
         return table[self.name][row].as_py()
@@ -58,7 +58,7 @@ class ShardCache:
 
     def __init__(self, ranges: Sequence[ShardRange], folder: Path, *, max_files: int) -> None:
         self.ranges, self.folder, self.max_files = ranges, folder, max_files
-        self.starts = [0, *itertools.accumulate(part.rows for part in ranges)]
+        self.starts = [0, *itertools.accumulate(span.rows for span in ranges)]
         self._opened: dict[int, pyarrow.Table] = {}
         self._remove_unfinished()
 
@@ -67,20 +67,20 @@ class ShardCache:
         return {**self.__dict__, "_opened": {}}
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The number of an item's range, and its row in the shard."""
-        number = bisect_right(self.starts, index) - 1
-        return number, self.ranges[number].first + index - self.starts[number]
+        """Which range an item is in, and its row in the shard."""
+        part = bisect_right(self.starts, index) - 1
+        return part, self.ranges[part].first + index - self.starts[part]
 
     def path(self, shard: Shard) -> Path:
         """Where a shard is cached."""
         return self.folder / f"{shard.content_hash}.arrow"
 
-    def open(self, number: int) -> "pyarrow.Table":
+    def open(self, part: int) -> "pyarrow.Table":
         """All rows of the shard of a range, downloaded if need be."""
-        shard, first, rows = self.ranges[number]
+        shard, first, rows = self.ranges[part]
         with contextlib.suppress(FileNotFoundError):
             os.utime(self.path(shard))  # it is in use
-        table = self._opened.get(number)
+        table = self._opened.get(part)
         if table is None:
             table = self._open(shard)
             if len(table) < first + rows:
@@ -88,14 +88,14 @@ class ShardCache:
                 raise ShardReadError(f"{shard.url} has {len(table):,} rows now, not {first + rows:,}: start again")
             # A removed file takes room until all have closed it. (Threads may do this at once.)
             cached = {n: other for n, other in list(self._opened.items()) if self.path(self.ranges[n].shard).exists()}
-            self._opened = {**cached, number: table}
+            self._opened = {**cached, part: table}
         return table
 
-    def prefetch(self, numbers: Sequence[int]) -> None:
+    def prefetch(self, parts: Sequence[int]) -> None:
         """Begin to download shards that are needed soon; one that fails is tried again in its turn."""
-        for number in numbers:
-            if not self.path(self.ranges[number].shard).exists():
-                threading.Thread(target=self._try_download, args=[self.ranges[number].shard], daemon=True).start()
+        for part in parts:
+            if not self.path(self.ranges[part].shard).exists():
+                threading.Thread(target=self._try_download, args=[self.ranges[part].shard], daemon=True).start()
 
     def _try_download(self, shard: Shard) -> None:
         with PREFETCH_SLOTS, contextlib.suppress(ValueError):

@@ -39,39 +39,39 @@ IO_THREADS = 16
 class ShardedSource(EncodedSource):
     """A source whose items are in shards."""
 
-    ranges: Sequence[ShardRange]
     cache: ShardCache
     _epochs: dict[int, int] = field(default_factory=dict, init=False)  # the last one in which a range was needed
 
     def fallback_candidates(self, index: int) -> range:
         """The items of the same shard."""
-        number = self.cache.locate(index)[0]
-        return range(self.cache.starts[number], self.cache.starts[number + 1])
+        part, _ = self.cache.locate(index)
+        return range(self.cache.starts[part], self.cache.starts[part + 1])
 
     def is_local(self, index: int) -> bool:
         """Whether its shard is on this machine."""
-        return self.cache.path(self.ranges[self.cache.locate(index)[0]].shard).exists()
+        part, _ = self.cache.locate(index)
+        return self.cache.path(self.cache.ranges[part].shard).exists()
 
     def evenly_spaced(self, count: int) -> list[int]:
         """`count` items of at most 16 shards, which are evenly spaced themselves: so few files are downloaded."""
-        numbers = evenly_spaced(MAX_SPACED_SHARDS, len(self.ranges))
-        items = [index for number in numbers for index in self.fallback_candidates(self.cache.starts[number])]
+        parts = evenly_spaced(MAX_SPACED_SHARDS, len(self.cache.ranges))
+        items = [index for part in parts for index in self.fallback_candidates(self.cache.starts[part])]
         return [items[i] for i in evenly_spaced(count, len(items))]
 
     def fingerprint(self) -> str:
         """A hash of which shards there are, and which rows of each."""
-        return short_hash(json.dumps([(Path(shard.url).name, first, rows) for shard, first, rows in self.ranges]))
+        return short_hash(json.dumps([(Path(shard.url).name, first, rows) for shard, first, rows in self.cache.ranges]))
 
     def prefetch(self, keys: Sequence[SampleKey], seed: int) -> None:
         """In a loading process, begin to download the shards of these samples, and those that come after them."""
         if get_worker_info() is None:
             return
         for key in keys:
-            number = self.cache.locate(key.index)[0]
-            if self._epochs.get(number) != key.epoch:
-                self._epochs[number] = key.epoch
-                order = file_order(len(self.ranges), seed, key.epoch)
-                position = order.index(number)
+            part, _ = self.cache.locate(key.index)
+            if self._epochs.get(part) != key.epoch:
+                self._epochs[part] = key.epoch
+                order = file_order(len(self.cache.ranges), seed, key.epoch)
+                position = order.index(part)
                 self.cache.prefetch(order[position : position + 2])
 
 
@@ -107,7 +107,6 @@ def open_shards(source: str, split: Split, *, streams: int) -> ShardedSource:
         images=ShardColumn(cache, "image"),
         captions=ShardColumn(cache, "captions"),
         description=f"shards: {len(shards):,} of {source}, downloaded into {folder} on demand",
-        ranges=ranges,
         cache=cache,
     )
 
@@ -126,8 +125,6 @@ def list_shards(source: str) -> list[Shard]:
     with ThreadPoolExecutor(IO_THREADS) as pool:
         try:
             files = dict(itertools.chain.from_iterable(pool.map(_list_files, _expand_ranges(source))))
-        except ImportError as error:
-            raise ValueError(f"data.source {source}: {error} (pip install it)") from None
         except Exception as error:  # file systems raise errors of many types
             raise ValueError(f"data.source {source} cannot be listed: {reason(error)}") from None
     urls = list(filter(is_tar, files)) or list(filter(_is_shard, files))
@@ -180,7 +177,7 @@ def _ranges_of_split(counted: list[tuple[Shard, int]], split: Split) -> list[Sha
         ranges = [ShardRange(shard, 0, rows) for shard, rows in chosen]
     else:
         ranges = [_range_of_split(shard, rows, split) for shard, rows in counted]
-    return [part for part in ranges if part.rows]
+    return [span for span in ranges if span.rows]
 
 
 def _range_of_split(shard: Shard, rows: int, split: Split) -> ShardRange:

@@ -40,7 +40,7 @@ def _samples(url: str) -> Iterator[dict[str, bytes]]:
 
 
 def _members(url: str) -> Iterator[tuple[str, bytes]]:
-    """Path and content of the images and captions in a tar, without links and hidden files; large ones are cut."""
+    """Path and content of the images and captions in a tar, without links and hidden files, large ones truncated."""
     with open_url(url) as file, tarfile.open(fileobj=file, mode="r|*", bufsize=2**17) as tar:
         for member in tar:
             limit = _max_bytes(_split_name(member.name)[1])
