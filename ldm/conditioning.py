@@ -31,7 +31,7 @@ class Conditioning:
     context: Tensor | CachedContext | None = None  # (b, n, context_dim), for cross-attention
     context_mask: Tensor | None = None  # (b, n) bool, True where the context may be attended to; None: everywhere
     pooled: Tensor | None = None  # (b, pooled_dim), added to the time embedding
-    sizes: Tensor | None = None  # (b or 1, 6), in pixels: original height and width, crop top and left, height and width
+    sizes: Tensor | None = None  # (b or 1, 6), pixels: original height and width, crop top and left, height and width
     spatial: Tensor | None = None  # (b or 1, cond_channels, h, w), concatenated to z_t
 
     def cached(self) -> "Conditioning":

@@ -17,7 +17,7 @@ from ldm.data.batch_sampler import BucketBatchSampler, EpochBatchSampler, Sample
 from ldm.data.buckets import MIN_BUCKET_IMAGES, assign_buckets, bucket_resolutions
 from ldm.data.latents import LatentDataset, LatentFileLayout
 from ldm.data.sources.base import hash_split
-from ldm.data.sources.decode import image_size
+from ldm.imaging import image_size
 from ldm.pipeline.load import load_vae
 
 SHAPES = [(24, 24), (20, 30), (30, 20), (24, 25)]  # width and height of the photos, in turn

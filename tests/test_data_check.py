@@ -12,8 +12,8 @@ from helpers import encoded
 from PIL import Image
 
 from ldm.data.inspect import difference_hash, inspect_image
-from ldm.data.sources.decode import MAX_MEGAPIXELS, decode_reduced
 from ldm.data.sources.folder import open_images
+from ldm.imaging import MAX_MEGAPIXELS, decode_reduced
 
 
 def photo(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:

@@ -26,10 +26,9 @@ from ldm.data import DataConfig, ImageTextDataset, collate, open_dataset
 from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
 from ldm.data.sources import shapes
 from ldm.data.sources.base import CAPTION_COLUMNS, Decoded, ImageTextSource, hash_split
-from ldm.data.sources.decode import decode_image, decode_reduced, image_size
 from ldm.data.sources.folder import open_images
 from ldm.data.transforms import Sides, View, crop_resize_to_tensor
-from ldm.imaging import tensor_to_pil
+from ldm.imaging import decode_image, decode_reduced, image_size, tensor_to_pil
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

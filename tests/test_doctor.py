@@ -83,7 +83,7 @@ def test_two_processes_with_the_same_and_slow_data_or_other_gradients_are_found(
     assert "data are slower than training" in told, "the first process waits for the second alone"
     assert "80 repeated" in told and "launch with accelerate or torchrun" in told
     told = launch("doctor vae", tmp_path / "vae", 2, LONG, harm=Harm("apart", 1, 19), codes=[1, 1])
-    assert "gradients identical across ranks" in failing(told) and "start all processes with one launcher" in told
+    assert "gradients identical across ranks" in failing(told) and "start all ranks with one launcher" in told
 
 
 def test_what_is_broken_in_one_process_is_found(

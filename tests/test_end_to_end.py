@@ -62,7 +62,8 @@ def test_two_text_towers_and_sizes(tiny_runs: Path, tmp_path: Path) -> None:
     flags = (
         f"--second-text.model local-dir:{second} --second-text.use-pooled --text.no-use-pooled --unet.context-dim 64"
     )
-    flags += " --unet.size-embed-dim 8 --text.pad-token-id 49407 --second-text.pad-token-id 0 --second-text.zero-empty-prompt"
+    flags += " --unet.size-embed-dim 8 --text.pad-token-id 49407"
+    flags += " --second-text.pad-token-id 0 --second-text.zero-empty-prompt"
     model = train("ldm", tmp_path / "ldm", *flags.split(), "--steps", "2")
     model = train("ldm", tmp_path / "ldm", *flags.split(), "--resume", "latest")
     pipeline = Pipeline.load(model)

@@ -52,7 +52,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_two_ranks_equal_one(fsdp: bool, precision: str, tmp_path: Path) -> None:
-    """Losses to 1e-5, and the finished model; the one rank cuts its batch as the two do, since bf16 rounds gradients."""
+    """Losses to 1e-5, and the model; the one rank cuts its batch as the two do, since bf16 rounds gradients."""
     environment = {"ACCELERATE_MIXED_PRECISION": precision}
     for name, ranks in (("one", 1), ("two", 2)):
         flags = [f"fsdp={fsdp}", f"grad_accum_steps={4 // ranks}"]

@@ -57,12 +57,8 @@ def read(file: Path, *, ema: bool = False, pickles: bool = False) -> ModelCompon
     With `pickles` a .ckpt file is read too, its tensors and nothing that runs. ValueError: not a safetensors file, not
     Stable Diffusion, tensors that are missing, extra, misshapen or not finite.
     """
-    return components_from_tensors(_read_file(file, pickles=pickles), file, ema=ema)
-
-
-def read_vae(file: Path) -> VAE:
-    """The VAE of a file alone."""
-    return vae_from_tensors(read_file(file), file)
+    tensors = _read_pickle(file) if pickles and file.suffix == ".ckpt" else read_file(file)
+    return components_from_tensors(tensors, file, ema=ema)
 
 
 def components_from_tensors(tensors: Tensors, file: Path, *, ema: bool = False) -> ModelComponents:
@@ -70,15 +66,15 @@ def components_from_tensors(tensors: Tensors, file: Path, *, ema: bool = False) 
     if f"{UNET}input_blocks.0.0.weight" not in tensors or not _strip_prefix(tensors, VAE_PREFIX):
         heads = ", ".join(sorted({name.split(".")[0] for name in tensors})[:5])
         raise ValueError(f"{file} is not a Stable Diffusion file: expected {UNET}* and {VAE_PREFIX}*, got {heads}")
-    text = text_from_tensors(tensors, file)
+    text = _text_from_tensors(tensors, file)
     unet = _unet_from_tensors(tensors, file, text.pooled_dim, ema=ema)
-    vae = vae_from_tensors(tensors, file)
+    vae = _vae_from_tensors(tensors, file)
     diffusion = _detect_diffusion(tensors)
     side = 128 if _is_xl(tensors) else 96 if diffusion.prediction == "v" else 64  # of latents
     return ModelComponents(unet, Diffusion(diffusion), vae, text, side * vae.config.factor)
 
 
-def vae_from_tensors(tensors: Tensors, file: Path) -> VAE:
+def _vae_from_tensors(tensors: Tensors, file: Path) -> VAE:
     """The VAE among the tensors of `file`."""
     where, ours = f"{file}: {VAE_PREFIX}", _strip_prefix(tensors, VAE_PREFIX)
     with unsupported_config_errors(where):
@@ -87,7 +83,7 @@ def vae_from_tensors(tensors: Tensors, file: Path) -> VAE:
     return build_frozen(partial(VAE, config), ours, key_map.vae_key_to_compvis(config), where, **buffers)
 
 
-def text_from_tensors(tensors: Tensors, file: Path) -> TextConditioner:
+def _text_from_tensors(tensors: Tensors, file: Path) -> TextConditioner:
     """The text tower: transformers' names in version 1, open_clip's in version 2, one of each in XL."""
     if _is_xl(tensors):
         first = _tower(tensors, TEXT_XL1, file, **SDXL_TEXT_1, zero_empty_prompt=True)
@@ -191,10 +187,6 @@ def _detect_diffusion(tensors: Tensors) -> DiffusionConfig:
 def _detect_prediction(bias: Tensor | None, *, is_sd1: bool) -> Prediction:
     """What a network of version 1 or 2 predicts."""
     return "v" if not is_sd1 and bias is not None and bias.float().std() > V_BIAS_STD else "epsilon"
-
-
-def _read_file(file: Path, *, pickles: bool) -> Tensors:
-    return _read_pickle(file) if pickles and file.suffix == ".ckpt" else read_file(file)
 
 
 def _read_pickle(file: Path) -> Tensors:

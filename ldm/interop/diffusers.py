@@ -95,7 +95,7 @@ def read(folder: Path) -> ModelComponents:
             f"{folder} holds a {index.get('_class_name')}: only StableDiffusionPipeline and "
             "StableDiffusionXLPipeline, also for inpainting, are supported"
         )
-    unet, vae = _read_unet(folder), read_vae(folder)
+    unet, vae = _read_unet(folder), _read_vae(folder)
     diffusion = Diffusion(_diffusion_config(folder / "scheduler/scheduler_config.json"))
     path = folder / "unet/config.json"
     with unsupported_config_errors(str(path)):
@@ -107,8 +107,8 @@ def read(folder: Path) -> ModelComponents:
     return ModelComponents(unet, diffusion, vae, DualTextEncoder(first, second), resolution)
 
 
-def read_vae(folder: Path) -> VAE:
-    """The VAE of a folder alone."""
+def _read_vae(folder: Path) -> VAE:
+    """The VAE, standardized by its scaling factor."""
     path = folder / "vae/config.json"
     values, config = _read_json(path), _vae_config(path)
     with unsupported_config_errors(str(path)):

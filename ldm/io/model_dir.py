@@ -73,6 +73,12 @@ def read_manifest(folder: Path, kind: str, manifest: type[Manifest]) -> Manifest
     return manifest.from_dict(values, source=str(path))
 
 
+def model_kind(folder: Path) -> str | None:
+    """The kind of a model folder; None where it is not one of ours."""
+    path = folder / "model.json"
+    return str(_read_json(path).get("kind")) if path.is_file() else None
+
+
 def read_vocabulary(folder: Path) -> list[str]:
     """The words of the training captions, in order; ValueError when the file is missing."""
     return read_text(folder / VOCABULARY_FILES[_read_json(folder / "model.json")["format"]]).split()

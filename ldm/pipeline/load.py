@@ -11,7 +11,7 @@ from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.interop import compvis, diffusers
 from ldm.interop.components import ModelComponents
 from ldm.io.atomic import write_text
-from ldm.io.model_dir import MODEL_FORMAT, VOCABULARY_FILES, read_manifest, read_vocabulary, write_manifest
+from ldm.io.model_dir import MODEL_FORMAT, VOCABULARY_FILES, model_kind, read_manifest, read_vocabulary, write_manifest
 from ldm.io.tensors import load_weights, save_weights, sha256
 from ldm.text import TextConditioner, TextConfig, TextEncoder, combine_encoders
 from ldm.text.config import LOCAL
@@ -79,9 +79,17 @@ def save_components(components: ModelComponents, folder: Path) -> None:
     write_manifest(folder, "pipeline", manifest.to_dict())
 
 
-def load_vae(folder: Path) -> VAE:
-    """The frozen VAE of a finished train_vae run, in float32 on the CPU."""
-    return _build_frozen(VAE, read_manifest(folder, "vae", VAEManifest).vae, folder / VAE_FILE)
+def load_vae(path: Path) -> VAE:
+    """The frozen VAE of a finished train_vae run, or of a whole model in any format, in float32 on the CPU.
+
+    ValueError: see `load_components`; a model without a VAE.
+    """
+    if model_kind(path) == "vae":
+        return _build_frozen(VAE, read_manifest(path, "vae", VAEManifest).vae, path / VAE_FILE)
+    vae = load_components(path).vae
+    if vae is None:
+        raise ValueError(f"{path} was trained in pixels and has no VAE: pass the model folder of a train_vae run")
+    return vae
 
 
 def _read_folder(folder: Path) -> ModelComponents:

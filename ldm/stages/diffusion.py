@@ -48,7 +48,7 @@ class TrainLDMConfig(TrainingConfig):
     run: Path = Path("runs/shapes/ldm")
     data: DataConfig = DataConfig()
     vae: str = "latest"
-    """model folder of a train_vae run; `latest`: the newest finished one beside this run; `none`: pixels"""
+    """model folder of a train_vae or train_ldm run; `latest`: the newest finished VAE beside this; `none`: pixels"""
     text: TextConfig = TextConfig()
     second_text: TextConfig = TextConfig(model="none")
     """a second tower, whose hidden states are concatenated to those of the first, as in Stable Diffusion XL"""
@@ -279,6 +279,8 @@ def resolve_vae(config: TrainLDMConfig) -> Path | None:
         return None
     if config.vae == "latest":
         return latest_model("vae", config.run.parent, script=training_command(config, "vae", DiffusionStage.default))
+    if not (Path(config.vae) / "vae.safetensors").is_file():
+        raise ValueError(f"--vae {config.vae} has no vae.safetensors: pass RUN/model, or convert it with convert.py")
     return Path(config.vae)
 
 

@@ -55,10 +55,8 @@ class Splits:
         index, embeddings = self.source.index, ""
         if "text_sha256" in index.fingerprint:
             embeddings = ", with text embeddings"
-        return (
-            f"latents: {len(self.source):,} with {index.augmentations} augmentations in {self.source.folder}{embeddings}; "
-            f"{len(self.held_out):,} held out"
-        )
+        counts = f"{len(self.source):,} with {index.augmentations} augmentations, {len(self.held_out):,} held out"
+        return f"latents: {counts}, in {self.source.folder}{embeddings}"
 
     def report(self) -> str:
         """Which images of both splits could not be read."""

@@ -14,8 +14,9 @@ from ldm.data.sources.base import (
     one_line,
     parse_captions,
 )
-from ldm.data.sources.decode import Encoded, EncodedSource
+from ldm.data.sources.decode import EncodedSource
 from ldm.data.sources.shard import ShardRow, open_url
+from ldm.imaging import Encoded
 
 if TYPE_CHECKING:
     import datasets
