@@ -226,11 +226,12 @@ def test_without_a_finished_tower_the_command_is_named(tmp_path: Path) -> None:
 
 
 def test_a_random_tower_needs_no_file() -> None:
-    """Its prompts are padded, so that no shape depends on them."""
+    """Its prompts are not trimmed, so that no shape depends on them; what follows their end stays masked."""
     cfg = {"embed_dim": 24, "text_cfg": {"context_length": 20, "width": 32, "heads": 2, "layers": 2}}
     text = TextEncoder.random(TextConfig(model="latest", use_pooled=True), cfg)
     embeddings = text(["a star"])
-    assert embeddings.hidden_states.shape == (1, 20, 32) and embeddings.mask is None and text.pooled_dim == 24
+    assert embeddings.hidden_states.shape == (1, 20, 32) and text.pooled_dim == 24
+    assert embeddings.mask is not None and 3 < embeddings.mask.sum() < 20
     assert embeddings.hidden_states.isfinite().all()
 
 

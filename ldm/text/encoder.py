@@ -65,6 +65,7 @@ class TextEncoder(TextConditioner):
         super().__init__()
         self.tower, self.tokenizer, self.config = tower, tokenizer, config
         self.model_id, self.weights = model_id, weights  # as `TextConfig.model` names it, and the file it came from
+        self.trim = True  # the ids of a batch after the end of its longest prompt
         self.width = tower.positional_embedding.shape[1]
         self.pooled_dim = tower.text_projection.shape[1] if config.use_pooled else 0
         self.requires_grad_(False).eval()
@@ -81,7 +82,7 @@ class TextEncoder(TextConditioner):
     def random(cls, config: TextConfig, cfg: dict[str, Any] | None = None) -> "TextEncoder":
         """A tower of open_clip's `model_cfg`, by default that of `config.model`, with random weights, to measure.
 
-        Its prompts are padded, so that no shape depends on their length.
+        Its prompts are not trimmed, so that no shape depends on a number: a dry run has none.
         """
         if cfg is None:
             import open_clip  # slow to import
@@ -90,8 +91,9 @@ class TextEncoder(TextConditioner):
         tower = TextTower(cfg)
         for parameter in tower.parameters():
             nn.init.normal_(parameter, std=0.02)
-        padded = config.model_copy(update={"pad_token_id": config.pad_token_id or 0})
-        return cls(tower, Tokenizer(tower.length), padded, model_id="random", weights=Path())
+        encoder = cls(tower, Tokenizer(tower.length), config, model_id="random", weights=Path())
+        encoder.trim = False
+        return encoder
 
     def save(self, folder: Path) -> str:
         """Write a local or converted tower to `folder`; returns the `TextConfig.model` that names it."""
@@ -111,7 +113,7 @@ class TextEncoder(TextConditioner):
         """See `TextConditioner`."""
         end = ids.argmax(dim=1, keepdim=True)  # of ids on the CPU, so the length is known without the device
         if self.config.pad_token_id is None:
-            ids = ids[:, : int(end.max()) + 1]
+            ids = ids[:, : int(end.max()) + 1] if self.trim else ids
         else:
             ids = torch.where(torch.arange(ids.shape[1]) > end, self.config.pad_token_id, ids)
         return self._zero_empty(self._embed(ids), end[:, 0] > 1)
