@@ -61,14 +61,14 @@ def exit_on_user_error() -> Iterator[None]:
 
     A thread that writes, as tensorboard has one, hands its error to the main thread, so it is not shown twice.
     """
-    shown = threading.excepthook
-    threading.excepthook = lambda told: None if issubclass(told.exc_type, OSError) else shown(told)
+    original = threading.excepthook
+    threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else original(args)
     try:
         yield
     except (ValueError, OSError) as error:
         raise SystemExit(_exit_message(str(error))) from None
     finally:
-        threading.excepthook = shown
+        threading.excepthook = original
 
 
 def config_flag(args: list[str]) -> Path | None:
@@ -86,7 +86,7 @@ def _exit_message(text: str) -> str:
 
 
 def training_command(config: ScriptConfig, stage: str, default: Path) -> str:
-    """The command that trains another stage of the recipe of `config`, beside its run."""
+    """The command that trains another stage of the recipe of `config`, next to its run."""
     recipe = config.config.with_name(f"{stage}.yaml") if config.config and config.config != default else None
     flag = f" --config {recipe}" if recipe and recipe.is_file() else ""
     return f"accelerate launch scripts/train_{stage}.py{flag} --run {config.run.parent / stage}"  # type: ignore[attr-defined]

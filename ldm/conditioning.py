@@ -1,4 +1,4 @@
-"""What a network is given beside z_t and t: text context, pooled vector, sizes, spatial channels. Tensors only."""
+"""What conditions a network: text context, pooled vector, sizes, spatial channels. Tensors only."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Protocol

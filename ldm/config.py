@@ -14,7 +14,7 @@ from ldm.io.atomic import write_text
 
 CONFIGS = next(
     folder for folder in (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs") if folder.is_dir()
-)  # within an installed package, or beside it in a checkout
+)  # within an installed package, or next to it in a checkout
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")  # tyro shows pydantic's text for a wrong flag
 # What PyYAML raises for a file that is none, also for a tag with a value that is not of its kind.
 YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
@@ -66,6 +66,15 @@ def config_diff(path: Path, config: Config) -> list[str]:
         for key, value in now.items()
         if key != "resume" and before.get(key) != value
     ]
+
+
+def check_equal(config: Config, other: Config, where: object, *, exclude: frozenset[str] = frozenset()) -> None:
+    """ValueError names the fields in which `other`, the configuration of `where`, differs."""
+    ours, theirs = config.to_dict(), other.to_dict()
+    if wrong := [
+        f"{key} {theirs[key]}, here {ours[key]}" for key in ours if key not in exclude and ours[key] != theirs[key]
+    ]:
+        raise ValueError(f"{where} has {'; '.join(wrong)}: they must be equal")
 
 
 def _resolved(config: Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Convert a model from one format into another; both must generate the same image before it is kept."""
+"""Convert a model from one format into another; both must generate the same image, or nothing is written."""
 
 from collections.abc import Sequence
 

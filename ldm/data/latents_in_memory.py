@@ -1,4 +1,4 @@
-"""Latents of a whole data set, computed once and kept in memory."""
+"""Latents of a whole data set, computed once and cached in memory."""
 
 from collections.abc import Callable
 from typing import Any

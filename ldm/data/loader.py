@@ -53,7 +53,7 @@ def _with_short_errors(batches: Batches) -> Batches:
 
 
 class IndexedDataset(Dataset[tuple[SampleKey, Any]]):
-    """Hands each sample on together with its key; a data set that can prefetch is told what is read next."""
+    """Hands each sample on together with its key; one that can prefetch is given the next keys first."""
 
     def __init__(self, data: Dataset[Any]) -> None:
         self.data = data

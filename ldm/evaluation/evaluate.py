@@ -42,7 +42,7 @@ class EvaluateConfig(ScriptConfig):
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Measure, print a table and write evaluation.json beside the model folder."""
+    """Measure, print a table and write evaluation.json next to the model folder."""
     get_sampler(config.sampler, None)
     folder = config.model or latest_model("pipeline", Path("runs"), script="make demo")
     pipeline = Pipeline.load(folder, device=resolve_device(config.device))

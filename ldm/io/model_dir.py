@@ -1,4 +1,4 @@
-"""Model folders: a model.json that explains the weights beside it, and how the newest finished one is found."""
+"""Model folders: a model.json that explains its weights, and how the newest finished one is found."""
 
 import json
 from pathlib import Path

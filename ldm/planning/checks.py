@@ -12,7 +12,7 @@ from ldm.training.optimizer import learning_rate
 
 MAX_MEMORY_FRACTION = 0.9
 MAX_DATA_FRACTION = 0.5  # of a step, waiting for data
-MAX_OVERHEAD_FRACTION = 0.5  # of a run, beside its steps
+MAX_OVERHEAD_FRACTION = 0.5  # of a run, for validation, samples and saving
 MAX_LOSS_GROWTH = 2  # after some steps
 GRADIENT_TOLERANCE = 1e-6  # relative
 RESUME_TOLERANCE = 0.02  # of the learning rate: how far a GPU's kernels may round weights apart in one step

@@ -29,7 +29,7 @@ class Cost(NamedTuple):
     parameters: int  # that are trained
     frozen_bytes: int  # of all other parameters
     flop: int  # forward and backward
-    peak_activation_bytes: int  # at the peak of the step, beside weights and Adam's moments: activations and gradients
+    peak_activation_bytes: int  # activations and gradients at the peak of the step
 
     def memory(self, ranks: int = 1, *, fsdp: bool = False) -> int:
         """Bytes on each rank; with `fsdp` what belongs to parameters is sharded over the ranks."""
@@ -41,7 +41,7 @@ class Cost(NamedTuple):
 
 
 class FlopMemoryMeter(TorchDispatchMode):
-    """Counts FLOP, and the bytes of live tensors, beside the parameters and buffers of a stage.
+    """Counts FLOP, and the bytes of live tensors, without the parameters and buffers of a stage.
 
     torch's FlopCounterMode counts the same FLOP, but its hooks keep tensors alive.
     """

@@ -65,7 +65,7 @@ def _remove(run: Path, accelerator: Accelerator) -> None:
 def examine(
     stage_class: Buildable[Config], config: Config, *, on_step: OnStep = lambda trainer: None
 ) -> list[DoctorCheck]:
-    """Build a stage and run the doctor, in a folder beside its run, from where `latest` finds the stages before it."""
+    """Build a stage and run the doctor, in a folder next to its run, where `latest` finds the stages before it."""
     run = config.run.resolve()
     values = {"run": run.with_name(f".{run.name}-doctor"), "trackers": (), "resume": None}
     return train(stage_class, config.model_copy(update=values), fit=partial(run_doctor, on_step=on_step))

@@ -50,8 +50,8 @@ class StageEstimate(NamedTuple):
     config: TrainingConfig
     resolution: int
     build: Callable[[bool, torch.device], Stage]  # with gradient checkpointing or without
-    latent_cache_bytes: int = 0  # of an image, that are kept in memory
-    flags: str = ""  # that its command needs beside
+    latent_cache_bytes: int = 0  # of an image, in memory
+    flags: str = ""  # additional ones of its command
     unsplittable: bool = False  # no micro-batches, no gradient checkpointing, no --fsdp
 
 
@@ -116,7 +116,7 @@ def recipes(resolution: int, max_latent_bytes: float = math.inf) -> list[Recipe]
 def recipe_stages(folder: Path, resolution: int, max_latent_bytes: float = math.inf) -> list[StageEstimate]:
     """The stages of a recipe at another resolution; one that has no clip.yaml uses a published text tower.
 
-    Latents are kept in memory where the recipe says so and those of an image need at most so many bytes.
+    Latents are cached in memory where the recipe does so and those of an image need at most so many bytes.
     """
     files = {stage: folder / f"{stage}.yaml" for stage in ("clip", "vae", "ldm")}
     ldm, vae = _read(DiffusionStage.Config, files["ldm"]), _read(VAEStage.Config, files["vae"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm.cli import training_command
 from ldm.conditioning import Conditioning
-from ldm.config import CONFIGS
+from ldm.config import CONFIGS, check_equal
 from ldm.data import DataConfig
 from ldm.data.latents import LatentDataset
 from ldm.data.latents_in_memory import InMemoryLatents
@@ -48,7 +48,7 @@ class TrainLDMConfig(TrainingConfig):
     run: Path = Path("runs/shapes/ldm")
     data: DataConfig = DataConfig()
     vae: str = "latest"
-    """model folder of a train_vae or train_ldm run; `latest`: the newest finished VAE beside this; `none`: pixels"""
+    """model folder of a train_vae or train_ldm run; `latest`: the newest finished VAE near this run; `none`: pixels"""
     text: TextConfig = TextConfig()
     second_text: TextConfig = TextConfig(model="none")
     """a second tower, whose hidden states are concatenated to those of the first, as in Stable Diffusion XL"""
@@ -70,7 +70,7 @@ class TrainLDMConfig(TrainingConfig):
 
     @property
     def in_memory(self) -> bool:
-        """Whether latents are encoded before training and kept in memory."""
+        """Whether latents are encoded before training and cached in memory."""
         return self.cache_latents and self.cached_latents is None
 
 
@@ -117,13 +117,15 @@ class DiffusionStage(Stage):
         for module in stage.frozen.values():
             module.to(accelerator.device)
         if config.init_from:
-            init_weights(stage.unet, load_components(config.init_from).unet.state_dict(), config.init_from)
+            source = load_components(config.init_from).unet
+            check_equal(config.unet, source.config, config.init_from, exclude=frozenset({"cond_channels"}))
+            init_weights(stage.unet, source.state_dict(), config.init_from)
         stage.vae_sha256 = sha256(vae_folder / "vae.safetensors") if vae_folder else None
         stage.prepare(data, words, accelerator)
         return stage
 
     def prepare(self, data: Splits, words: list[str], accelerator: Accelerator) -> None:
-        """What validation, samples and the model folder need; encodes the images if they are kept in memory."""
+        """What validation, samples and the model folder need; encodes the images if latents are cached in memory."""
         self.data, self.validation = data, data.first_held_out(64)
         if isinstance(data.held_out, LatentDataset):
             self.sample_captions = data.held_out.index.sample_captions
@@ -285,7 +287,7 @@ def resolve_vae(config: TrainLDMConfig) -> Path | None:
 
 
 def check_in_memory(config: TrainLDMConfig) -> None:
-    """ValueError where latents cannot be kept in memory as the configuration says."""
+    """ValueError where latents cannot be cached in memory as the configuration says."""
     if config.in_memory and config.data.random_flip:
         raise ValueError(
             "data.random_flip: cached latents cannot be mirrored; add --no-cache-latents or --data.no-random-flip"

@@ -48,7 +48,7 @@ class CacheLatentsConfig(ScriptConfig):
     """folder for the latents"""
     data: DataConfig = DataConfig()
     vae: str = "latest"
-    """model folder of a train_vae run; `latest`: the newest finished one beside `out`"""
+    """model folder of a train_vae run; `latest`: the newest finished one next to `out`"""
     text: TextConfig = TextConfig()
     """its tokenizer encodes the captions"""
     second_text: TextConfig = TextConfig(model="none")

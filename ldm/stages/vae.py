@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from ldm.config import CONFIGS
+from ldm.config import CONFIGS, check_equal
 from ldm.data import DataConfig
 from ldm.imaging import image_grid, tensor_to_pil
 from ldm.io.model_dir import write_manifest
@@ -57,7 +57,9 @@ class VAEStage(Stage):
         stage.data = Splits.open(config.data, config.seed)
         accelerator.print(stage.data.images.describe())
         if config.init_from:
-            init_weights(stage.vae, load_vae(config.init_from).state_dict(), config.init_from)
+            source = load_vae(config.init_from)
+            check_equal(config.vae, source.config, config.init_from)
+            init_weights(stage.vae, source.state_dict(), config.init_from)
         elif stage.vae.linear is not None:  # a resumed run overwrites this with what it had learned
             stage.vae.linear.init_from_pca(torch.cat(list(stage.data.spread_images(2048))))
         stage.device, stage.validation = accelerator.device, stage.data.first_held_out(64)["image"]
@@ -86,7 +88,7 @@ class VAEStage(Stage):
         return {f"validation_{name}": value.mean().item() for name, value in quality.items()}
 
     def sample(self) -> Image.Image:
-        """Held-out images, each beside its reconstruction."""
+        """Held-out images, each next to its reconstruction."""
         images = self.validation[:32].to(self.device)
         pairs = torch.stack([images, self.reconstruct(images)], 1).flatten(0, 1)
         return image_grid(tensor_to_pil(pairs), columns=8)

@@ -203,9 +203,9 @@ def resolve(
 ) -> tuple[Path, list[str]]:
     """What `--resume latest|PATH` means: for `latest` the newest whole one, and what is wrong with newer ones.
 
-    Those are renamed, so that they neither count as kept nor as the newest. All ranks call this and hash a part of the
-    files each. ValueError when there is nothing to resume from, and for a PATH where `folder` holds a newer one, which
-    is of another course.
+    Those are renamed, so that they count neither for `keep` nor as the newest. All ranks call this and each hashes its
+    part of the files. ValueError when there is nothing to resume from, and for a PATH where `folder` holds a newer one,
+    which is of another course.
     """
     found, named = on_rank0(lambda: _list_checkpoints(folder)), Path(resume)
     candidates = found[::-1] if resume == "latest" else [named]

@@ -47,6 +47,6 @@ class TrainingConfig(ScriptConfig):
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """where scalars go beside log.jsonl"""
+    """where scalars go in addition to log.jsonl"""
     resume: str | None = None
     """`latest`, or a checkpoint folder"""

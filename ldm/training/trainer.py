@@ -96,8 +96,8 @@ class Trainer:
         # Clip the gradient; a step whose gradient is not finite is skipped on all ranks.
         norm = full_tensor(accelerator.clip_grad_norm_(state.modules[name].parameters(), self.config.max_grad_norm))
         # With fp16 the scaler skips steps whose gradient overflows, which is how it finds its scale.
-        judged = norm if accelerator.scaler is None else accelerator.reduce(terms["loss"], "sum")
-        nonfinite = state.monitors[name].record(state.step + 1, terms["loss"], judged)
+        checked = norm if accelerator.scaler is None else accelerator.reduce(terms["loss"], "sum")
+        nonfinite = state.monitors[name].record(state.step + 1, terms["loss"], checked)
 
         # Update weights and averages.
         for group in optimizer.param_groups:

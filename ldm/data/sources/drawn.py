@@ -13,7 +13,7 @@ from ldm.imaging import Encoded, decode_image
 if TYPE_CHECKING:
     import datasets
 
-DECODED_CACHE_BYTES = 2**28  # of decoded images that are kept in memory
+DECODED_CACHE_BYTES = 2**28  # of decoded images, in memory
 
 
 def png_cell(image: Image.Image) -> dict[str, bytes | None]:
