@@ -1,4 +1,7 @@
-"""What conditions a network: text context, pooled vector, sizes, spatial channels. Tensors only."""
+"""What conditions a network: text context, pooled vector, sizes, spatial channels. Tensors only.
+
+Prompts become conditions in pipeline/conditions.py; captions, and their dropout, in stages/diffusion.py.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any, Protocol

@@ -11,7 +11,10 @@ Sides = tuple[int, int]  # height and width, in pixels
 
 
 class View(NamedTuple):
-    """What a sample shows of an image, whatever that image's size: its largest crop of some shape, resized."""
+    """What a sample shows of an image, whatever that image's size: its largest crop of some shape, resized.
+
+    `ImageTextDataset` draws it for training.
+    """
 
     sides: Sides
     """of the sample"""

@@ -109,7 +109,7 @@ def a1111_parameters(record: GenerationRecord) -> str:
     """The text that other image tools read: prompt, negative prompt, then settings."""
     settings = {
         "Steps": record.steps,
-        "Sampler": SAMPLER_NAMES[record.sampler],
+        "Sampler": SAMPLER_NAMES.get(record.sampler, record.sampler),
         "CFG scale": record.guidance_scale,
         "Seed": record.seed + record.index,
         "Size": f"{record.width}x{record.height}",

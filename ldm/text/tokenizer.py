@@ -20,7 +20,7 @@ class Tokenizer:
     """Prompts -> ids of a fixed context length; `settings` are those of open_clip's SimpleTokenizer.
 
     It caches the ids of prompts, since training sees each caption many times, so a prompt that must be truncated is
-    logged once.
+    logged once. Prompts that a person writes are not truncated but encoded in chunks: `TextEncoder.encode_prompts`.
     """
 
     def __init__(self, context_length: int, **settings: Any) -> None:

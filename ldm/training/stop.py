@@ -1,4 +1,4 @@
-"""Stopping a run from outside: signals, and a launcher that is gone."""
+"""Stopping a run from outside, by a signal or a launcher that is gone: `Trainer.run` polls, saves and ends."""
 
 import os
 import signal

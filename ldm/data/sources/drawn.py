@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ldm.data.sources.base import Captions
-from ldm.data.sources.decode import EncodedSource
+from ldm.data.sources.encoded import EncodedSource
 from ldm.imaging import Encoded, decode_image
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import emoji
 from PIL import Image, ImageDraw, ImageFont, features
 
 from ldm.data.sources.base import Split, hash_split
-from ldm.data.sources.decode import EncodedSource
 from ldm.data.sources.drawn import drawn_source, png_cell
+from ldm.data.sources.encoded import EncodedSource
 
 if TYPE_CHECKING:
     import datasets

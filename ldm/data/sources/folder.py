@@ -19,7 +19,7 @@ from ldm.data.sources.base import (
     one_line,
     parse_captions,
 )
-from ldm.data.sources.decode import SUFFIXES, EncodedSource
+from ldm.data.sources.encoded import SUFFIXES, EncodedSource
 from ldm.data.sources.table import open_hub, open_parquet
 
 OTHER_SUFFIXES = (".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".jxl", ".jp2", ".ppm", ".dcm", ".nii", ".gz")

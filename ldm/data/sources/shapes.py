@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from ldm.data.sources.base import Split, check_split
-from ldm.data.sources.decode import EncodedSource
 from ldm.data.sources.drawn import drawn_source, png_cell
+from ldm.data.sources.encoded import EncodedSource
 from ldm.rng import fold_seed
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ldm.data.batch_sampler import SampleKey, evenly_spaced, file_order
 from ldm.data.sources.base import HELD_OUT_FRACTION, Split, check_split, check_utf8_names, short_hash
-from ldm.data.sources.decode import SUFFIXES, EncodedSource
+from ldm.data.sources.encoded import SUFFIXES, EncodedSource
 from ldm.data.sources.folder import METADATA_FILES
 from ldm.data.sources.shard import TAR_SUFFIXES, Shard, is_tar, reason, shard_errors
 from ldm.data.sources.shard_cache import ShardCache, ShardColumn, ShardRange

@@ -14,7 +14,7 @@ from ldm.data.sources.base import (
     one_line,
     parse_captions,
 )
-from ldm.data.sources.decode import EncodedSource
+from ldm.data.sources.encoded import EncodedSource
 from ldm.data.sources.shard import ShardRow, open_url
 from ldm.imaging import Encoded
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ldm.data.sources.base import CAPTION_COLUMNS, parse_captions
-from ldm.data.sources.decode import SUFFIXES
+from ldm.data.sources.encoded import SUFFIXES
 from ldm.data.sources.shard import ShardRow, open_url
 
 CAPTION_SUFFIXES = ("txt", *CAPTION_COLUMNS)  # of the files in a tar that hold a caption
