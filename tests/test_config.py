@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-import train_clip
 from pydantic import Field, ValidationError
 
 from ldm.cli import ScriptConfig, exit_on_user_error, parse_cli
@@ -168,10 +167,3 @@ def test_errors_for_people():
     assert caught.value.__suppress_context__
     with pytest.raises(KeyError), exit_on_user_error():
         raise KeyError("a fault of the program keeps its traceback")
-
-
-def test_the_font_has_a_short_flag() -> None:
-    config = parse_cli(
-        train_clip.TrainCLIPConfig, ["--font", "a.ttf", "--data.source", "emoji"], default=None, description=""
-    )
-    assert config.data.emoji_font == Path("a.ttf")

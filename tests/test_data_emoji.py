@@ -137,7 +137,7 @@ def test_no_font(monkeypatch, tmp_path):
         emoji.load("train", 16)
     text = str(caught.value)
     assert "no colour-emoji font" in text and "apt install fonts-noto-color-emoji" in text
-    assert "macOS and Windows" in text and "--font" in text and "\n" not in text
+    assert "macOS and Windows" in text and "--data.emoji-font" in text and "\n" not in text
 
 
 def test_the_font_is_found_below_a_folder(monkeypatch, tmp_path):
@@ -152,7 +152,7 @@ def test_a_font_without_colour_and_a_file_that_is_none(tmp_path):
     assert plain.is_file()
     (tmp_path / "a.ttf").write_text("no font")
     for path in (plain, tmp_path / "a.ttf", tmp_path / "missing.ttf"):
-        with pytest.raises(ValueError, match=f"{path.name}: not a font with colour emoji; .*--font"):
+        with pytest.raises(ValueError, match=f"{path.name}: not a font with colour emoji; .*--data.emoji-font"):
             emoji.load("train", 16, font=path)
 
 

@@ -1,10 +1,9 @@
 """Which images are read, and how they are cropped: `DataConfig`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
-from tyro.conf import arg
 
 from ldm.config import Config
 
@@ -26,7 +25,7 @@ class DataConfig(Config):
     """mirror every second training image at random; off because it also mirrors writing, left and right"""
     shard_streams: int = Field(16, ge=1)
     """shards that a step takes images of; three times as many are cached on each machine"""
-    emoji_font: Annotated[Path | None, arg(aliases=["--font"])] = None
+    emoji_font: Path | None = None
     """colour-emoji font file for source emoji; searched in the system's font folders when left out"""
     max_unreadable: float = Field(0.01, ge=0, le=1)
     """fraction of the images that may be unreadable, each replaced by another one, before training stops"""

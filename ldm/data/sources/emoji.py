@@ -46,7 +46,7 @@ def find_font() -> Path:
                 return fonts[0]
     raise ValueError(
         "no colour-emoji font found: on Linux `apt install fonts-noto-color-emoji`; macOS and Windows ship one; "
-        "else pass a font file with --font"
+        "else pass a font file with --data.emoji-font"
     )
 
 
@@ -59,7 +59,7 @@ def open_font(path: Path) -> ImageFont.FreeTypeFont:
             continue
         if draw(font, "😀").convert("HSV").getextrema()[1] != (0, 0):  # some saturation
             return font
-    raise ValueError(f"{path}: not a font with colour emoji; pass another with --font, or leave it out")
+    raise ValueError(f"{path}: not a font with colour emoji; pass another with --data.emoji-font, or leave it out")
 
 
 def draw(font: ImageFont.FreeTypeFont, text: str) -> Image.Image:
