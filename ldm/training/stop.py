@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -22,13 +23,15 @@ class StopRequest:
     `accelerate launch` hands no signal on to a single process, which sees that its launcher is gone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, timeout: int) -> None:
+        """`timeout` in seconds, after which a rank that does not answer is an error."""
         self.signal = 0  # that this rank got
         self._launcher = os.getppid() if has_launcher() else None
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
+        limit = timedelta(seconds=timeout)
         several = dist.is_initialized() and dist.get_world_size() > 1
         # On the CPU, so that no step waits for a device.
-        self._group: Any = dist.new_group(backend="gloo") if several else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=limit) if several else None
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -53,7 +53,7 @@ class Trainer:
 
     def run(self, on_step: Callable[["Trainer"], None]) -> FitResult:
         """Take all remaining steps, or stop where a signal asks for it; `on_step` is called after each."""
-        stop, batches = StopRequest(), self.batches(start=self.state.step)
+        stop, batches = StopRequest(timeout=self.config.timeout), self.batches(start=self.state.step)
         with self.open_logs(self.config.steps):
             with stop.listening():
                 while self.state.step < self.config.steps:
