@@ -204,7 +204,8 @@ class DiffusionStage(Stage):
     @cached_property
     def _empty_embeddings(self) -> tuple[Tensor, Tensor]:
         assert self.text is not None and self.empty_ids is not None
-        return encode_for_cache(self.text, self.empty_ids)
+        with torch.autocast(self.device.type, enabled=False):  # in float32, as the embeddings of captions were cached
+            return encode_for_cache(self.text, self.empty_ids)
 
     def example_batch(self, count: int) -> Batch:
         """Random images, or latents where the configuration caches them."""

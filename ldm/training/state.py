@@ -111,7 +111,8 @@ class TrainingState:
             buffers = {
                 key: full_tensor(tensors[name][key]) for key, _ in module.named_buffers() if key in tensors[name]
             }
-            frozen = {key: value for key, value in module.state_dict().items() if key not in self._tensors(name)}
+            own = self._tensors(name)
+            frozen = {key: value for key, value in module.state_dict().items() if key not in own}
             load_strict(module, frozen | tensors[name] | buffers, path)
             checkpoint.restore_optimizer(self.optimizers[name], [*self._trained(name)], tensors[f"{name}_optimizer"])
             for key, value in tensors[f"{name}_ema"].items():
