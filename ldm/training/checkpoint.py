@@ -102,7 +102,7 @@ def hash_in_background(path: Path) -> threading.Thread:
             files = json.loads((path / MANIFEST).read_text())["bytes"]
             write_text(path / HASHES, json.dumps({name: sha256(path / name) for name in [*files, MANIFEST]}, indent=2))
 
-    thread = threading.Thread(target=add_hashes)
+    thread = threading.Thread(target=add_hashes, daemon=True)
     thread.start()
     return thread
 

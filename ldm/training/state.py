@@ -45,6 +45,7 @@ class TrainingState:
         }
         self.ema = {name: EMA(module, config.ema_decay) for name, module in self.modules.items()}
         self.monitors = {name: AnomalyMonitor(limit=config.max_nonfinite_steps) for name in self.modules}
+        self._saved_step: int | None = None
         self._hashing: threading.Thread | None = None
 
     def prepare_networks(self) -> dict[str, nn.Module]:
@@ -56,7 +57,9 @@ class TrainingState:
         }
 
     def save(self) -> None:
-        """Write a checkpoint of this step; all ranks call this."""
+        """Write a checkpoint of this step, if it was not just written; all ranks call this."""
+        if self._saved_step == self.step:
+            return
         tensors: dict[str, checkpoint.Tensors] = {}
         for name in self.modules:
             tensors[name] = self._tensors(name)
@@ -76,6 +79,7 @@ class TrainingState:
             on_rank0=lambda action: on_rank0(self.accelerator, action),
             sharded=self.mesh is not None,
         )
+        self._saved_step = self.step
         if self.accelerator.is_main_process:
             self._hashing = checkpoint.hash_in_background(path)
 

@@ -150,7 +150,6 @@ class Trainer:
                 "the other ranks; restart with --resume latest"
             ) from None
         finally:
-            self.state.finish_hashing()
             self.logs.close()
 
     def _log_validate_save(self) -> None:
@@ -263,11 +262,13 @@ class Trainer:
         step = self.state.step
         on_rank0(self.accelerator, lambda: write_text(self.config.run / STOPPED_FILE, f"step {step}\n"))
         self.logs.print(f"stopped at step {step}; restart with --resume latest")
+        self.state.finish_hashing()
         return FitResult(step, None, signal)
 
     def _finished(self) -> FitResult:
         folder = self.config.run / "model"
         self.with_ema_weights(lambda: self.stage.save(folder))
+        self.state.finish_hashing()
         return FitResult(self.state.step, folder)
 
 
