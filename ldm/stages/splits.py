@@ -21,12 +21,9 @@ class Splits:
         self,
         source: ImageTextDataset | LatentDataset,
         held_out: ImageTextDataset | LatentDataset,
-        *,
-        cached: Dataset[Any] | None = None,
     ) -> None:
-        """`cached` holds the samples of `source`, encoded."""
         self.source, self.held_out = source, held_out
-        self.train: Dataset[Any] = source if cached is None else cached
+        self.train: Dataset[Any] = source
 
     @classmethod
     def open(cls, config: DataConfig, seed: int) -> "Splits":
