@@ -1,17 +1,19 @@
 """A generator and a discriminator, each with its optimizer: exact on one rank and on two, whole and sharded."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ToyGAN, assert_same, losses, signal_at, tensors_of, toy, toy_config, toy_gan
-from ranks import launch, rank_environment
+from ranks import Harm, launch, rank_environment
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.rng import StepRNG
 from ldm.training.stage import Batch, Networks
+from ldm.training.trainer import Trainer
 
 environment = pytest.fixture(scope="module", autouse=True)(rank_environment)
 
@@ -49,6 +51,29 @@ def test_a_resumed_run_is_bit_equal(tmp_path: Path) -> None:
     assert_same(tensors_of(tmp_path / "whole", 8), tensors_of(tmp_path / "stopped", 8))
 
 
+def test_an_overflow_halves_the_loss_scale_of_fp16_once(tmp_path: Path) -> None:
+    """One of the maker counts neither for the judge nor twice."""
+
+    class Overflowing(ToyGAN):
+        def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
+            terms = super().loss(name, networks, batch, rng)
+            scale = 1e38 if (name, rng.step) == ("maker", 1) else 1.0  # finite, but not its gradient times the scale
+            return {"loss": terms["loss"] * scale}
+
+    scales: list[float] = []
+    norms: list[dict[str, float]] = []
+
+    def record(trainer: Trainer) -> None:
+        scales.append(trainer.accelerator.scaler.get_scale() if trainer.accelerator.scaler else 1.0)
+        norms.append({key: value.item() for key, value in trainer.losses.items() if key.endswith("norm")})
+
+    torch.manual_seed(0)
+    toy(toy_config(tmp_path / "fp16", steps=2), stage=Overflowing, fp16=True, on_step=record)
+    assert scales[:2] == [8.0, 4.0]  # two sound updates double it, the overflow halves it
+    toy(toy_config(tmp_path / "float32", steps=2), stage=toy_gan, on_step=record)
+    assert norms[0] == pytest.approx(norms[2], rel=1e-3)  # the scale is out of what is clipped and logged
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_two_ranks_equal_one(fsdp: bool, precision: str, tmp_path: Path) -> None:
@@ -76,6 +101,14 @@ def test_two_ranks_resume_bit_for_bit(fsdp: bool, precision: str, tmp_path: Path
     shutil.copytree(tmp_path / "whole/checkpoints/step-000003", tmp_path / "again/checkpoints/step-000003")
     launch("gan", tmp_path / "again", 2, [*flags, "resume=latest"], environment=environment)
     assert_same(tensors_of(tmp_path / "whole", 8), tensors_of(tmp_path / "again", 8))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_in_the_last_step_stops_before_the_model(ranks: int, tmp_path: Path) -> None:
+    codes = [128 + signal.SIGUSR1] * ranks
+    launch("gan", tmp_path / "run", ranks, [], harm=Harm("signal", ranks - 1, 8), codes=codes)
+    assert (tmp_path / "run/STOPPED").read_text() == "step 8\n"
+    assert not (tmp_path / "run/model").exists()
 
 
 def compare(one: Path, two: Path) -> None:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from ldm.cli import training_command
 from ldm.conditioning import Conditioning
-from ldm.config import CONFIGS, check_equal
-from ldm.data import DataConfig
+from ldm.config import CONFIGS, check_equal, differences
+from ldm.data import Batch, DataConfig
 from ldm.data.latents import LatentDataset
 from ldm.data.latents_in_memory import InMemoryLatents
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.imaging import captioned_grid, tensor_to_pil
+from ldm.interop.components import ModelComponents
 from ldm.io.model_dir import latest_model
 from ldm.io.tensors import init_weights, sha256
 from ldm.pipeline import Pipeline
@@ -33,9 +34,10 @@ from ldm.rng import StepRNG, generator
 from ldm.stages.latents import open_latents, text_fingerprint
 from ldm.stages.splits import Splits, example_images
 from ldm.text import TextConditioner, TextConfig, TextEmbeddings, encode_for_cache, load_text_encoder, states_from_cache
+from ldm.text.tower import to_device
 from ldm.text.vocabulary import vocabulary
 from ldm.training.config import TrainingConfig
-from ldm.training.stage import Batch, Networks, Stage, Trainable
+from ldm.training.stage import Networks, Stage, Trainable
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, Posterior
 
@@ -106,6 +108,10 @@ class DiffusionStage(Stage):
         if vae and config.cached_latents is None:
             config.data.check_channels(vae.config.image_channels)
         config.data.check_buckets(config.unet.factor * (vae.config.factor if vae else 1))
+        stage = cls(config, vae, text, accelerator.device)
+        stage.vae_sha256 = sha256(vae_folder / "vae.safetensors") if vae_folder else None
+        if config.init_from and not config.resume:
+            stage.init_unet(load_components(config.init_from), config.init_from, accelerator)
         if config.cached_latents is None:
             data = Splits.open(config.data, config.seed)
             accelerator.print(data.images.describe())
@@ -113,16 +119,21 @@ class DiffusionStage(Stage):
         else:
             data, words = open_latents(config.cached_latents, config.data, config.seed, vae_folder, text)
             accelerator.print(data.describe())
-        stage = cls(config, vae, text, accelerator.device)
         for module in stage.frozen.values():
             module.to(accelerator.device)
-        if config.init_from:
-            source = load_components(config.init_from).unet
-            check_equal(config.unet, source.config, config.init_from, exclude=frozenset({"cond_channels"}))
-            init_weights(stage.unet, source.state_dict(), config.init_from)
-        stage.vae_sha256 = sha256(vae_folder / "vae.safetensors") if vae_folder else None
         stage.prepare(data, words, accelerator)
         return stage
+
+    def init_unet(self, source: ModelComponents, where: Path, accelerator: Accelerator) -> None:
+        """Start from the U-Net of a finished model; what else differs there, which is no error, is printed."""
+        same_input = source.unet.config.model_copy(update={"cond_channels": self.config.unet.cond_channels})
+        check_equal(self.config.unet, same_input, where)
+        init_weights(self.unet, source.unet.state_dict(), where)
+        other = differences(self.config.diffusion, source.diffusion.config)
+        networks = {"VAE": (self.vae, source.vae), "text tower": (self.text, source.text)}
+        other += [f"another {name}" for name, pair in networks.items() if not same_weights(*pair)]
+        if other:
+            accelerator.print(f"{where} has {'; '.join(other)}: its U-Net has to learn that anew")
 
     def prepare(self, data: Splits, words: list[str], accelerator: Accelerator) -> None:
         """What validation, samples and the model folder need; encodes the images if latents are cached in memory."""
@@ -157,7 +168,7 @@ class DiffusionStage(Stage):
         # Latents.
         z = self.latents(batch, lambda shape: rng.randn("latent", shape))
         # t, and the captions that are dropped.
-        positions = torch.tensor(rng.positions, device=z.device)
+        positions = to_device(torch.tensor(rng.positions), z.device)
         t = self.diffusion.sample_t(rng.rand("time"), positions, rng.batch_size)
         dropped = rng.rand("dropout", torch.device("cpu")) < self.config.caption_dropout
         # Noised latents.
@@ -196,8 +207,8 @@ class DiffusionStage(Stage):
         if "hidden_states" not in batch:
             return self.text.encode_ids(ids)
         hidden_states, pooled = (
-            drop_captions(batch[key].to(self.device, non_blocking=True), dropped, empty)
-            for key, empty in zip(("hidden_states", "pooled"), self._empty_embeddings, strict=True)
+            drop_captions(cached.to(self.device, non_blocking=True), dropped, empty)
+            for cached, empty in zip((batch["hidden_states"], batch["pooled"]), self._empty_embeddings, strict=True)
         )
         return states_from_cache(self.text, ids, hidden_states, pooled)
 
@@ -271,6 +282,14 @@ def drop_captions(values: Tensor, dropped: Tensor | None, empty: Tensor) -> Tens
         return values
     where = dropped.to(values.device, non_blocking=True).view(-1, *[1] * (values.ndim - 1))
     return torch.where(where, empty.to(values.device), values)
+
+
+def same_weights(one: nn.Module | None, other: nn.Module | None) -> bool:
+    """Whether two networks are the same, or there is none."""
+    if one is None or other is None:
+        return one is other
+    weights, others = one.state_dict(), other.state_dict()
+    return weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
 
 
 # Checks of the configuration.

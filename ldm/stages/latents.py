@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
@@ -35,7 +36,7 @@ from ldm.stages.splits import Splits
 from ldm.text import TextConditioner, TextConfig, encode_for_cache, load_text_encoder
 from ldm.text.tokenizer import tokenizer_hash
 from ldm.text.vocabulary import vocabulary
-from ldm.training.distributed import is_peer_failure, make_gather, process_group_timeout
+from ldm.training.distributed import is_peer_failure, process_group_timeout
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 SAMPLE_CAPTIONS = 64
@@ -119,7 +120,7 @@ class LatentWriter:
                 key=key,
             )
         accelerator.wait_for_everyone()
-        self.sets["train"].sync_unreadable(make_gather(accelerator))
+        self.sets["train"].sync_unreadable(gather_object)
         if accelerator.is_main_process:
             self._write_index()
             size = sum((config.out / name).stat().st_size for _, name, _, _ in files)

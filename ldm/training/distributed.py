@@ -12,7 +12,6 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
-    gather_object,
     is_wandb_available,
     set_seed,
 )
@@ -43,23 +42,18 @@ def process_group_timeout(seconds: int) -> InitProcessGroupKwargs:
     return InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
 
 
-def make_gather(accelerator: Accelerator) -> Callable[[list[Any]], list[Any]]:
-    """A function that joins the lists of all ranks."""
-    return lambda items: gather_object(items) if accelerator.num_processes > 1 else items
-
-
 def on_rank0(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """Do something on rank 0; its result, or its ValueError, is that of all ranks."""
-    result: list[Any] = [None]
+    """Do something on rank 0; its result, or its error, is that of all ranks."""
+    result: Any = None
     if accelerator.is_main_process:
         try:
-            result = [action()]
-        except ValueError as error:
-            result = [error]
-    result = broadcast_object_list(result)
-    if isinstance(result[0], ValueError):
-        raise result[0]
-    return result[0]
+            result = action()
+        except Exception as error:
+            result = error
+    [result] = broadcast_object_list([result])
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def is_peer_failure(accelerator: Accelerator, error: RuntimeError) -> bool:

@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ldm.data.batch import Batch
 from ldm.data.batch_sampler import EpochBatchSampler
 from ldm.rng import StepRNG
 from ldm.training.config import TrainingConfig
 from ldm.training.optimizer import adamw
 
-Batch = Mapping[str, Any]
 Networks = Mapping[str, nn.Module]
 MakeOptimizer = Callable[[list[nn.Parameter], TrainingConfig], torch.optim.Optimizer]
 
