@@ -18,24 +18,23 @@ from ldm.training.trainer import Trainer
 environment = pytest.fixture(scope="module", autouse=True)(rank_environment)
 
 
-class StillJudge(ToyGAN):
-    """A judge whose loss asks for nothing."""
+class ConstantDiscriminator(ToyGAN):
+    """A discriminator whose loss has no gradient."""
 
     def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
         terms = super().loss(name, networks, batch, rng)
-        return {"loss": terms["loss"] * (name == "maker")}
+        return {"loss": terms["loss"] * (name == "generator")}
 
 
 def test_each_loss_moves_its_own_network_only(tmp_path: Path) -> None:
-    stage = StillJudge()
-    start = {name: t.clone() for name, t in stage.judge.state_dict().items()}
-    maker = {name: t.clone() for name, t in stage.maker.state_dict().items()}
+    stage = ConstantDiscriminator()
+    start = {name: t.clone() for name, t in stage.discriminator.state_dict().items()}
+    generator = {name: t.clone() for name, t in stage.generator.state_dict().items()}
     toy(toy_config(tmp_path), stage=lambda: stage)
-    assert_same(start, stage.judge.state_dict())
-    assert all(not torch.equal(maker[name], t) for name, t in stage.maker.state_dict().items())
-    assert {"maker", "judge", "maker_optimizer", "judge_optimizer", "maker_ema", "judge_ema"} == {
-        file.stem for file in (tmp_path / "checkpoints/step-000008").glob("*.safetensors")
-    }
+    assert_same(start, stage.discriminator.state_dict())
+    assert all(not torch.equal(generator[name], t) for name, t in stage.generator.state_dict().items())
+    names = {name + group for name in ("generator", "discriminator") for group in ("", "_optimizer", "_ema")}
+    assert names == {file.stem for file in (tmp_path / "checkpoints/step-000008").glob("*.safetensors")}
 
 
 def test_accumulation_equals_the_large_batch(tmp_path: Path) -> None:
@@ -52,13 +51,14 @@ def test_a_resumed_run_is_bit_equal(tmp_path: Path) -> None:
 
 
 def test_an_overflow_halves_the_loss_scale_of_fp16_once(tmp_path: Path) -> None:
-    """One of the maker counts neither for the judge nor twice."""
+    """One of the generator counts neither for the discriminator nor twice."""
 
     class Overflowing(ToyGAN):
         def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
             terms = super().loss(name, networks, batch, rng)
-            scale = 1e38 if (name, rng.step) == ("maker", 1) else 1.0  # finite, but not its gradient times the scale
-            return {"loss": terms["loss"] * scale}
+            if (name, rng.step) == ("generator", 1):
+                terms["loss"] = terms["loss"] * 1e38  # finite, but not its gradient times the scale
+            return terms
 
     scales: list[float] = []
     norms: list[dict[str, float]] = []
@@ -88,7 +88,7 @@ def test_two_ranks_equal_one(fsdp: bool, precision: str, tmp_path: Path) -> None
         abs(value / losses(tmp_path / "one")[step] - 1) for step, value in losses(tmp_path / "float32").items()
     )
     assert (difference > 1e-4) == (precision == "bf16")
-    models = [load_file(tmp_path / f"{name}/model/maker.safetensors") for name in ("one", "two")]
+    models = [load_file(tmp_path / f"{name}/model/generator.safetensors") for name in ("one", "two")]
     assert models[0].keys() == models[1].keys()
     assert all(torch.allclose(models[0][name], models[1][name], rtol=1e-4, atol=1e-6) for name in models[0])
 
