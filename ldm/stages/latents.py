@@ -36,7 +36,7 @@ from ldm.stages.splits import Splits
 from ldm.text import TextConditioner, TextConfig, encode_for_cache, load_text_encoder
 from ldm.text.tokenizer import tokenizer_hash
 from ldm.text.vocabulary import vocabulary
-from ldm.training.distributed import is_peer_failure, process_group_timeout
+from ldm.training.distributed import peer_errors, process_group_timeout
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 SAMPLE_CAPTIONS = 64
@@ -68,14 +68,8 @@ class CacheLatentsConfig(ScriptConfig):
 def cache_latents(config: CacheLatentsConfig) -> Path:
     """Write what is not there yet, over all ranks, then the index; returns the folder."""
     accelerator = Accelerator(kwargs_handlers=[process_group_timeout(config.timeout)])
-    try:
+    with peer_errors(accelerator, config.timeout, "start cache_latents.py again"):
         return LatentWriter(config, accelerator).run()
-    except RuntimeError as error:
-        if not is_peer_failure(accelerator, error):
-            raise
-        raise ValueError(
-            "a rank failed: see the output of the other ranks, then start cache_latents.py again"
-        ) from None
 
 
 class LatentWriter:

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -56,9 +57,17 @@ def on_rank0(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     return result
 
 
-def is_peer_failure(accelerator: Accelerator, error: RuntimeError) -> bool:
-    """Whether a collective failed since another rank is gone; torch has no exception type for that."""
-    return accelerator.num_processes > 1 and PEER_FAILURE.search(str(error)) is not None
+@contextmanager
+def peer_errors(accelerator: Accelerator, timeout: int, remedy: str) -> Iterator[None]:
+    """Turn a collective that fails since another rank is gone into a ValueError; torch has no exception type for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not PEER_FAILURE.search(str(error)):
+            raise
+        raise ValueError(
+            f"a rank failed or timed out ({timeout} s): see the output of the other ranks, then {remedy}"
+        ) from None
 
 
 def has_launcher() -> bool:

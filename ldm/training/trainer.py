@@ -1,7 +1,7 @@
 """Training loop: each trainable takes one optimizer step per iteration; also logging, checkpointing, resuming."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -18,7 +18,7 @@ from ldm.io.atomic import disk_errors, write_text
 from ldm.rng import StepRNG
 from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
-from ldm.training.distributed import is_peer_failure, make_accelerator, on_rank0
+from ldm.training.distributed import make_accelerator, on_rank0, peer_errors
 from ldm.training.fsdp import full_tensor, reshard
 from ldm.training.logger import RunLogger
 from ldm.training.optimizer import learning_rate, step_if_finite
@@ -145,17 +145,9 @@ class Trainer:
     def open_logs(self, steps: int) -> Iterator[None]:
         """Open logs around the steps; a collective that fails since another rank is gone is a ValueError."""
         self.logs = RunLogger(self.config.run, self.accelerator, steps=steps, start=self.state.step)
-        try:
+        remedy = "restart with --resume latest"
+        with closing(self.logs), peer_errors(self.accelerator, self.config.timeout, remedy):
             yield
-        except RuntimeError as error:
-            if not is_peer_failure(self.accelerator, error):
-                raise
-            raise ValueError(
-                f"a rank failed or timed out ({self.config.timeout} s) at step {self.state.step}; see the output of "
-                "the other ranks; restart with --resume latest"
-            ) from None
-        finally:
-            self.logs.close()
 
     def _log_validate_save(self) -> None:
         config, step = self.config, self.state.step
