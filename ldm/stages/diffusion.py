@@ -24,14 +24,13 @@ from ldm.data.latents_in_memory import InMemoryLatents
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.imaging import captioned_grid, tensor_to_pil
 from ldm.interop.components import ModelComponents
-from ldm.io.model_dir import latest_model
 from ldm.io.tensors import init_weights, sha256
 from ldm.pipeline import Pipeline
 from ldm.pipeline.conditions import text_conditioning
 from ldm.pipeline.inputs import initial_noise
 from ldm.pipeline.load import load_components, load_vae
 from ldm.rng import StepRNG, generator
-from ldm.stages.latents import open_latents, text_fingerprint
+from ldm.stages.latents import find_vae, open_latents, text_fingerprint
 from ldm.stages.splits import Splits, example_images
 from ldm.text import TextConditioner, TextConfig, TextEmbeddings, encode_for_cache, load_text_encoder, states_from_cache
 from ldm.text.tower import to_device
@@ -99,10 +98,10 @@ class DiffusionStage(Stage):
     def build(cls, config: TrainLDMConfig, accelerator: Accelerator) -> "DiffusionStage":
         """With the finished stages before it, data and initial weights; ValueError where something does not fit."""
         check_in_memory(config)
-        vae_folder = resolve_vae(config)
+        train_vae, train_clip = (training_command(config, stage, cls.default) for stage in ("vae", "clip"))
+        vae_folder = None if config.vae == "none" else find_vae(config.vae, config.run.parent, train_vae)
         vae = load_vae(vae_folder) if vae_folder else None
-        towers = (config.text, config.second_text)
-        text = load_text_encoder(towers, config.run.parent, training_command(config, "clip", cls.default))
+        text = load_text_encoder((config.text, config.second_text), config.run.parent, train_clip)
         model_ids = " and ".join(encoder.model_id for encoder in text.encoders) if text else "none"
         accelerator.print(f"VAE: {vae_folder or 'none'}; text: {model_ids}")
         if vae and config.cached_latents is None:
@@ -114,11 +113,10 @@ class DiffusionStage(Stage):
             stage.init_unet(load_components(config.init_from), config.init_from, accelerator)
         if config.cached_latents is None:
             data = Splits.open(config.data, config.seed)
-            accelerator.print(data.images.describe())
             words = vocabulary(data.images.captions)
         else:
             data, words = open_latents(config.cached_latents, config.data, config.seed, vae_folder, text)
-            accelerator.print(data.describe())
+        accelerator.print(data.describe())
         for module in stage.frozen.values():
             module.to(accelerator.device)
         stage.prepare(data, words, accelerator)
@@ -293,17 +291,6 @@ def same_weights(one: nn.Module | None, other: nn.Module | None) -> bool:
 
 
 # Checks of the configuration.
-
-
-def resolve_vae(config: TrainLDMConfig) -> Path | None:
-    """The model folder of the VAE; None for diffusion in pixels."""
-    if config.vae == "none":
-        return None
-    if config.vae == "latest":
-        return latest_model("vae", config.run.parent, script=training_command(config, "vae", DiffusionStage.default))
-    if not (Path(config.vae) / "vae.safetensors").is_file():
-        raise ValueError(f"--vae {config.vae} has no vae.safetensors: pass RUN/model, or convert it with convert.py")
-    return Path(config.vae)
 
 
 def check_in_memory(config: TrainLDMConfig) -> None:

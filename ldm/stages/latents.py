@@ -77,9 +77,7 @@ class LatentWriter:
 
     def __init__(self, config: CacheLatentsConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
-        vae_folder = Path(config.vae)
-        if config.vae == "latest":
-            vae_folder = latest_model("vae", config.out.parent, script="accelerate launch scripts/train_vae.py")
+        vae_folder = find_vae(config.vae, config.out.parent, "accelerate launch scripts/train_vae.py")
         towers, script = (config.text, config.second_text), "accelerate launch scripts/train_clip.py"
         text = load_text_encoder(towers, config.out.parent, script)
         if text is None:
@@ -144,6 +142,15 @@ class LatentWriter:
         )
         write_text(config.out / VOCABULARY_FILE, "\n".join(vocabulary(train.captions)))
         write_text(config.out / INDEX_FILE, json.dumps(index.to_dict()))
+
+
+def find_vae(vae: str, runs_dir: Path, command: str) -> Path:
+    """The model folder that `--vae` names; `latest` is the newest finished one below `runs_dir`, made by `command`."""
+    if vae == "latest":
+        return latest_model("vae", runs_dir, script=command)
+    if not (Path(vae) / "vae.safetensors").is_file():
+        raise ValueError(f"--vae {vae} has no vae.safetensors: pass RUN/model, or convert it with convert.py")
+    return Path(vae)
 
 
 def open_latents(
