@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from ldm.cli import parse_cli, run
 from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
@@ -211,8 +211,6 @@ class Numbers(Dataset[dict[str, Tensor]]):
 
 class ToyData:
     """The toy set as the loop sees it."""
-
-    collate = staticmethod(default_collate)
 
     def __init__(self, train: Dataset[Any] | None = None) -> None:
         self.train = train or Numbers()

@@ -37,10 +37,6 @@ class TrainingData(Protocol):
 
     train: Dataset[Any]  # indexed by `SampleKey`
 
-    def collate(self, samples: list[Any]) -> Batch:
-        """One batch of several samples."""
-        ...
-
     def make_batch_sampler(
         self, *, seed: int, batch_size: int, start: int, grad_accum_steps: int, rank: int, world: int
     ) -> EpochBatchSampler:

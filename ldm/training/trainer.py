@@ -125,7 +125,6 @@ class Trainer:
         return load_batches(
             self.stage.data.train,
             self._batch_sampler(start),
-            self.stage.data.collate,
             num_workers=config.num_workers,
             timeout=config.timeout,
             pin_memory=self.accelerator.device.type == "cuda",
