@@ -76,31 +76,22 @@ def test_an_overflow_halves_the_loss_scale_of_fp16_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_two_ranks_equal_one(fsdp: bool, precision: str, tmp_path: Path) -> None:
+def test_two_ranks_equal_one_and_resume_bit_for_bit(fsdp: bool, precision: str, tmp_path: Path) -> None:
     """Losses to 1e-5, and the model; the one rank cuts its batch as the two do, since bf16 rounds gradients."""
-    environment = {"ACCELERATE_MIXED_PRECISION": precision}
-    for name, ranks in (("one", 1), ("two", 2)):
-        flags = [f"fsdp={fsdp}", f"grad_accum_steps={4 // ranks}"]
-        launch("gan", tmp_path / name, ranks, flags, environment=environment)
-    compare(tmp_path / "one", tmp_path / "two")
+    environment, one, two = {"ACCELERATE_MIXED_PRECISION": precision}, tmp_path / "one", tmp_path / "two"
+    flags = [f"fsdp={fsdp}", "keep_checkpoints=3"]
+    launch("gan", one, 1, [*flags, "grad_accum_steps=4"], environment=environment)
+    launch("gan", two, 2, [*flags, "grad_accum_steps=2"], environment=environment)
+    compare(one, two)
     toy(toy_config(tmp_path / "float32"), stage=toy_gan)
-    difference = max(
-        abs(value / losses(tmp_path / "one")[step] - 1) for step, value in losses(tmp_path / "float32").items()
-    )
+    difference = max(abs(value / losses(one)[step] - 1) for step, value in losses(tmp_path / "float32").items())
     assert (difference > 1e-4) == (precision == "bf16")
-    models = [load_file(tmp_path / f"{name}/model/generator.safetensors") for name in ("one", "two")]
+    models = [load_file(run / "model/generator.safetensors") for run in (one, two)]
     assert models[0].keys() == models[1].keys()
     assert all(torch.allclose(models[0][name], models[1][name], rtol=1e-4, atol=1e-6) for name in models[0])
-
-
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_two_ranks_resume_bit_for_bit(fsdp: bool, precision: str, tmp_path: Path) -> None:
-    flags, environment = [f"fsdp={fsdp}", "keep_checkpoints=3"], {"ACCELERATE_MIXED_PRECISION": precision}
-    launch("gan", tmp_path / "whole", 2, flags, environment=environment)
-    shutil.copytree(tmp_path / "whole/checkpoints/step-000003", tmp_path / "again/checkpoints/step-000003")
-    launch("gan", tmp_path / "again", 2, [*flags, "resume=latest"], environment=environment)
-    assert_same(tensors_of(tmp_path / "whole", 8), tensors_of(tmp_path / "again", 8))
+    shutil.copytree(two / "checkpoints/step-000003", tmp_path / "again/checkpoints/step-000003")
+    launch("gan", tmp_path / "again", 2, [*flags, "grad_accum_steps=2", "resume=latest"], environment=environment)
+    assert_same(tensors_of(two, 8), tensors_of(tmp_path / "again", 8))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
