@@ -60,7 +60,7 @@ def write_yaml(path: Path, config: Config) -> None:
 
 def config_diff(path: Path, config: Config) -> list[str]:
     """`key: before -> now` for each value that is another one than in the configuration written to `path`."""
-    before, now = _flat(read_yaml(path)), _flat(_resolved(config))
+    before, now = flatten(read_yaml(path)), flatten(_resolved(config))
     return [
         f"{key}: {before.get(key)} -> {value}"
         for key, value in now.items()
@@ -81,10 +81,11 @@ def _resolved(config: Config) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key != "config"}
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, whose keys are dotted paths."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 

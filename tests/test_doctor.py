@@ -149,7 +149,7 @@ JUDGED = [
         "launch with",
     ),
     (checks.resume_exact(1e-3, on_gpu=True), checks.resume_exact(1e-3, on_gpu=False), "report it"),
-    (checks.resume_exact(None, on_gpu=False), checks.resume_exact(1.0, on_gpu=True), "report it"),
+    (checks.resume_exact(0.0, on_gpu=False), checks.resume_exact(1.0, on_gpu=True), "report it"),
     (
         checks.loss_decreases(1, [2, 3, 1], CONFIG, step=200),
         checks.loss_decreases(2, [2, 1, 3], CONFIG, step=200),

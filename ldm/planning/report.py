@@ -2,23 +2,25 @@
 
 import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
 
 from ldm.cli import ScriptConfig
-from ldm.config import CONFIGS
+from ldm.config import CONFIGS, flatten
 from ldm.planning.cost import TIMED_STEPS
 from ldm.planning.device import format_bytes, format_duration
 from ldm.planning.doctor import MIN_DOCTOR_STEPS
 from ldm.planning.planner import (
     RUNTIME_OVERHEAD_BYTES,
     MachineSpec,
-    Recipe,
+    StageEstimate,
     StagePlan,
     choose_recipe,
-    cost_per_image,
     detect_machine,
+    read_recipe,
+    recipe_flop,
     recipes,
     total_hours,
 )
@@ -49,55 +51,45 @@ class PlanConfig(ScriptConfig):
 def make_plan(config: PlanConfig) -> list[str]:
     """The report, line by line. ValueError: no recipe for this resolution, or none that fits in the memory."""
     machine = detect_machine(config.gpus, config.memory_gib, config.tflops)
-    found = recipes(config.size, LATENT_CACHE_FRACTION * machine.usable_bytes / config.num_images)
+    max_latent_bytes = LATENT_CACHE_FRACTION * machine.usable_bytes / config.num_images
+    found = recipes(config.size, max_latent_bytes)
     gpus = f"{machine.gpus} GPU" + "s" * (machine.gpus > 1) if machine.gpus else "no GPU"
     request = f"{config.num_images:,} images of {config.size} pixels, {gpus}, {config.hours:g} h"
     if machine.device is None and machine.tflops is None:
         note = "the speed of the machine is unknown: run this on it, or pass --tflops, what training reaches there"
         return [request, "", *requirements_table(found, machine, config.hours), "", note]
-    recipe, plans = choose_recipe(found, machine, config.hours)
-    fraction = min(1.0, config.hours / total_hours(plans))
+
+    plans = choose_recipe(found, machine, config.hours)
+    fraction, last = min(1.0, config.hours / total_hours(plans)), plans[-1]
     needs = f"recipe needs {format_duration(3600 * total_hours(plans))}"
     if fraction < 1:
         needs += f"; the budget covers {fraction:.0%} of its steps"
-    rate = f"{machine.tflops:g} TFLOP/s a GPU, as given" if machine.tflops else f"{TIMED_STEPS} real steps here"
-    last = plans[-1]
-    doctor = training_command(last, fraction, config, machine).replace("train_ldm.py", "doctor.py ldm")
-    overhead = format_bytes(RUNTIME_OVERHEAD_BYTES)
-    return [
-        request,
-        f"configs/{recipe.name}, of {', '.join(one.name for one in found)}: {needs}",
-        "",
-        *stage_table(plans, fraction, config.num_images),
-        "",
+    commands = [training_command(plan, fraction, config) for plan in plans]
+    if last.steps(fraction) >= MIN_DOCTOR_STEPS:
+        commands.append(commands[-1].replace("train_ldm.py", "doctor.py ldm"))
+    notes = [
         "batch = micro-batches x images in each, over all ranks",
-        f"memory: of each rank, from a dry run, and {overhead} for Python or CUDA itself",
-        *_latents_line(last, config.num_images),
-        f"images/s: {rate}, without loading data and traffic between GPUs; the doctor measures all of it",
-        "",
-        *(training_command(plan, fraction, config, machine) for plan in plans),
-        *([doctor] if last.steps(fraction) >= MIN_DOCTOR_STEPS else []),
+        f"memory: of each rank, from a dry run, and {format_bytes(RUNTIME_OVERHEAD_BYTES)} for Python or CUDA itself",
     ]
+    if latent_bytes := last.estimate.latent_bytes:
+        encoded = "encoded in each step, since " if latent_bytes > max_latent_bytes else ""
+        needed = format_bytes(config.num_images * latent_bytes)
+        notes.append(f"latents: {encoded}all of them need {needed} of memory on each rank")
+    rate = f"{machine.tflops:g} TFLOP/s a GPU, as given" if machine.tflops else f"{TIMED_STEPS} real steps here"
+    notes.append(f"images/s: {rate}, without loading data and traffic between GPUs; the doctor measures all of it")
+    recipe = f"configs/{last.estimate.file.parent.name}, of {', '.join(found)}: {needs}"
+    return [request, recipe, "", *stage_table(plans, fraction, config.num_images), "", *notes, "", *commands]
 
 
-def _latents_line(plan: StagePlan, images: int) -> list[str]:
-    if not plan.estimate.latent_cache_bytes:
-        return []
-    size = format_bytes(images * plan.estimate.latent_cache_bytes)
-    if plan.estimate.flags:
-        return [f"latents: encoded in each step, since all of them need {size} of memory on each rank"]
-    return [f"latents: all of them need {size} of memory on each rank"]
-
-
-def requirements_table(found: list[Recipe], machine: MachineSpec, hours: float) -> list[str]:
+def requirements_table(found: dict[str, list[StageEstimate]], machine: MachineSpec, hours: float) -> list[str]:
     """What each recipe asks of a machine whose speed is unknown."""
-    lines = [f"{'recipe':12}  {'GFLOP/image':>11}  {'memory from':>11}  {'TFLOP/s a GPU needed':>20}"]
-    for recipe in found:
-        last = cost_per_image(recipe.stages[-1], bf16=True)
-        tflops = recipe.flop(bf16=True) / (hours * 3600 * machine.ranks) / 1e12
-        memory = format_bytes(last.memory() + RUNTIME_OVERHEAD_BYTES)
-        lines.append(f"{recipe.name:12}  {last.flop / 1e9:>11,.1f}  {memory:>11}  {tflops:>20.3g}")
-    return lines
+    rows = [("recipe", "GFLOP/image", "memory from", "TFLOP/s a GPU needed")]
+    for name, stages in found.items():
+        cost = stages[-1].cost_per_image(bf16=True)
+        tflops = recipe_flop(stages, bf16=True) / (hours * 3600 * machine.ranks) / 1e12
+        memory = format_bytes(cost.memory() + RUNTIME_OVERHEAD_BYTES)
+        rows.append((name, f"{cost.flop / 1e9:,.1f}", memory, f"{tflops:.3g}"))
+    return _aligned(rows)
 
 
 def stage_table(plans: list[StagePlan], fraction: float, images: int) -> list[str]:
@@ -108,7 +100,7 @@ def stage_table(plans: list[StagePlan], fraction: float, images: int) -> list[st
         rows.append(
             (
                 plan.estimate.stage,
-                f"{plan.parameters:,}",
+                f"{plan.cost.parameters:,}",
                 f"{plan.batch} = {micro_batches} x {plan.batch // micro_batches}",
                 format_bytes(plan.memory + RUNTIME_OVERHEAD_BYTES),
                 f"{plan.rate:,.1f}",
@@ -117,33 +109,41 @@ def stage_table(plans: list[StagePlan], fraction: float, images: int) -> list[st
                 format_duration(fraction * plan.seconds),
             )
         )
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def training_command(plan: StagePlan, fraction: float, config: PlanConfig, machine: MachineSpec) -> str:
-    """The command that trains a stage."""
-    launch = "accelerate launch"
-    if machine.gpus:
+def training_command(plan: StagePlan, fraction: float, config: PlanConfig) -> str:
+    """The command that trains a stage: its flags are what differs from the file of the recipe."""
+    launch, gpus = "accelerate launch", plan.machine.gpus
+    if gpus:
         launch += " --mixed_precision bf16"
-    if machine.gpus > 1:
-        launch += f" --multi_gpu --num_processes {machine.gpus}"
+    if gpus > 1:
+        launch += f" --multi_gpu --num_processes {gpus}"
     estimate, steps = plan.estimate, plan.steps(fraction)
-    own = estimate.config
-    flags: dict[str, object] = {
+    recipe, planned = flatten(read_recipe(estimate.file).to_dict()), flatten(estimate.config.to_dict())
+    planned |= {
+        "run": str(config.run / estimate.stage),
         "data.source": config.source,
-        "data.resolution": estimate.resolution,
-        "run": config.run / estimate.stage,
-    }
-    changed = {
         "steps": steps,
         "batch_size": plan.batch,
         "grad_accum_steps": plan.grad_accum_steps,
-        "warmup_steps": min(own.warmup_steps, steps // 10),
+        "warmup_steps": min(estimate.config.warmup_steps, steps // 10),
+        "gradient_checkpointing": plan.gradient_checkpointing,
+        "fsdp": plan.fsdp,
     }
-    flags |= {name.replace("_", "-"): value for name, value in changed.items() if value != getattr(own, name)}
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
-    words += ["--gradient-checkpointing"] if plan.gradient_checkpointing and not own.gradient_checkpointing else []
-    words += ["--fsdp"] if plan.fsdp else []
     file = Path("configs") / estimate.file.relative_to(CONFIGS)
-    return f"{launch} scripts/train_{estimate.stage}.py --config {file} {' '.join(words)}{estimate.flags}"
+    words = [launch, f"scripts/train_{estimate.stage}.py --config {file}"]
+    for key, value in planned.items():
+        flag = key.replace("_", "-")
+        if value == recipe[key]:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words.append(f"--{flag} {shlex.quote(str(value))}")
+    return " ".join(words)
