@@ -3,7 +3,8 @@
 import math
 import re
 import shlex
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from ldm.config import CONFIGS
 from ldm.planning import planner, report
 from ldm.planning.cost import STATE_BYTES_PER_PARAMETER, Cost, dry_run, time_step
 from ldm.planning.device import GIB
-from ldm.planning.planner import MachineSpec, StageEstimate, detect_machine, fit_to_memory, recipe_stages
+from ldm.planning.planner import MachineSpec, StagePlan, detect_machine, fit_to_memory, recipe_stages
 from ldm.planning.report import PlanConfig, make_plan
 from ldm.rng import StepRNG
 from ldm.stages import STAGES
@@ -25,13 +26,14 @@ from ldm.training.stage import Batch, Networks, Stage, Trainable
 from ldm.unet import UNet, UNetConfig
 
 CPU = torch.device("cpu")
+HERE = MachineSpec(0, 8 * GIB, CPU, None)
 SMALL = {"gpus": 0, "memory_gib": 8.0, "tflops": 0.05, "size": 32, "num_images": 9072}  # about what two cores reach
 
 
 @cache
-def estimates(recipe: str, resolution: int) -> dict[str, StageEstimate]:
+def stages(recipe: str, resolution: int) -> dict[str, StagePlan]:
     """The stages of a recipe; the same objects at every call, so that dry runs of one test are there for the next."""
-    return {estimate.stage: estimate for estimate in recipe_stages(CONFIGS / recipe, resolution)}
+    return {plan.file.stem: plan for plan in recipe_stages(CONFIGS / recipe, resolution, HERE, num_images=1000)}
 
 
 class One(Stage):
@@ -47,9 +49,9 @@ class One(Stage):
         return {"loss": networks["one"](batch["x"]).sum()}
 
 
-def real_peak(estimate: StageEstimate, images: int, recompute: bool) -> int:
+def real_peak(plan: StagePlan, images: int, recompute: bool) -> int:
     """Bytes that a real forward and backward pass had at once, beside the weights, as torch's profiler saw them."""
-    stage = estimate.build(recompute, CPU)
+    stage = plan.build(recompute, CPU)
     networks = {trainable.name: trainable.module for trainable in stage.trainables}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         batch = stage.example_batch(images)
@@ -74,21 +76,21 @@ def real_peak(estimate: StageEstimate, images: int, recompute: bool) -> int:
 )
 def test_the_dry_run_has_the_memory_of_a_real_step(recipe: str, stage: str, recompute: bool) -> None:
     """Measured at 8 images: equal to 0.1 %, and 4 % below it for the VAE that recomputes; 5 % are allowed."""
-    estimate = estimates(recipe, 64 if recipe == "emoji" else 32)[stage]
-    dry = dry_run(partial(estimate.build, recompute), 8, bf16=False)
-    assert dry.peak_activation_bytes == pytest.approx(real_peak(estimate, 8, recompute), rel=0.05)
+    plan = stages(recipe, 64 if recipe == "emoji" else 32)[stage]
+    dry = dry_run(plan.build, 8, recompute, bf16=False)
+    assert dry.peak_activation_bytes == pytest.approx(real_peak(plan, 8, recompute), rel=0.05)
 
 
 def test_recomputing_takes_more_work_and_less_memory() -> None:
-    estimate = estimates("emoji", 64)["ldm"]
-    plain, again = (dry_run(partial(estimate.build, recompute), 64, bf16=False) for recompute in (False, True))
+    build = stages("emoji", 64)["ldm"].build
+    plain, again = (dry_run(build, 64, recompute, bf16=False) for recompute in (False, True))
     assert 1.2 < again.flop / plain.flop < 1.4 and again.peak_activation_bytes < 0.5 * plain.peak_activation_bytes
 
 
 def test_the_cost_of_a_known_layer() -> None:
     """y = x W: 2 b i o forward, as much for the gradient of W; 20 bytes a parameter when a step is at its peak."""
     example = {"x": torch.ones(1, 100)}
-    found = dry_run(lambda device: One(nn.Linear(100, 1000, bias=False), example), 2, bf16=False)
+    found = dry_run(lambda recompute, device: One(nn.Linear(100, 1000, bias=False), example), 2, False, bf16=False)
     assert found.parameters == 100_000 and found.flop == 2 * 2 * 2 * 100 * 1000
     assert 20 * 100_000 <= found.memory() < 20 * 100_000 + 4 * 2 * 3000
     assert found.memory(2) == found.memory() + 4 * 100_000, "gradients travel in buckets"
@@ -109,15 +111,15 @@ class Conditioned(nn.Module):
 
 def test_a_large_network_costs_what_is_known_of_it() -> None:
     """Stable Diffusion 2.1: 804 GFLOP forward at 64 x 64, of which training takes three, and a little for attention."""
-    config = estimates("sd21-base", 512)["ldm"].config.unet  # type: ignore[attr-defined]
+    config = stages("sd21-base", 512)["ldm"].config.unet  # type: ignore[attr-defined]
     example = {"x": torch.ones(1, 4, 64, 64)}
-    found = dry_run(lambda device: One(Conditioned(config), example), 1, bf16=True)
+    found = dry_run(lambda recompute, device: One(Conditioned(config), example), 1, False, bf16=True)
     assert found.parameters == 865_910_724 and found.flop / 3 / 804e9 == pytest.approx(1, rel=0.04)
 
 
 def test_a_rate_is_measured() -> None:
-    build = partial(estimates("shapes", 32)["vae"].build, False)
-    few, many = (time_step(build, images, CPU, bf16=False) for images in (1, 32))
+    build = stages("shapes", 32)["vae"].build
+    few, many = (time_step(build, images, False, CPU, bf16=False) for images in (1, 32))
     assert 0 < few < many
 
 
@@ -160,29 +162,24 @@ def test_what_does_not_fit_is_made_smaller_or_refused(monkeypatch: pytest.Monkey
 
     The contrastive loss compares a whole batch, so its batch gets smaller.
     """
-    known = lambda job, images, recompute, bf16: Cost(1000, 0, 1, 4000 + images * (100 if recompute else 1000))  # noqa: E731
-    monkeypatch.setattr(planner, "cost", known)
-    job, clip = estimates("emoji", 64)["ldm"], estimates("emoji", 64)["clip"]
-    one = [fit_to_memory(job, MachineSpec(1, room, None, 1.0)) for room in (148_000, 60_000, 20_500)]
-    assert [(row.micro_batch, row.gradient_checkpointing, row.fsdp) for row in one] == [
-        (128, 0, 0),
-        (32, 0, 0),
-        (4, 1, 0),
-    ]
-    assert [row.grad_accum_steps for row in one] == [1, 4, 32] and all(row.batch == 128 for row in one)
-    four = fit_to_memory(job, MachineSpec(4, 20_500, None, 1.0))
-    assert (four.micro_batch, four.gradient_checkpointing, four.fsdp, four.batch, four.grad_accum_steps) == (
-        32,
-        True,
-        True,
-        128,
-        1,
-    )
-    assert fit_to_memory(clip, MachineSpec(1, 60_000, None, 1.0)).batch == 32
+    known = lambda build, images, recompute, bf16: Cost(1000, 0, 1, 4000 + images * (100 if recompute else 1000))  # noqa: E731
+    monkeypatch.setattr(planner, "dry_run", known)
+
+    def fit(stage: str, gpus: int, room: int) -> tuple[int, int, bool, bool]:
+        plan = fit_to_memory(replace(stages("emoji", 64)[stage], machine=MachineSpec(gpus, room, None, 1.0)))
+        config = plan.config
+        assert plan.micro_batch * config.grad_accum_steps * gpus == config.batch_size
+        return config.batch_size, config.grad_accum_steps, config.gradient_checkpointing, config.fsdp
+
+    assert fit("ldm", 1, 148_000) == (128, 1, False, False)
+    assert fit("ldm", 1, 60_000) == (128, 4, False, False)
+    assert fit("ldm", 1, 20_500) == (128, 32, True, False)
+    assert fit("ldm", 4, 20_500) == (128, 1, True, True)
+    assert fit("clip", 1, 60_000) == (32, 1, False, False)
     with pytest.raises(ValueError, match="clip.yaml: one image needs"):  # its logit scale cannot be sharded
-        fit_to_memory(clip, MachineSpec(4, 20_500, None, 1.0))
+        fit("clip", 4, 20_500)
     with pytest.raises(ValueError, match="one image needs .* are usable"):
-        fit_to_memory(job, MachineSpec(1, 20_000, None, 1.0))
+        fit("ldm", 1, 20_000)
 
 
 def test_no_rate_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,12 +187,12 @@ def test_no_rate_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU, and measures it")
     with pytest.raises(ValueError, match="no recipe of configs/ is near"):
-        planner.recipes(4096)
-    assert list(planner.recipes(40)) == ["emoji-cpu", "shapes"], "patches of emoji do not divide it"
+        planner.recipes(4096, HERE, 1)
+    assert list(planner.recipes(40, HERE, 1)) == ["emoji-cpu", "shapes"], "patches of emoji do not divide it"
     with pytest.raises(ValueError, match="--size 100: configs/emoji: .* is not a multiple of .*; 32, 64"):
-        planner.recipes(100)
-    shapes = {"shapes": list(estimates("shapes", 32).values())}
-    monkeypatch.setattr(report, "recipes", lambda size, most: shapes)
+        planner.recipes(100, HERE, 1)
+    shapes = {"shapes": list(stages("shapes", 32).values())}
+    monkeypatch.setattr(report, "recipes", lambda size, machine, images: shapes)
     told = make_plan(PlanConfig(gpus=1, memory_gib=24, size=32))
     assert "pass --tflops" in told[-1] and "TFLOP/s a GPU needed" in told[2]
     assert not any(line.startswith("accelerate") for line in told)

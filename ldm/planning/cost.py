@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ from ldm.training.stage import Batch, Stage
 STATE_BYTES_PER_PARAMETER, GRADIENT_BYTES = 16, 4
 WARMUP_STEPS, TIMED_STEPS = 2, 3  # of a measurement
 
-Build = Callable[[torch.device], Stage]
+Build = Callable[[bool, torch.device], Stage]
+"""(gradient checkpointing, device) -> a stage with random weights."""
 
 
 class Cost(NamedTuple):
@@ -72,14 +74,15 @@ class FlopMemoryMeter(TorchDispatchMode):
         self.live_bytes -= self._sizes.pop(key)
 
 
-def dry_run(build: Build, images: int, *, bf16: bool) -> Cost:
+@cache
+def dry_run(build: Build, images: int, gradient_checkpointing: bool, *, bf16: bool) -> Cost:
     """A training step on fake tensors, which have shapes and no numbers: no time and no memory.
 
     They are fake tensors of the CPU, since the meta device knows no autocast and would keep activations in float32.
     """
     device = torch.device("cpu")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        stage = build(device)
+        stage = build(gradient_checkpointing, device)
         networks, batch = _networks(stage), stage.example_batch(images)
         with FlopMemoryMeter(networks) as meter:
             _forward_backward(stage, batch, images, device, bf16=bf16)
@@ -88,9 +91,10 @@ def dry_run(build: Build, images: int, *, bf16: bool) -> Cost:
     return Cost(trained, 4 * frozen, meter.flop, meter.peak_bytes)
 
 
-def time_step(build: Build, images: int, device: torch.device, *, bf16: bool) -> float:
+@cache
+def time_step(build: Build, images: int, gradient_checkpointing: bool, device: torch.device, *, bf16: bool) -> float:
     """Seconds of a real step on random images: the mean of three."""
-    stage = build(device)
+    stage = build(gradient_checkpointing, device)
     networks, batch = _networks(stage).to(device), stage.example_batch(images)
     optimizer = torch.optim.AdamW([p for p in networks.parameters() if p.requires_grad], fused=True)
     begin = 0.0

@@ -24,6 +24,7 @@ from ldm.planning.checks import DoctorCheck
 from ldm.planning.device import clock, peak_memory, total_memory
 from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
+from ldm.training.distributed import on_rank0
 from ldm.training.fsdp import full_tensor
 from ldm.training.stage import Stage
 from ldm.training.trainer import Buildable, Config, Trainer, train
@@ -31,22 +32,26 @@ from ldm.training.trainer import Buildable, Config, Trainer, train
 DOCTOR_STEPS, MIN_DOCTOR_STEPS = 20, 4  # real steps, and how many a run must have
 UNTIMED_STEPS, OVERFIT_STEPS = 5, 10  # left out of the rate; how often the last step is repeated at the end
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
-OnStep = Callable[[Trainer], None]
 
 
-def run_doctor(
-    config: TrainingConfig, accelerator: Accelerator, stage: Stage, *, on_step: OnStep = lambda trainer: None
-) -> list[DoctorCheck]:
-    """In the place of `fit`: runs a few steps in the folder `config.run`, which is removed; returns the checks.
+def examine(stage_class: Buildable[Config], config: Config) -> list[DoctorCheck]:
+    """Take a few steps of a run, in a folder next to its own, where `latest` finds the stages before it.
 
     ValueError: what `fit` raises, fewer than four steps, and a step that does not fit in the memory.
     """
     if config.steps < MIN_DOCTOR_STEPS:
         raise ValueError(f"--steps must be at least {MIN_DOCTOR_STEPS} for the doctor, not {config.steps}")
-    _remove(config.run, accelerator)  # what a killed one left
-    accelerator.wait_for_everyone()
+    run = config.run.resolve()
+    values = {"run": run.with_name(f".{run.name}-doctor"), "trackers": (), "resume": None}
+    return train(stage_class, config.model_copy(update=values), fit=run_doctor)
+
+
+def run_doctor(config: TrainingConfig, accelerator: Accelerator, stage: Stage) -> list[DoctorCheck]:
+    """In the place of `fit`: the checks of some steps in the folder `config.run`, which is removed."""
+    remove = partial(shutil.rmtree, config.run, ignore_errors=True)
+    on_rank0(accelerator, remove)  # what a killed one left
     try:
-        doctor = DoctorRun(Trainer(config, accelerator, stage), on_step)
+        doctor = DoctorRun(Trainer(config, accelerator, stage))
         with doctor.trainer.open_logs(doctor.steps):
             found: list[DoctorCheck] = broadcast_object_list(doctor.checks())  # each rank has clocks of its own
             return found
@@ -56,28 +61,15 @@ def run_doctor(
             f"{2 * config.grad_accum_steps}, --gradient-checkpointing, or --fsdp on several GPUs"
         ) from None
     finally:
-        _remove(config.run, accelerator)
-
-
-def _remove(run: Path, accelerator: Accelerator) -> None:
-    if accelerator.is_main_process:
-        shutil.rmtree(run, ignore_errors=True)
-
-
-def examine(
-    stage_class: Buildable[Config], config: Config, *, on_step: OnStep = lambda trainer: None
-) -> list[DoctorCheck]:
-    """Build a stage and run the doctor, in a folder next to its run, where `latest` finds the stages before it."""
-    run = config.run.resolve()
-    values = {"run": run.with_name(f".{run.name}-doctor"), "trackers": (), "resume": None}
-    return train(stage_class, config.model_copy(update=values), fit=partial(run_doctor, on_step=on_step))
+        if accelerator.is_main_process:
+            remove()
 
 
 class DoctorRun:
     """Takes the steps, as the loop does, and measures. All ranks must do the same."""
 
-    def __init__(self, trainer: Trainer, on_step: OnStep) -> None:
-        self.trainer, self.on_step = trainer, on_step
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
         self.config, self.accelerator, self.state = trainer.config, trainer.accelerator, trainer.state
         self.device = self.accelerator.device
         self.on_gpu = self.device.type == "cuda"
@@ -128,7 +120,6 @@ class DoctorRun:
     def _step(self, batches: Batches) -> None:
         self.trainer.train_step(batches)
         self.trainer.logs.step(self.state.step)
-        self.on_step(self.trainer)
 
     def _loss(self) -> float:
         """Of the last step, over all ranks."""

@@ -1,16 +1,15 @@
 """How a machine would train a recipe: batch and memory, time, and the largest recipe for some hours."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ldm.config import CONFIGS, read_yaml
-from ldm.planning.cost import Cost, dry_run, time_step
+from ldm.planning.cost import Build, Cost, dry_run, time_step
 from ldm.planning.device import GIB, format_bytes, total_memory
 from ldm.stages import STAGES, CLIPStage, DiffusionStage, VAEStage
 from ldm.text import TextEncoder, combine_encoders
@@ -22,90 +21,7 @@ MEMORY_FRACTION = 0.9  # of the memory, that is used
 RUNTIME_OVERHEAD_BYTES = GIB  # that Python, or CUDA, needs for itself
 SKIP_FACTOR = 4  # a recipe that looks this many times too long, by its FLOP, is not measured
 MAX_SIZE_FACTOR = 2  # a recipe is used at resolutions up to this factor from its own
-
-
-# Recipes.
-
-
-class StageEstimate(NamedTuple):
-    """One stage of a recipe, with random weights on random images."""
-
-    stage: str
-    file: Path
-    config: TrainingConfig  # at the planned resolution
-    build: Callable[[bool, torch.device], Stage]  # with gradient checkpointing or without
-    latent_bytes: int = 0  # of an image, in memory, where the recipe caches latents
-
-    def cost_per_image(self, *, bf16: bool) -> Cost:
-        """Of a step of one image, as the recipe has it."""
-        return cost(self, 1, self.config.gradient_checkpointing, bf16)
-
-
-@cache
-def cost(estimate: StageEstimate, images: int, gradient_checkpointing: bool, bf16: bool) -> Cost:
-    """Of a step of one rank."""
-    return dry_run(partial(estimate.build, gradient_checkpointing), images, bf16=bf16)
-
-
-def read_recipe(file: Path) -> Any:
-    """The configuration of the stage that a file is named after."""
-    return STAGES[file.stem].Config.from_dict(read_yaml(file), source=str(file))
-
-
-def recipes(resolution: int, max_latent_bytes: float = math.inf) -> dict[str, list[StageEstimate]]:
-    """The stages of each folder of configs/ that can be used at a resolution, see `recipe_stages`. ValueError: none."""
-    found, refused = {}, []
-    for file in sorted(CONFIGS.glob("*/ldm.yaml")):
-        own, name = read_recipe(file).data.resolution, file.parent.name
-        if own / MAX_SIZE_FACTOR <= resolution <= own * MAX_SIZE_FACTOR:
-            try:
-                found[name] = recipe_stages(file.parent, resolution, max_latent_bytes)
-            except ValueError as error:
-                refused.append(f"configs/{name}: {error}")
-    if not found:
-        reason = "; ".join(refused) or "no recipe of configs/ is near"
-        raise ValueError(f"--size {resolution}: {reason}; 32, 64, 128, 256, 512, 768 and 1024 have some")
-    return found
-
-
-def recipe_stages(folder: Path, resolution: int, max_latent_bytes: float = math.inf) -> list[StageEstimate]:
-    """The stages of a recipe at another resolution; one that has no clip.yaml uses a published text tower.
-
-    Latents are cached in memory where the recipe does so and those of an image need at most so many bytes. A VAE that
-    is not trained at the resolution of the U-Net stays at its own.
-    """
-    configs = {name: read_recipe(file) for name in STAGES if (file := folder / f"{name}.yaml").is_file()}
-    own = configs["ldm"].data.resolution
-    for name, config in configs.items():
-        if config.data.resolution == own:
-            data = config.data.model_copy(update={"resolution": resolution})
-            configs[name] = config.model_copy(update={"data": data})
-    architecture = configs["clip"].clip.architecture(resolution) if "clip" in configs else None
-    ldm, vae = configs["ldm"], configs["vae"].vae
-    side = vae.latent_size(resolution)
-    if side % ldm.unet.factor:
-        raise ValueError(f"resolution {resolution} is not a multiple of {vae.factor * ldm.unet.factor}")
-    latent_bytes = 8 * ldm.unet.in_channels * side**2 if ldm.cache_latents else 0  # mean and log-variance, float32
-    if latent_bytes > max_latent_bytes:
-        configs["ldm"] = ldm.model_copy(update={"cache_latents": False})
-
-    def build(name: str, gradient_checkpointing: bool, device: torch.device) -> Stage:
-        config = configs[name].model_copy(update={"gradient_checkpointing": gradient_checkpointing})
-        if name == "clip":
-            return CLIPStage(config)
-        if name == "vae":
-            return VAEStage(config)
-        towers = [tower for tower in (config.text, config.second_text) if tower.model != "none"]
-        text = combine_encoders([TextEncoder.random(tower, architecture) for tower in towers])
-        return DiffusionStage(config, VAE(vae).requires_grad_(False).eval(), text, device)
-
-    return [
-        StageEstimate(name, folder / f"{name}.yaml", config, partial(build, name), latent_bytes * (name == "ldm"))
-        for name, config in configs.items()
-    ]
-
-
-# Plans.
+LATENT_CACHE_FRACTION = 0.25  # of a rank's memory, for the latents of all images
 
 
 class MachineSpec(NamedTuple):
@@ -146,96 +62,169 @@ def detect_machine(gpus: int | None, memory_gib: float | None, tflops: float | N
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage as a machine trains it."""
+    """A stage of a recipe on a machine: all that is planned is in its configuration."""
 
-    estimate: StageEstimate
+    file: Path  # of the recipe
+    config: TrainingConfig
+    build: Build
     machine: MachineSpec
-    gradient_checkpointing: bool
-    fsdp: bool
-    micro_batch: int  # images on one rank
-    batch: int  # images in a step
+    latent_bytes: int  # of an image, in memory, where the recipe caches latents
+
+    def update(self, **values: Any) -> "StagePlan":
+        """With other values in its configuration."""
+        return replace(self, config=self.config.model_copy(update=values))
+
+    def shorten(self, fraction: float) -> "StagePlan":
+        """With a fraction of its steps."""
+        steps = max(1, round(fraction * self.config.steps))
+        return self.update(steps=steps, warmup_steps=min(self.config.warmup_steps, steps // 10))
 
     @property
-    def cost(self) -> Cost:
-        """Of a micro-batch on one rank."""
-        return cost(self.estimate, self.micro_batch, self.gradient_checkpointing, self.machine.bf16)
+    def micro_batch(self) -> int:
+        """Images on one rank."""
+        return self.config.batch_size // (self.config.grad_accum_steps * self.machine.ranks)
+
+    def cost(self, images: int) -> Cost:
+        """Of a step of some images on one rank."""
+        return dry_run(self.build, images, self.config.gradient_checkpointing, bf16=self.machine.bf16)
 
     @property
     def memory(self) -> int:
         """Bytes on each rank."""
-        return self.cost.memory(self.machine.ranks, fsdp=self.fsdp)
-
-    @cached_property
-    def rate(self) -> float:
-        """Images/s of all ranks: from the TFLOP/s that were given, or measured when it is first asked for."""
-        machine = self.machine
-        if machine.device is None:
-            seconds = self.cost.flop / (1e12 * (machine.tflops or math.nan))
-        else:
-            build = partial(self.estimate.build, self.gradient_checkpointing)
-            seconds = time_step(build, self.micro_batch, machine.device, bf16=machine.bf16)
-        return machine.ranks * self.micro_batch / seconds
+        return self.cost(self.micro_batch).memory(self.machine.ranks, fsdp=self.config.fsdp)
 
     @property
-    def grad_accum_steps(self) -> int:
-        """Micro-batches in a step."""
-        return -(-self.batch // (self.micro_batch * self.machine.ranks))
+    def rate(self) -> float:
+        """Images/s of all ranks: measured, or from the TFLOP/s that were given."""
+        machine, images = self.machine, self.micro_batch
+        if machine.device is None:
+            seconds = self.cost(images).flop / (1e12 * (machine.tflops or math.nan))
+        else:
+            recompute = self.config.gradient_checkpointing
+            seconds = time_step(self.build, images, recompute, machine.device, bf16=machine.bf16)
+        return machine.ranks * images / seconds
 
     @property
     def seconds(self) -> float:
-        """Of the recipe's own steps."""
-        return self.estimate.config.steps * self.batch / self.rate
-
-    def steps(self, fraction: float) -> int:
-        """A fraction of the recipe's own steps."""
-        return max(1, round(fraction * self.estimate.config.steps))
+        """Of all steps."""
+        return self.config.steps * self.config.batch_size / self.rate
 
 
-def fit_to_memory(estimate: StageEstimate, machine: MachineSpec) -> StagePlan:
+Recipe = list[StagePlan]
+
+
+def recipe_flop(recipe: Recipe) -> int:
+    """Of all steps of all stages."""
+    return sum(plan.config.steps * plan.config.batch_size * plan.cost(1).flop for plan in recipe)
+
+
+def recipe_hours(recipe: Recipe) -> float:
+    """Of all steps of all stages."""
+    return sum(plan.seconds for plan in recipe) / 3600
+
+
+# Recipes.
+
+
+def recipes(resolution: int, machine: MachineSpec, num_images: int) -> dict[str, Recipe]:
+    """The recipes of configs/ that can be used at a resolution, as they are. ValueError: none."""
+    found, refused = {}, []
+    for file in sorted(CONFIGS.glob("*/ldm.yaml")):
+        own, name = read_recipe(file).data.resolution, file.parent.name
+        if own / MAX_SIZE_FACTOR <= resolution <= own * MAX_SIZE_FACTOR:
+            try:
+                found[name] = recipe_stages(file.parent, resolution, machine, num_images)
+            except ValueError as error:
+                refused.append(f"configs/{name}: {error}")
+    if not found:
+        reason = "; ".join(refused) or "no recipe of configs/ is near"
+        raise ValueError(f"--size {resolution}: {reason}; 32, 64, 128, 256, 512, 768 and 1024 have some")
+    return found
+
+
+def read_recipe(file: Path) -> Any:
+    """The configuration of the stage that a file is named after."""
+    return STAGES[file.stem].Config.from_dict(read_yaml(file), source=str(file))
+
+
+def recipe_stages(folder: Path, resolution: int, machine: MachineSpec, num_images: int) -> Recipe:
+    """The stages of a recipe at another resolution; one that has no clip.yaml uses a published text tower.
+
+    Latents are cached in memory where the recipe does so and those of all images fit. A VAE that is not trained at the
+    resolution of the U-Net stays at its own.
+    """
+    configs = {name: read_recipe(file) for name in STAGES if (file := folder / f"{name}.yaml").is_file()}
+    own = configs["ldm"].data.resolution
+    for name, config in configs.items():
+        if config.data.resolution == own:
+            data = config.data.model_copy(update={"resolution": resolution})
+            configs[name] = config.model_copy(update={"data": data})
+    architecture = configs["clip"].clip.architecture(resolution) if "clip" in configs else None
+    ldm, vae = configs["ldm"], configs["vae"].vae
+    side = vae.latent_size(resolution)
+    if side % ldm.unet.factor:
+        raise ValueError(f"resolution {resolution} is not a multiple of {vae.factor * ldm.unet.factor}")
+    latent_bytes = 8 * ldm.unet.in_channels * side**2 if ldm.cache_latents else 0  # mean and log-variance, float32
+    if latent_bytes * num_images > LATENT_CACHE_FRACTION * machine.usable_bytes:
+        configs["ldm"] = ldm.model_copy(update={"cache_latents": False})
+
+    def build(name: str, gradient_checkpointing: bool, device: torch.device) -> Stage:
+        config = configs[name].model_copy(update={"gradient_checkpointing": gradient_checkpointing})
+        if name == "clip":
+            return CLIPStage(config)
+        if name == "vae":
+            return VAEStage(config)
+        towers = [tower for tower in (config.text, config.second_text) if tower.model != "none"]
+        text = combine_encoders([TextEncoder.random(tower, architecture) for tower in towers])
+        return DiffusionStage(config, VAE(vae).requires_grad_(False).eval(), text, device)
+
+    return [
+        StagePlan(folder / f"{name}.yaml", config, partial(build, name), machine, latent_bytes if name == "ldm" else 0)
+        for name, config in configs.items()
+    ]
+
+
+# Plans.
+
+
+def fit_to_memory(plan: StagePlan) -> StagePlan:
     """The largest micro-batch that fits, with gradient checkpointing, then FSDP, where not one image fits without.
 
     The contrastive loss of CLIP compares a whole batch: its batch gets smaller, and nothing else can be done for it.
     ValueError where nothing fits.
     """
-    ranks, unsplittable = machine.ranks, estimate.stage == "clip"
-    own = max(1, round(estimate.config.batch_size / ranks))
+    machine, unsplittable = plan.machine, plan.file.stem == "clip"
+    own = max(1, round(plan.config.batch_size / machine.ranks))
     divisors = [images for images in range(own, 0, -1) if own % images == 0]
-    savers = [(estimate.config.gradient_checkpointing, False), (True, False), (True, True)]
-    for gradient_checkpointing, fsdp in savers[: 1 if unsplittable else 3 if ranks > 1 else 2]:
-        plan = partial(StagePlan, estimate, machine, gradient_checkpointing, fsdp)
-        plans = [plan(images, (images if unsplittable else own) * ranks) for images in divisors]
+    savers = [(plan.config.gradient_checkpointing, False), (True, False), (True, True)]
+    for gradient_checkpointing, fsdp in savers[: 1 if unsplittable else 3 if machine.ranks > 1 else 2]:
+        saver = plan.update(gradient_checkpointing=gradient_checkpointing, fsdp=fsdp)
+        if unsplittable:
+            plans = [saver.update(batch_size=images * machine.ranks) for images in divisors]
+        else:
+            batch_size = own * machine.ranks
+            plans = [saver.update(batch_size=batch_size, grad_accum_steps=own // images) for images in divisors]
         if plans[-1].memory <= machine.usable_bytes:
             return next(plan for plan in plans if plan.memory <= machine.usable_bytes)
     needed, usable = format_bytes(plans[-1].memory), format_bytes(machine.usable_bytes)
-    raise ValueError(f"{estimate.file}: one image needs {needed}, {usable} are usable")
+    raise ValueError(f"{plan.file}: one image needs {needed}, {usable} are usable")
 
 
-def choose_recipe(found: dict[str, list[StageEstimate]], machine: MachineSpec, hours: float) -> list[StagePlan]:
+def choose_recipe(found: dict[str, Recipe], hours: float) -> Recipe:
     """The largest recipe, by its FLOP, whose own steps fit in the hours; the smallest, where none does.
 
     ValueError when not even that one fits in the memory.
     """
-    flop = partial(recipe_flop, bf16=machine.bf16)
-    best, *larger = sorted(found.values(), key=flop)
-    plans = [fit_to_memory(estimate, machine) for estimate in best]
-    for stages in larger:
-        if total_hours(plans) * flop(stages) / flop(best) > SKIP_FACTOR * hours:
+    smallest, *larger = sorted(found.values(), key=recipe_flop)
+    flop, best = recipe_flop(smallest), [fit_to_memory(plan) for plan in smallest]
+    for recipe in larger:
+        if recipe_hours(best) * recipe_flop(recipe) / flop > SKIP_FACTOR * hours:
             break
         try:
-            larger_plans = [fit_to_memory(estimate, machine) for estimate in stages]
+            fitted = [fit_to_memory(plan) for plan in recipe]
         except ValueError:
             break
-        if total_hours(larger_plans) > hours:
+        if recipe_hours(fitted) > hours:
             break
-        best, plans = stages, larger_plans
-    return plans
-
-
-def recipe_flop(stages: list[StageEstimate], *, bf16: bool) -> int:
-    """Of all steps of a recipe."""
-    return sum(s.config.steps * s.config.batch_size * s.cost_per_image(bf16=bf16).flop for s in stages)
-
-
-def total_hours(plans: list[StagePlan]) -> float:
-    """Of the recipe's own steps, all stages."""
-    return sum(plan.seconds for plan in plans) / 3600
+        flop, best = recipe_flop(recipe), fitted
+    return best

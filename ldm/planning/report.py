@@ -13,19 +13,17 @@ from ldm.planning.cost import TIMED_STEPS
 from ldm.planning.device import format_bytes, format_duration
 from ldm.planning.doctor import MIN_DOCTOR_STEPS
 from ldm.planning.planner import (
+    LATENT_CACHE_FRACTION,
     RUNTIME_OVERHEAD_BYTES,
-    MachineSpec,
-    StageEstimate,
+    Recipe,
     StagePlan,
     choose_recipe,
     detect_machine,
     read_recipe,
     recipe_flop,
+    recipe_hours,
     recipes,
-    total_hours,
 )
-
-LATENT_CACHE_FRACTION = 0.25  # of a rank's memory, for the latents of all images
 
 
 class PlanConfig(ScriptConfig):
@@ -51,62 +49,75 @@ class PlanConfig(ScriptConfig):
 def make_plan(config: PlanConfig) -> list[str]:
     """The report, line by line. ValueError: no recipe for this resolution, or none that fits in the memory."""
     machine = detect_machine(config.gpus, config.memory_gib, config.tflops)
-    max_latent_bytes = LATENT_CACHE_FRACTION * machine.usable_bytes / config.num_images
-    found = recipes(config.size, max_latent_bytes)
+    found = recipes(config.size, machine, config.num_images)
     gpus = f"{machine.gpus} GPU" + "s" * (machine.gpus > 1) if machine.gpus else "no GPU"
     request = f"{config.num_images:,} images of {config.size} pixels, {gpus}, {config.hours:g} h"
     if machine.device is None and machine.tflops is None:
         note = "the speed of the machine is unknown: run this on it, or pass --tflops, what training reaches there"
-        return [request, "", *requirements_table(found, machine, config.hours), "", note]
+        return [request, "", *requirements_table(found, config.hours), "", note]
 
-    plans = choose_recipe(found, machine, config.hours)
-    fraction, last = min(1.0, config.hours / total_hours(plans)), plans[-1]
-    needs = f"recipe needs {format_duration(3600 * total_hours(plans))}"
+    recipe = choose_recipe(found, config.hours)
+    hours = recipe_hours(recipe)
+    fraction = min(1.0, config.hours / hours)
+    needs = f"recipe needs {format_duration(3600 * hours)}"
     if fraction < 1:
         needs += f"; the budget covers {fraction:.0%} of its steps"
-    commands = [training_command(plan, fraction, config) for plan in plans]
-    if last.steps(fraction) >= MIN_DOCTOR_STEPS:
+    recipe = [plan.shorten(fraction) for plan in recipe]
+    commands = [training_command(plan, config) for plan in recipe]
+    ldm = recipe[-1]
+    if ldm.config.steps >= MIN_DOCTOR_STEPS:
         commands.append(commands[-1].replace("train_ldm.py", "doctor.py ldm"))
-    notes = [
+    rate = f"{machine.tflops:g} TFLOP/s a GPU, as given" if machine.tflops else f"{TIMED_STEPS} real steps here"
+    return [
+        request,
+        f"configs/{ldm.file.parent.name}, of {', '.join(found)}: {needs}",
+        "",
+        *stage_table(recipe, config.num_images),
+        "",
         "batch = micro-batches x images in each, over all ranks",
         f"memory: of each rank, from a dry run, and {format_bytes(RUNTIME_OVERHEAD_BYTES)} for Python or CUDA itself",
+        *_latents_note(ldm, config.num_images),
+        f"images/s: {rate}, without loading data and traffic between GPUs; the doctor measures all of it",
+        "",
+        *commands,
     ]
-    if latent_bytes := last.estimate.latent_bytes:
-        encoded = "encoded in each step, since " if latent_bytes > max_latent_bytes else ""
-        needed = format_bytes(config.num_images * latent_bytes)
-        notes.append(f"latents: {encoded}all of them need {needed} of memory on each rank")
-    rate = f"{machine.tflops:g} TFLOP/s a GPU, as given" if machine.tflops else f"{TIMED_STEPS} real steps here"
-    notes.append(f"images/s: {rate}, without loading data and traffic between GPUs; the doctor measures all of it")
-    recipe = f"configs/{last.estimate.file.parent.name}, of {', '.join(found)}: {needs}"
-    return [request, recipe, "", *stage_table(plans, fraction, config.num_images), "", *notes, "", *commands]
 
 
-def requirements_table(found: dict[str, list[StageEstimate]], machine: MachineSpec, hours: float) -> list[str]:
+def _latents_note(plan: StagePlan, images: int) -> list[str]:
+    if not plan.latent_bytes:
+        return []
+    needed = images * plan.latent_bytes
+    fits = needed <= LATENT_CACHE_FRACTION * plan.machine.usable_bytes
+    encoded = "" if fits else "encoded in each step, since "
+    return [f"latents: {encoded}all of them need {format_bytes(needed)} of memory on each rank"]
+
+
+def requirements_table(found: dict[str, Recipe], hours: float) -> list[str]:
     """What each recipe asks of a machine whose speed is unknown."""
     rows = [("recipe", "GFLOP/image", "memory from", "TFLOP/s a GPU needed")]
-    for name, stages in found.items():
-        cost = stages[-1].cost_per_image(bf16=True)
-        tflops = recipe_flop(stages, bf16=True) / (hours * 3600 * machine.ranks) / 1e12
+    for name, recipe in found.items():
+        cost = recipe[-1].cost(1)
+        tflops = recipe_flop(recipe) / (hours * 3600 * recipe[-1].machine.ranks) / 1e12
         memory = format_bytes(cost.memory() + RUNTIME_OVERHEAD_BYTES)
         rows.append((name, f"{cost.flop / 1e9:,.1f}", memory, f"{tflops:.3g}"))
     return _aligned(rows)
 
 
-def stage_table(plans: list[StagePlan], fraction: float, images: int) -> list[str]:
-    """Size, memory, speed and time of each stage, for a fraction of the recipe's own steps."""
+def stage_table(recipe: Recipe, images: int) -> list[str]:
+    """Size, memory, speed and time of each stage."""
     rows = [("stage", "parameters", "batch", "memory", "images/s", "steps", "epochs", "time")]
-    for plan in plans:
-        steps, micro_batches = plan.steps(fraction), plan.grad_accum_steps
+    for plan in recipe:
+        steps, batch, micro_batches = plan.config.steps, plan.config.batch_size, plan.config.grad_accum_steps
         rows.append(
             (
-                plan.estimate.stage,
-                f"{plan.cost.parameters:,}",
-                f"{plan.batch} = {micro_batches} x {plan.batch // micro_batches}",
+                plan.file.stem,
+                f"{plan.cost(1).parameters:,}",
+                f"{batch} = {micro_batches} x {batch // micro_batches}",
                 format_bytes(plan.memory + RUNTIME_OVERHEAD_BYTES),
                 f"{plan.rate:,.1f}",
                 f"{steps:,}",
-                f"{steps * plan.batch / images:,.1f}",
-                format_duration(fraction * plan.seconds),
+                f"{steps * batch / images:,.1f}",
+                format_duration(plan.seconds),
             )
         )
     return _aligned(rows)
@@ -117,27 +128,14 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def training_command(plan: StagePlan, fraction: float, config: PlanConfig) -> str:
+def training_command(plan: StagePlan, config: PlanConfig) -> str:
     """The command that trains a stage: its flags are what differs from the file of the recipe."""
-    launch, gpus = "accelerate launch", plan.machine.gpus
-    if gpus:
-        launch += " --mixed_precision bf16"
-    if gpus > 1:
-        launch += f" --multi_gpu --num_processes {gpus}"
-    estimate, steps = plan.estimate, plan.steps(fraction)
-    recipe, planned = flatten(read_recipe(estimate.file).to_dict()), flatten(estimate.config.to_dict())
-    planned |= {
-        "run": str(config.run / estimate.stage),
-        "data.source": config.source,
-        "steps": steps,
-        "batch_size": plan.batch,
-        "grad_accum_steps": plan.grad_accum_steps,
-        "warmup_steps": min(estimate.config.warmup_steps, steps // 10),
-        "gradient_checkpointing": plan.gradient_checkpointing,
-        "fsdp": plan.fsdp,
-    }
-    file = Path("configs") / estimate.file.relative_to(CONFIGS)
-    words = [launch, f"scripts/train_{estimate.stage}.py --config {file}"]
+    words, gpus = ["accelerate launch"], plan.machine.gpus
+    words += ["--mixed_precision bf16"] if gpus else []
+    words += [f"--multi_gpu --num_processes {gpus}"] if gpus > 1 else []
+    words += [f"scripts/train_{plan.file.stem}.py --config {Path('configs') / plan.file.relative_to(CONFIGS)}"]
+    recipe, planned = flatten(read_recipe(plan.file).to_dict()), flatten(plan.config.to_dict())
+    planned |= {"run": str(config.run / plan.file.stem), "data.source": config.source}
     for key, value in planned.items():
         flag = key.replace("_", "-")
         if value == recipe[key]:

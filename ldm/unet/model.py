@@ -181,16 +181,8 @@ class UNet(nn.Module):
         ValueError: sides that `UNetConfig.factor` does not divide, or channels and conditions of other widths than
         the configuration has.
         """
-        return self.predict(z, self.embed_timestep(timestep), cond)
-
-    def embed_timestep(self, timestep: Tensor) -> Tensor:
-        """(b,) -> (b, 4 model_channels): the time embedding, before conditions are added to it."""
-        return self.time_embed(timestep_embedding(timestep, self.config.model_channels).to(self.conv_in.weight.dtype))
-
-    def predict(self, z: Tensor, t_embed: Tensor, cond: Conditioning) -> Tensor:
-        """The same as `forward` for an embedded timestep (b or 1, 4 model_channels)."""
         self._check_inputs(z, cond)
-        t_embed = self._add_vector(t_embed, cond, z)
+        t_embed = self._embed(timestep, cond, z)
         context, mask = cond.context, cond.context_mask
 
         # Encoder.
@@ -216,8 +208,10 @@ class UNet(nn.Module):
                 h = self.upsample[level](h)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch_size)
 
-    def _add_vector(self, t_embed: Tensor, cond: Conditioning, z: Tensor) -> Tensor:
-        """Add what is embedded like the time: the pooled vector and the sizes."""
+    def _embed(self, timestep: Tensor, cond: Conditioning, z: Tensor) -> Tensor:
+        """The time embedding (b or 1, 4 model_channels), to which the pooled vector and the sizes are added."""
+        embedded = timestep_embedding(timestep, self.config.model_channels)
+        t_embed = self.time_embed(embedded.to(self.conv_in.weight.dtype))
         parts = [] if cond.pooled is None else [cond.pooled]
         if cond.sizes is not None:
             embedded = timestep_embedding(cond.sizes.flatten(), self.config.size_embed_dim)
