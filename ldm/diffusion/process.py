@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ldm.config import Config
 
-ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow", "edm"]
 Prediction = Literal["epsilon", "v", "x0", "flow"]
 NUM_TRAIN_TIMESTEPS = 1000  # of the discrete schedules
 EDM_SIGMA_MAX, EDM_SIGMA_MIN, EDM_RHO = 80.0, 0.002, 7  # Karras et al. 2022, table 1, for data of standard deviation 1
@@ -19,7 +18,7 @@ EDM_SIGMA_MAX, EDM_SIGMA_MIN, EDM_RHO = 80.0, 0.002, 7  # Karras et al. 2022, ta
 class DiffusionConfig(Config):
     """The noise schedule from data (t = 0) to noise (t = 1), the training target and its loss weight."""
 
-    noise_schedule: ScheduleName = "scaled_linear"
+    noise_schedule: Literal["linear", "scaled_linear", "cosine", "flow", "edm"] = "scaled_linear"
     """betas of Ho et al. 2020 (linear), of Stable Diffusion (scaled_linear), of Nichol and Dhariwal 2021 (cosine); the
     straight line of flow matching (flow); or EDM (Karras et al. 2022), which with prediction v has its
     preconditioning"""
@@ -48,10 +47,8 @@ class DiffusionConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "DiffusionConfig":
-        if self.zero_terminal_snr and self.noise_schedule == "flow":
-            raise ValueError("zero_terminal_snr: the flow schedule ends in pure noise already; leave it off")
-        if self.zero_terminal_snr and self.noise_schedule == "edm":
-            raise ValueError("zero_terminal_snr: the edm schedule has no betas to rescale; leave it off")
+        if self.zero_terminal_snr and self.noise_schedule in ("flow", "edm"):
+            raise ValueError(f"zero_terminal_snr: {self.noise_schedule} has no betas to rescale; leave it off")
         if self.shift != 1 and self.noise_schedule != "flow":
             raise ValueError(f"shift {self.shift:g} belongs to noise_schedule flow, not {self.noise_schedule}")
         if (self.t_distribution == "log_normal") != (self.noise_schedule == "edm"):

@@ -108,18 +108,10 @@ def stage_table(recipe: Recipe, images: int) -> list[str]:
     rows = [("stage", "parameters", "batch", "memory", "images/s", "steps", "epochs", "time")]
     for plan in recipe:
         steps, batch, micro_batches = plan.config.steps, plan.config.batch_size, plan.config.grad_accum_steps
-        rows.append(
-            (
-                plan.file.stem,
-                f"{plan.cost(1).parameters:,}",
-                f"{batch} = {micro_batches} x {batch // micro_batches}",
-                format_bytes(plan.memory + RUNTIME_OVERHEAD_BYTES),
-                f"{plan.rate:,.1f}",
-                f"{steps:,}",
-                f"{steps * batch / images:,.1f}",
-                format_duration(plan.seconds),
-            )
-        )
+        split, epochs = f"{batch} = {micro_batches} x {batch // micro_batches}", f"{steps * batch / images:,.1f}"
+        parameters, memory = f"{plan.cost(1).parameters:,}", format_bytes(plan.memory + RUNTIME_OVERHEAD_BYTES)
+        rate, duration = f"{plan.rate:,.1f}", format_duration(plan.seconds)
+        rows.append((plan.file.stem, parameters, split, memory, rate, f"{steps:,}", epochs, duration))
     return _aligned(rows)
 
 

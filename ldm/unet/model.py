@@ -110,22 +110,15 @@ class Block(nn.Module):
 
     def __init__(self, channels_in: int, level: int, config: UNetConfig, *, depth: int) -> None:
         super().__init__()
-        width = config.widths[level]
+        width, time_width, num_groups = config.widths[level], 4 * config.model_channels, config.num_groups
         self.residual = ResidualBlock(
-            channels_in,
-            width,
-            time_width=4 * config.model_channels,
-            scale_shift=config.scale_shift_norm,
-            num_groups=config.num_groups,
+            channels_in, width, time_width=time_width, scale_shift=config.scale_shift_norm, num_groups=num_groups
         )
         self.transformer = None
         if depth:
+            num_heads, context_dim = config.num_heads[level], config.context_dim
             self.transformer = SpatialTransformer(
-                width,
-                depth=depth,
-                num_heads=config.num_heads[level],
-                context_dim=config.context_dim,
-                num_groups=config.num_groups,
+                width, depth=depth, num_heads=num_heads, context_dim=context_dim, num_groups=num_groups
             )
 
     def forward(self, x: Tensor, t_embed: Tensor, context: Context | None, mask: Tensor | None) -> Tensor:

@@ -182,8 +182,7 @@ class VAE(nn.Module):
 
         ValueError: sides that the factor f does not divide.
         """
-        for side in images.shape[-2:]:
-            self.config.latent_size(side)
+        self.config.latent_shape(images)  # checks the sides
         mean, logvar = self.quant_conv(self.encoder(images)).float().chunk(2, dim=1)
         if self.linear is not None:
             mean = mean + self.linear.encode(F.pixel_unshuffle(images, self.config.patch_size)).float()
