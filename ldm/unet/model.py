@@ -23,8 +23,7 @@ class UNetConfig(Config):
     in_channels: int = Field(4, ge=1)
     """channels of z_t and of the prediction"""
     cond_channels: int = Field(0, ge=0)
-    """channels of a spatial condition that is concatenated to z_t; an inpainting network has 5, the mask and the masked
-    image's latents"""
+    """channels of a spatial condition that is concatenated to z_t; 5 for inpainting: mask and masked latents"""
     patch_size: int = Field(1, ge=1)
     """side of the blocks that are folded into channels before the first convolution"""
     model_channels: int = Field(320, ge=2, multiple_of=2)
@@ -44,9 +43,8 @@ class UNetConfig(Config):
     pooled_dim: int = Field(0, ge=0)
     """width of a pooled text vector that is added to the time embedding; 0 means none"""
     size_embed_dim: int = Field(0, ge=0, multiple_of=2)
-    """width of the embedding of each of six sizes (original height and width, crop top and left, height and width),
-    added to the time embedding with the pooled vector (Podell et al. 2023, section 2.2); 256 in Stable Diffusion XL,
-    0 means none"""
+    """width of the embedding of each of six sizes (original height and width, crop top and left, height and width) that
+    are added like the pooled vector (Podell et al. 2023, section 2.2); 256 in Stable Diffusion XL, 0 means none"""
     scale_shift_norm: bool = False
     """let the time embedding scale and shift normed features, as in ADM; Stable Diffusion adds it"""
     coord_conv: bool = False
@@ -54,9 +52,9 @@ class UNetConfig(Config):
     norm_num_groups: int = Field(32, ge=1)
     """groups of each GroupNorm"""
     norm_min_group_channels: int = Field(1, ge=1)
-    """least channels of a norm group: a layer of c channels has min(norm_num_groups, c // norm_min_group_channels)
-    groups. Recipes with levels of less than 256 channels set 8: the time embedding is one number for each channel, and
-    a norm over groups of one or two channels removes most of it. Stable Diffusion has 1"""
+    """least channels of a norm group, so a layer of c channels has at most c // norm_min_group_channels groups. Recipes
+    with less than 256 channels set 8: norms over one or two channels remove most of the time embedding, which is one
+    number for each channel. Stable Diffusion has 1"""
 
     @model_validator(mode="after")
     def _check(self) -> "UNetConfig":

@@ -127,9 +127,8 @@ class Decoder(nn.Module):
 class PCASkip(nn.Module):
     """Linear compression of patches to latents and back, added to the networks where only patching changes the size.
 
-    The best linear autoencoder is known in closed form: principal components (Baldi and Hornik 1989). `init_from_pca`
-    sets it, so training starts from there and the networks learn what a linear map cannot do. Residual autoencoding is
-    from Chen et al. 2024 (DC-AE).
+    The best linear autoencoder is known in closed form, principal components (Baldi and Hornik 1989): training starts
+    from there and the networks learn what a linear map cannot do, as in the residual autoencoding of Chen et al. 2024.
     """
 
     def __init__(self, config: VAEConfig) -> None:
