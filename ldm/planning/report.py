@@ -122,12 +122,14 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def training_command(plan: StagePlan, config: PlanConfig) -> str:
     """The command that trains a stage: its flags are what differs from the file of the recipe."""
-    words, gpus = ["accelerate launch"], plan.machine.gpus
-    words += ["--mixed_precision bf16"] if gpus else []
-    words += [f"--multi_gpu --num_processes {gpus}"] if gpus > 1 else []
-    words += [f"scripts/train_{plan.file.stem}.py --config {Path('configs') / plan.file.relative_to(CONFIGS)}"]
+    words, gpus, stage = ["accelerate launch"], plan.machine.gpus, plan.file.stem
+    if gpus:
+        words.append("--mixed_precision bf16")
+    if gpus > 1:
+        words.append(f"--multi_gpu --num_processes {gpus}")
+    words.append(f"scripts/train_{stage}.py --config {Path('configs') / plan.file.relative_to(CONFIGS)}")
     recipe, planned = flatten(read_recipe(plan.file).to_dict()), flatten(plan.config.to_dict())
-    planned |= {"run": str(config.run / plan.file.stem), "data.source": config.source}
+    planned |= {"run": str(config.run / stage), "data.source": config.source}
     for key, value in planned.items():
         flag = key.replace("_", "-")
         if value == recipe[key]:
