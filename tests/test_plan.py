@@ -50,7 +50,7 @@ class One(Stage):
 
 
 def real_peak(plan: StagePlan, images: int, recompute: bool) -> int:
-    """Bytes that a real forward and backward pass had at once, beside the weights, as torch's profiler saw them."""
+    """Bytes that a real forward and backward pass had at once, without the weights, as torch's profiler saw them."""
     stage = plan.build(recompute, CPU)
     networks = {trainable.name: trainable.module for trainable in stage.trainables}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -125,9 +125,9 @@ def test_a_rate_is_measured() -> None:
 
 @pytest.mark.parametrize(("hours", "recipe"), [(0.5, "shapes"), (3.0, "emoji-cpu"), (200.0, "emoji")])
 def test_more_time_takes_a_larger_recipe_and_its_commands_are_read(hours: float, recipe: str) -> None:
-    told = make_plan(PlanConfig(hours=hours, **SMALL))
-    assert told[1].startswith(f"configs/{recipe}, of emoji, emoji-cpu, shapes: "), told
-    commands = [shlex.split(line) for line in told if line.startswith("accelerate launch scripts/train_")]
+    lines = make_plan(PlanConfig(hours=hours, **SMALL))
+    assert lines[1].startswith(f"configs/{recipe}, of emoji, emoji-cpu, shapes: "), lines
+    commands = [shlex.split(line) for line in lines if line.startswith("accelerate launch scripts/train_")]
     assert len(commands) == 3
     for words, (name, stage) in zip(commands, STAGES.items(), strict=True):
         words[words.index("--config") + 1] = str(CONFIGS.parent / words[words.index("--config") + 1])
@@ -136,24 +136,24 @@ def test_more_time_takes_a_larger_recipe_and_its_commands_are_read(hours: float,
 
 
 def test_a_folder_with_a_space_is_one_word_of_the_commands() -> None:
-    told = make_plan(PlanConfig(hours=0.02, source="my photos", **SMALL))
-    assert all("my photos" in shlex.split(line) for line in told if line.startswith("accelerate"))
+    lines = make_plan(PlanConfig(hours=0.02, source="my photos", **SMALL))
+    assert all("my photos" in shlex.split(line) for line in lines if line.startswith("accelerate"))
 
 
 def test_too_little_time_cuts_steps_and_warm_up() -> None:
-    told = "\n".join(make_plan(PlanConfig(hours=0.02, **SMALL)))
-    assert re.search(r"recipe needs .*; the budget covers \d+% of its steps", told)
-    words = next(line for line in told.splitlines() if "train_ldm" in line).split()
+    text = "\n".join(make_plan(PlanConfig(hours=0.02, **SMALL)))
+    assert re.search(r"recipe needs .*; the budget covers \d+% of its steps", text)
+    words = next(line for line in text.splitlines() if "train_ldm" in line).split()
     steps, warmup = (int(words[words.index(flag) + 1]) for flag in ("--steps", "--warmup-steps"))
     assert warmup <= steps // 10 and steps < 5200
-    told = "\n".join(make_plan(PlanConfig(hours=1e-9, **SMALL)))
-    assert "train_ldm.py" in told and "doctor.py" not in told  # which wants more steps than one
+    text = "\n".join(make_plan(PlanConfig(hours=1e-9, **SMALL)))
+    assert "train_ldm.py" in text and "doctor.py" not in text  # which wants more steps than one
 
 
-def test_latents_of_many_images_are_not_kept_in_memory() -> None:
-    told = make_plan(PlanConfig(hours=0.5, **SMALL | {"num_images": 10**8}))
-    assert any(line.startswith("latents: encoded in each step, since all of them need ") for line in told), told
-    assert all(line.endswith(" --no-cache-latents") for line in told if "train_ldm.py" in line or "doctor.py" in line)
+def test_latents_of_many_images_are_not_cached_in_memory() -> None:
+    lines = make_plan(PlanConfig(hours=0.5, **SMALL | {"num_images": 10**8}))
+    assert any(line.startswith("latents: encoded in each step, since all of them need ") for line in lines), lines
+    assert all(line.endswith(" --no-cache-latents") for line in lines if "train_ldm.py" in line or "doctor.py" in line)
     assert not any("--no-cache-latents" in line for line in make_plan(PlanConfig(hours=0.5, **SMALL)))
 
 
@@ -193,9 +193,9 @@ def test_no_rate_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
         planner.recipes(100, HERE, 1)
     shapes = {"shapes": list(stages("shapes", 32).values())}
     monkeypatch.setattr(report, "recipes", lambda size, machine, images: shapes)
-    told = make_plan(PlanConfig(gpus=1, memory_gib=24, size=32))
-    assert "pass --tflops" in told[-1] and "TFLOP/s a GPU needed" in told[2]
-    assert not any(line.startswith("accelerate") for line in told)
+    lines = make_plan(PlanConfig(gpus=1, memory_gib=24, size=32))
+    assert "pass --tflops" in lines[-1] and "TFLOP/s a GPU needed" in lines[2]
+    assert not any(line.startswith("accelerate") for line in lines)
     with pytest.raises(ValueError, match="--memory-gib: pass what the other machine has"):
         make_plan(PlanConfig(gpus=1, tflops=10))
 
