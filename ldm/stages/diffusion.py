@@ -23,12 +23,11 @@ from ldm.data.latents import LatentDataset
 from ldm.data.latents_in_memory import InMemoryLatents
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.imaging import captioned_grid, tensor_to_pil
-from ldm.interop.components import ModelComponents
 from ldm.io.tensors import init_weights, sha256
 from ldm.pipeline import Pipeline
 from ldm.pipeline.conditions import text_conditioning
 from ldm.pipeline.inputs import initial_noise
-from ldm.pipeline.load import load_components, load_vae
+from ldm.pipeline.load import load_vae
 from ldm.rng import StepRNG, generator
 from ldm.stages.latents import find_vae, open_latents, text_fingerprint
 from ldm.stages.splits import Splits, example_images
@@ -110,7 +109,7 @@ class DiffusionStage(Stage):
         stage = cls(config, vae, text, accelerator.device)
         stage.vae_sha256 = sha256(vae_folder / "vae.safetensors") if vae_folder else None
         if config.init_from and not config.resume:
-            stage.init_unet(load_components(config.init_from), config.init_from, accelerator)
+            stage.init_unet(Pipeline.load(config.init_from), config.init_from, accelerator)
         if config.cached_latents is None:
             data = Splits.open(config.data, config.seed)
             words = vocabulary(data.images.captions)
@@ -122,7 +121,7 @@ class DiffusionStage(Stage):
         stage.prepare(data, words, accelerator)
         return stage
 
-    def init_unet(self, source: ModelComponents, where: Path, accelerator: Accelerator) -> None:
+    def init_unet(self, source: Pipeline, where: Path, accelerator: Accelerator) -> None:
         """Start from the U-Net of a finished model; what else differs there, which is no error, is printed."""
         same_input = source.unet.config.model_copy(update={"cond_channels": self.config.unet.cond_channels})
         check_equal(self.config.unet, same_input, where)
