@@ -85,7 +85,7 @@ def load_vae(path: Path) -> VAE:
     ValueError: see `load_components`; a model without a VAE.
     """
     if model_kind(path) == "vae":
-        return _build_frozen(VAE, read_manifest(path, "vae", VAEManifest).vae, path / VAE_FILE)
+        return _build_frozen(VAE, read_manifest(path, "vae", VAEManifest.from_dict).vae, path / VAE_FILE)
     vae = load_components(path).vae
     if vae is None:
         raise ValueError(f"{path} was trained in pixels and has no VAE: pass the model folder of a train_vae run")
@@ -93,7 +93,7 @@ def load_vae(path: Path) -> VAE:
 
 
 def _read_folder(folder: Path) -> ModelComponents:
-    manifest = read_manifest(folder, "pipeline", PipelineManifest)
+    manifest = read_manifest(folder, "pipeline", PipelineManifest.from_dict)
     vae = _build_frozen(VAE, manifest.vae, folder / VAE_FILE) if manifest.vae else None
     if vae is not None and sha256(folder / VAE_FILE) != manifest.vae_sha256:
         raise ValueError(f"{folder / VAE_FILE} is not the VAE that this U-Net was trained on: put that one back")
