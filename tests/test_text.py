@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm.text import (
-    DualTextEncoder,
     TextConditioner,
     TextConfig,
     TextEncoder,
@@ -33,8 +32,14 @@ def folder(tiny_runs: Path) -> Path:
     return tiny_runs / "clip/model"
 
 
-def load(folder: Path, **values: Any) -> TextEncoder:
-    return TextEncoder.load(TextConfig(model=f"local-dir:{folder}", **values))
+def load(folder: Path, **values: Any) -> TextConditioner:
+    """A conditioner of one tower."""
+    return TextConditioner(TextEncoder.load(TextConfig(model=f"local-dir:{folder}", **values)))
+
+
+def pair(first: TextConditioner, second: TextConditioner) -> TextConditioner:
+    """The towers of both."""
+    return TextConditioner(*first.encoders, *second.encoders)
 
 
 def write_config(folder: Path, like: Path, **text_cfg: object) -> None:
@@ -133,7 +138,7 @@ def test_an_empty_prompt_can_be_zeros(method: str, folder: Path) -> None:
 def test_two_towers_are_concatenated(method: str, folder: Path) -> None:
     first = load(folder, pad_token_id=49407)
     second = load(folder, pad_token_id=0, layer="penultimate", use_pooled=True)
-    both = DualTextEncoder(first, second)
+    both = pair(first, second)
     assert (both.width, both.pooled_dim) == (first.width + second.width, second.pooled_dim)
     a, b, joined = (getattr(encoder, method)(PROMPTS) for encoder in (first, second, both))
     assert torch.equal(joined.hidden_states, torch.cat([a.hidden_states, b.hidden_states], -1)) and joined.mask is None
@@ -143,15 +148,15 @@ def test_two_towers_are_concatenated(method: str, folder: Path) -> None:
 def test_two_towers_that_do_not_match_are_refused(folder: Path) -> None:
     first, second = load(folder), load(folder, pad_token_id=0)
     with pytest.raises(ValueError, match=r"pad_token_id.*text and second_text"):
-        DualTextEncoder(first, second)
-    first.tower.length = 20
+        pair(first, second)
+    first.encoders[0].tower.length = 20
     with pytest.raises(ValueError, match="context lengths 20 and 24.*choose equal"):
-        DualTextEncoder(first, load(folder))
+        pair(first, load(folder))
 
 
 def conditioner(folder: Path, *, two: bool, **values: Any) -> TextConditioner:
     text = load(folder, **values)
-    return DualTextEncoder(text, load(folder, layer="penultimate", **values)) if two else text
+    return pair(text, load(folder, layer="penultimate", **values)) if two else text
 
 
 @pytest.mark.parametrize("values", [{}, {"pad_token_id": 49407}, {"zero_empty_prompt": True, "use_pooled": True}])
@@ -216,8 +221,9 @@ def test_none_one_or_two_towers(tiny_runs: Path, folder: Path) -> None:
     latest, none = TextConfig(), TextConfig(model="none")
     assert load_text_encoder([none, none], tiny_runs, "") is None
     one = load_text_encoder([latest, none], tiny_runs, "")
-    assert isinstance(one, TextEncoder) and one.model_id == f"local-dir:{folder}"
-    assert isinstance(load_text_encoder([latest, latest], tiny_runs, ""), DualTextEncoder)
+    two = load_text_encoder([latest, latest], tiny_runs, "")
+    assert one is not None and [encoder.model_id for encoder in one.encoders] == [f"local-dir:{folder}"]
+    assert two is not None and [encoder.model_id for encoder in two.encoders] == [f"local-dir:{folder}"] * 2
 
 
 def test_without_a_finished_tower_the_command_is_named(tmp_path: Path) -> None:
@@ -228,7 +234,7 @@ def test_without_a_finished_tower_the_command_is_named(tmp_path: Path) -> None:
 def test_a_random_tower_needs_no_file() -> None:
     """Its prompts are not trimmed, so that no shape depends on them; what follows their end stays masked."""
     cfg = {"embed_dim": 24, "text_cfg": {"context_length": 20, "width": 32, "heads": 2, "layers": 2}}
-    text = TextEncoder.random(TextConfig(model="latest", use_pooled=True), cfg)
+    text = TextConditioner(TextEncoder.random(TextConfig(model="latest", use_pooled=True), cfg))
     embeddings = text(["a star"])
     assert embeddings.hidden_states.shape == (1, 20, 32) and text.pooled_dim == 24
     assert embeddings.mask is not None and 3 < embeddings.mask.sum() < 20
@@ -250,10 +256,12 @@ def test_a_tower_without_weights_is_an_error(folder: Path, tmp_path: Path) -> No
     tensors = load_file(folder / WEIGHTS_NAME)
     del tensors["ln_final.weight"], tensors["text_projection"]
     save_file(tensors, tmp_path / WEIGHTS_NAME)
-    with pytest.raises(ValueError, match=rf"{WEIGHTS_NAME} lacks 2 tensors.*text_projection.*download it again"):
+    with pytest.raises(
+        ValueError, match=rf"{WEIGHTS_NAME} does not fit .* 2 tensors differ: text_projection expected .*, got none"
+    ):
         load(tmp_path)
     (tmp_path / WEIGHTS_NAME).write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=rf"{WEIGHTS_NAME} cannot be read.*download it again"):
+    with pytest.raises(ValueError, match=rf"{WEIGHTS_NAME} is damaged.*download it again"):
         load(tmp_path)
 
 

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from ldm.diffusion.process import Diffusion
 from ldm.interop.key_map import Rename, remap_state_dict
-from ldm.io.tensors import read_tensors
-from ldm.text import DualTextEncoder, TextConditioner, TextConfig, TextEncoder
-from ldm.text.config import CONVERTED
+from ldm.text import TextConditioner, TextConfig, TextEncoder
 from ldm.text.tokenizer import Tokenizer
 from ldm.text.tower import TextTower
+from ldm.text.weights import CONVERTED
 from ldm.unet import UNet
 from ldm.vae import VAE
 
@@ -51,47 +50,30 @@ class ModelComponents(NamedTuple):
         """What kind of model this is, in words."""
         if self.vae is None or self.text is None or self.metadata:
             return "a model of ldm"
-        quick_gelu = self.text.encoders[0].tower.blocks[0].quick_gelu
-        version = "XL" if isinstance(self.text, DualTextEncoder) else "1" if quick_gelu else "2"
         inpainting = " for inpainting" if self.unet.config.cond_channels else ""
-        zero = " at zero terminal SNR" if self.diffusion.config.zero_terminal_snr else ""
-        prediction = self.diffusion.config.prediction
-        return f"Stable Diffusion {version}{inpainting}, predicts {prediction}{zero}, {self.resolution} pixels"
+        config = self.diffusion.config
+        predicts = f"predicts {config.prediction}{' at zero terminal SNR' if config.zero_terminal_snr else ''}"
+        return f"Stable Diffusion {sd_version(self.text)}{inpainting}, {predicts}, {self.resolution} pixels"
 
 
-class ExportComponents(NamedTuple):
-    """Components that another format can hold."""
-
-    unet: UNet
-    diffusion: Diffusion
-    vae: VAE
-    text: TextConditioner
-    resolution: int
-
-    @property
-    def is_xl(self) -> bool:
-        """Whether this is a model like Stable Diffusion XL, with two towers."""
-        return isinstance(self.text, DualTextEncoder)
+def sd_version(text: TextConditioner) -> str:
+    """Of Stable Diffusion 1, 2 or XL, the one whose text towers these are like."""
+    if len(text.encoders) == 2:
+        return "XL"
+    return "1" if text.encoders[0].tower.blocks[0].quick_gelu else "2"
 
 
 # Reading.
 
 
 @contextmanager
-def unsupported_config_errors(where: str) -> Iterator[None]:
+def unsupported_config_errors(where: object) -> Iterator[None]:
     """ValueError that begins with `where`, for settings or shapes that do not make a network."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ZeroDivisionError, RuntimeError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(f"{where}: unsupported architecture ({reason})") from None
-
-
-def read_file(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError when it is damaged or another kind of file."""
-    if file.suffix == ".ckpt":
-        raise ValueError(f"{file} is a pickle, which can hold code: convert it with `python scripts/convert.py`")
-    return read_tensors(file)
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where}: unsupported configuration ({' '.join(reason.split())[:300]})") from None
 
 
 def channel_mult(widths: Sequence[int]) -> tuple[int, ...]:
@@ -108,17 +90,14 @@ def count_blocks(tensors: Mapping[str, Tensor], prefix: str, *, start: int = 0) 
 
 
 def build_frozen(
-    make: Callable[[], Network], tensors: dict[str, Tensor], rename: Rename, where: str, **buffers: Tensor
+    make: Callable[[], Network], tensors: Mapping[str, Tensor], rename: Rename, where: str, **buffers: Tensor
 ) -> Network:
     """A frozen network in float32 with these tensors, which `rename` maps our names to, and with buffers of our own."""
     with unsupported_config_errors(where), torch.device("meta"):
         network = make()
     ours = {name: tensor for name, tensor in network.state_dict().items() if name not in buffers}
-    try:
-        tensors = remap_state_dict(tensors, ours, rename)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    network.load_state_dict({name: tensor.float() for name, tensor in (buffers | tensors).items()}, assign=True)
+    tensors = buffers | remap_state_dict(tensors, ours, rename, where)
+    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return network.requires_grad_(False).eval()
 
 
@@ -128,32 +107,26 @@ def latent_buffers(channels: int, *, scale: float, shift: float = 0.0) -> dict[s
 
 
 def text_encoder(
-    tensors: dict[str, Tensor], config: TextConfig, where: str, *, quick_gelu: bool, heads: int | None = None
+    tensors: Mapping[str, Tensor], config: TextConfig, where: str, *, quick_gelu: bool, heads: int | None = None
 ) -> TextEncoder:
     """A frozen tower of tensors under our names; its sizes come from shapes, heads are 64 wide if not given.
 
     ValueError: another vocabulary than CLIP's; tensors that are missing, extra, misshapen or not finite.
     """
-    hidden = "transformer.resblocks.0.mlp.c_fc.weight"
-    needed = ("token_embedding.weight", "positional_embedding", "text_projection", hidden)
-    if missing := [name for name in needed if name not in tensors]:
-        raise ValueError(f"{where}: tensors of a text tower are missing: {', '.join(missing)}")
     with unsupported_config_errors(where):
-        (vocab_size, width), (length, _) = (
-            tensors["token_embedding.weight"].shape,
-            tensors["positional_embedding"].shape,
-        )
+        vocab_size, width = tensors["token_embedding.weight"].shape
+        length = tensors["positional_embedding"].shape[0]
         text_cfg = {
             "context_length": length,
             "vocab_size": vocab_size,
             "width": width,
             "heads": heads or max(width // HEAD_DIM, 1),
             "layers": count_blocks(tensors, "transformer.resblocks"),
-            "mlp_ratio": tensors[hidden].shape[0] / width,
+            "mlp_ratio": tensors["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
         }
         cfg = {"embed_dim": tensors["text_projection"].shape[1], "quick_gelu": quick_gelu, "text_cfg": text_cfg}
-    if vocab_size < CLIP_VOCAB_SIZE:
-        raise ValueError(f"{where}: a vocabulary of {vocab_size:,} tokens; {CLIP_VOCABULARY}")
+        if vocab_size < CLIP_VOCAB_SIZE:
+            raise ValueError(f"a vocabulary of {vocab_size:,} tokens; {CLIP_VOCABULARY}")
     tower = build_frozen(lambda: TextTower(cfg), tensors, str, where)
     return TextEncoder(tower, Tokenizer(length), config, model_id=CONVERTED, weights=Path(config.model))
 
@@ -161,38 +134,54 @@ def text_encoder(
 # Writing.
 
 
-def check_exportable(
-    components: ModelComponents, target: str, unsupported: Callable[[ExportComponents], list[str]]
-) -> ExportComponents:
-    """ValueError unless `target` can hold a model; `unsupported` lists the settings that this target alone cannot."""
+class ExportComponents(NamedTuple):
+    """Components that another format can hold."""
+
+    unet: UNet
+    diffusion: Diffusion
+    vae: VAE
+    text: TextConditioner
+    resolution: int
+    version: str  # 1, 2 or XL
+
+
+def export_components(components: ModelComponents, target: str) -> ExportComponents:
+    """The components without what only a model folder of ldm has; ValueError where `target` needs more."""
     unet, diffusion, vae, text, resolution, *_ = components
     if vae is None or text is None:
         lacks = "VAE" if vae is None else "text tower"
         raise ValueError(f"cannot export to {target}: the model has no {lacks}; only a model folder of ldm can hold it")
-    parts = ExportComponents(unet, diffusion, vae, text, resolution)
-    if settings := [*unsupported_settings(parts), *unsupported(parts)]:
-        raise ValueError(f"cannot export to {target}: unsupported settings {', '.join(settings)}")
-    return parts
+    return ExportComponents(unet, diffusion, vae, text, resolution, sd_version(text))
 
 
-def unsupported_settings(parts: ExportComponents) -> list[str]:
-    """Settings that no format of the Stable Diffusion family can hold."""
-    unet, vae, diffusion = parts.unet.config, parts.vae.config, parts.diffusion.config
-    settings = {
-        "unet.patch_size": unet.patch_size > 1,
-        "unet.coord_conv": unet.coord_conv,
-        "unet.pooled_dim": unet.pooled_dim > 0 and not parts.is_xl,
-        "unet.size_embed_dim": (unet.size_embed_dim > 0) != parts.is_xl,
-        "unet.norm_min_group_channels": len({*unet.norm_groups.values()}) > 1,
-        "vae.patch_size": vae.patch_size > 1,
-        "diffusion.noise_schedule": diffusion.noise_schedule not in ("scaled_linear", "linear"),
-        "diffusion.prediction": diffusion.prediction == "flow",
+def check_exportable(
+    parts: ExportComponents, target: str, only: Mapping[str, Mapping[str, Any]], others: Mapping[str, bool]
+) -> None:
+    """ValueError names the settings that `target` cannot hold.
+
+    `only` has, by part and setting, the one value that it can hold; `others` has settings, and whether they differ.
+    """
+    unet, is_xl = parts.unet.config, parts.version == "XL"
+    configs: dict[str, Any] = {"unet": unet, "vae": parts.vae.config, "diffusion": parts.diffusion.config}
+    configs |= zip(("text", "second_text"), (encoder.config for encoder in parts.text.encoders), strict=False)
+    family: dict[str, dict[str, Any]] = {  # what no format of it has another value of
+        "unet": {"patch_size": 1, "coord_conv": False} | ({} if is_xl else {"pooled_dim": 0, "size_embed_dim": 0}),
+        "vae": {"patch_size": 1},
     }
-    towers = {"text": SDXL_TEXT_1, "second_text": SDXL_TEXT_2} if parts.is_xl else {"text": SD_TEXT}
-    for encoder, (name, fixed) in zip(parts.text.encoders, towers.items(), strict=True):
-        settings[f"{name}.pad_token_id"] = encoder.config.pad_token_id is None
-        settings |= {f"{name}.{key}": getattr(encoder.config, key) != value for key, value in fixed.items()}
-    return [name for name, unsupported in settings.items() if unsupported]
+    wrong = [
+        f"{part}.{name} {getattr(config, name)} (only {value})"
+        for part, config in configs.items()
+        for name, value in {**family.get(part, {}), **only.get(part, {})}.items()
+        if getattr(config, name) != value
+    ]
+    others = {
+        "unet.size_embed_dim 0": is_xl and not unet.size_embed_dim,
+        "unet.norm_min_group_channels": len({*unet.norm_groups.values()}) > 1,
+        **others,
+    }
+    wrong += [name for name, differs in others.items() if differs]
+    if wrong:
+        raise ValueError(f"cannot export to {target}: unsupported settings {', '.join(wrong)}")
 
 
 def fold_latent_stats(vae: VAE, *, scale: float) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ def read_manifest(folder: Path, kind: str, parse: Callable[..., Manifest]) -> Ma
     path = folder / "model.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a model folder (it has no model.json): pass RUN/model of a finished run")
-    values = _read_json(path)
+    values = read_json(path)
     model_format, found_kind = values.pop("format", None), values.pop("kind", None)
     if model_format not in VOCABULARY_FILES:
         readable = " and ".join(VOCABULARY_FILES)
@@ -79,12 +79,22 @@ def read_manifest(folder: Path, kind: str, parse: Callable[..., Manifest]) -> Ma
 def model_kind(folder: Path) -> str | None:
     """The kind of a model folder; None where it is not one of ours."""
     path = folder / "model.json"
-    return str(_read_json(path).get("kind")) if path.is_file() else None
+    return str(read_json(path).get("kind")) if path.is_file() else None
 
 
 def read_vocabulary(folder: Path) -> list[str]:
     """The words of the training captions, in order; ValueError when the file is missing."""
-    return read_text(folder / VOCABULARY_FILES[_read_json(folder / "model.json")["format"]]).split()
+    return read_text(folder / VOCABULARY_FILES[read_json(folder / "model.json")["format"]]).split()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError when it is missing or damaged."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: copy or download the folder again")
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{path} is damaged: copy or download the folder again, or remove it") from None
 
 
 def read_text(path: Path) -> str:
@@ -99,17 +109,10 @@ def read_text(path: Path) -> str:
 
 def latest_model(kind: str, root: Path, *, script: str) -> Path:
     """The model folder of this kind below `root` that was finished last; ValueError names the script that makes one."""
-    paths = [path for path in root.glob("**/model/model.json") if _read_json(path).get("kind") == kind]
+    paths = [path for path in root.glob("**/model/model.json") if read_json(path).get("kind") == kind]
     if not paths:
         raise ValueError(f"no finished {kind} below {root}: run `{script}` first, or pass one")
     return max(paths, key=lambda path: path.stat().st_mtime).parent
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"{path} is damaged: copy the model folder again, or remove it") from None
 
 
 def _from_format_1(values: dict[str, Any], part: str = "") -> dict[str, Any]:

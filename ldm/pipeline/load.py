@@ -14,7 +14,7 @@ from ldm.io.atomic import write_text
 from ldm.io.model_dir import MODEL_FORMAT, VOCABULARY_FILES, model_kind, read_manifest, read_vocabulary, write_manifest
 from ldm.io.tensors import load_weights, save_weights, sha256
 from ldm.text import TextConditioner, TextConfig, TextEncoder, combine_encoders
-from ldm.text.config import LOCAL
+from ldm.text.weights import LOCAL
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
 
