@@ -916,38 +916,13 @@ def test_small_pipelines_are_read_and_written(kind: str, clip_files: tuple[str, 
 
 
 def test_another_vocabulary_than_clips_is_refused(clip_files: tuple[str, str], tmp_path: Path) -> None:
-    """As of the pipelines of diffusers' and transformers' tests: a text model, or a tokenizer, of few tokens."""
-    transformers = pytest.importorskip("transformers")
+    """As of the pipelines of diffusers' and transformers' tests: a text model of few tokens."""
     pipeline = small_pipeline("sd-4", clip_files)
     tokens = {"vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
     pipeline.text_encoder, _ = their_tower(clip_files, 32, openai=True, **tokens)
     pipeline.save_pretrained(tmp_path / "text")
-    with pytest.raises(ValueError, match="text/text_encoder: .*a vocabulary of 1,000 tokens; .*use CLIP's tokenizer"):
+    with pytest.raises(ValueError, match="text/text_encoder: .*a vocabulary of 1,000 tokens: use CLIP's tokenizer"):
         load_components(tmp_path / "text")
-    words = [
-        "l",
-        "o",
-        "w",
-        "e",
-        "r",
-        "lo",
-        "w</w>",
-        "r</w>",
-        "er</w>",
-        "low</w>",
-        "<unk>",
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    (tmp_path / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\nl o\nlo w</w>\ne r</w>\n")
-    files = (str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
-    tokenizer = transformers.CLIPTokenizer(*files, unk_token="<unk>")
-    shutil.copytree(tmp_path / "text", tmp_path / "tokens")
-    shutil.rmtree(tmp_path / "tokens/tokenizer")
-    tokenizer.save_pretrained(tmp_path / "tokens/tokenizer")
-    with pytest.raises(ValueError, match="tokens/tokenizer: 13 tokens of another vocabulary; .*use CLIP's tokenizer"):
-        load_components(tmp_path / "tokens")
 
 
 def test_models_without_vae_or_text_are_not_exported(loaded: Any, tmp_path: Path) -> None:

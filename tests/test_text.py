@@ -11,14 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.text import (
-    TextConditioner,
-    TextConfig,
-    TextEncoder,
-    encode_for_cache,
-    load_text_encoder,
-    states_from_cache,
-)
+from ldm.text import TextConditioner, TextConfig, TextEncoder, load_text_encoder
 from ldm.text.tokenizer import Tokenizer
 from ldm.text.tower import TextTower
 from ldm.text.weights import CONFIG_NAME, WEIGHTS_NAME
@@ -165,12 +158,12 @@ def test_cached_embeddings_are_the_same(values: dict[str, Any], two: bool, folde
     """Encoded one by one, or together, and put in batches of any length."""
     text = conditioner(folder, two=two, **values)
     ids = text.tokenize(PROMPTS)
-    hidden_states, pooled = encode_for_cache(text, ids)
-    alone = [encode_for_cache(text, ids[i : i + 1])[0] for i in range(3)]
+    hidden_states, pooled = text.encode_for_cache(ids)
+    alone = [text.encode_for_cache(ids[i : i + 1])[0] for i in range(3)]
     torch.testing.assert_close(hidden_states, torch.cat(alone), rtol=1e-5, atol=1e-5)
     for batch in ([0, 1], [2, 1], [1]):
         want = text.encode_ids(ids[batch])
-        cached = states_from_cache(text, ids[batch], hidden_states[batch], pooled[batch])
+        cached = text.states_from_cache(ids[batch], hidden_states[batch], pooled[batch])
         assert cached.hidden_states.shape == want.hidden_states.shape
         mask = torch.ones(want.hidden_states.shape[:2], dtype=torch.bool) if want.mask is None else want.mask
         assert (cached.mask is None) == (want.mask is None)
@@ -186,8 +179,8 @@ def test_nothing_waits_for_the_device(values: dict[str, Any], two: bool, folder:
     text = conditioner(folder, two=two, **values)
     ids, want = text.tokenize(PROMPTS), text(PROMPTS)
     text.to("meta")
-    hidden_states, pooled = encode_for_cache(text, ids)
-    for embeddings in (text.encode_ids(ids), states_from_cache(text, ids, hidden_states, pooled)):
+    hidden_states, pooled = text.encode_for_cache(ids)
+    for embeddings in (text.encode_ids(ids), text.states_from_cache(ids, hidden_states, pooled)):
         for tensor, like in zip(embeddings, want, strict=True):
             if tensor is None or like is None:
                 assert tensor is like is None

@@ -20,10 +20,6 @@ from ldm.unet import UNet
 from ldm.vae import VAE
 
 CLIP_VOCAB_SIZE = 49_408
-CLIP_VOCABULARY = (
-    f"only CLIP's own, of {CLIP_VOCAB_SIZE:,} tokens, is supported: use CLIP's tokenizer, and a text model with its "
-    "vocabulary, of any width and depth"
-)
 NUM_GROUPS = 32  # of the norms of the Stable Diffusion family
 HEAD_DIM = 64  # width of an attention head, where shapes do not show it
 # What all formats of the family have in common for a tower, and for the two of Stable Diffusion XL.
@@ -126,7 +122,9 @@ def text_encoder(
         }
         cfg = {"embed_dim": tensors["text_projection"].shape[1], "quick_gelu": quick_gelu, "text_cfg": text_cfg}
         if vocab_size < CLIP_VOCAB_SIZE:
-            raise ValueError(f"a vocabulary of {vocab_size:,} tokens; {CLIP_VOCABULARY}")
+            raise ValueError(
+                f"a vocabulary of {vocab_size:,} tokens: use CLIP's tokenizer and {CLIP_VOCAB_SIZE:,} tokens"
+            )
     tower = build_frozen(lambda: TextTower(cfg), tensors, str, where)
     return TextEncoder(tower, Tokenizer(length), config, model_id=CONVERTED, weights=Path(config.model))
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.interop import key_map
 from ldm.interop.components import (
-    CLIP_VOCABULARY,
     NUM_GROUPS,
     SD_TEXT,
     SDXL_TEXT_1,
@@ -34,7 +33,6 @@ from ldm.io.atomic import write_tensors, write_text
 from ldm.io.model_dir import read_json
 from ldm.io.tensors import read_tensors
 from ldm.text import TextConditioner, TextConfig, TextEncoder
-from ldm.text.tokenizer import Tokenizer
 from ldm.unet import UNet, UNetConfig
 from ldm.unet.model import NUM_SIZE_CONDS
 from ldm.vae import VAE, VAEConfig
@@ -161,7 +159,6 @@ def _read_diffusion(path: Path) -> Diffusion:
 def _read_text(folder: Path, suffix: str, settings: dict[str, Any]) -> TextEncoder:
     """The frozen tower of text_encoder{suffix}/, which pads prompts as tokenizer{suffix}/ does."""
     where, tokenizer = folder / f"text_encoder{suffix}", folder / f"tokenizer{suffix}"
-    _check_vocabulary(tokenizer)
     special = tokenizer / "special_tokens_map.json"  # as in transformers, it has the last word
     with _open_config(tokenizer / "tokenizer_config.json") as values:
         pad = (values | (read_json(special) if special.is_file() else {})).get("pad_token", "<|endoftext|>")
@@ -173,24 +170,6 @@ def _read_text(folder: Path, suffix: str, settings: dict[str, Any]) -> TextEncod
         tensors = key_map.text_from_transformers(_read_tensors(where, "model"))
     config = TextConfig(model=str(folder), pad_token_id=pad_token_id, **settings)
     return text_encoder(tensors, config, str(where), quick_gelu=quick_gelu, heads=heads)
-
-
-def _check_vocabulary(tokenizer: Path) -> None:
-    """ValueError unless a tokenizer has CLIP's tokens, if it lists them; it may have more."""
-    if (tokenizer / "vocab.json").is_file():
-        vocabulary = read_json(tokenizer / "vocab.json")
-    elif (tokenizer / "tokenizer.json").is_file():
-        with _open_config(tokenizer / "tokenizer.json") as values:
-            vocabulary = dict(values["model"]["vocab"])
-    else:
-        return
-    if not _clip_vocabulary(Tokenizer(77)).items() <= vocabulary.items():
-        raise ValueError(f"{tokenizer}: {len(vocabulary):,} tokens of another vocabulary; {CLIP_VOCABULARY}")
-
-
-def _clip_vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of all tokens as transformers names them."""
-    return {SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()}
 
 
 def _read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
@@ -382,7 +361,7 @@ def _write_text_encoder(folder: Path, text: TextEncoder, version: str) -> None:
 def _write_tokenizer(folder: Path, text: TextEncoder) -> None:
     """CLIP's vocabulary and merges as transformers reads them."""
     tokenizer = text.tokenizer
-    _write_json(folder / "vocab.json", _clip_vocabulary(tokenizer))
+    _write_json(folder / "vocab.json", {SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()})
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
     write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
     special = {

@@ -32,8 +32,8 @@ from ldm.pipeline.load import load_components, load_vae
 from ldm.rng import StepRNG, generator
 from ldm.stages.latents import open_latents, text_fingerprint
 from ldm.stages.splits import Splits, example_images
-from ldm.text import TextConditioner, TextConfig, TextEmbeddings, encode_for_cache, load_text_encoder, states_from_cache
-from ldm.text.vocabulary import vocabulary
+from ldm.text import TextConditioner, TextConfig, TextEmbeddings, load_text_encoder
+from ldm.text.tokenizer import vocabulary
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Batch, Networks, Stage, Trainable
 from ldm.unet import UNet, UNetConfig
@@ -199,13 +199,13 @@ class DiffusionStage(Stage):
             drop_captions(batch[key].to(self.device, non_blocking=True), dropped, empty)
             for key, empty in zip(("hidden_states", "pooled"), self._empty_embeddings, strict=True)
         )
-        return states_from_cache(self.text, ids, hidden_states, pooled)
+        return self.text.states_from_cache(ids, hidden_states, pooled)
 
     @cached_property
     def _empty_embeddings(self) -> tuple[Tensor, Tensor]:
         assert self.text is not None and self.empty_ids is not None
         with torch.autocast(self.device.type, enabled=False):  # in float32, as the embeddings of captions were cached
-            return encode_for_cache(self.text, self.empty_ids)
+            return self.text.encode_for_cache(self.empty_ids)
 
     def example_batch(self, count: int) -> Batch:
         """Random images, or latents where the configuration caches them."""

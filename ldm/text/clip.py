@@ -7,7 +7,6 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -68,11 +67,6 @@ class CLIP(nn.Module):
         config = {"model_cfg": self.architecture, "preprocess_cfg": preprocess}
         write_text(folder / CONFIG_NAME, json.dumps(config, indent=2))
         write_tensors(folder / WEIGHTS_NAME, self.model.state_dict())
-
-
-def clip_loss(*, rank: int, world: int) -> ClipLoss:
-    """open_clip's symmetric cross-entropy over the global batch of all ranks."""
-    return ClipLoss(gather_with_grad=True, rank=rank, world_size=world)
 
 
 @torch.no_grad()

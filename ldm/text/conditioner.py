@@ -55,6 +55,28 @@ class TextConditioner(nn.Module):
         """See `TextEncoder`."""
         return self._concatenate([encoder.encode_prompts(prompts) for encoder in self.encoders])
 
+    def encode_for_cache(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids (b, context_length) on the CPU -> hidden states (b, context_length, width), pooled (b, embed_dim).
+
+        The hidden states are zero after the end of each prompt, unless prompts are padded.
+        """
+        hidden_states, mask, pooled = self.encode_ids(ids)
+        if mask is not None:
+            hidden_states = hidden_states * mask[..., None]
+        return F.pad(hidden_states, (0, 0, 0, ids.shape[1] - hidden_states.shape[1])), pooled
+
+    def states_from_cache(self, ids: Tensor, hidden_states: Tensor, pooled: Tensor) -> TextEmbeddings:
+        """What `encode_ids` would give for ids (b, context_length) on the CPU, from what `encode_for_cache` gave.
+
+        `hidden_states` and `pooled` may be on any device; nothing waits for it.
+        """
+        if self.encoders[0].config.pad_token_id is not None:
+            return TextEmbeddings(hidden_states, None, pooled)
+        end = ids.argmax(dim=1, keepdim=True)
+        length = int(end.max()) + 1
+        mask = to_device(torch.arange(length) <= end, hidden_states.device)
+        return TextEmbeddings(hidden_states[:, :length], mask, pooled)
+
     def _concatenate(self, embeddings: list[TextEmbeddings]) -> TextEmbeddings:
         both = zip(self.encoders, embeddings, strict=True)
         pooled = [own.pooled for encoder, own in both if encoder.config.use_pooled] or [embeddings[-1].pooled]
@@ -80,30 +102,3 @@ def load_text_encoder(towers: Sequence[TextConfig], runs_dir: Path, command: str
         if model_id != "none":
             encoders.append(TextEncoder.load(config, model_id=model_id))
     return combine_encoders(encoders)
-
-
-# Embeddings that are computed once and cached.
-
-
-def encode_for_cache(text: TextConditioner, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids (b, context_length) on the CPU -> hidden states (b, context_length, width), pooled (b, embed_dim).
-
-    The hidden states are zero after the end of each prompt, unless prompts are padded.
-    """
-    hidden_states, mask, pooled = text.encode_ids(ids)
-    if mask is not None:
-        hidden_states = hidden_states * mask[..., None]
-    return F.pad(hidden_states, (0, 0, 0, ids.shape[1] - hidden_states.shape[1])), pooled
-
-
-def states_from_cache(text: TextConditioner, ids: Tensor, hidden_states: Tensor, pooled: Tensor) -> TextEmbeddings:
-    """What `encode_ids` would give for ids (b, context_length) on the CPU, from the output of `encode_for_cache`.
-
-    `hidden_states` and `pooled` may be on any device; nothing waits for it.
-    """
-    if text.encoders[0].config.pad_token_id is not None:
-        return TextEmbeddings(hidden_states, None, pooled)
-    end = ids.argmax(dim=1, keepdim=True)
-    length = int(end.max()) + 1
-    mask = to_device(torch.arange(length) <= end, hidden_states.device)
-    return TextEmbeddings(hidden_states[:, :length], mask, pooled)

@@ -18,7 +18,6 @@ from ldm.text.tower import TextEmbeddings, TextTower, to_device
 from ldm.text.weights import CONFIG_NAME, CONVERTED, LOCAL, WEIGHTS_NAME, load_tower
 
 MAX_PROMPT_CHUNKS = 20
-Chunk = list[tuple[int, float]]  # tokens of a prompt and their weights, as many as the tower has room for
 
 
 class TextConfig(Config):
@@ -127,15 +126,20 @@ class TextEncoder(nn.Module):
         """
         chunks = [self._chunks(prompt) for prompt in prompts]
         count = max(map(len, chunks))
-        embeddings = self._embed_chunks([chunk for own in chunks for chunk in own + [[]] * (count - len(own))])
-        hidden_states = rearrange(embeddings.hidden_states, "(b n) l w -> b (n l) w", n=count)
-        mask = None
-        if embeddings.mask is not None:
+        start, end = (self.tokenizer.sot_token_id, 1.0), (self.tokenizer.eot_token_id, 1.0)
+        rows = [[start, *chunk, end] for own in chunks for chunk in own + [[]] * (count - len(own))]
+        length = max(map(len, rows)) if self.config.pad_token_id is None else self.tower.length
+        padding = (self.config.pad_token_id or 0, 1.0)
+        padded = torch.tensor([row + [padding] * (length - len(row)) for row in rows])  # ids are exact in float32
+        ids, weights = padded.unbind(-1)
+        hidden_states, mask, pooled = self._embed(ids.long())
+        hidden_states = hidden_states * to_device(weights, self._device)[..., None]
+        if mask is not None:
             used = torch.tensor([i < len(own) for own in chunks for i in range(count)])
-            mask = embeddings.mask & to_device(used, self._device)[:, None]
-            mask = rearrange(mask, "(b n) l -> b (n l)", n=count)
+            mask = rearrange(mask & to_device(used, self._device)[:, None], "(b n) l -> b (n l)", n=count)
+        hidden_states = rearrange(hidden_states, "(b n) l w -> b (n l) w", n=count)
         nonempty = torch.tensor([bool(prompt.strip()) for prompt in prompts])
-        return self._zero_empty(TextEmbeddings(hidden_states, mask, embeddings.pooled[::count]), nonempty)
+        return self._zero_empty(TextEmbeddings(hidden_states, mask, pooled[::count]), nonempty)
 
     @property
     def _device(self) -> torch.device:
@@ -147,18 +151,6 @@ class TextEncoder(nn.Module):
         embeddings = self.tower(to_device(ids, self._device), layer=layer, final_layer_norm=final_layer_norm)
         return embeddings if self.config.pad_token_id is None else embeddings._replace(mask=None)
 
-    def _embed_chunks(self, chunks: list[Chunk]) -> TextEmbeddings:
-        """The embeddings of chunks between start and end token, hidden states times weights."""
-        start, end = (self.tokenizer.sot_token_id, 1.0), (self.tokenizer.eot_token_id, 1.0)
-        rows = [[start, *chunk, end] for chunk in chunks]
-        length = max(map(len, rows)) if self.config.pad_token_id is None else self.tower.length
-        padding = (self.config.pad_token_id or 0, 1.0)
-        padded = torch.tensor([row + [padding] * (length - len(row)) for row in rows])  # ids are exact in float32
-        ids, weights = padded.unbind(-1)
-        embeddings = self._embed(ids.long())
-        hidden_states = embeddings.hidden_states * to_device(weights, self._device)[..., None]
-        return embeddings._replace(hidden_states=hidden_states)
-
     def _zero_empty(self, embeddings: TextEmbeddings, nonempty: Tensor) -> TextEmbeddings:
         """Zeros where the prompt is not `nonempty` (b,), with `zero_empty_prompt`."""
         if not self.config.zero_empty_prompt:
@@ -168,8 +160,8 @@ class TextEncoder(nn.Module):
             hidden_states=embeddings.hidden_states * factor[:, None, None], pooled=embeddings.pooled * factor[:, None]
         )
 
-    def _chunks(self, prompt: str) -> list[Chunk]:
-        """The tokens of a prompt and their weights, in chunks; one empty chunk for no words."""
+    def _chunks(self, prompt: str) -> list[list[tuple[int, float]]]:
+        """Tokens of a prompt and their weights, as many as the tower has room for; one empty chunk for no words."""
         room = self.tower.length - 2
         tokens = [(token, part.weight) for part in parse_weights(prompt) for token in self.tokenizer.encode(part.text)]
         for special in (self.tokenizer.sot_token_id, self.tokenizer.eot_token_id):  # written so, or as &lt;...&gt;

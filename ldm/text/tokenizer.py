@@ -1,10 +1,11 @@
-"""CLIP's byte-pair tokenizer, open_clip's own, without the seconds that importing open_clip takes."""
+"""Captions and prompts as words, and as ids: CLIP's byte-pair tokenizer, open_clip's own, without its slow import."""
 
 import hashlib
 import importlib.util
 import json
 import logging
 import runpy
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,16 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 of what decides the ids of a text: the vocabulary, in order, and the context length."""
     content = json.dumps([sorted(tokenizer.encoder.items()), tokenizer.context_length])
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a caption or prompt, in lower case."""
+    return "".join(c if c.isalnum() or c in "'-" else " " for c in text.lower()).split()
+
+
+def vocabulary(captions: Iterable[str]) -> list[str]:
+    """All distinct words of some captions, sorted: of others, a prompt's user is warned."""
+    return sorted({word for caption in captions for word in split_words(caption)})
 
 
 @lru_cache(4)
