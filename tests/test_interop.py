@@ -32,8 +32,8 @@ from ldm.conditioning import Conditioning
 from ldm.config import read_yaml
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.interop import compvis, key_map
-from ldm.interop.components import build_frozen, latent_buffers
 from ldm.interop.diffusers import write
+from ldm.interop.family import build_frozen
 from ldm.pipeline import Pipeline
 from ldm.pipeline.inputs import initial_noise
 from ldm.pipeline.load import load_components
@@ -304,7 +304,9 @@ def test_networks_of_full_width_are_those_of_diffusers() -> None:
         theirs = randomized(theirs.to_empty(device="cpu"))
         config = UNetConfig(**read_yaml(ROOT / "configs/sd15/ldm.yaml")["unet"])
         assert sum(p.numel() for p in theirs.parameters()) == 859_520_964
-        ours = build_frozen(lambda: UNet(config), theirs.state_dict(), key_map.unet_key_to_diffusers, "theirs")
+        ours = build_frozen(
+            lambda: UNet(config), theirs.state_dict(), lambda _: key_map.unet_key_to_diffusers, "theirs"
+        )
         generator = torch.Generator().manual_seed(1)
         z, context = torch.randn(1, 4, 16, 16, generator=generator), torch.randn(1, 77, 768, generator=generator)
         with torch.no_grad():
@@ -312,8 +314,8 @@ def test_networks_of_full_width_are_those_of_diffusers() -> None:
         del theirs, ours
         theirs = their_vae(128, 256, 512, 512, layers_per_block=2)
         vae_config = VAEConfig(**read_yaml(ROOT / "configs/sd15/vae.yaml")["vae"])
-        rename, buffers = key_map.vae_key_to_diffusers(vae_config), latent_buffers(4, scale=0.18215)
-        ours = build_frozen(lambda: VAE(vae_config), theirs.state_dict(), rename, "theirs", **buffers)
+        rename, buffers = key_map.vae_key_to_diffusers(vae_config), {"latent_mean": 0.0, "latent_std": 1 / 0.18215}
+        ours = build_frozen(lambda: VAE(vae_config), theirs.state_dict(), lambda _: rename, "theirs", **buffers)
         pixels = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
         with torch.no_grad():
             close(ours.encode(pixels).mean, theirs.encode(pixels).latent_dist.mean)

@@ -13,25 +13,8 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.process import Diffusion, DiffusionConfig
-from ldm.interop import key_map
-from ldm.interop.components import (
-    HEAD_DIM,
-    NUM_GROUPS,
-    SD_TEXT,
-    SDXL_TEXT_1,
-    SDXL_TEXT_2,
-    ExportComponents,
-    ModelComponents,
-    build_frozen,
-    channel_mult,
-    check_exportable,
-    count_blocks,
-    export_components,
-    fold_latent_stats,
-    latent_buffers,
-    text_encoder,
-    unsupported_config_errors,
-)
+from ldm.interop import family, key_map
+from ldm.interop.components import ExportComponents, ModelComponents
 from ldm.io.atomic import write_tensors
 from ldm.io.tensors import read_tensors
 from ldm.text import TextConditioner, TextConfig, TextEncoder
@@ -39,7 +22,6 @@ from ldm.unet import UNet, UNetConfig
 from ldm.unet.model import NUM_SIZE_CONDS
 from ldm.vae import VAE, VAEConfig
 
-TARGET = "a CompVis file"
 UNET, EMA, VAE_PREFIX = "model.diffusion_model.", "model_ema.diffusion_model", "first_stage_model."
 V_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_BIAS_STD = 0.09  # of the bias above: a network over it predicts v, as ComfyUI detects it; nothing else shows that
@@ -59,11 +41,11 @@ class Tower(NamedTuple):
 
 
 TOWERS = {  # by version
-    "1": (Tower("cond_stage_model.transformer.", True, SD_TEXT | {"layer": "last", "pad_token_id": 49407}),),
-    "2": (Tower("cond_stage_model.model.", False, SD_TEXT | {"layer": "penultimate", "pad_token_id": 0}),),
+    "1": (Tower("cond_stage_model.transformer.", True, family.SD_TEXT | {"layer": "last", "pad_token_id": 49407}),),
+    "2": (Tower("cond_stage_model.model.", False, family.SD_TEXT | {"layer": "penultimate", "pad_token_id": 0}),),
     "XL": (
-        Tower("conditioner.embedders.0.transformer.", True, SDXL_TEXT_1 | ZERO_EMPTY | {"pad_token_id": 49407}),
-        Tower("conditioner.embedders.1.model.", False, SDXL_TEXT_2 | ZERO_EMPTY | {"pad_token_id": 0}),
+        Tower("conditioner.embedders.0.transformer.", True, family.SDXL_TEXT_1 | ZERO_EMPTY | {"pad_token_id": 49407}),
+        Tower("conditioner.embedders.1.model.", False, family.SDXL_TEXT_2 | ZERO_EMPTY | {"pad_token_id": 0}),
     ),
 }
 LATENT_SCALES = {"1": 0.18215, "2": 0.18215, "XL": 0.13025}  # from the published configurations
@@ -109,46 +91,49 @@ def _text_from_tensors(tensors: Tensors, file: Path) -> tuple[str, TextCondition
 
 
 def _read_tower(file: Path, tower: Tower, tensors: Tensors) -> TextEncoder:
-    where = f"{file}: {tower.prefix}"
-    if tower.is_openai:
-        with unsupported_config_errors(where):
-            tensors = key_map.text_from_transformers(tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in ("attn_mask", "logit_scale")}
     config = TextConfig(model=str(file), **tower.settings)
-    return text_encoder(tensors, config, where, quick_gelu=tower.is_openai)
+    return family.text_encoder(tensors, config, f"{file}: {tower.prefix}", quick_gelu=tower.is_openai)
 
 
 def _unet_from_tensors(tensors: Tensors, file: Path, version: str, pooled_dim: int, *, ema: bool) -> UNet:
-    where, theirs = f"{file}: {UNET}", _strip_prefix(tensors, UNET)
+    theirs = _strip_prefix(tensors, UNET)
     if ema:
         names = {name: EMA + name.replace(".", "") for name in theirs}
         if missing := [name for name, averaged in names.items() if averaged not in tensors]:
             raise ValueError(f"{file} has no averaged weights of {len(missing)} tensors, such as {missing[0]}")
         theirs = {name: tensors[averaged] for name, averaged in names.items()}
-    with unsupported_config_errors(where):
-        config = _unet_config(theirs, version, pooled_dim)
-    return build_frozen(partial(UNet, config), theirs, key_map.unet_key_to_compvis(config), where)
+    return family.build_frozen(
+        lambda: UNet(_unet_config(theirs, version, pooled_dim)),
+        theirs,
+        lambda unet: key_map.unet_key_to_compvis(unet.config),
+        f"{file}: {UNET}",
+    )
 
 
 def _vae_from_tensors(tensors: Tensors, file: Path, version: str) -> VAE:
-    where, theirs = f"{file}: {VAE_PREFIX}", _strip_prefix(tensors, VAE_PREFIX)
-    with unsupported_config_errors(where):
-        config = _vae_config(theirs)
-    buffers = latent_buffers(config.latent_channels, scale=LATENT_SCALES[version])
-    return build_frozen(partial(VAE, config), theirs, key_map.vae_key_to_compvis(config), where, **buffers)
+    theirs = _strip_prefix(tensors, VAE_PREFIX)
+    return family.build_frozen(
+        lambda: VAE(_vae_config(theirs)),
+        theirs,
+        lambda vae: key_map.vae_key_to_compvis(vae.config),
+        f"{file}: {VAE_PREFIX}",
+        latent_mean=0.0,
+        latent_std=1 / LATENT_SCALES[version],
+    )
 
 
 def _unet_config(tensors: Tensors, version: str, pooled_dim: int) -> UNetConfig:
     """Our configuration of a U-Net, from its shapes and the width of the pooled text that it is conditioned on."""
     channels, in_channels = tensors["input_blocks.0.0.weight"].shape[:2]
     levels: list[list[int]] = [[]]  # indices of the input blocks of each level
-    for index in range(1, 1 + count_blocks(tensors, "input_blocks", start=1)):
+    for index in range(1, 1 + family.count_blocks(tensors, "input_blocks", start=1)):
         if f"input_blocks.{index}.0.op.weight" in tensors:
             levels.append([])
         else:
             levels[-1].append(index)
     widths = [tensors[f"input_blocks.{level[0]}.0.in_layers.2.weight"].shape[0] for level in levels]
-    depths = [count_blocks(tensors, f"input_blocks.{level[0]}.1.transformer_blocks") for level in levels]
+    depths = [family.count_blocks(tensors, f"input_blocks.{level[0]}.1.transformer_blocks") for level in levels]
     contexts = [tensor.shape[1] for name, tensor in tensors.items() if name.endswith("attn2.to_k.weight")]
     vector_dim = tensors["label_emb.0.0.weight"].shape[1] if "label_emb.0.0.weight" in tensors else 0
     out_channels = tensors["out.2.weight"].shape[0] if "out.2.weight" in tensors else in_channels
@@ -156,10 +141,10 @@ def _unet_config(tensors: Tensors, version: str, pooled_dim: int) -> UNetConfig:
         in_channels=out_channels,
         cond_channels=in_channels - out_channels,
         model_channels=channels,
-        channel_mult=channel_mult([channels, *widths])[1:],
+        channel_mult=family.channel_mult([channels, *widths])[1:],
         num_res_blocks=len(levels[0]),
         transformer_depth=tuple(depths),
-        mid_transformer_depth=count_blocks(tensors, "middle_block.1.transformer_blocks"),
+        mid_transformer_depth=family.count_blocks(tensors, "middle_block.1.transformer_blocks"),
         num_heads=_num_heads(widths, version),
         context_dim=contexts[0] if contexts else 0,
         pooled_dim=pooled_dim,
@@ -170,13 +155,13 @@ def _unet_config(tensors: Tensors, version: str, pooled_dim: int) -> UNetConfig:
 def _vae_config(tensors: Tensors) -> VAEConfig:
     """Our configuration of a VAE, from its shapes."""
     channels, image_channels = tensors["encoder.conv_in.weight"].shape[:2]
-    levels = range(count_blocks(tensors, "encoder.down"))
+    levels = range(family.count_blocks(tensors, "encoder.down"))
     widths = [tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in levels]
     return VAEConfig(
         image_channels=image_channels,
         base_channels=channels,
-        channel_mult=channel_mult([channels, *widths])[1:],
-        num_res_blocks=count_blocks(tensors, "encoder.down.0.block"),
+        channel_mult=family.channel_mult([channels, *widths])[1:],
+        num_res_blocks=family.count_blocks(tensors, "encoder.down.0.block"),
         mid_attention="encoder.mid.attn_1.q.weight" in tensors,
         latent_channels=tensors["post_quant_conv.weight"].shape[0],
     )
@@ -184,7 +169,7 @@ def _vae_config(tensors: Tensors) -> VAEConfig:
 
 def _num_heads(widths: Sequence[int], version: str) -> tuple[int, ...]:
     """Attention heads of each level, which no shape shows: 8 in version 1, else 64 channels each."""
-    return tuple(8 if version == "1" else max(width // HEAD_DIM, 1) for width in widths)
+    return tuple(8 if version == "1" else family.num_heads(width) for width in widths)
 
 
 def _detect_diffusion(tensors: Tensors, version: str) -> DiffusionConfig:
@@ -226,7 +211,7 @@ def _strip_prefix(tensors: Tensors, prefix: str) -> Tensors:
 
 def write(components: ModelComponents, file: Path) -> None:
     """Write one file; ValueError when the format cannot hold the model."""
-    parts = export_components(components, TARGET)
+    parts = components.to_export("a CompVis file")
     flags = {V_XL: parts.diffusion.config.prediction == "v", ZERO_XL: parts.diffusion.config.zero_terminal_snr}
     state = _unet_tensors(parts) | _vae_tensors(parts) | _text_tensors(parts)
     state |= {name: torch.tensor([]) for name, is_set in flags.items() if parts.version == "XL" and is_set}
@@ -247,7 +232,7 @@ def _unet_tensors(parts: ExportComponents) -> Tensors:
 def _vae_tensors(parts: ExportComponents) -> Tensors:
     """The matrices of the attention are 1x1 convolutions."""
     rename, state = key_map.vae_key_to_compvis(parts.vae.config), {}
-    for name, tensor in fold_latent_stats(parts.vae, scale=LATENT_SCALES[parts.version]).items():
+    for name, tensor in parts.folded_vae(scale=LATENT_SCALES[parts.version]).items():
         square = re.search(r"middle\.1\.to_\w+\.weight$", name)
         state[VAE_PREFIX + rename(name)] = tensor[:, :, None, None] if square else tensor
     return state
@@ -271,12 +256,12 @@ def _check_exportable(parts: ExportComponents, state: Tensors) -> None:
     unet, version = parts.unet.config, parts.version
     only: dict[str, dict[str, Any]] = {
         "unet": {"scale_shift_norm": False, "num_heads": _num_heads(unet.widths, version)},
-        "vae": {"norm_num_groups": NUM_GROUPS},
+        "vae": {"norm_num_groups": family.NUM_GROUPS},
         "diffusion": _detect_diffusion(state, version).inference_fields(),
     }
-    others = {f"unet.norm_num_groups (not {NUM_GROUPS})": {*unet.norm_groups.values()} != {NUM_GROUPS}}
+    others = {f"unet.norm_num_groups (not {family.NUM_GROUPS})": {*unet.norm_groups.values()} != {family.NUM_GROUPS}}
     for name, tower, encoder in zip(("text", "second_text"), TOWERS[version], parts.text.encoders, strict=False):
         only[name] = tower.settings if version != "2" else tower.settings | {"layer": encoder.config.layer}
-        block, heads = encoder.tower.blocks[0], max(encoder.width // HEAD_DIM, 1)
+        block, heads = encoder.tower.blocks[0], family.num_heads(encoder.width)
         others[f"{name}.model (its heads or activation)"] = (block.quick_gelu, block.heads) != (tower.is_openai, heads)
-    check_exportable(parts, TARGET, only, others)
+    parts.check(only, others)

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,23 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ldm.diffusion.process import Diffusion, DiffusionConfig
-from ldm.interop import key_map
-from ldm.interop.components import (
-    NUM_GROUPS,
-    SD_TEXT,
-    SDXL_TEXT_1,
-    SDXL_TEXT_2,
-    ExportComponents,
-    ModelComponents,
-    build_frozen,
-    channel_mult,
-    check_exportable,
-    export_components,
-    fold_latent_stats,
-    latent_buffers,
-    text_encoder,
-    unsupported_config_errors,
-)
+from ldm.interop import family, key_map
+from ldm.interop.components import ExportComponents, ModelComponents
 from ldm.io.atomic import write_tensors, write_text
 from ldm.io.model_dir import read_json
 from ldm.io.tensors import read_tensors
@@ -37,7 +21,6 @@ from ldm.unet import UNet, UNetConfig
 from ldm.unet.model import NUM_SIZE_CONDS
 from ldm.vae import VAE, VAEConfig
 
-TARGET = "a diffusers folder"
 KINDS = re.compile(r"StableDiffusion(XL)?(Img2Img|Inpaint)?Pipeline")
 WEIGHTS, PYTORCH = "diffusion_pytorch_model", {"format": "pt"}
 SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # open_clip's names and CLIP's
@@ -87,7 +70,7 @@ def read(folder: Path) -> ModelComponents:
     with _open_config(folder / "unet/config.json") as values:
         resolution = int(values["sample_size"]) * vae.config.factor
     empty = {"zero_empty_prompt": index.get("force_zeros_for_empty_prompt", True)}
-    towers = {"": SDXL_TEXT_1 | empty, "_2": SDXL_TEXT_2 | empty} if kind[1] else {"": {}}
+    towers = {"": family.SDXL_TEXT_1 | empty, "_2": family.SDXL_TEXT_2 | empty} if kind[1] else {"": {}}
     text = TextConditioner(*(_read_text(folder, suffix, settings) for suffix, settings in towers.items()))
     return ModelComponents(unet, diffusion, vae, text, resolution)
 
@@ -107,7 +90,7 @@ def _read_unet(folder: Path) -> UNet:
             in_channels=values["out_channels"],
             cond_channels=values["in_channels"] - values["out_channels"],
             model_channels=widths[0],
-            channel_mult=channel_mult(widths),
+            channel_mult=family.channel_mult(widths),
             num_res_blocks=values.get("layers_per_block", 2),
             transformer_depth=tuple(depth if cross else 0 for depth, cross in zip(depths, crossed, strict=True)),
             mid_transformer_depth=depths[-1],
@@ -116,10 +99,10 @@ def _read_unet(folder: Path) -> UNet:
             pooled_dim=(values.get("projection_class_embeddings_input_dim") or 0) - NUM_SIZE_CONDS * size_embed_dim,
             size_embed_dim=size_embed_dim,
             scale_shift_norm=values.get("resnet_time_scale_shift", "default") == "scale_shift",
-            norm_num_groups=values.get("norm_num_groups", NUM_GROUPS),
+            norm_num_groups=values.get("norm_num_groups", family.NUM_GROUPS),
         )
     tensors = _read_tensors(folder, WEIGHTS)
-    return build_frozen(partial(UNet, config), tensors, key_map.unet_key_to_diffusers, str(folder))
+    return family.build_frozen(lambda: UNet(config), tensors, lambda _: key_map.unet_key_to_diffusers, folder)
 
 
 def _read_vae(folder: Path) -> VAE:
@@ -129,18 +112,19 @@ def _read_vae(folder: Path) -> VAE:
         config = VAEConfig(
             image_channels=values["in_channels"],
             base_channels=widths[0],
-            channel_mult=channel_mult(widths),
+            channel_mult=family.channel_mult(widths),
             num_res_blocks=values["layers_per_block"],
             mid_attention=values.get("mid_block_add_attention", True),
             latent_channels=values["latent_channels"],
-            norm_num_groups=values.get("norm_num_groups", NUM_GROUPS),
+            norm_num_groups=values.get("norm_num_groups", family.NUM_GROUPS),
         )
         scale, shift = float(values.get("scaling_factor", 0.18215)), float(values.get("shift_factor") or 0.0)
         if not scale > 0:
             raise ValueError(f"scaling_factor is {scale}, expected a number above 0")
     tensors = key_map.replace_in_names(_read_tensors(folder, WEIGHTS), key_map.VAE_LEGACY)
-    buffers = latent_buffers(config.latent_channels, scale=scale, shift=shift)
-    return build_frozen(partial(VAE, config), tensors, key_map.vae_key_to_diffusers(config), str(folder), **buffers)
+    rename = key_map.vae_key_to_diffusers(config)
+    buffers = {"latent_mean": shift, "latent_std": 1 / scale}
+    return family.build_frozen(lambda: VAE(config), tensors, lambda _: rename, folder, **buffers)
 
 
 def _read_diffusion(path: Path) -> Diffusion:
@@ -166,10 +150,9 @@ def _read_text(folder: Path, suffix: str, settings: dict[str, Any]) -> TextEncod
     with _open_config(where / "config.json", TEXT_FIXED) as values:
         heads = values["num_attention_heads"]
         quick_gelu = _translate("hidden_act", values.get("hidden_act", "quick_gelu"), ACTIVATIONS)
-    with unsupported_config_errors(where):
-        tensors = key_map.text_from_transformers(_read_tensors(where, "model"))
     config = TextConfig(model=str(folder), pad_token_id=pad_token_id, **settings)
-    return text_encoder(tensors, config, str(where), quick_gelu=quick_gelu, heads=heads)
+    tensors = _read_tensors(where, "model")
+    return family.text_encoder(tensors, config, where, quick_gelu=quick_gelu, heads=heads)
 
 
 def _read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
@@ -188,7 +171,7 @@ def _read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
 def _open_config(path: Path, fixed: Mapping[str, Any] = MappingProxyType({})) -> Iterator[dict[str, Any]]:
     """The settings of a JSON file, of which `fixed` can only have one value; errors of the body name the file, too."""
     values = read_json(path)
-    with unsupported_config_errors(path):
+    with family.config_errors(path):
         for name, supported in fixed.items():
             _translate(name, values.get(name, supported), {supported: None})
         yield values
@@ -214,12 +197,12 @@ def _per_level(value: int | list[int], count: int) -> list[int]:
 
 def write(components: ModelComponents, folder: Path) -> None:
     """Write a folder that diffusers' from_pretrained loads; ValueError when it cannot hold the model."""
-    parts = export_components(components, TARGET)
+    parts = components.to_export("a diffusers folder")
     _check_exportable(parts)
     _write_json(folder / "model_index.json", _index(parts))
     _write_component(folder / "unet", _unet_values(parts), parts.unet.state_dict(), key_map.unet_key_to_diffusers)
     scale = _vae_scale(parts.vae)
-    vae_tensors, rename = fold_latent_stats(parts.vae, scale=scale), key_map.vae_key_to_diffusers(parts.vae.config)
+    vae_tensors, rename = parts.folded_vae(scale=scale), key_map.vae_key_to_diffusers(parts.vae.config)
     _write_component(folder / "vae", _vae_values(parts, scale), vae_tensors, rename)
     _write_json(folder / "scheduler/scheduler_config.json", _scheduler_values(parts.diffusion.config))
     for encoder, suffix in zip(parts.text.encoders, ("", "_2"), strict=False):
@@ -231,8 +214,8 @@ def _check_exportable(parts: ExportComponents) -> None:
     unet, diffusion, first = parts.unet.config, parts.diffusion.config, parts.text.encoders[0].config
     only = {
         "unet": {"mid_transformer_depth": max(unet.transformer_depth[-1], 1)},
-        "text": SDXL_TEXT_1 if parts.version == "XL" else SD_TEXT,
-        "second_text": SDXL_TEXT_2 | {"zero_empty_prompt": first.zero_empty_prompt},
+        "text": family.SDXL_TEXT_1 if parts.version == "XL" else family.SD_TEXT,
+        "second_text": family.SDXL_TEXT_2 | {"zero_empty_prompt": first.zero_empty_prompt},
     }
     padding = [encoder.config.pad_token_id for encoder in parts.text.encoders]
     others = {
@@ -240,7 +223,7 @@ def _check_exportable(parts: ExportComponents) -> None:
         "diffusion.prediction": diffusion.prediction not in PREDICTIONS.values(),
         "text.pad_token_id": not {*padding} <= {*PADDING.values()},
     }
-    check_exportable(parts, TARGET, only, others)
+    parts.check(only, others)
 
 
 def _index(parts: ExportComponents) -> dict[str, Any]:

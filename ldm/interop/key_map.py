@@ -158,7 +158,7 @@ def text_to_transformers(ours: Mapping[str, Tensor], layers: int, *, projected: 
 
 
 def remap_state_dict(
-    theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], rename: Rename, where: str
+    theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], rename: Rename, where: object
 ) -> dict[str, Tensor]:
     """Their tensors under the names and in the shapes of `ours`; `rename` gives theirs for one of our names.
 
