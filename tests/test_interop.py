@@ -133,7 +133,7 @@ def test_vae_encodes_and_decodes_as_that_of_diffusers() -> None:
     theirs = their_vae(*config.widths, layers_per_block=config.num_res_blocks)
     ours = VAE(config).eval()
     own = {name: tensor for name, tensor in ours.state_dict().items() if not name.startswith("latent_")}
-    found = key_map.remap_state_dict(theirs.state_dict(), own, key_map.vae_key_to_diffusers(config), "theirs")
+    found = key_map.remap_state_dict(theirs.state_dict(), own, key_map.vae_key_to_diffusers, "theirs")
     ours.load_state_dict(found, strict=False)
     pixels, latents = torch.rand(1, 3, 24, 16) * 2 - 1, torch.randn(1, 4, 6, 4)
     with torch.no_grad():
@@ -314,7 +314,7 @@ def test_networks_of_full_width_are_those_of_diffusers() -> None:
         del theirs, ours
         theirs = their_vae(128, 256, 512, 512, layers_per_block=2)
         vae_config = VAEConfig(**read_yaml(ROOT / "configs/sd15/vae.yaml")["vae"])
-        rename, buffers = key_map.vae_key_to_diffusers(vae_config), {"latent_mean": 0.0, "latent_std": 1 / 0.18215}
+        rename, buffers = key_map.vae_key_to_diffusers, {"latent_mean": 0.0, "latent_std": 1 / 0.18215}
         ours = build_frozen(lambda: VAE(vae_config), theirs.state_dict(), lambda _: rename, "theirs", **buffers)
         pixels = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
         with torch.no_grad():

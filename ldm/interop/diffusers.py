@@ -122,9 +122,8 @@ def _read_vae(folder: Path) -> VAE:
         if not scale > 0:
             raise ValueError(f"scaling_factor is {scale}, expected a number above 0")
     tensors = key_map.replace_in_names(_read_tensors(folder, WEIGHTS), key_map.VAE_LEGACY)
-    rename = key_map.vae_key_to_diffusers(config)
     buffers = {"latent_mean": shift, "latent_std": 1 / scale}
-    return family.build_frozen(lambda: VAE(config), tensors, lambda _: rename, folder, **buffers)
+    return family.build_frozen(lambda: VAE(config), tensors, lambda _: key_map.vae_key_to_diffusers, folder, **buffers)
 
 
 def _read_diffusion(path: Path) -> Diffusion:
@@ -202,7 +201,7 @@ def write(components: ModelComponents, folder: Path) -> None:
     _write_json(folder / "model_index.json", _index(parts))
     _write_component(folder / "unet", _unet_values(parts), parts.unet.state_dict(), key_map.unet_key_to_diffusers)
     scale = _vae_scale(parts.vae)
-    vae_tensors, rename = parts.folded_vae(scale=scale), key_map.vae_key_to_diffusers(parts.vae.config)
+    vae_tensors, rename = parts.folded_vae(scale=scale), key_map.vae_key_to_diffusers
     _write_component(folder / "vae", _vae_values(parts, scale), vae_tensors, rename)
     _write_json(folder / "scheduler/scheduler_config.json", _scheduler_values(parts.diffusion.config))
     for encoder, suffix in zip(parts.text.encoders, ("", "_2"), strict=False):

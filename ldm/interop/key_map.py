@@ -54,15 +54,26 @@ UNET_COMPVIS = TRANSFORMER | {
 VAE_DIFFUSERS = {
     r"\bnorm_out\.": "conv_norm_out.",
     r"\bshortcut\.": "conv_shortcut.",
-    r"(?<=middle\.1\.)norm\.": "group_norm.",
-    r"(?<=middle\.1\.)to_out\.": "to_out.0.",
+    r"^encoder\.levels\.": "encoder.down_blocks.",
+    r"^decoder\.levels\.": "decoder.up_blocks.",
+    r"(down|up)_blocks\.(\d+)\.\d+\.conv\.": r"\1_blocks.\2.\1samplers.0.conv.",
+    r"(?<=_blocks\.)(\d+)\.(\d+)\.": r"\1.resnets.\2.",
+    r"\bmiddle\.1\.norm\.": "mid_block.attentions.0.group_norm.",
+    r"\bmiddle\.1\.to_out\.": "mid_block.attentions.0.to_out.0.",
+    r"\bmiddle\.1\.to_": "mid_block.attentions.0.to_",
+    r"\bmiddle\.0\.": "mid_block.resnets.0.",
+    r"\bmiddle\.[12]\.": "mid_block.resnets.1.",
 }
 VAE_COMPVIS = {
     r"\bshortcut\.": "nin_shortcut.",
-    r"(?<=middle\.1\.)to_([qkv])\.": r"\1.",
-    r"(?<=middle\.1\.)to_out\.": "proj_out.",
+    r"^encoder\.levels\.": "encoder.down.",
+    r"\b(down|up)\.(\d+)\.\d+\.conv\.": r"\1.\2.\1sample.conv.",
+    r"\b(down|up)\.(\d+)\.(\d+)\.": r"\1.\2.block.\3.",
+    r"\bmiddle\.1\.to_out\.": "mid.attn_1.proj_out.",
+    r"\bmiddle\.1\.(?:to_)?(q|k|v|norm)\.": r"mid.attn_1.\1.",
+    r"\bmiddle\.0\.": "mid.block_1.",
+    r"\bmiddle\.[12]\.": "mid.block_2.",
 }
-VAE_SIDES = (("encoder", "down", 0), ("decoder", "up", 1))  # the decoder has one more block in each level
 # Until diffusers 0.15 the attention of an AutoencoderKL had other names.
 VAE_LEGACY = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 # open_clip's names, which are ours, and those of transformers; of the projections q, k and v only the first.
@@ -81,52 +92,40 @@ TEXT_TRANSFORMERS = {
 
 
 def unet_key_to_diffusers(name: str) -> str:
-    """The name in `unet/diffusion_pytorch_model.safetensors`, which depends on no setting."""
+    """The name in `unet/diffusion_pytorch_model.safetensors`."""
     return _substitute(name, UNET_DIFFUSERS)
+
+
+def vae_key_to_diffusers(name: str) -> str:
+    """The name in `vae/diffusion_pytorch_model.safetensors`."""
+    return _substitute(name, VAE_DIFFUSERS)
 
 
 def unet_key_to_compvis(config: UNetConfig) -> Rename:
     """Names below `model.diffusion_model.`, where all blocks of one side are numbered through."""
-    table, depths = dict(UNET_COMPVIS), config.transformer_depth
-    last, blocks = len(depths) - 1, config.num_res_blocks
-    kinds = {"residual": 0, "transformer": 1}
+    last, blocks = len(config.transformer_depth) - 1, config.num_res_blocks
+    table = UNET_COMPVIS | {
+        r"^middle\.0\.residual\.": "middle_block.0.",
+        r"^middle\.0\.transformer\.": "middle_block.1.",
+        r"^middle\.1\.residual\.": f"middle_block.{2 if config.mid_transformer_depth else 1}.",
+    }
     for level in range(last + 1):
         first = level * (blocks + 1)  # a change of resolution ends each level
+        in_level = 2 if config.transformer_depth[last - level] else 1  # modules of a block before the upsampling
         table[rf"^downsample\.{level}\.conv\."] = f"input_blocks.{first + blocks + 1}.0.op."
-        table[rf"^upsample\.{level}\."] = f"output_blocks.{first + blocks}.{2 if depths[last - level] else 1}."
-        for kind, index in kinds.items():
+        table[rf"^upsample\.{level}\."] = f"output_blocks.{first + blocks}.{in_level}."
+        for index, kind in enumerate(("residual", "transformer")):
             for i in range(blocks + 1):
                 table[rf"^down\.{level}\.{i}\.{kind}\."] = f"input_blocks.{first + 1 + i}.{index}."
                 table[rf"^up\.{level}\.{i}\.{kind}\."] = f"output_blocks.{first + i}.{index}."
-    middle = ["0.residual", *(["0.transformer"] if config.mid_transformer_depth else []), "1.residual"]
-    table |= {rf"^middle\.{re.escape(name)}\.": f"middle_block.{i}." for i, name in enumerate(middle)}
-    return partial(_substitute, table=table)
-
-
-def vae_key_to_diffusers(config: VAEConfig) -> Rename:
-    """Names in `vae/diffusion_pytorch_model.safetensors`."""
-    table = dict(VAE_DIFFUSERS)
-    for side, direction, more_blocks in VAE_SIDES:
-        sampler = config.num_res_blocks + more_blocks  # the index after the blocks
-        table[rf"^{side}\.levels\.(\d+)\.{sampler}\."] = rf"{side}.{direction}_blocks.\1.{direction}samplers.0."
-        table[rf"^{side}\.levels\.(\d+)\.(\d+)\."] = rf"{side}.{direction}_blocks.\1.resnets.\2."
-    middle = ["resnets.0", *(["attentions.0"] if config.mid_attention else []), "resnets.1"]
-    table |= {rf"\.middle\.{i}\.": f".mid_block.{name}." for i, name in enumerate(middle)}
     return partial(_substitute, table=table)
 
 
 def vae_key_to_compvis(config: VAEConfig) -> Rename:
     """Names below `first_stage_model.`, where the levels of the decoder are numbered from the highest resolution on."""
-    table, last = dict(VAE_COMPVIS), len(config.channel_mult) - 1
-    for side, direction, more_blocks in VAE_SIDES:
-        sampler = config.num_res_blocks + more_blocks
-        for level in range(last + 1):
-            theirs = f"{side}.{direction}.{level if side == 'encoder' else last - level}"
-            table[rf"^{side}\.levels\.{level}\.{sampler}\."] = f"{theirs}.{direction}sample."
-            table[rf"^{side}\.levels\.{level}\.(\d+)\."] = rf"{theirs}.block.\1."
-    middle = ["block_1", *(["attn_1"] if config.mid_attention else []), "block_2"]
-    table |= {rf"\.middle\.{i}\.": f".mid.{name}." for i, name in enumerate(middle)}
-    return partial(_substitute, table=table)
+    last = len(config.channel_mult) - 1
+    levels = {rf"^decoder\.levels\.{level}\.": f"decoder.up.{last - level}." for level in range(last + 1)}
+    return partial(_substitute, table=levels | VAE_COMPVIS)
 
 
 def text_from_transformers(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
