@@ -279,7 +279,7 @@ def test_text_states_are_those_of_transformers(act: str, projected: bool) -> Non
             own = TextEncoder(tower, Tokenizer(16), text_config, model_id="random", weights=Path())
             encoder = TextConditioner(own)
             prompts = ["a red circle", ""]
-            ids = encoder.tokenize(prompts)
+            ids = encoder.tokenizer(prompts)
             ids = torch.where(torch.arange(16) > (ids == 49407).int().argmax(1)[:, None], padding, ids)
             with torch.no_grad():
                 want = theirs(ids, output_hidden_states=True)
@@ -521,10 +521,13 @@ def test_folders_that_cannot_be_read(their_folder: dict[str, Path], tmp_path: Pa
     for change, message in (
         ({"unet/config.json": {"act_fn": "gelu"}}, "unet/config.json: unsupported .*act_fn is 'gelu': only 'silu' can"),
         ({"model_index.json": {"_class_name": "FluxPipeline"}}, "holds a FluxPipeline: only StableDiffusionPipeline"),
-        ({"unet/config.json": {"addition_embed_type": "image"}}, "addition_embed_type image is not supported"),
+        (
+            {"unet/config.json": {"addition_embed_type": "image"}},
+            "addition_embed_type is 'image': only None and 'text_time' can be read",
+        ),
         (
             {"unet/config.json": {"down_block_types": ["SkipDownBlock2D"] * 3}},
-            "of type SkipDownBlock2D are not supported",
+            "down_block_types is 'SkipDownBlock2D': only 'DownBlock2D' and 'CrossAttnDownBlock2D'",
         ),
         ({"unet/config.json": {"norm_eps": 0.1}}, "norm_eps is 0.1: only 1e-05 can be read"),
         (
@@ -1003,18 +1006,10 @@ def test_pickles_are_read_by_convert_alone_and_never_run(
         def __reduce__(self) -> tuple:
             return (Path.touch, (tmp_path / "ran",))
 
-    for content in (
-        {"x": torch.zeros(1).expand(2**40)},
-        {"x": torch.zeros(2, dtype=torch.complex64)},
-        {"x": torch.eye(3).to_sparse()},
-        {3: torch.zeros(1)},
-    ):
+    for content in ({3: torch.zeros(1)}, {"x": 1}, [1]):
         torch.save({"state_dict": content}, tmp_path / "odd.ckpt")
         with pytest.raises(ValueError, match="odd.ckpt is not a Stable Diffusion file: .*, got 3?$"):
             compvis.read(tmp_path / "odd.ckpt", pickles=True)
-    torch.save({"state_dict": [1]}, tmp_path / "odd.ckpt")
-    with pytest.raises(ValueError, match="is not a Stable Diffusion file"):
-        compvis.read(tmp_path / "odd.ckpt", pickles=True)
     for content in (Hostile(), {"state_dict": {"x": Hostile()}}):
         torch.save(content, tmp_path / "bad.ckpt")
         with pytest.raises(SystemExit, match="bad.ckpt cannot be read without running its code"):

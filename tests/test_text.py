@@ -157,7 +157,7 @@ def conditioner(folder: Path, *, two: bool, **values: Any) -> TextConditioner:
 def test_cached_embeddings_are_the_same(values: dict[str, Any], two: bool, folder: Path) -> None:
     """Encoded one by one, or together, and put in batches of any length."""
     text = conditioner(folder, two=two, **values)
-    ids = text.tokenize(PROMPTS)
+    ids = text.tokenizer(PROMPTS)
     hidden_states, pooled = text.encode_for_cache(ids)
     alone = [text.encode_for_cache(ids[i : i + 1])[0] for i in range(3)]
     torch.testing.assert_close(hidden_states, torch.cat(alone), rtol=1e-5, atol=1e-5)
@@ -177,7 +177,7 @@ def test_cached_embeddings_are_the_same(values: dict[str, Any], two: bool, folde
 def test_nothing_waits_for_the_device(values: dict[str, Any], two: bool, folder: Path) -> None:
     """On the meta device no number can be read, so lengths must come from the ids on the CPU."""
     text = conditioner(folder, two=two, **values)
-    ids, want = text.tokenize(PROMPTS), text(PROMPTS)
+    ids, want = text.tokenizer(PROMPTS), text(PROMPTS)
     text.to("meta")
     hidden_states, pooled = text.encode_for_cache(ids)
     for embeddings in (text.encode_ids(ids), text.states_from_cache(ids, hidden_states, pooled)):
@@ -193,9 +193,9 @@ def test_nothing_waits_for_the_device(values: dict[str, Any], two: bool, folder:
 
 def test_a_truncated_prompt_is_logged_with_what_is_ignored(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        load(folder).tokenize(["red " * 21 + "circle"])
+        load(folder).tokenizer(["red " * 21 + "circle"])
         assert not caplog.records
-        load(folder).tokenize(["red " * 22 + "circle", "a circle"])
+        load(folder).tokenizer(["red " * 22 + "circle", "a circle"])
     assert [r.getMessage() for r in caplog.records] == ["prompt has 23 tokens, the limit is 22; ignored: 'circle'"]
 
 
@@ -203,7 +203,7 @@ def test_a_truncated_prompt_is_logged_once(folder: Path, caplog: pytest.LogCaptu
     """Tokens are pieces of bytes: fourteen characters can be thirty-eight tokens."""
     text = load(folder)
     for _ in range(2):
-        text.tokenize(["猫宇航员在月球上骑马跳舞唱歌"])
+        text.tokenizer(["猫宇航员在月球上骑马跳舞唱歌"])
     assert [record.message.split(";")[0] for record in caplog.records] == ["prompt has 38 tokens, the limit is 22"]
 
 

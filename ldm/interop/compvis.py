@@ -127,7 +127,7 @@ def _unet_config(tensors: Tensors, version: str, pooled_dim: int) -> UNetConfig:
     """Our configuration of a U-Net, from its shapes and the width of the pooled text that it is conditioned on."""
     channels, in_channels = tensors["input_blocks.0.0.weight"].shape[:2]
     levels: list[list[int]] = [[]]  # indices of the input blocks of each level
-    for index in range(1, 1 + family.count_blocks(tensors, "input_blocks", start=1)):
+    for index in range(1, family.count_blocks(tensors, "input_blocks")):
         if f"input_blocks.{index}.0.op.weight" in tensors:
             levels.append([])
         else:
@@ -191,15 +191,8 @@ def _read_pickle(file: Path) -> Tensors:
             f"{file} cannot be read without running its code ({reason}): find a safetensors file"
         ) from None
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    if not isinstance(state, dict):
-        return {}
-    return {str(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and _is_plain(tensor)}
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has real numbers that are all stored, so that its size is that of what is in the file."""
-    is_dense = tensor.layout == torch.strided and tensor.is_cpu and tensor.is_floating_point()
-    return is_dense and tensor.untyped_storage().nbytes() >= tensor.nbytes
+    items = state.items() if isinstance(state, dict) else ()
+    return {str(name): tensor for name, tensor in items if isinstance(tensor, Tensor)}
 
 
 def _strip_prefix(tensors: Tensors, prefix: str) -> Tensors:

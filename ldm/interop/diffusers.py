@@ -28,6 +28,7 @@ BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}
 # Their values of a setting, and ours.
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 PADDING = {"<|endoftext|>": 49407, "!": 0}
+UNET_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # and whether they have transformers
 ACTIVATIONS = {"quick_gelu": True, "gelu": False}  # of text towers, and whether it is the quick one
 # Settings that no tensor shows and our networks have no other value of, which is also the default of a file.
 UNET_FIXED: dict[str, Any] = {
@@ -42,7 +43,6 @@ UNET_FIXED: dict[str, Any] = {
     "class_embed_type": None,
     "norm_eps": 1e-5,
 }
-UNET_BLOCKS = {f"{kind}{way}Block2D" for kind in ("", "CrossAttn") for way in ("Down", "Up")}
 VAE_FIXED: dict[str, Any] = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
 SCHEDULER_FIXED: dict[str, Any] = {"num_train_timesteps": 1000, "trained_betas": None}
 TEXT_FIXED: dict[str, Any] = {"layer_norm_eps": 1e-5}
@@ -77,15 +77,14 @@ def read(folder: Path) -> ModelComponents:
 
 def _read_unet(folder: Path) -> UNet:
     with _open_config(folder / "config.json", UNET_FIXED) as values:
-        if unknown := {*values.get("down_block_types", ()), *values.get("up_block_types", ())} - UNET_BLOCKS:
-            raise ValueError(f"blocks of type {', '.join(sorted(map(str, unknown)))} are not supported")
-        if values.get("addition_embed_type") not in (None, "text_time"):
-            raise ValueError(f"addition_embed_type {values['addition_embed_type']} is not supported")
         widths = values["block_out_channels"]
         depths = _per_level(values.get("transformer_layers_per_block", 1), len(widths))
-        crossed = ["CrossAttn" in name for name in values["down_block_types"]]
+        crossed = [_translate("down_block_types", name, UNET_BLOCKS) for name in values["down_block_types"]]
         heads = values.get("num_attention_heads") or values["attention_head_dim"]  # the latter is a misnomer there
-        size_embed_dim = (values.get("addition_embed_type") and values["addition_time_embed_dim"]) or 0
+        has_sizes = _translate(
+            "addition_embed_type", values.get("addition_embed_type"), {None: False, "text_time": True}
+        )
+        size_embed_dim = values["addition_time_embed_dim"] if has_sizes else 0
         config = UNetConfig(
             in_channels=values["out_channels"],
             cond_channels=values["in_channels"] - values["out_channels"],
@@ -200,9 +199,7 @@ def write(components: ModelComponents, folder: Path) -> None:
     _check_exportable(parts)
     _write_json(folder / "model_index.json", _index(parts))
     _write_component(folder / "unet", _unet_values(parts), parts.unet.state_dict(), key_map.unet_key_to_diffusers)
-    scale = _vae_scale(parts.vae)
-    vae_tensors, rename = parts.folded_vae(scale=scale), key_map.vae_key_to_diffusers
-    _write_component(folder / "vae", _vae_values(parts, scale), vae_tensors, rename)
+    _write_vae(parts, folder / "vae")
     _write_json(folder / "scheduler/scheduler_config.json", _scheduler_values(parts.diffusion.config))
     for encoder, suffix in zip(parts.text.encoders, ("", "_2"), strict=False):
         _write_text_encoder(folder / f"text_encoder{suffix}", encoder, parts.version)
@@ -250,7 +247,7 @@ def _index(parts: ExportComponents) -> dict[str, Any]:
 
 def _unet_values(parts: ExportComponents) -> dict[str, Any]:
     config = parts.unet.config
-    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.transformer_depth]
+    down = [_translate_back(depth > 0, UNET_BLOCKS) for depth in config.transformer_depth]
     values = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": parts.resolution // parts.vae.config.factor,
@@ -276,15 +273,12 @@ def _unet_values(parts: ExportComponents) -> dict[str, Any]:
     }
 
 
-def _vae_scale(vae: VAE) -> float:
-    """The factor of standardized latents; 1, with all statistics in the weights, where channels have their own."""
-    alike = bool((vae.latent_std == vae.latent_std[0]).all() and not vae.latent_mean.any())
-    return 1 / vae.latent_std[0].item() if alike else 1.0
-
-
-def _vae_values(parts: ExportComponents, scale: float) -> dict[str, Any]:
-    config, levels = parts.vae.config, len(parts.vae.config.widths)
-    return {
+def _write_vae(parts: ExportComponents, folder: Path) -> None:
+    """The scaling factor is 1, with all statistics in the weights, where the channels have their own."""
+    mean, std, config = parts.vae.latent_mean, parts.vae.latent_std, parts.vae.config
+    scale = 1 / std[0].item() if (std == std[0]).all() and not mean.any() else 1.0
+    levels = len(config.widths)
+    values = {
         "_class_name": "AutoencoderKL",
         "in_channels": config.image_channels,
         "out_channels": config.image_channels,
@@ -298,6 +292,7 @@ def _vae_values(parts: ExportComponents, scale: float) -> dict[str, Any]:
         "scaling_factor": scale,
         "sample_size": parts.resolution,
     }
+    _write_component(folder, values, parts.folded_vae(scale=scale), key_map.vae_key_to_diffusers)
 
 
 def _scheduler_values(config: DiffusionConfig) -> dict[str, Any]:

@@ -43,10 +43,10 @@ def channel_mult(widths: Sequence[int]) -> tuple[int, ...]:
     return tuple(width // widths[0] for width in widths)
 
 
-def count_blocks(tensors: Mapping[str, Tensor], prefix: str, *, start: int = 0) -> int:
-    """How many indices from `start` on follow `prefix.`."""
+def count_blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """How many indices follow `prefix.`."""
     matches = (re.match(rf"{re.escape(prefix)}\.(\d+)", name) for name in tensors)
-    return sum(index >= start for index in {int(match[1]) for match in matches if match})
+    return len({match[1] for match in matches if match})
 
 
 def num_heads(width: int) -> int:

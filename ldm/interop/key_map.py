@@ -91,14 +91,15 @@ TEXT_TRANSFORMERS = {
 }
 
 
-def unet_key_to_diffusers(name: str) -> str:
-    """The name in `unet/diffusion_pytorch_model.safetensors`."""
-    return _substitute(name, UNET_DIFFUSERS)
+def _substitute(name: str, table: Mapping[str, str]) -> str:
+    for pattern, new in table.items():
+        name = re.sub(pattern, new, name)
+    return name
 
 
-def vae_key_to_diffusers(name: str) -> str:
-    """The name in `vae/diffusion_pytorch_model.safetensors`."""
-    return _substitute(name, VAE_DIFFUSERS)
+# Names in diffusion_pytorch_model.safetensors of unet/ and of vae/.
+unet_key_to_diffusers: Rename = partial(_substitute, table=UNET_DIFFUSERS)
+vae_key_to_diffusers: Rename = partial(_substitute, table=VAE_DIFFUSERS)
 
 
 def unet_key_to_compvis(config: UNetConfig) -> Rename:
@@ -178,12 +179,6 @@ def replace_in_names(tensors: Mapping[str, Tensor], table: Mapping[str, str]) ->
             name = name.replace(old, new)
         renamed[name] = tensor
     return renamed
-
-
-def _substitute(name: str, table: Mapping[str, str]) -> str:
-    for pattern, new in table.items():
-        name = re.sub(pattern, new, name)
-    return name
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

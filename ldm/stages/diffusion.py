@@ -91,7 +91,7 @@ class DiffusionStage(Stage):
         self.trainables = [Trainable("unet", self.unet)]
         networks = (("vae", vae), ("text", text))
         self.frozen: dict[str, nn.Module] = {name: module for name, module in networks if module is not None}
-        self.empty_ids = text.tokenize([""]) if text else None
+        self.empty_ids = text.tokenizer([""]) if text else None
 
     @classmethod
     def build(cls, config: TrainLDMConfig, accelerator: Accelerator) -> "DiffusionStage":
@@ -191,7 +191,7 @@ class DiffusionStage(Stage):
     def _text_embeddings(self, batch: Batch, dropped: Tensor | None) -> TextEmbeddings | None:
         if self.text is None or self.empty_ids is None:
             return None
-        ids = batch["ids"] if "ids" in batch else self.text.tokenize(batch["caption"])
+        ids = batch["ids"] if "ids" in batch else self.text.tokenizer(batch["caption"])
         ids = drop_captions(ids, dropped, self.empty_ids)
         if "hidden_states" not in batch:
             return self.text.encode_ids(ids)

@@ -112,7 +112,7 @@ class LatentWriter:
                 augmentation,
                 rows,
                 encode=self._encode,
-                tokenize=self.text.tokenize,
+                tokenize=self.text.tokenizer,
                 encode_text=self.text.encode_for_cache if config.text_embeddings else None,
                 key=key,
             )

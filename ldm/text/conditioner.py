@@ -39,13 +39,9 @@ class TextConditioner(nn.Module):
         """Stay in eval mode, whatever the mode of the module around."""
         return super().train(False)
 
-    def tokenize(self, prompts: list[str]) -> Tensor:
-        """Prompts -> (b, context_length) ids on the CPU; a truncated prompt is logged."""
-        return self.tokenizer(prompts)
-
     def forward(self, prompts: list[str]) -> TextEmbeddings:
         """Encode prompts as captions in training: truncated, and without weights."""
-        return self.encode_ids(self.tokenize(prompts))
+        return self.encode_ids(self.tokenizer(prompts))
 
     def encode_ids(self, ids: Tensor) -> TextEmbeddings:
         """See `TextEncoder`."""
