@@ -38,9 +38,7 @@ class ModelComponents(NamedTuple):
         """The components that a format of Stable Diffusion can hold; ValueError where there is no VAE or no text."""
         if self.vae is None or self.text is None:
             lacks = "VAE" if self.vae is None else "text tower"
-            raise ValueError(
-                f"cannot export to {target}: the model has no {lacks}; only a model folder of ldm can hold it"
-            )
+            raise ValueError(f"cannot export to {target}: the model has no {lacks}; only a folder of ldm can hold it")
         version = _version(self.text)
         return ExportComponents(self.unet, self.diffusion, self.vae, self.text, self.resolution, version, target)
 

@@ -187,9 +187,7 @@ def _read_pickle(file: Path) -> Tensors:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file can raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{file} cannot be read without running its code ({reason}): find a safetensors file"
-        ) from None
+        raise ValueError(f"{file} cannot be read without running its code ({reason}): use a safetensors file") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     items = state.items() if isinstance(state, dict) else ()
     return {str(name): tensor for name, tensor in items if isinstance(tensor, Tensor)}

@@ -198,7 +198,7 @@ def write(components: ModelComponents, folder: Path) -> None:
     parts = components.to_export("a diffusers folder")
     _check_exportable(parts)
     _write_json(folder / "model_index.json", _index(parts))
-    _write_component(folder / "unet", _unet_values(parts), parts.unet.state_dict(), key_map.unet_key_to_diffusers)
+    _write_unet(parts, folder / "unet")
     _write_vae(parts, folder / "vae")
     _write_json(folder / "scheduler/scheduler_config.json", _scheduler_values(parts.diffusion.config))
     for encoder, suffix in zip(parts.text.encoders, ("", "_2"), strict=False):
@@ -245,7 +245,7 @@ def _index(parts: ExportComponents) -> dict[str, Any]:
     }
 
 
-def _unet_values(parts: ExportComponents) -> dict[str, Any]:
+def _write_unet(parts: ExportComponents, folder: Path) -> None:
     config = parts.unet.config
     down = [_translate_back(depth > 0, UNET_BLOCKS) for depth in config.transformer_depth]
     values = {
@@ -264,13 +264,13 @@ def _unet_values(parts: ExportComponents) -> dict[str, Any]:
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift_norm else "default",
         "norm_num_groups": min(config.norm_groups.values()),  # all are equal, or it is not exported
     }
-    if parts.version != "XL":
-        return values
-    return values | {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": config.size_embed_dim,
-        "projection_class_embeddings_input_dim": config.pooled_dim + NUM_SIZE_CONDS * config.size_embed_dim,
-    }
+    if parts.version == "XL":
+        values |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": config.size_embed_dim,
+            "projection_class_embeddings_input_dim": config.pooled_dim + NUM_SIZE_CONDS * config.size_embed_dim,
+        }
+    _write_component(folder, values, parts.unet.state_dict(), key_map.unet_key_to_diffusers)
 
 
 def _write_vae(parts: ExportComponents, folder: Path) -> None:

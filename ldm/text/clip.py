@@ -35,9 +35,7 @@ class CLIPConfig(Config):
     def architecture(self, image_size: int) -> dict[str, Any]:
         """open_clip's `model_cfg` for images of this side; ValueError when heads or patches do not divide the sizes."""
         if self.width % self.num_heads:
-            raise ValueError(
-                f"clip.num_heads {self.num_heads} does not divide clip.width {self.width}: choose a divisor"
-            )
+            raise ValueError(f"clip.num_heads {self.num_heads} does not divide clip.width {self.width}: change one")
         if image_size % self.patch_size:
             raise ValueError(
                 f"data.resolution {image_size} is not a multiple of clip.patch_size {self.patch_size}: change one"

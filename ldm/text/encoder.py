@@ -156,9 +156,8 @@ class TextEncoder(nn.Module):
         if not self.config.zero_empty_prompt:
             return embeddings
         factor = to_device(nonempty.to(embeddings.pooled.dtype), self._device)
-        return embeddings._replace(
-            hidden_states=embeddings.hidden_states * factor[:, None, None], pooled=embeddings.pooled * factor[:, None]
-        )
+        hidden_states, mask, pooled = embeddings
+        return TextEmbeddings(hidden_states * factor[:, None, None], mask, pooled * factor[:, None])
 
     def _chunks(self, prompt: str) -> list[list[tuple[int, float]]]:
         """Tokens of a prompt and their weights, as many as the tower has room for; one empty chunk for no words."""
@@ -167,8 +166,6 @@ class TextEncoder(nn.Module):
         for special in (self.tokenizer.sot_token_id, self.tokenizer.eot_token_id):  # written so, or as &lt;...&gt;
             if any(token == special for token, _ in tokens):
                 raise ValueError(f"prompt contains the special token {self.tokenizer.decoder[special]}: leave it out")
-        if len(tokens) > MAX_PROMPT_CHUNKS * room:
-            raise ValueError(
-                f"prompt has {len(tokens):,} tokens, at most {MAX_PROMPT_CHUNKS * room:,} are allowed: shorten it"
-            )
+        if len(tokens) > (limit := MAX_PROMPT_CHUNKS * room):
+            raise ValueError(f"prompt has {len(tokens):,} tokens, at most {limit:,} are allowed: shorten it")
         return [tokens[i : i + room] for i in range(0, len(tokens), room)] or [[]]

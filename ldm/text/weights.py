@@ -92,9 +92,7 @@ def _read_cfg(path: Path) -> dict[str, Any]:
 def _check_supported(cfg: dict[str, Any], model_id: str) -> None:
     text = cfg["text_cfg"] | (cfg["text_cfg"].get("tokenizer_kwargs") or {})
     if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
-        raise ValueError(
-            f"text tower {model_id} is a Hugging Face transformer: only CLIP's own text tower is supported"
-        )
+        raise ValueError(f"text tower {model_id} is a Hugging Face transformer: only CLIP's own is supported")
     for name, value in SUPPORTED_TEXT_CFG.items():
         if text.get(name, value) != value:
             raise ValueError(f"text tower {model_id} has {name} {text[name]!r}: only {value!r} is supported")
