@@ -68,12 +68,15 @@ def config_diff(path: Path, config: Config) -> list[str]:
     ]
 
 
-def check_equal(config: Config, other: Config, where: object, *, exclude: frozenset[str] = frozenset()) -> None:
-    """ValueError names the fields in which `other`, the configuration of `where`, differs."""
+def differences(config: Config, other: Config) -> list[str]:
+    """`key theirs, here ours` for each field in which two configurations differ."""
     ours, theirs = config.to_dict(), other.to_dict()
-    if wrong := [
-        f"{key} {theirs[key]}, here {ours[key]}" for key in ours if key not in exclude and ours[key] != theirs[key]
-    ]:
+    return [f"{key} {theirs[key]}, here {ours[key]}" for key in ours if ours[key] != theirs[key]]
+
+
+def check_equal(config: Config, other: Config, where: object) -> None:
+    """ValueError names the fields in which `other`, the configuration of `where`, differs."""
+    if wrong := differences(config, other):
         raise ValueError(f"{where} has {'; '.join(wrong)}: they must be equal")
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from ldm.cli import parse_cli, run
 from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
@@ -212,8 +212,6 @@ class Numbers(Dataset[dict[str, Tensor]]):
 class ToyData:
     """The toy set as the loop sees it."""
 
-    collate = staticmethod(default_collate)
-
     def __init__(self, train: Dataset[Any] | None = None) -> None:
         self.train = train or Numbers()
 
@@ -266,27 +264,27 @@ class ToyGAN(Stage):
     """Two trainables: each loss calls both networks and moves its own."""
 
     def __init__(self) -> None:
-        self.maker = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
-        self.judge = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
-        self.trainables, self.frozen = [Trainable("maker", self.maker), Trainable("judge", self.judge)], {}
-        self.data = ToyData()
+        self.generator = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+        self.discriminator = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.trainables = [Trainable("generator", self.generator), Trainable("discriminator", self.discriminator)]
+        self.frozen, self.data = {}, ToyData()
 
     def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
         x = batch["x"].to(rng.device)
-        made = networks["maker"](x + 0.1 * rng.randn("jitter", (2,)))
-        if name == "maker":
-            return {"loss": (networks["judge"](made).float() - 1).square().mean()}
-        real, fake = networks["judge"](x).float(), networks["judge"](made.detach()).float()
+        made = networks["generator"](x + 0.1 * rng.randn("jitter", (2,)))
+        if name == "generator":
+            return {"loss": (networks["discriminator"](made).float() - 1).square().mean()}
+        real, fake = networks["discriminator"](x).float(), networks["discriminator"](made.detach()).float()
         return {"loss": (real - 1).square().mean() + fake.square().mean()}
 
     def validate(self) -> dict[str, float]:
-        return {"validation_w": self.maker[0].weight.sum().item()}
+        return {"validation_w": self.generator[0].weight.sum().item()}
 
     def sample(self) -> None:
         return None
 
     def save(self, folder: Path) -> None:
-        write_tensors(folder / "maker.safetensors", self.maker.state_dict())
+        write_tensors(folder / "generator.safetensors", self.generator.state_dict())
 
     def fingerprint(self) -> dict[str, Any]:
         return {"model": "gan"}

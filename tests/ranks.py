@@ -114,7 +114,8 @@ def work(ranks: int, job: str, run_dir: Path, flags: list[str], harm: Harm | Non
         assert PartialState().num_processes == ranks, "the ranks did not find each other"
     elif job == "gan":
         values = dict(flag.split("=") for flag in flags)
-        toy(toy_config(run_dir, trackers=(), **values), stage=toy_gan, on_step=harms["on_step"])
+        result = toy(toy_config(run_dir, trackers=(), **values), stage=toy_gan, on_step=harms["on_step"])
+        raise SystemExit(result.exit_status)
     elif job.startswith("doctor "):
         checks = examine_tiny(job.removeprefix("doctor "), run_dir, *flags, **harms)
         if os.environ["RANK"] == "0":

@@ -1,5 +1,6 @@
 """Training that starts from the weights of a finished model: one's own, a diffusers folder, a single file."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,35 @@ def test_other_settings_are_named(tiny_runs: Path, tmp_path: Path) -> None:
         train("ldm", tmp_path / "ldm", *flags)
     with pytest.raises(SystemExit, match=r"vae/model has latent_channels 4, here 8"):
         train("vae", tmp_path / "other", "--init-from", str(tiny_runs / "vae/model"), "--vae.latent-channels", "8")
+
+
+def test_what_the_unet_has_to_learn_anew_is_printed(
+    tiny_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy_stages_before("ldm", tiny_runs, tmp_path)
+    flags = ["--init-from", str(tiny_runs / "ldm/model"), *NO_STEP]
+    train("ldm", tmp_path / "same", *flags)
+    assert "anew" not in capsys.readouterr().out
+    vae = train("vae", tmp_path / "other_vae", "--steps", "1")
+    train("ldm", tmp_path / "ldm", *flags, "--vae", str(vae), "--diffusion.prediction", "v")
+    printed = capsys.readouterr().out
+    assert "ldm/model has prediction x0, here v; another VAE: its U-Net has to learn that anew" in printed
+
+
+def test_a_resumed_run_does_not_read_the_model_that_it_started_from(tiny_runs: Path, tmp_path: Path) -> None:
+    copy_stages_before("ldm", tiny_runs, tmp_path)
+    for stage in ("vae", "ldm"):
+        start, run = tmp_path / "start", tmp_path / f"new_{stage}"
+        shutil.copytree(tiny_runs / stage / "model", start)
+        train(stage, run, "--init-from", str(start), "--steps", "2", "--checkpoint-every", "1")
+        shutil.rmtree(start)
+        train(stage, run, "--init-from", str(start), "--resume", "latest", "--steps", "4")
+
+
+def test_a_unet_of_other_dimensions_is_refused_before_the_data_are_opened(tiny_runs: Path, tmp_path: Path) -> None:
+    copy_stages_before("ldm", tiny_runs, tmp_path)
+    with pytest.raises(SystemExit, match=r"unet\.in_channels is 5.*--unet\.in-channels 4"):
+        train("ldm", tmp_path / "ldm", "--unet.in-channels", "5", "--data.source", str(tmp_path / "missing"))
 
 
 def test_widened_input_channels_start_at_zero() -> None:

@@ -1,21 +1,20 @@
 """Loading: the batches of one rank, each with the keys of its samples."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.data.batch import Batch, collate
 from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
 
-Batches = Iterator[tuple[list[SampleKey], Mapping[str, Any]]]
+Batches = Iterator[tuple[list[SampleKey], Batch]]
 
 
 def load_batches(
     data: Dataset[Any],
     batch_sampler: EpochBatchSampler,
-    collate: Callable[[list[Any]], Mapping[str, Any]],
     *,
     num_workers: int,
     timeout: int,
@@ -28,7 +27,7 @@ def load_batches(
     loader = DataLoader(
         IndexedDataset(data),
         batch_sampler=batch_sampler,
-        collate_fn=partial(_collate_with_keys, collate),
+        collate_fn=_collate_with_keys,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=_detach_worker_signals,
@@ -64,9 +63,7 @@ class IndexedDataset(Dataset[tuple[SampleKey, Any]]):
         return [(key, self.data[key]) for key in keys]
 
 
-def _collate_with_keys(
-    collate: Callable[[list[Any]], Mapping[str, Any]], samples: list[tuple[SampleKey, Any]]
-) -> tuple[list[SampleKey], Mapping[str, Any]]:
+def _collate_with_keys(samples: list[tuple[SampleKey, Any]]) -> tuple[list[SampleKey], Batch]:
     return [key for key, _ in samples], collate([sample for _, sample in samples])
 
 

@@ -9,13 +9,13 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 
 from ldm.config import CONFIGS
-from ldm.data import DataConfig
+from ldm.data import Batch, DataConfig
 from ldm.io.model_dir import write_manifest
 from ldm.rng import StepRNG
 from ldm.stages.splits import Splits, example_images
 from ldm.text.clip import CLIP, CLIPConfig, retrieval_accuracy
 from ldm.training.config import TrainingConfig
-from ldm.training.stage import Batch, Networks, Stage, Trainable
+from ldm.training.stage import Networks, Stage, Trainable
 
 
 class TrainCLIPConfig(TrainingConfig):

@@ -17,25 +17,26 @@ from torch import Tensor, nn
 
 from ldm.cli import training_command
 from ldm.conditioning import Conditioning
-from ldm.config import CONFIGS, check_equal
-from ldm.data import DataConfig
+from ldm.config import CONFIGS, check_equal, differences
+from ldm.data import Batch, DataConfig
 from ldm.data.latents import LatentDataset
 from ldm.data.latents_in_memory import InMemoryLatents
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.imaging import captioned_grid, tensor_to_pil
-from ldm.io.model_dir import latest_model
+from ldm.interop.components import ModelComponents
 from ldm.io.tensors import init_weights, sha256
 from ldm.pipeline import Pipeline
 from ldm.pipeline.conditions import text_conditioning
 from ldm.pipeline.inputs import initial_noise
 from ldm.pipeline.load import load_components, load_vae
 from ldm.rng import StepRNG, generator
-from ldm.stages.latents import open_latents, text_fingerprint
+from ldm.stages.latents import find_vae, open_latents, text_fingerprint
 from ldm.stages.splits import Splits, example_images
 from ldm.text import TextConditioner, TextConfig, TextEmbeddings, load_text_encoder
 from ldm.text.tokenizer import vocabulary
+from ldm.text.tower import to_device
 from ldm.training.config import TrainingConfig
-from ldm.training.stage import Batch, Networks, Stage, Trainable
+from ldm.training.stage import Networks, Stage, Trainable
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, Posterior
 
@@ -97,32 +98,40 @@ class DiffusionStage(Stage):
     def build(cls, config: TrainLDMConfig, accelerator: Accelerator) -> "DiffusionStage":
         """With the finished stages before it, data and initial weights; ValueError where something does not fit."""
         check_in_memory(config)
-        vae_folder = resolve_vae(config)
+        train_vae, train_clip = (training_command(config, stage, cls.default) for stage in ("vae", "clip"))
+        vae_folder = None if config.vae == "none" else find_vae(config.vae, config.run.parent, train_vae)
         vae = load_vae(vae_folder) if vae_folder else None
-        towers = (config.text, config.second_text)
-        text = load_text_encoder(towers, config.run.parent, training_command(config, "clip", cls.default))
+        text = load_text_encoder((config.text, config.second_text), config.run.parent, train_clip)
         model_ids = " and ".join(encoder.model_id for encoder in text.encoders) if text else "none"
         accelerator.print(f"VAE: {vae_folder or 'none'}; text: {model_ids}")
         if vae and config.cached_latents is None:
             config.data.check_channels(vae.config.image_channels)
         config.data.check_buckets(config.unet.factor * (vae.config.factor if vae else 1))
+        stage = cls(config, vae, text, accelerator.device)
+        stage.vae_sha256 = sha256(vae_folder / "vae.safetensors") if vae_folder else None
+        if config.init_from and not config.resume:
+            stage.init_unet(load_components(config.init_from), config.init_from, accelerator)
         if config.cached_latents is None:
             data = Splits.open(config.data, config.seed)
-            accelerator.print(data.images.describe())
             words = vocabulary(data.images.captions)
         else:
             data, words = open_latents(config.cached_latents, config.data, config.seed, vae_folder, text)
-            accelerator.print(data.describe())
-        stage = cls(config, vae, text, accelerator.device)
+        accelerator.print(data.describe())
         for module in stage.frozen.values():
             module.to(accelerator.device)
-        if config.init_from:
-            source = load_components(config.init_from).unet
-            check_equal(config.unet, source.config, config.init_from, exclude=frozenset({"cond_channels"}))
-            init_weights(stage.unet, source.state_dict(), config.init_from)
-        stage.vae_sha256 = sha256(vae_folder / "vae.safetensors") if vae_folder else None
         stage.prepare(data, words, accelerator)
         return stage
+
+    def init_unet(self, source: ModelComponents, where: Path, accelerator: Accelerator) -> None:
+        """Start from the U-Net of a finished model; what else differs there, which is no error, is printed."""
+        same_input = source.unet.config.model_copy(update={"cond_channels": self.config.unet.cond_channels})
+        check_equal(self.config.unet, same_input, where)
+        init_weights(self.unet, source.unet.state_dict(), where)
+        other = differences(self.config.diffusion, source.diffusion.config)
+        networks = {"VAE": (self.vae, source.vae), "text tower": (self.text, source.text)}
+        other += [f"another {name}" for name, pair in networks.items() if not same_weights(*pair)]
+        if other:
+            accelerator.print(f"{where} has {'; '.join(other)}: its U-Net has to learn that anew")
 
     def prepare(self, data: Splits, words: list[str], accelerator: Accelerator) -> None:
         """What validation, samples and the model folder need; encodes the images if latents are cached in memory."""
@@ -157,7 +166,7 @@ class DiffusionStage(Stage):
         # Latents.
         z = self.latents(batch, lambda shape: rng.randn("latent", shape))
         # t, and the captions that are dropped.
-        positions = torch.tensor(rng.positions, device=z.device)
+        positions = to_device(torch.tensor(rng.positions), z.device)
         t = self.diffusion.sample_t(rng.rand("time"), positions, rng.batch_size)
         dropped = rng.rand("dropout", torch.device("cpu")) < self.config.caption_dropout
         # Noised latents.
@@ -196,8 +205,8 @@ class DiffusionStage(Stage):
         if "hidden_states" not in batch:
             return self.text.encode_ids(ids)
         hidden_states, pooled = (
-            drop_captions(batch[key].to(self.device, non_blocking=True), dropped, empty)
-            for key, empty in zip(("hidden_states", "pooled"), self._empty_embeddings, strict=True)
+            drop_captions(cached.to(self.device, non_blocking=True), dropped, empty)
+            for cached, empty in zip((batch["hidden_states"], batch["pooled"]), self._empty_embeddings, strict=True)
         )
         return self.text.states_from_cache(ids, hidden_states, pooled)
 
@@ -273,18 +282,15 @@ def drop_captions(values: Tensor, dropped: Tensor | None, empty: Tensor) -> Tens
     return torch.where(where, empty.to(values.device), values)
 
 
+def same_weights(one: nn.Module | None, other: nn.Module | None) -> bool:
+    """Whether two networks are the same, or there is none."""
+    if one is None or other is None:
+        return one is other
+    weights, others = one.state_dict(), other.state_dict()
+    return weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
+
+
 # Checks of the configuration.
-
-
-def resolve_vae(config: TrainLDMConfig) -> Path | None:
-    """The model folder of the VAE; None for diffusion in pixels."""
-    if config.vae == "none":
-        return None
-    if config.vae == "latest":
-        return latest_model("vae", config.run.parent, script=training_command(config, "vae", DiffusionStage.default))
-    if not (Path(config.vae) / "vae.safetensors").is_file():
-        raise ValueError(f"--vae {config.vae} has no vae.safetensors: pass RUN/model, or convert it with convert.py")
-    return Path(config.vae)
 
 
 def check_in_memory(config: TrainLDMConfig) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
@@ -33,7 +34,7 @@ from ldm.pipeline.load import load_vae
 from ldm.stages.splits import Splits
 from ldm.text import TextConditioner, TextConfig, load_text_encoder
 from ldm.text.tokenizer import tokenizer_hash, vocabulary
-from ldm.training.distributed import is_peer_failure, make_gather, process_group_timeout
+from ldm.training.distributed import peer_errors, process_group_timeout
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 SAMPLE_CAPTIONS = 64
@@ -65,14 +66,8 @@ class CacheLatentsConfig(ScriptConfig):
 def cache_latents(config: CacheLatentsConfig) -> Path:
     """Write what is not there yet, over all ranks, then the index; returns the folder."""
     accelerator = Accelerator(kwargs_handlers=[process_group_timeout(config.timeout)])
-    try:
+    with peer_errors(accelerator, config.timeout, "start cache_latents.py again"):
         return LatentWriter(config, accelerator).run()
-    except RuntimeError as error:
-        if not is_peer_failure(accelerator, error):
-            raise
-        raise ValueError(
-            "a rank failed: see the output of the other ranks, then start cache_latents.py again"
-        ) from None
 
 
 class LatentWriter:
@@ -80,9 +75,7 @@ class LatentWriter:
 
     def __init__(self, config: CacheLatentsConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
-        vae_folder = Path(config.vae)
-        if config.vae == "latest":
-            vae_folder = latest_model("vae", config.out.parent, script="accelerate launch scripts/train_vae.py")
+        vae_folder = find_vae(config.vae, config.out.parent, "accelerate launch scripts/train_vae.py")
         towers, script = (config.text, config.second_text), "accelerate launch scripts/train_clip.py"
         text = load_text_encoder(towers, config.out.parent, script)
         if text is None:
@@ -117,7 +110,7 @@ class LatentWriter:
                 key=key,
             )
         accelerator.wait_for_everyone()
-        self.sets["train"].sync_unreadable(make_gather(accelerator))
+        self.sets["train"].sync_unreadable(gather_object)
         if accelerator.is_main_process:
             self._write_index()
             size = sum((config.out / name).stat().st_size for _, name, _, _ in files)
@@ -147,6 +140,15 @@ class LatentWriter:
         )
         write_text(config.out / VOCABULARY_FILE, "\n".join(vocabulary(train.captions)))
         write_text(config.out / INDEX_FILE, json.dumps(index.to_dict()))
+
+
+def find_vae(vae: str, runs_dir: Path, command: str) -> Path:
+    """The model folder that `--vae` names; `latest` is the newest finished one below `runs_dir`, made by `command`."""
+    if vae == "latest":
+        return latest_model("vae", runs_dir, script=command)
+    if not (Path(vae) / "vae.safetensors").is_file():
+        raise ValueError(f"--vae {vae} has no vae.safetensors: pass RUN/model, or convert it with convert.py")
+    return Path(vae)
 
 
 def open_latents(

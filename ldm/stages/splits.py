@@ -15,8 +15,6 @@ from ldm.data.latents import LatentDataset
 class Splits:
     """Images with captions, or latents that were computed from them."""
 
-    collate = staticmethod(collate)
-
     def __init__(
         self,
         source: ImageTextDataset | LatentDataset,
@@ -61,7 +59,7 @@ class Splits:
 
     def first_held_out(self, count: int) -> Batch:
         """A batch of the first held-out samples, the same at every call."""
-        return self.collate(first_samples(self.held_out, count))
+        return collate(first_samples(self.held_out, count))
 
     def spread_images(self, count: int) -> Iterator[Tensor]:
         """Batches (b, c, h, w) of `count` training images that are spread over the set, cut to squares."""

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.config import CONFIGS, check_equal
-from ldm.data import DataConfig
+from ldm.data import Batch, DataConfig
 from ldm.imaging import image_grid, tensor_to_pil
 from ldm.io.model_dir import write_manifest
 from ldm.io.tensors import init_weights, save_weights
@@ -17,7 +17,7 @@ from ldm.pipeline.load import load_vae
 from ldm.rng import StepRNG
 from ldm.stages.splits import Splits, example_images
 from ldm.training.config import TrainingConfig
-from ldm.training.stage import Batch, Networks, Stage, Trainable
+from ldm.training.stage import Networks, Stage, Trainable
 from ldm.vae import VAE, VAEConfig
 from ldm.vae.latent_stats import fit_latent_stats
 from ldm.vae.losses import VAELossConfig, psnr, ssim, vae_loss
@@ -56,11 +56,11 @@ class VAEStage(Stage):
         stage = cls(config)
         stage.data = Splits.open(config.data, config.seed)
         accelerator.print(stage.data.images.describe())
-        if config.init_from:
+        if config.init_from and not config.resume:
             source = load_vae(config.init_from)
             check_equal(config.vae, source.config, config.init_from)
             init_weights(stage.vae, source.state_dict(), config.init_from)
-        elif stage.vae.linear is not None:  # a resumed run overwrites this with what it had learned
+        elif stage.vae.linear is not None and not config.resume:
             stage.vae.linear.init_from_pca(torch.cat(list(stage.data.spread_images(2048))))
         stage.device, stage.validation = accelerator.device, stage.data.first_held_out(64)["image"]
         return stage

@@ -7,12 +7,13 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -21,16 +22,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ldm.io.atomic import disk_errors, write_text
 from ldm.io.tensors import sha256
+from ldm.training.distributed import on_rank0
 from ldm.training.fsdp import empty_shard, shard_tensor
 
-CHECKPOINT_FORMAT, MANIFEST, HASHES = "ldm-checkpoint-3", "manifest.json", "sha256.json"
+CHECKPOINT_FORMAT = "ldm-checkpoint-3"
+PROGRESS, MANIFEST, HASHES = "progress.json", "manifest.json", "sha256.json"
 WRITING, CORRUPT, SHARD_GLOB = ".writing-", "corrupt-", "shard-*.safetensors"
 PATTERN = re.compile(r"step-(\d{6,})$")
 
 Tensors = dict[str, Tensor]
-Result = TypeVar("Result")
-OnRank0 = Callable[[Callable[[], Result]], Result]
-Gather = Callable[[list[Any]], list[Any]]
 
 
 def save_checkpoint(
@@ -38,60 +38,57 @@ def save_checkpoint(
     step: int,
     tensors: dict[str, Tensors],
     progress: dict[str, Any],
+    accelerator: Accelerator,
     *,
     keep: int,
-    on_rank0: OnRank0[Any] = lambda action: action(),
-    sharded: bool = False,
+    sharded: bool,
 ) -> Path:
-    """Write `folder`/step-XXXXXX, then prune all but the newest `keep`; returns its path.
+    """Write `folder`/step-XXXXXX, then prune all but the newest `keep`; returns its path. All ranks call this.
 
     There is one safetensors file for each group of tensors, or, with `sharded`, one for the shards of each rank. They
     are written to a temporary folder with a manifest of their sizes, synced to the disk and then renamed. A whole
-    checkpoint of this step is left as it is. All ranks call this; `on_rank0` does something on rank 0 alone and hands
-    its result, or its ValueError, to all. ValueError when writing fails, for example on a full disk; the previous
+    checkpoint of this step is left as it is. ValueError when writing fails, for example on a full disk; the previous
     checkpoint is whole.
     """
     target = folder / f"step-{step:06d}"
     temporary = folder / f"{WRITING}step-{step:06d}"
-
-    def prepare() -> bool:
-        if target.exists() and find_corruption(target) is None:
-            return False
-        for left in folder.glob(f"{WRITING}*"):  # of runs that were killed
-            shutil.rmtree(left)
-        temporary.mkdir(parents=True)
-        return True
-
-    def finish() -> None:
-        (temporary / "progress.json").write_text(json.dumps({"step": step, **progress}, indent=2))
-        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps({"format": CHECKPOINT_FORMAT, "bytes": sizes}, indent=2))
-        for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        _sync(folder)
-        for old in _list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-
     previous = latest(folder)
     remedy = f"restart with --resume latest, from {previous.name}" if previous else "start again"
-
-    def with_cleanup(action: Callable[[], Any]) -> Any:
-        try:
-            with disk_errors(target, remedy):
-                return action()
-        except ValueError:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-    if on_rank0(lambda: with_cleanup(prepare)):
-        if sharded:
-            with_cleanup(lambda: _write_sharded(temporary, tensors))
-        else:
-            on_rank0(lambda: with_cleanup(lambda: _write_groups(temporary, tensors)))
-        on_rank0(lambda: with_cleanup(finish))
+    try:
+        with disk_errors(target, remedy):
+            if on_rank0(accelerator, lambda: _start_writing(temporary, target)):
+                if sharded:
+                    _write_sharded(temporary, tensors)
+                else:
+                    on_rank0(accelerator, lambda: _write_groups(temporary, tensors))
+                on_rank0(accelerator, lambda: _finish_writing(temporary, target, {"step": step, **progress}, keep))
+    except ValueError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return target
+
+
+def _start_writing(temporary: Path, target: Path) -> bool:
+    """Make the temporary folder; False where the checkpoint is whole already."""
+    if target.exists() and find_corruption(target) is None:
+        return False
+    for left in target.parent.glob(f"{WRITING}*"):  # of runs that were killed
+        shutil.rmtree(left)
+    temporary.mkdir(parents=True)
+    return True
+
+
+def _finish_writing(temporary: Path, target: Path, progress: dict[str, Any], keep: int) -> None:
+    (temporary / PROGRESS).write_text(json.dumps(progress, indent=2))
+    sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+    (temporary / MANIFEST).write_text(json.dumps({"format": CHECKPOINT_FORMAT, "bytes": sizes}, indent=2))
+    for path in [*temporary.iterdir(), temporary]:
+        _sync(path)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    _sync(target.parent)
+    for old in _list_checkpoints(target.parent)[:-keep]:
+        shutil.rmtree(old)
 
 
 def hash_in_background(path: Path) -> threading.Thread:
@@ -120,28 +117,18 @@ def _write_sharded(folder: Path, tensors: dict[str, Tensors]) -> None:
         raise next(iter(error.failures.values()))[0] from None
 
 
-def load_checkpoint(
-    path: Path, groups: list[str], mesh: DeviceMesh | None = None
-) -> tuple[dict[str, Tensors], dict[str, Any]]:
+def load_checkpoint(path: Path, mesh: DeviceMesh | None = None) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """Tensors by group, and the progress, of a whole checkpoint.
 
-    With a mesh each rank gets its shard of each tensor; how many ranks wrote it does not matter. ValueError when it
-    belongs to another kind of run.
+    With a mesh each rank gets its shard of each tensor; how many ranks wrote it does not matter.
     """
-    progress = _json(path / "progress.json")
+    progress = _json(path / PROGRESS)
     if any(path.glob(SHARD_GLOB)):
-        tensors = _read_sharded(path, mesh)
-    else:
-        tensors = {name: _read_group(path / f"{name}.safetensors", mesh) for name in groups}
-    missing = [name for name in groups if not tensors.get(name)]
-    if missing:
-        raise ValueError(f"{path} has no weights of {missing[0]}: it belongs to another kind of run")
-    return tensors, progress
-
-
-def _read_group(file: Path, mesh: DeviceMesh | None) -> Tensors:
-    tensors = load_file(file) if file.is_file() else {}
-    return {name: shard_tensor(tensor, mesh) for name, tensor in tensors.items()} if mesh else tensors
+        return _read_sharded(path, mesh), progress
+    groups = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+    if mesh:
+        groups = {name: {key: shard_tensor(t, mesh) for key, t in group.items()} for name, group in groups.items()}
+    return groups, progress
 
 
 def _read_sharded(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensors]:
@@ -161,30 +148,32 @@ def _read_sharded(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensors]:
 def find_corruption(path: Path, *, rank: int = 0, world: int = 1) -> str | None:
     """What is wrong with a checkpoint; None when it is whole. Rank `rank` of `world` hashes its part of the files."""
     try:
-        return _find_corruption(path, rank, world)
-    except OSError as error:  # of a disk that fails
-        return f"cannot be read ({error})"
-
-
-def _find_corruption(path: Path, rank: int, world: int) -> str | None:
-    if not (path / MANIFEST).is_file():
-        return f"no {MANIFEST}: pass a folder such as RUN/checkpoints/step-000500"
-    try:
         manifest = _json(path / MANIFEST)
         written_as, sizes = manifest["format"], dict(manifest.get("bytes", {}))
-        hashes = _json(path / HASHES) if (path / HASHES).is_file() else {}
+        if written_as != CHECKPOINT_FORMAT:
+            return f"written as {written_as} by another version of ldm, which cannot be resumed by this one"
+        files = {file.name: file for file in path.iterdir() if file.name != HASHES and not file.name.startswith(".")}
+        if files.keys() != {*sizes, MANIFEST}:
+            return f"its files are not those of its {MANIFEST}"
+        if wrong := [name for name, size in sizes.items() if files[name].stat().st_size != size]:
+            return f"{wrong[0]}: size mismatch with {MANIFEST}"
+        hashes = _read_hashes(path)
+        wrong = [name for name in sorted(files)[rank::world] if name in hashes and sha256(files[name]) != hashes[name]]
+        return f"{wrong[0]}: SHA-256 mismatch with {HASHES}" if wrong else None
+    except FileNotFoundError:
+        return f"no {MANIFEST}: pass a folder such as RUN/checkpoints/step-000500"
+    except OSError as error:  # of a disk that fails
+        return f"cannot be read ({error})"
     except (ValueError, TypeError, KeyError):
-        return f"{MANIFEST} or {HASHES} is corrupt"
-    if written_as != CHECKPOINT_FORMAT:
-        return f"written as {written_as} by another version of ldm, which cannot be resumed by this one"
-    files = {file.name: file for file in path.iterdir() if file.name != HASHES and not file.name.startswith(".")}
-    if files.keys() != {*sizes, MANIFEST} or (hashes and hashes.keys() != files.keys()):
-        return f"its files are not those of its {MANIFEST}"
-    wrong = [name for name, size in sizes.items() if files[name].stat().st_size != size]
-    if wrong:
-        return f"{wrong[0]}: size mismatch with {MANIFEST}"
-    wrong = [name for name in sorted(hashes)[rank::world] if sha256(files[name]) != hashes[name]]
-    return f"{wrong[0]}: SHA-256 mismatch with {HASHES}" if wrong else None
+        return f"{MANIFEST} is corrupt"
+
+
+def _read_hashes(path: Path) -> dict[str, str]:
+    """SHA-256 by file; none where they were not written to the end: the checkpoint is whole without them."""
+    try:
+        return {name: str(digest) for name, digest in _json(path / HASHES).items()}
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
 
 
 def latest(folder: Path) -> Path | None:
@@ -192,32 +181,25 @@ def latest(folder: Path) -> Path | None:
     return next(reversed(_list_checkpoints(folder)), None)
 
 
-def resolve(
-    resume: str,
-    folder: Path,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    gather: Gather = lambda items: items,
-    on_rank0: OnRank0[Any] = lambda action: action(),
-) -> tuple[Path, list[str]]:
+def resolve(resume: str, folder: Path, accelerator: Accelerator) -> tuple[Path, list[str]]:
     """What `--resume latest|PATH` means: for `latest` the newest whole one, and what is wrong with newer ones.
 
     Those are renamed, so that they count neither for `keep` nor as the newest. All ranks call this and each hashes its
     part of the files. ValueError when there is nothing to resume from, and for a PATH where `folder` holds a newer one,
     which is of another course.
     """
-    found, named = on_rank0(lambda: _list_checkpoints(folder)), Path(resume)
+    found, named = on_rank0(accelerator, lambda: _list_checkpoints(folder)), Path(resume)
     candidates = found[::-1] if resume == "latest" else [named]
     if not candidates:
         raise ValueError(f"{folder} has no checkpoint to resume from; start without --resume")
     if resume != "latest" and found and found[-1].resolve() != named.resolve():
         raise ValueError(f"{folder} has {found[-1].name}: pass --resume latest, or resume {named} in another --run")
+    rank, world = accelerator.process_index, accelerator.num_processes
     corrupt: list[tuple[Path, str]] = []
     for path in candidates:
-        reasons = [reason for reason in gather([find_corruption(path, rank=rank, world=world)]) if reason]
+        reasons = [reason for reason in gather_object([find_corruption(path, rank=rank, world=world)]) if reason]
         if not reasons:
-            names = on_rank0(lambda: [_quarantine(bad) for bad, _ in corrupt])
+            names = on_rank0(accelerator, lambda: [_quarantine(bad) for bad, _ in corrupt])
             return path, [f"{text}; renamed to {name}" for (_, text), name in zip(corrupt, names, strict=True)]
         corrupt.append((path, f"cannot resume from {path}: {reasons[0]}"))
     raise ValueError(f"{'; '.join(text for _, text in corrupt)}; pass another checkpoint, or start in another --run")

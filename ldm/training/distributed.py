@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +13,6 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
-    gather_object,
     is_wandb_available,
     set_seed,
 )
@@ -43,28 +43,31 @@ def process_group_timeout(seconds: int) -> InitProcessGroupKwargs:
     return InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
 
 
-def make_gather(accelerator: Accelerator) -> Callable[[list[Any]], list[Any]]:
-    """A function that joins the lists of all ranks."""
-    return lambda items: gather_object(items) if accelerator.num_processes > 1 else items
-
-
 def on_rank0(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """Do something on rank 0; its result, or its ValueError, is that of all ranks."""
-    result: list[Any] = [None]
+    """Do something on rank 0; its result, or its error, is that of all ranks."""
+    result: Any = None
     if accelerator.is_main_process:
         try:
-            result = [action()]
-        except ValueError as error:
-            result = [error]
-    result = broadcast_object_list(result)
-    if isinstance(result[0], ValueError):
-        raise result[0]
-    return result[0]
+            result = action()
+        except Exception as error:
+            result = error
+    [result] = broadcast_object_list([result])
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
-def is_peer_failure(accelerator: Accelerator, error: RuntimeError) -> bool:
-    """Whether a collective failed since another rank is gone; torch has no exception type for that."""
-    return accelerator.num_processes > 1 and PEER_FAILURE.search(str(error)) is not None
+@contextmanager
+def peer_errors(accelerator: Accelerator, timeout: int, remedy: str) -> Iterator[None]:
+    """Turn a collective that fails since another rank is gone into a ValueError; torch has no exception type for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not PEER_FAILURE.search(str(error)):
+            raise
+        raise ValueError(
+            f"a rank failed or timed out ({timeout} s): see the output of the other ranks, then {remedy}"
+        ) from None
 
 
 def has_launcher() -> bool:

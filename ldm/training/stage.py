@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ldm.data.batch import Batch
 from ldm.data.batch_sampler import EpochBatchSampler
 from ldm.rng import StepRNG
 from ldm.training.config import TrainingConfig
 from ldm.training.optimizer import adamw
 
-Batch = Mapping[str, Any]
 Networks = Mapping[str, nn.Module]
 MakeOptimizer = Callable[[list[nn.Parameter], TrainingConfig], torch.optim.Optimizer]
 
@@ -36,10 +36,6 @@ class TrainingData(Protocol):
     """The training set as the loop sees it."""
 
     train: Dataset[Any]  # indexed by `SampleKey`
-
-    def collate(self, samples: list[Any]) -> Batch:
-        """One batch of several samples."""
-        ...
 
     def make_batch_sampler(
         self, *, seed: int, batch_size: int, start: int, grad_accum_steps: int, rank: int, world: int

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -15,7 +16,6 @@ from ldm.io.tensors import load_strict
 from ldm.training import checkpoint
 from ldm.training.anomalies import AnomalyMonitor
 from ldm.training.config import TrainingConfig
-from ldm.training.distributed import make_gather, on_rank0
 from ldm.training.ema import EMA, trained_parameters
 from ldm.training.fsdp import apply_fsdp, full_tensor
 from ldm.training.stage import Trainable
@@ -39,14 +39,18 @@ class TrainingState:
         for trainable in trainables:
             trainable.module.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
         self.modules = {t.name: apply_fsdp(t.module, self.mesh) if self.mesh else t.module for t in trainables}
-        self.optimizers = {
-            t.name: accelerator.prepare_optimizer(t.make_optimizer([*self._trained(t.name).values()], config))
-            for t in trainables
-        }
+        self.optimizers = {t.name: self._make_optimizer(t) for t in trainables}
         self.ema = {name: EMA(module, config.ema_decay) for name, module in self.modules.items()}
         self.monitors = {name: AnomalyMonitor(limit=config.max_nonfinite_steps) for name in self.modules}
         self._saved_step: int | None = None
         self._hashing: threading.Thread | None = None
+
+    def _make_optimizer(self, trainable: Trainable) -> AcceleratedOptimizer:
+        optimizer = trainable.make_optimizer([*self._trained(trainable.name).values()], self.config)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # the peak of its schedule
+        self.fingerprint[f"{trainable.name}_optimizer"] = type(optimizer).__name__
+        return self.accelerator.prepare_optimizer(optimizer)
 
     def prepare_networks(self) -> dict[str, nn.Module]:
         """The modules as they are called in training: within DDP, or sharded, under autocast."""
@@ -75,8 +79,8 @@ class TrainingState:
             self.step,
             tensors,
             progress,
+            self.accelerator,
             keep=self.config.keep_checkpoints,
-            on_rank0=lambda action: on_rank0(self.accelerator, action),
             sharded=self.mesh is not None,
         )
         self._saved_step = self.step
@@ -90,35 +94,30 @@ class TrainingState:
 
     def resume(self, resume: str) -> None:
         """Go on from `latest`, or a checkpoint folder. ValueError when it is corrupt or of another run."""
-        path, corrupt = checkpoint.resolve(
-            resume,
-            self.folder,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-            gather=make_gather(self.accelerator),
-            on_rank0=lambda action: on_rank0(self.accelerator, action),
-        )
+        path, corrupt = checkpoint.resolve(resume, self.folder, self.accelerator)
         for line in corrupt:
             self.accelerator.print(f"{line}; falling back to the previous checkpoint")
         self.restore(path)
 
     def restore(self, path: Path) -> None:
         """Go back, or on, to a checkpoint; ValueError when it is of another run."""
-        groups = [group for name in self.modules for group in (name, f"{name}_ema", f"{name}_optimizer")]
-        tensors, progress = checkpoint.load_checkpoint(path, groups, self.mesh)
+        tensors, progress = checkpoint.load_checkpoint(path, self.mesh)
         for key, value in self.fingerprint.items():
             if (saved := progress["fingerprint"].get(key)) != value:
                 raise ValueError(f"{path} has {key} {saved}, this run {value}: they must match to resume")
         if progress["step"] > self.config.steps:
             raise ValueError(f"{path} is at step {progress['step']}, past --steps {self.config.steps}")
         for name, module in self.modules.items():
+            if name not in tensors:
+                raise ValueError(f"{path} has no weights of {name}: it belongs to another kind of run")
             buffers = {
                 key: full_tensor(tensors[name][key]) for key, _ in module.named_buffers() if key in tensors[name]
             }
             own = self._tensors(name)
             frozen = {key: value for key, value in module.state_dict().items() if key not in own}
             load_strict(module, frozen | tensors[name] | buffers, path)
-            checkpoint.restore_optimizer(self.optimizers[name], [*self._trained(name)], tensors[f"{name}_optimizer"])
+            optimizer_tensors = tensors.get(f"{name}_optimizer", {})  # plain SGD has none
+            checkpoint.restore_optimizer(self.optimizers[name], [*self._trained(name)], optimizer_tensors)
             for key, value in tensors[f"{name}_ema"].items():
                 self.ema[name].shadow[key].copy_(value)
             self.monitors[name].skipped = progress["skipped"][name]

@@ -65,9 +65,9 @@ class StopRequest:
         self._pending = flag, work
         return requested
 
-    def close(self) -> None:
-        """Finish what was sent."""
-        self._arrived()
+    def close(self) -> int:
+        """The answer to the last poll of all: the signal, or 0."""
+        return self._arrived()
 
     def _arrived(self) -> int:
         if self._pending is None:

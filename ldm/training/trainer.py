@@ -1,13 +1,15 @@
 """Training loop: each trainable takes one optimizer step per iteration; also logging, checkpointing, resuming."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from ldm.config import config_diff, write_yaml
 from ldm.data.batch_sampler import EpochBatchSampler
@@ -16,7 +18,7 @@ from ldm.io.atomic import disk_errors, write_text
 from ldm.rng import StepRNG
 from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
-from ldm.training.distributed import is_peer_failure, make_accelerator, make_gather, on_rank0
+from ldm.training.distributed import make_accelerator, on_rank0, peer_errors
 from ldm.training.fsdp import full_tensor, reshard
 from ldm.training.logger import RunLogger
 from ldm.training.optimizer import learning_rate, step_if_finite
@@ -62,7 +64,8 @@ class Trainer:
                     self._log_validate_save()
                     if signal := stop.poll():
                         return self._stopped(signal)
-            stop.close()
+            if signal := stop.close():
+                return self._stopped(signal)
             return self._finished()
 
     def train_step(self, batches: Batches) -> None:
@@ -78,7 +81,7 @@ class Trainer:
         optimizer = state.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
 
-        # Forward and backward, with one reduction of the gradients: in the last micro-batch.
+        # Forward and backward. DDP averages gradients over the ranks in the last micro-batch, FSDP2 in each.
         terms: dict[str, Tensor] = {}
         for index, (keys, batch) in enumerate(micro_batches):
             positions = [key.position for key in keys]
@@ -94,14 +97,16 @@ class Trainer:
                 terms[key] = terms.get(key, 0) + value.detach() / len(micro_batches)
 
         # Clip the gradient; a step whose gradient is not finite is skipped on all ranks.
-        norm = full_tensor(accelerator.clip_grad_norm_(state.modules[name].parameters(), self.config.max_grad_norm))
+        if accelerator.scaler is not None:  # accelerate's own clipping would unscale the gradients of all networks
+            accelerator.scaler.unscale_(optimizer.optimizer)
+        norm = full_tensor(clip_grad_norm_(state.modules[name].parameters(), self.config.max_grad_norm))
         # With fp16 the scaler skips steps whose gradient overflows, which is how it finds its scale.
         checked = norm if accelerator.scaler is None else accelerator.reduce(terms["loss"], "sum")
         nonfinite = state.monitors[name].record(state.step + 1, terms["loss"], checked)
 
         # Update weights and averages.
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, state.step)
+            group["lr"] = learning_rate(self.config, state.step, group["initial_lr"])
         if accelerator.scaler is None:
             step_if_finite(optimizer.optimizer, nonfinite)
         else:
@@ -120,7 +125,6 @@ class Trainer:
         return load_batches(
             self.stage.data.train,
             self._batch_sampler(start),
-            self.stage.data.collate,
             num_workers=config.num_workers,
             timeout=config.timeout,
             pin_memory=self.accelerator.device.type == "cuda",
@@ -140,28 +144,20 @@ class Trainer:
     def open_logs(self, steps: int) -> Iterator[None]:
         """Open logs around the steps; a collective that fails since another rank is gone is a ValueError."""
         self.logs = RunLogger(self.config.run, self.accelerator, steps=steps, start=self.state.step)
-        try:
+        remedy = "restart with --resume latest"
+        with closing(self.logs), peer_errors(self.accelerator, self.config.timeout, remedy):
             yield
-        except RuntimeError as error:
-            if not is_peer_failure(self.accelerator, error):
-                raise
-            raise ValueError(
-                f"a rank failed or timed out ({self.config.timeout} s) at step {self.state.step}; see the output of "
-                "the other ranks; restart with --resume latest"
-            ) from None
-        finally:
-            self.logs.close()
 
     def _log_validate_save(self) -> None:
         config, step = self.config, self.state.step
         last = step == config.steps
         self.logs.step(step)
         if step % config.log_every == 0 or last:
-            self.stage.data.sync(make_gather(self.accelerator))
+            self.stage.data.sync(gather_object)
         if step % config.log_every == 0:
             self._report_anomalies()
             values = {name: self._mean(value) for name, value in self.losses.items()}
-            values["learning_rate"] = learning_rate(config, step - 1)
+            values["learning_rate"] = self.state.optimizers[self.stage.trainables[0].name].param_groups[0]["lr"]
             self.logs.train(step, values, batch_size=config.batch_size)
         if step % config.validate_every == 0 or last:
             self.with_ema_weights(lambda: self.logs.write(step, self.stage.validate()))
