@@ -55,17 +55,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def write_yaml(path: Path, config: Config) -> None:
     """Write the resolved configuration, without the path of the file it came from."""
-    write_text(path, yaml.safe_dump(_resolved(config), sort_keys=False, default_flow_style=None, width=100))
+    values = config.model_dump(mode="json", exclude={"config"})
+    write_text(path, yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100))
 
 
 def config_diff(path: Path, config: Config) -> list[str]:
     """`key: before -> now` for each value that is another one than in the configuration written to `path`."""
-    before, now = _flat(read_yaml(path)), _flat(_resolved(config))
-    return [
-        f"{key}: {before.get(key)} -> {value}"
-        for key, value in now.items()
-        if key != "resume" and before.get(key) != value
-    ]
+    before = flatten(read_yaml(path))
+    now = flatten(config.model_dump(mode="json", exclude={"config", "resume"}))
+    return [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
 
 
 def differences(config: Config, other: Config) -> list[str]:
@@ -80,14 +78,11 @@ def check_equal(config: Config, other: Config, where: object) -> None:
         raise ValueError(f"{where} has {'; '.join(wrong)}: they must be equal")
 
 
-def _resolved(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in config.to_dict().items() if key != "config"}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, whose keys are dotted paths."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -90,7 +91,15 @@ def examine_tiny(
     """Run the doctor in this process on the tiny recipe."""
     config = parse_cli(STAGES[stage].Config, tiny_flags(stage, run_dir, *flags), default=STAGES[stage].default,
                        description="")  # fmt: skip
-    return examine(Wrapped(stage, wrap), config, on_step=on_step)
+    train_step = Trainer.train_step
+
+    def step(trainer: Trainer, batches: Any) -> None:
+        train_step(trainer, batches)
+        on_step(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step)
+        return examine(Wrapped(stage, wrap), config)
 
 
 class Wrapped:

@@ -1,4 +1,4 @@
-"""Configuration: YAML and the command line give the same frozen objects, and faults are told in short lines."""
+"""Configuration: YAML and the command line give the same frozen objects, and faults are reported in short lines."""
 
 from pathlib import Path
 from typing import Literal
@@ -77,14 +77,14 @@ def test_an_unknown_key_is_answered_with_the_near_one():
         Script.from_dict({"zzz": 3}, source="f.yaml")
 
 
-def test_a_wrong_value_is_told_with_its_dotted_path():
+def test_a_wrong_value_is_reported_with_its_dotted_path():
     with pytest.raises(ValueError, match=r"f.yaml: part.channels: .*greater than or equal to 1 \(got 0\)"):
         Script.from_dict({"part": {"channels": 0}}, source="f.yaml")
     with pytest.raises(ValueError, match=r"f.yaml: part.kinds.1: .*valid integer.* \(got 'x'\)"):
         Script.from_dict({"part": {"kinds": [1, "x"]}}, source="f.yaml")
 
 
-def test_all_faults_are_told_at_once():
+def test_all_faults_are_reported_at_once():
     with pytest.raises(ValueError) as caught:
         Script.from_dict({"steps": "many", "part": {"mode": "best", "chanels": 1}}, source="f.yaml")
     lines = str(caught.value).splitlines()
@@ -129,19 +129,19 @@ def test_a_wrong_file_ends_with_a_message(file):
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "told"),
+    ("flag", "value", "message"),
     [
         ("--part.channels", "0", "greater than or equal to 1"),
         ("--steps", "many", "--steps"),
         ("--part.mode", "x", "slow"),
     ],
 )
-def test_a_wrong_value_on_the_command_line(capsys, flag, value, told):
+def test_a_wrong_value_on_the_command_line(capsys, flag, value, message):
     with pytest.raises(SystemExit) as caught:
         run(flag, value)
     shown = capsys.readouterr()
     assert caught.value.code not in (0, None)
-    assert flag.split(".")[-1].strip("-") in shown.err and told in shown.err
+    assert flag.split(".")[-1].strip("-") in shown.err and message in shown.err
     assert "Traceback" not in shown.err
 
 

@@ -265,7 +265,7 @@ def test_parquet_of_other_tools(tmp_path, kind):
     assert sorted(text for part in parts for text in part.captions) == ["one", "two"]
 
 
-def test_a_path_in_a_table_stays_beside_the_table(tmp_path):
+def test_a_path_in_a_table_stays_next_to_the_table(tmp_path):
     tables = tmp_path / "data"
     tables.mkdir()
     for path in (tables / "in.png", tmp_path / "out.png"):

@@ -56,15 +56,15 @@ def refused(action: Callable[[], object], capsys: pytest.CaptureFixture[str]) ->
     """The one line that ends a script."""
     with pytest.raises(SystemExit) as caught:
         action()
-    told = str(caught.value.code)
-    assert told.startswith("error: ") and "No space left on device" in told and "free some space and " in told
+    message = str(caught.value.code)
+    assert message.startswith("error: ") and "No space left on device" in message and "free some space and " in message
     shown = capsys.readouterr()
-    assert len(told.splitlines()) == 1 and "Traceback" not in shown.out + shown.err
-    return told
+    assert len(message.splitlines()) == 1 and "Traceback" not in shown.out + shown.err
+    return message
 
 
 def check_whole(folder: Path) -> None:
-    """Every file can be read, and none is left beside; the log may end in a line that was cut."""
+    """Every file can be read, and no temporary one is left; the log may end in a line that was cut."""
     for file in filter(Path.is_file, folder.rglob("*")):
         assert not file.name.startswith("."), file
         if file.suffix == ".png":
@@ -92,13 +92,13 @@ def test_training(
     """It goes on from the last checkpoint, or starts again, and ends as a run that never met a full disk."""
     small = disk(kilobytes)
     run, flags = small.folder / "vae", ["--sample-every", "2"]
-    told = refused(lambda: train("vae", run, *flags), capsys)
-    assert f"{run}/{file}" in told
+    message = refused(lambda: train("vae", run, *flags), capsys)
+    assert f"{run}/{file}" in message
     check_whole(small.folder)
     small.grow()
-    kept = checkpoint.latest(run / "checkpoints")
-    assert (kept is not None) == ("--resume latest" in told or file.startswith("model"))
-    train("vae", run, *flags, *(["--resume", "latest"] if kept else []))
+    saved = checkpoint.latest(run / "checkpoints")
+    assert (saved is not None) == ("--resume latest" in message or file.startswith("model"))
+    train("vae", run, *flags, *(["--resume", "latest"] if saved else []))
     check_whole(small.folder)
     assert_same(tensors_of(run, 4), tensors_of(tiny_runs / "vae", 4))
 
@@ -124,8 +124,8 @@ def test_painting(tiny_model: Path, disk: Callable[[int], Disk], capsys: pytest.
     """The pictures that found room are whole, and the grid that did not is the old one, or is not there."""
     small = disk(8)
     command = ["a star", "--num-images", "2", "--steps", "2", "--model", str(tiny_model), "--out", str(small.folder)]
-    told = refused(lambda: txt2img.main(command), capsys)
-    assert f"{small.folder}/grid-00000.png could not be written" in told
+    message = refused(lambda: txt2img.main(command), capsys)
+    assert f"{small.folder}/grid-00000.png could not be written" in message
     assert sorted(contents(small.folder)) == ["00000.png", "00001.png"]
     check_whole(small.folder)
     small.grow()

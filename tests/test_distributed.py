@@ -62,9 +62,9 @@ def test_two_processes_equal_one(stage: str, flags: list[str], tiny_runs: Path, 
 
 
 def test_a_disk_that_is_full_for_one_process_stops_both(tmp_path: Path) -> None:
-    told = launch("vae", tmp_path / "vae", 2, ["--fsdp"], harm=Harm("full", 1, 3), codes=[1, 1])
-    assert told.count("step-000004 could not be written (") == 2 and "File too large" in told
-    assert "free some space and restart with --resume latest, from step-000002" in told
+    output = launch("vae", tmp_path / "vae", 2, ["--fsdp"], harm=Harm("full", 1, 3), codes=[1, 1])
+    assert output.count("step-000004 could not be written (") == 2 and "File too large" in output
+    assert "free some space and restart with --resume latest, from step-000002" in output
     assert [path.name for path in (tmp_path / "vae/checkpoints").iterdir()] == ["step-000002"]
 
 
@@ -77,21 +77,21 @@ def test_two_processes_encode_what_one_does(tiny_runs: Path, tmp_path: Path) -> 
 
 
 def test_a_disk_that_is_full_for_one_process_stops_encoding(tiny_runs: Path, tmp_path: Path) -> None:
-    """What the other one wrote is kept, and a second call ends as one without a full disk."""
+    """What the other one wrote stays, and a second call ends as one without a full disk."""
     flags, one, two = latent_flags(tiny_runs), tmp_path / "one", tmp_path / "two"
-    told = launch("cache_latents", two, 2, flags, harm=Harm("full", 1, 0), codes=[1, 1])
-    assert "safetensors could not be written" in told and "free some space and try again" in told
-    assert "see the output of the other ranks, then start cache_latents.py again" in told
-    assert "Traceback" not in told and not list(two.glob(".*"))
+    output = launch("cache_latents", two, 2, flags, harm=Harm("full", 1, 0), codes=[1, 1])
+    assert "safetensors could not be written" in output and "free some space and try again" in output
+    assert "see the output of the other ranks, then start cache_latents.py again" in output
+    assert "Traceback" not in output and not list(two.glob(".*"))
     cache_latents.main(["--out", str(one), *flags])
     assert contents(two).items() < contents(one).items() and contents(two)
     cache_latents.main(["--out", str(two), *flags])
     assert contents(two) == contents(one)
 
 
-def test_what_can_not_be_split_is_told(tmp_path: Path) -> None:
-    told = launch("clip", tmp_path / "clip", 2, ["--fsdp"], codes=[1, 1])
-    assert "--fsdp: model.logit_scale is a single number" in told and "leave out --fsdp" in told
+def test_what_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
+    output = launch("clip", tmp_path / "clip", 2, ["--fsdp"], codes=[1, 1])
+    assert "--fsdp: model.logit_scale is a single number" in output and "leave out --fsdp" in output
 
 
 def test_images_that_one_process_can_not_read_are_counted_by_all(tmp_path: Path) -> None:
@@ -103,12 +103,12 @@ def test_images_that_one_process_can_not_read_are_counted_by_all(tmp_path: Path)
     for number in (7, 8, 21, 29):
         (photos / f"{number:02}.png").write_bytes(b"no image")
     read = ["--data.source", str(photos), "--steps", "10", "--log-every", "5"]
-    told = launch("clip", tmp_path / "a", 2, [*read, "--data.max-unreadable", "0.5"])
+    output = launch("clip", tmp_path / "a", 2, [*read, "--data.max-unreadable", "0.5"])
     bad = [index for index in hash_split([f"{i:02}.png" for i in range(40)], "train") if index in (7, 8, 21, 29)]
-    assert f"train split: {len(bad)} images could not be read" in told and len(bad) > 2
-    assert all(f"{index:02}.png: not a PNG" in told for index in bad)
-    told = launch("clip", tmp_path / "b", 2, [*read, "--data.max-unreadable", "0.06"], codes=[1, 1])
-    assert "above the 6.0% that data.max_unreadable allows" in told
+    assert f"train split: {len(bad)} images could not be read" in output and len(bad) > 2
+    assert all(f"{index:02}.png: not a PNG" in output for index in bad)
+    output = launch("clip", tmp_path / "b", 2, [*read, "--data.max-unreadable", "0.06"], codes=[1, 1])
+    assert "above the 6.0% that data.max_unreadable allows" in output
 
 
 @pytest.mark.parametrize(("first", "then"), [([], []), (FSDP, FSDP), (FSDP, []), ([], FSDP)])
@@ -140,8 +140,8 @@ def test_a_run_that_one_process_stops_goes_on_with_another_number(
 
 
 def test_a_gradient_that_is_not_finite_on_one_process_is_skipped_by_all(tmp_path: Path) -> None:
-    told = launch("vae", tmp_path / "vae", 2, ["--keep-checkpoints", "9"], harm=Harm("poison", 1, 2))
-    assert "vae: non-finite gradient, skipped step 2 (1 skipped so far)" in told
+    output = launch("vae", tmp_path / "vae", 2, ["--keep-checkpoints", "9"], harm=Harm("poison", 1, 2))
+    assert "vae: non-finite gradient, skipped step 2 (1 skipped so far)" in output
     found = losses(tmp_path / "vae")
     assert sorted(found) == [1, 2, 3, 4] and all(math.isfinite(found[step]) for step in (1, 3, 4))
     assert all(tensor.isfinite().all() for tensor in tensors_of(tmp_path / "vae", 4).values())
@@ -150,8 +150,8 @@ def test_a_gradient_that_is_not_finite_on_one_process_is_skipped_by_all(tmp_path
 def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
     begin = time.monotonic()
     codes = [1, -signal.SIGTERM]
-    told = launch("vae", tmp_path / "vae", 2, ["--timeout", "5"], harm=Harm("hang", 1, 2), codes=codes)
-    assert "a rank failed or timed out (5 s)" in told and time.monotonic() - begin < 55
+    output = launch("vae", tmp_path / "vae", 2, ["--timeout", "5"], harm=Harm("hang", 1, 2), codes=codes)
+    assert "a rank failed or timed out (5 s)" in output and time.monotonic() - begin < 55
 
 
 def test_two_nodes_equal_one_process(tmp_path: Path) -> None:

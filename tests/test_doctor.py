@@ -42,14 +42,14 @@ class Usage(NamedTuple):
     free: int
 
 
-def states(told: str) -> dict[str, str]:
+def states(output: str) -> dict[str, str]:
     """ok or FAILED of each check in a report."""
-    lines = [line for line in told.splitlines() if line.startswith(("ok ", "FAILED "))]
+    lines = [line for line in output.splitlines() if line.startswith(("ok ", "FAILED "))]
     return {line[8:42].strip(): line.split()[0] for line in lines}
 
 
-def failing(told: str) -> list[str]:
-    return [name for name, state in states(told).items() if state == "FAILED"]
+def failing(output: str) -> list[str]:
+    return [name for name, state in states(output).items() if state == "FAILED"]
 
 
 @pytest.mark.parametrize("stage", ["clip", "vae", "ldm"])
@@ -59,31 +59,31 @@ def test_a_sound_run_is_found_sound_and_nothing_of_it_is_touched(
     copy_stages_before(stage, tiny_runs, tmp_path)
     before = sorted(tmp_path.rglob("*"))
     doctor.main([stage, *tiny_flags(stage, tmp_path / stage, *LONG)])
-    told = capsys.readouterr().out
-    assert tuple(states(told)) == CHECKS and failing(told) == [], told
-    assert "20 steps of 8 samples over 1 rank, none repeated" in told
-    assert "bit-equal: weights and averages" in told and "for 4,000 steps" in told
+    output = capsys.readouterr().out
+    assert tuple(states(output)) == CHECKS and failing(output) == [], output
+    assert "20 steps of 8 samples over 1 rank, none repeated" in output
+    assert "bit-equal: weights and averages" in output and "for 4,000 steps" in output
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("flags", [["--grad-accum-steps", "2"], FSDP], ids=["accumulate", "sharded"])
 def test_two_processes_are_found_sound(flags: list[str], tmp_path: Path) -> None:
-    told = launch("doctor vae", tmp_path / "vae", 2, [*LONG, *flags])
-    assert tuple(states(told)) == CHECKS and failing(told) == [], told
-    assert told.count("images/s   ") == 1, "the main process alone reports"
-    assert "2 ranks on cpu" in told and "bit-equal on 2 ranks" in told
-    assert ("gathered from their shards" in told) == ("--fsdp" in flags)
-    assert "20 steps of 8 samples over 2 ranks, none repeated" in told
+    output = launch("doctor vae", tmp_path / "vae", 2, [*LONG, *flags])
+    assert tuple(states(output)) == CHECKS and failing(output) == [], output
+    assert output.count("images/s   ") == 1, "the main process alone reports"
+    assert "2 ranks on cpu" in output and "bit-equal on 2 ranks" in output
+    assert ("gathered from their shards" in output) == ("--fsdp" in flags)
+    assert "20 steps of 8 samples over 2 ranks, none repeated" in output
     assert not (tmp_path / ".vae-doctor").exists()
 
 
 def test_two_processes_with_the_same_and_slow_data_or_other_gradients_are_found(tmp_path: Path) -> None:
-    told = launch("doctor vae", tmp_path / "vae", 2, LONG, harm=Harm("twin", 0, 0), codes=[1, 1])
-    assert failing(told) == ["samples disjoint across ranks", "images/s"], told
-    assert "data are slower than training" in told, "the first process waits for the second alone"
-    assert "80 repeated" in told and "launch with accelerate or torchrun" in told
-    told = launch("doctor vae", tmp_path / "vae", 2, LONG, harm=Harm("apart", 1, 19), codes=[1, 1])
-    assert "gradients identical across ranks" in failing(told) and "start all ranks with one launcher" in told
+    output = launch("doctor vae", tmp_path / "vae", 2, LONG, harm=Harm("twin", 0, 0), codes=[1, 1])
+    assert failing(output) == ["samples disjoint across ranks", "images/s"], output
+    assert "data are slower than training" in output, "the first process waits for the second alone"
+    assert "80 repeated" in output and "launch with accelerate or torchrun" in output
+    output = launch("doctor vae", tmp_path / "vae", 2, LONG, harm=Harm("apart", 1, 19), codes=[1, 1])
+    assert "gradients identical across ranks" in failing(output) and "start all ranks with one launcher" in output
 
 
 def test_what_is_broken_in_one_process_is_found(
@@ -103,16 +103,16 @@ def test_what_is_broken_in_one_process_is_found(
         doctor.main(
             ["vae", *tiny_flags("vae", tmp_path / "vae", *LONG, "--learning-rate", "1e-30"), "--warmup-steps", "5000"]
         )
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     wrong = ["learning rate at the end", "resume is bit-exact", "loss decreases", "disk space"]
-    assert failing(told) == wrong, told
+    assert failing(output) == wrong, output
     for remedy in (
         "--warmup-steps 200 or more --steps",
         "please report",
         "--warmup-steps 5, with which",
         "--keep-checkpoints 1",
     ):
-        assert remedy in told
+        assert remedy in output
     assert not any(tmp_path.iterdir())
 
 
@@ -149,7 +149,7 @@ JUDGED = [
         "launch with",
     ),
     (checks.resume_exact(1e-3, on_gpu=True), checks.resume_exact(1e-3, on_gpu=False), "report it"),
-    (checks.resume_exact(None, on_gpu=False), checks.resume_exact(1.0, on_gpu=True), "report it"),
+    (checks.resume_exact(0.0, on_gpu=False), checks.resume_exact(1.0, on_gpu=True), "report it"),
     (
         checks.loss_decreases(1, [2, 3, 1], CONFIG, step=200),
         checks.loss_decreases(2, [2, 1, 3], CONFIG, step=200),
@@ -188,6 +188,6 @@ def test_the_stage_is_named_or_follows_from_the_file() -> None:
     assert split_stage(["--config=configs/shapes/ddpm_pixels.yaml"])[0] == "ldm"
 
 
-def test_too_few_steps_are_told(tmp_path: Path) -> None:
+def test_too_few_steps_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--steps must be at least 4 for the doctor, not 3"):
         examine_tiny("vae", tmp_path / "vae", "--steps", "3")

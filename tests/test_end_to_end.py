@@ -56,7 +56,7 @@ def test_grey_latents(tiny_runs: Path, tmp_path: Path) -> None:
 
 
 def test_two_text_towers_and_sizes(tiny_runs: Path, tmp_path: Path) -> None:
-    """What Stable Diffusion XL is told beside its prompt, in a run that is resumed, saved and read back."""
+    """What conditions Stable Diffusion XL in addition to its prompt, in a run that is resumed, saved and read back."""
     copy_stages_before("ldm", tiny_runs, tmp_path)
     second = train("clip", tmp_path / "other/clip", "--seed", "1")
     flags = (
@@ -144,11 +144,11 @@ def test_widths_that_do_not_fit_name_the_flag(tiny_runs: Path, tmp_path: Path) -
         train("ldm", tmp_path / "ldm", "--text.no-use-pooled")
     with pytest.raises(SystemExit, match="image size 18 is not a multiple of 4, the VAE's factor"):
         train("vae", tmp_path / "other", "--data.resolution", "18")
-    told = r"data.channels is 1, the VAE .* 3: .*--data.channels 3, or a VAE .* --vae.image-channels 1"
+    message = r"data.channels is 1, the VAE .* 3: .*--data.channels 3, or a VAE .* --vae.image-channels 1"
     for stage in ("vae", "ldm"):
-        with pytest.raises(SystemExit, match=told):
+        with pytest.raises(SystemExit, match=message):
             train(stage, tmp_path / "other", "--data.channels", "1")
-    with pytest.raises(SystemExit, match=told):
+    with pytest.raises(SystemExit, match=message):
         cache_latents.main(["--out", str(tmp_path / "latents"), "--data.resolution", "16", "--data.channels", "1"])
 
 

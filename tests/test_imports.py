@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BASE = {"config", "rng", "io", "imaging", "conditioning"}
-# What each module or package below ldm/ may import of ldm, beside itself.
+# What each module or package below ldm/ may import of ldm, in addition to itself.
 ALLOWED: dict[str, set[str]] = {
     "io": set(),
     "config": {"io"},

@@ -494,8 +494,8 @@ def test_images_are_changed_as_by_diffusers(
     box = (8, 4, 24, 20) if mask else (0, 0, 32, 32)
     assert difference(found.crop(box), want.crop(box)) <= 2
     if mask:
-        kept = np.asarray(mask) == 0
-        assert (np.asarray(found)[kept] == np.asarray(scene())[kept]).all()
+        known = np.asarray(mask) == 0
+        assert (np.asarray(found)[known] == np.asarray(scene())[known]).all()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -1,4 +1,4 @@
-"""Latents computed once: the same training, valid files are kept, and what is damaged is never read."""
+"""Latents computed once: the same training, valid files are reused, and what is damaged is never read."""
 
 import json
 import random
@@ -73,7 +73,7 @@ def counted(sizes: list[int], forward: Callable[..., Any]) -> Callable[..., Any]
     return lambda self, ids, **rest: sizes.append(len(ids)) or forward(self, ids, **rest)
 
 
-def test_valid_files_are_kept(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_valid_files_are_reused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("clip", "vae", "latents"):
         shutil.copytree(runs / name, tmp_path / name)
     files = sorted((tmp_path / "latents").glob("*.safetensors"))

@@ -3,7 +3,8 @@
 import math
 import re
 import shlex
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from ldm.cli import parse_cli
 from ldm.conditioning import Conditioning
 from ldm.config import CONFIGS
 from ldm.planning import planner, report
-from ldm.planning.cost import STATE_BYTES_PER_PARAMETER, Cost, dry_run, largest_batch, time_step
+from ldm.planning.cost import STATE_BYTES_PER_PARAMETER, Cost, dry_run, time_step
 from ldm.planning.device import GIB
-from ldm.planning.planner import MachineSpec, Recipe, StageEstimate, detect_machine, fit_to_memory, recipe_stages
+from ldm.planning.planner import MachineSpec, StagePlan, detect_machine, fit_to_memory, recipe_stages
 from ldm.planning.report import PlanConfig, make_plan
 from ldm.rng import StepRNG
 from ldm.stages import STAGES
@@ -25,13 +26,14 @@ from ldm.training.stage import Batch, Networks, Stage, Trainable
 from ldm.unet import UNet, UNetConfig
 
 CPU = torch.device("cpu")
+HERE = MachineSpec(0, 8 * GIB, CPU, None)
 SMALL = {"gpus": 0, "memory_gib": 8.0, "tflops": 0.05, "size": 32, "num_images": 9072}  # about what two cores reach
 
 
 @cache
-def estimates(recipe: str, resolution: int) -> dict[str, StageEstimate]:
+def stages(recipe: str, resolution: int) -> dict[str, StagePlan]:
     """The stages of a recipe; the same objects at every call, so that dry runs of one test are there for the next."""
-    return {estimate.stage: estimate for estimate in recipe_stages(CONFIGS / recipe, resolution)}
+    return {plan.file.stem: plan for plan in recipe_stages(CONFIGS / recipe, resolution, HERE, num_images=1000)}
 
 
 class One(Stage):
@@ -47,9 +49,9 @@ class One(Stage):
         return {"loss": networks["one"](batch["x"]).sum()}
 
 
-def real_peak(estimate: StageEstimate, images: int, recompute: bool) -> int:
-    """Bytes that a real forward and backward pass had at once, beside the weights, as torch's profiler saw them."""
-    stage = estimate.build(recompute, CPU)
+def real_peak(plan: StagePlan, images: int, recompute: bool) -> int:
+    """Bytes that a real forward and backward pass had at once, without the weights, as torch's profiler saw them."""
+    stage = plan.build(recompute, CPU)
     networks = {trainable.name: trainable.module for trainable in stage.trainables}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         batch = stage.example_batch(images)
@@ -74,21 +76,21 @@ def real_peak(estimate: StageEstimate, images: int, recompute: bool) -> int:
 )
 def test_the_dry_run_has_the_memory_of_a_real_step(recipe: str, stage: str, recompute: bool) -> None:
     """Measured at 8 images: equal to 0.1 %, and 4 % below it for the VAE that recomputes; 5 % are allowed."""
-    estimate = estimates(recipe, 64 if recipe == "emoji" else 32)[stage]
-    dry = dry_run(partial(estimate.build, recompute), 8, bf16=False)
-    assert dry.peak_activation_bytes == pytest.approx(real_peak(estimate, 8, recompute), rel=0.05)
+    plan = stages(recipe, 64 if recipe == "emoji" else 32)[stage]
+    dry = dry_run(plan.build, 8, recompute, bf16=False)
+    assert dry.peak_activation_bytes == pytest.approx(real_peak(plan, 8, recompute), rel=0.05)
 
 
 def test_recomputing_takes_more_work_and_less_memory() -> None:
-    estimate = estimates("emoji", 64)["ldm"]
-    plain, again = (dry_run(partial(estimate.build, recompute), 64, bf16=False) for recompute in (False, True))
+    build = stages("emoji", 64)["ldm"].build
+    plain, again = (dry_run(build, 64, recompute, bf16=False) for recompute in (False, True))
     assert 1.2 < again.flop / plain.flop < 1.4 and again.peak_activation_bytes < 0.5 * plain.peak_activation_bytes
 
 
 def test_the_cost_of_a_known_layer() -> None:
     """y = x W: 2 b i o forward, as much for the gradient of W; 20 bytes a parameter when a step is at its peak."""
-    example = {"x": torch.ones(1, 100), "sizes": torch.ones(1, 6)}
-    found = dry_run(lambda device: One(nn.Linear(100, 1000, bias=False), example), 2, bf16=False)
+    example = {"x": torch.ones(1, 100)}
+    found = dry_run(lambda recompute, device: One(nn.Linear(100, 1000, bias=False), example), 2, False, bf16=False)
     assert found.parameters == 100_000 and found.flop == 2 * 2 * 2 * 100 * 1000
     assert 20 * 100_000 <= found.memory() < 20 * 100_000 + 4 * 2 * 3000
     assert found.memory(2) == found.memory() + 4 * 100_000, "gradients travel in buckets"
@@ -109,30 +111,23 @@ class Conditioned(nn.Module):
 
 def test_a_large_network_costs_what_is_known_of_it() -> None:
     """Stable Diffusion 2.1: 804 GFLOP forward at 64 x 64, of which training takes three, and a little for attention."""
-    config = estimates("sd21-base", 512)["ldm"].config.unet  # type: ignore[attr-defined]
-    example = {"x": torch.ones(1, 4, 64, 64), "sizes": torch.ones(1, 6)}
-    found = dry_run(lambda device: One(Conditioned(config), example), 1, bf16=True)
+    config = stages("sd21-base", 512)["ldm"].config.unet  # type: ignore[attr-defined]
+    example = {"x": torch.ones(1, 4, 64, 64)}
+    found = dry_run(lambda recompute, device: One(Conditioned(config), example), 1, False, bf16=True)
     assert found.parameters == 865_910_724 and found.flop / 3 / 804e9 == pytest.approx(1, rel=0.04)
 
 
-def test_the_largest_batch_fits_and_divides() -> None:
-    peak = lambda images: max(100 + images, 20 + 3 * images)  # noqa: E731
-    assert largest_batch(peak, 1000, 64) == 64 and largest_batch(peak, 100, 64) == 0
-    found = largest_batch(peak, 150, 64)
-    assert 64 % found == 0 and peak(found) <= 150 and found >= 16
-
-
 def test_a_rate_is_measured() -> None:
-    build = partial(estimates("shapes", 32)["vae"].build, False)
-    few, many = (time_step(build, images, CPU, bf16=False) for images in (1, 32))
+    build = stages("shapes", 32)["vae"].build
+    few, many = (time_step(build, images, False, CPU, bf16=False) for images in (1, 32))
     assert 0 < few < many
 
 
 @pytest.mark.parametrize(("hours", "recipe"), [(0.5, "shapes"), (3.0, "emoji-cpu"), (200.0, "emoji")])
 def test_more_time_takes_a_larger_recipe_and_its_commands_are_read(hours: float, recipe: str) -> None:
-    told = make_plan(PlanConfig(hours=hours, **SMALL))
-    assert told[1].startswith(f"configs/{recipe}, of emoji, emoji-cpu, shapes: "), told
-    commands = [shlex.split(line) for line in told if line.startswith("accelerate launch scripts/train_")]
+    lines = make_plan(PlanConfig(hours=hours, **SMALL))
+    assert lines[1].startswith(f"configs/{recipe}, of emoji, emoji-cpu, shapes: "), lines
+    commands = [shlex.split(line) for line in lines if line.startswith("accelerate launch scripts/train_")]
     assert len(commands) == 3
     for words, (name, stage) in zip(commands, STAGES.items(), strict=True):
         words[words.index("--config") + 1] = str(CONFIGS.parent / words[words.index("--config") + 1])
@@ -141,24 +136,24 @@ def test_more_time_takes_a_larger_recipe_and_its_commands_are_read(hours: float,
 
 
 def test_a_folder_with_a_space_is_one_word_of_the_commands() -> None:
-    told = make_plan(PlanConfig(hours=0.02, source="my photos", **SMALL))
-    assert all("my photos" in shlex.split(line) for line in told if line.startswith("accelerate"))
+    lines = make_plan(PlanConfig(hours=0.02, source="my photos", **SMALL))
+    assert all("my photos" in shlex.split(line) for line in lines if line.startswith("accelerate"))
 
 
 def test_too_little_time_cuts_steps_and_warm_up() -> None:
-    told = "\n".join(make_plan(PlanConfig(hours=0.02, **SMALL)))
-    assert re.search(r"recipe needs .*; the budget covers \d+% of its steps", told)
-    words = next(line for line in told.splitlines() if "train_ldm" in line).split()
+    text = "\n".join(make_plan(PlanConfig(hours=0.02, **SMALL)))
+    assert re.search(r"recipe needs .*; the budget covers \d+% of its steps", text)
+    words = next(line for line in text.splitlines() if "train_ldm" in line).split()
     steps, warmup = (int(words[words.index(flag) + 1]) for flag in ("--steps", "--warmup-steps"))
     assert warmup <= steps // 10 and steps < 5200
-    told = "\n".join(make_plan(PlanConfig(hours=1e-9, **SMALL)))
-    assert "train_ldm.py" in told and "doctor.py" not in told  # which wants more steps than one
+    text = "\n".join(make_plan(PlanConfig(hours=1e-9, **SMALL)))
+    assert "train_ldm.py" in text and "doctor.py" not in text  # which wants more steps than one
 
 
-def test_latents_of_many_images_are_not_kept_in_memory() -> None:
-    told = make_plan(PlanConfig(hours=0.5, **SMALL | {"num_images": 10**8}))
-    assert any(line.startswith("latents: encoded in each step, since all of them need ") for line in told), told
-    assert all(line.endswith(" --no-cache-latents") for line in told if "train_ldm.py" in line or "doctor.py" in line)
+def test_latents_of_many_images_are_not_cached_in_memory() -> None:
+    lines = make_plan(PlanConfig(hours=0.5, **SMALL | {"num_images": 10**8}))
+    assert any(line.startswith("latents: encoded in each step, since all of them need ") for line in lines), lines
+    assert all(line.endswith(" --no-cache-latents") for line in lines if "train_ldm.py" in line or "doctor.py" in line)
     assert not any("--no-cache-latents" in line for line in make_plan(PlanConfig(hours=0.5, **SMALL)))
 
 
@@ -167,29 +162,24 @@ def test_what_does_not_fit_is_made_smaller_or_refused(monkeypatch: pytest.Monkey
 
     The contrastive loss compares a whole batch, so its batch gets smaller.
     """
-    known = lambda job, images, recompute, bf16: Cost(1000, 0, 1, 4000 + images * (100 if recompute else 1000))  # noqa: E731
-    monkeypatch.setattr(planner, "cost", known)
-    job, clip = estimates("emoji", 64)["ldm"], estimates("emoji", 64)["clip"]
-    one = [fit_to_memory(job, MachineSpec(1, room, None, 1.0)) for room in (148_000, 60_000, 20_500)]
-    assert [(row.micro_batch, row.gradient_checkpointing, row.fsdp) for row in one] == [
-        (128, 0, 0),
-        (32, 0, 0),
-        (4, 1, 0),
-    ]
-    assert [row.grad_accum_steps for row in one] == [1, 4, 32] and all(row.batch == 128 for row in one)
-    four = fit_to_memory(job, MachineSpec(4, 20_500, None, 1.0))
-    assert (four.micro_batch, four.gradient_checkpointing, four.fsdp, four.batch, four.grad_accum_steps) == (
-        32,
-        True,
-        True,
-        128,
-        1,
-    )
-    assert fit_to_memory(clip, MachineSpec(1, 60_000, None, 1.0)).batch == 32
+    known = lambda build, images, recompute, bf16: Cost(1000, 0, 1, 4000 + images * (100 if recompute else 1000))  # noqa: E731
+    monkeypatch.setattr(planner, "dry_run", known)
+
+    def fit(stage: str, gpus: int, room: int) -> tuple[int, int, bool, bool]:
+        plan = fit_to_memory(replace(stages("emoji", 64)[stage], machine=MachineSpec(gpus, room, None, 1.0)))
+        config = plan.config
+        assert plan.micro_batch * config.grad_accum_steps * gpus == config.batch_size
+        return config.batch_size, config.grad_accum_steps, config.gradient_checkpointing, config.fsdp
+
+    assert fit("ldm", 1, 148_000) == (128, 1, False, False)
+    assert fit("ldm", 1, 60_000) == (128, 4, False, False)
+    assert fit("ldm", 1, 20_500) == (128, 32, True, False)
+    assert fit("ldm", 4, 20_500) == (128, 1, True, True)
+    assert fit("clip", 1, 60_000) == (32, 1, False, False)
     with pytest.raises(ValueError, match="clip.yaml: one image needs"):  # its logit scale cannot be sharded
-        fit_to_memory(clip, MachineSpec(4, 20_500, None, 1.0))
+        fit("clip", 4, 20_500)
     with pytest.raises(ValueError, match="one image needs .* are usable"):
-        fit_to_memory(job, MachineSpec(1, 20_000, None, 1.0))
+        fit("ldm", 1, 20_000)
 
 
 def test_no_rate_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,17 +187,15 @@ def test_no_rate_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU, and measures it")
     with pytest.raises(ValueError, match="no recipe of configs/ is near"):
-        planner.recipes(4096)
-    assert [recipe.name for recipe in planner.recipes(40)] == ["emoji-cpu", "shapes"], (
-        "patches of emoji do not divide it"
-    )
+        planner.recipes(4096, HERE, 1)
+    assert list(planner.recipes(40, HERE, 1)) == ["emoji-cpu", "shapes"], "patches of emoji do not divide it"
     with pytest.raises(ValueError, match="--size 100: configs/emoji: .* is not a multiple of .*; 32, 64"):
-        planner.recipes(100)
-    shapes = [Recipe("shapes", list(estimates("shapes", 32).values()))]
-    monkeypatch.setattr(report, "recipes", lambda size, most: shapes)
-    told = make_plan(PlanConfig(gpus=1, memory_gib=24, size=32))
-    assert "pass --tflops" in told[-1] and "TFLOP/s a GPU needed" in told[2]
-    assert not any(line.startswith("accelerate") for line in told)
+        planner.recipes(100, HERE, 1)
+    shapes = {"shapes": list(stages("shapes", 32).values())}
+    monkeypatch.setattr(report, "recipes", lambda size, machine, images: shapes)
+    lines = make_plan(PlanConfig(gpus=1, memory_gib=24, size=32))
+    assert "pass --tflops" in lines[-1] and "TFLOP/s a GPU needed" in lines[2]
+    assert not any(line.startswith("accelerate") for line in lines)
     with pytest.raises(ValueError, match="--memory-gib: pass what the other machine has"):
         make_plan(PlanConfig(gpus=1, tflops=10))
 

@@ -274,13 +274,13 @@ def test_a_corrupt_checkpoint_is_reported_and_the_previous_one_used(
     with pytest.raises(ValueError, match="cannot resume from .*step-000008: .*; pass another checkpoint"):
         toy(toy_config(tmp_path, resume=str(file.parent)))
     toy(toy_config(tmp_path, resume="latest"))
-    told = capsys.readouterr().out
-    assert "step-000008: " in told and "renamed to corrupt-step-000008; falling back to the previous" in told
+    output = capsys.readouterr().out
+    assert "step-000008: " in output and "renamed to corrupt-step-000008; falling back to the previous" in output
     assert_same(want, tensors_of(tmp_path, 8))
     assert losses(tmp_path) == want_losses
 
 
-def test_a_corrupt_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:
+def test_a_corrupt_checkpoint_does_not_count_towards_keep_checkpoints(tmp_path: Path) -> None:
     """Not even where it is newer than all that the run writes after it."""
     toy(toy_config(tmp_path))
     (tmp_path / "checkpoints/step-000008/progress.json").write_text("")
@@ -305,8 +305,8 @@ def test_a_disk_that_fails_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(checkpoint, "sha256", failing)
-    told = checkpoint.find_corruption(tmp_path / "checkpoints/step-000008")
-    assert told == "cannot be read ([Errno 5] Input/output error)"
+    found = checkpoint.find_corruption(tmp_path / "checkpoints/step-000008")
+    assert found == "cannot be read ([Errno 5] Input/output error)"
 
 
 def test_two_thousand_changed_checkpoints_are_never_taken_for_whole(tmp_path: Path) -> None:
@@ -485,13 +485,15 @@ def test_wandb_is_asked_for_only_where_it_is_installed(tmp_path: Path, monkeypat
         make_accelerator(toy_config(tmp_path, trackers=("wandb",)))
 
 
-def test_trackers_are_told_the_project_and_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[str, Any] = {}
-    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, project, **more: told.update(more, project=project))
+def test_trackers_get_the_project_and_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {}
+    monkeypatch.setattr(
+        Accelerator, "init_trackers", lambda self, project, **more: settings.update(more, project=project)
+    )
     toy(toy_config(tmp_path))
-    assert told["project"] == "ldm"
-    assert told["init_kwargs"]["wandb"]["name"] == str(tmp_path)
-    assert told["init_kwargs"]["wandb"]["config"]["learning_rate"] == 0.1
+    assert settings["project"] == "ldm"
+    assert settings["init_kwargs"]["wandb"]["name"] == str(tmp_path)
+    assert settings["init_kwargs"]["wandb"]["config"]["learning_rate"] == 0.1
 
 
 def test_gradients_are_clipped_and_reported(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_reproduce_makes_the_same_file(flags: list[str], tiny_model: Path, tmp_p
 
 def test_guide_models_tiles_and_previews(tiny_model: Path, tmp_path: Path) -> None:
     """Each changes the images, or shows them, and is reproduced."""
-    guide = copy_with_other_weights(tiny_model, tmp_path / "weaker")
+    guide = copy_with_other_weights(tiny_model, tmp_path / "other")
     large = ["a star", "--width", "64", "--height", "64", "--num-images", "2"]
     for name, flags in {
         "plain": [],
@@ -104,7 +104,7 @@ def test_guide_models_tiles_and_previews(tiny_model: Path, tmp_path: Path) -> No
     images = [Image.open(tmp_path / name / "00000.png").tobytes() for name in ("plain", "guided", "tile")]
     assert len(set(images)) == 3
     copy_with_other_weights(tiny_model, guide, 0.8)
-    with pytest.raises(SystemExit, match="weaker is not the guide model .*put that one back"):
+    with pytest.raises(SystemExit, match="other is not the guide model .*put that one back"):
         reproduce(tmp_path / "guided/00000.png")
 
 

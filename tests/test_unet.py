@@ -66,7 +66,7 @@ def test_one_timestep_and_one_row_of_sizes_serve_a_batch() -> None:
     t = torch.tensor([7.0])
     prediction = unet(z, t, one)
     torch.testing.assert_close(prediction, unet(z, t.expand(3), each), rtol=0, atol=2e-6)
-    assert torch.equal(prediction, unet.predict(z, unet.embed_timestep(t), one.cached()))
+    assert torch.equal(prediction, unet(z, t, one.cached()))
 
 
 def test_a_new_network_predicts_zero() -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ldm.config import Config
 
-ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow", "edm"]
 Prediction = Literal["epsilon", "v", "x0", "flow"]
 NUM_TRAIN_TIMESTEPS = 1000  # of the discrete schedules
 EDM_SIGMA_MAX, EDM_SIGMA_MIN, EDM_RHO = 80.0, 0.002, 7  # Karras et al. 2022, table 1, for data of standard deviation 1
@@ -19,7 +18,7 @@ EDM_SIGMA_MAX, EDM_SIGMA_MIN, EDM_RHO = 80.0, 0.002, 7  # Karras et al. 2022, ta
 class DiffusionConfig(Config):
     """The noise schedule from data (t = 0) to noise (t = 1), the training target and its loss weight."""
 
-    noise_schedule: ScheduleName = "scaled_linear"
+    noise_schedule: Literal["linear", "scaled_linear", "cosine", "flow", "edm"] = "scaled_linear"
     """betas of Ho et al. 2020 (linear), of Stable Diffusion (scaled_linear), of Nichol and Dhariwal 2021 (cosine); the
     straight line of flow matching (flow); or EDM (Karras et al. 2022), which with prediction v has its
     preconditioning"""
@@ -48,10 +47,8 @@ class DiffusionConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "DiffusionConfig":
-        if self.zero_terminal_snr and self.noise_schedule == "flow":
-            raise ValueError("zero_terminal_snr: the flow schedule ends in pure noise already; leave it off")
-        if self.zero_terminal_snr and self.noise_schedule == "edm":
-            raise ValueError("zero_terminal_snr: the edm schedule has no betas to rescale; leave it off")
+        if self.zero_terminal_snr and self.noise_schedule in ("flow", "edm"):
+            raise ValueError(f"zero_terminal_snr: {self.noise_schedule} has no betas to rescale; leave it off")
         if self.shift != 1 and self.noise_schedule != "flow":
             raise ValueError(f"shift {self.shift:g} belongs to noise_schedule flow, not {self.noise_schedule}")
         if (self.t_distribution == "log_normal") != (self.noise_schedule == "edm"):
@@ -79,8 +76,7 @@ class Diffusion:
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
         self.discrete = config.noise_schedule not in ("flow", "edm")
-        table = _alpha_bar(config) if self.discrete else torch.empty(0)
-        self._alpha_bar = {table.device: table}  # one copy on each device
+        self._alpha_bar = _alpha_bar(config) if self.discrete else torch.empty(0)
 
     @property
     def t_min(self) -> float:
@@ -91,24 +87,11 @@ class Diffusion:
 
     def alpha(self, t: Tensor) -> Tensor:
         """Factor of the signal, 1 at t = 0; shaped as t."""
-        if self.config.noise_schedule == "flow":
-            alpha = 1 - self._flow_sigma(t)
-        elif self.config.noise_schedule == "edm":
-            alpha = (1 + self._edm_sigma(t) ** 2).rsqrt()
-        else:
-            alpha = self._alpha_bar_at(t).sqrt()
-        return alpha.to(t.dtype)
+        return self._factors(t)[0].to(t.dtype)
 
     def sigma(self, t: Tensor) -> Tensor:
         """Factor of the noise, 0 at t = 0; shaped as t."""
-        if self.config.noise_schedule == "flow":
-            sigma = self._flow_sigma(t)
-        elif self.config.noise_schedule == "edm":
-            edm_sigma = self._edm_sigma(t)
-            sigma = edm_sigma * (1 + edm_sigma**2).rsqrt()
-        else:
-            sigma = (1 - self._alpha_bar_at(t)).sqrt()
-        return sigma.to(t.dtype)
+        return self._factors(t)[1].to(t.dtype)
 
     def noise_to_signal(self, t: Tensor) -> Tensor:
         """sigma / alpha, which EDM and k-diffusion call sigma; shaped as t."""
@@ -122,7 +105,7 @@ class Diffusion:
             return sigma / (shift - (shift - 1) * sigma)
         if self.config.noise_schedule == "edm":
             return (level / EDM_SIGMA_MAX).pow(1 / EDM_RHO).clamp_max(1)
-        table, alpha_bar = self._table(level.device), 1 / (1 + level**2)
+        table, alpha_bar = self._alpha_bar.to(level.device), 1 / (1 + level**2)
         low = (torch.searchsorted(-table, -alpha_bar) - 1).clamp(0, NUM_TRAIN_TIMESTEPS - 1)
         fraction = (table[low] - alpha_bar) / (table[low] - table[low + 1])
         return ((low + fraction) / NUM_TRAIN_TIMESTEPS).clamp(0, 1)
@@ -211,6 +194,18 @@ class Diffusion:
         """Turn a network (z_t, t) -> prediction into a Denoiser (z_t, t) -> x0; z_t is (b, ...), t (b,)."""
         return lambda z_t, t: self.predict_x0(network(z_t, t).to(z_t.dtype), z_t, t)
 
+    def _factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at t, float64."""
+        if self.config.noise_schedule == "flow":
+            sigma = self._flow_sigma(t)
+            return 1 - sigma, sigma
+        if self.config.noise_schedule == "edm":
+            edm_sigma = self._edm_sigma(t)
+            alpha = (1 + edm_sigma**2).rsqrt()
+            return alpha, edm_sigma * alpha
+        alpha_bar = self._alpha_bar_at(t)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
     def _flow_sigma(self, t: Tensor) -> Tensor:
         """sigma of the flow schedule at t, float64."""
         t, shift = t.double(), self.config.shift
@@ -222,17 +217,12 @@ class Diffusion:
 
     def _alpha_bar_at(self, t: Tensor) -> Tensor:
         """alpha squared of a discrete schedule at t, float64."""
-        table = self._table(t.device)
+        table = self._alpha_bar = self._alpha_bar.to(t.device)  # it stays there for the next step
         step = t.double().clamp(0, 1) * NUM_TRAIN_TIMESTEPS
         if t.dtype != torch.float64:  # float32 is a little off the whole steps
             step = torch.where((step - step.round()).abs() < 1e-3, step.round(), step)
         low = step.floor().clamp_max(NUM_TRAIN_TIMESTEPS - 1).long()
         return torch.lerp(table[low], table[low + 1], step - low)
-
-    def _table(self, device: torch.device) -> Tensor:
-        if device not in self._alpha_bar:
-            self._alpha_bar[device] = next(iter(self._alpha_bar.values())).to(device)
-        return self._alpha_bar[device]
 
 
 def _expand_as(factor: Tensor, like: Tensor) -> Tensor:

@@ -44,22 +44,15 @@ class Sampler(Protocol):
 
 
 def _step(
-    diffusion: Diffusion,
-    z: Tensor,
-    denoised: Tensor,
-    t: Tensor,
-    s: Tensor,
-    *,
-    eta: float = 0.0,
-    noise: Tensor | None = None,
+    diffusion: Diffusion, z: Tensor, x0: Tensor, t: Tensor, s: Tensor, *, eta: float = 0.0, noise: Tensor | None = None
 ) -> Tensor:
-    """From t down to s, exact where x0 = `denoised` is constant (Lu et al. 2022, equations 9 and 18 at order 1).
+    """From t down to s, exact where x0 is constant (Lu et al. 2022, equations 9 and 18 at order 1).
 
     z_s = sigma_s / sigma_t e^(-eta h) z_t + alpha_s (1 - e^(-(1 + eta) h)) x0 + sigma_s sqrt(1 - e^(-2 eta h)) noise,
     with h = lambda_s - lambda_t and lambda = log(alpha / sigma). Eta 0 is the ODE, eta 1 the SDE.
     """
     exp_neg_h, sigma = _exp_neg_h(diffusion, t, s), diffusion.sigma(s)
-    z = sigma / diffusion.sigma(t) * exp_neg_h**eta * z + diffusion.alpha(s) * (1 - exp_neg_h ** (1 + eta)) * denoised
+    z = sigma / diffusion.sigma(t) * exp_neg_h**eta * z + diffusion.alpha(s) * (1 - exp_neg_h ** (1 + eta)) * x0
     return z if noise is None else z + sigma * (1 - exp_neg_h ** (2 * eta)).sqrt() * noise
 
 

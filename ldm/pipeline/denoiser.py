@@ -84,6 +84,6 @@ class PromptDenoiser:
 
         def network(z_t: Tensor, t: Tensor) -> Tensor:
             timestep = self.diffusion.network_timestep(t[:1]).to(z_t.device, torch.float32)  # all images have one t
-            return unet.predict(z_t, unet.embed_timestep(timestep), cond)
+            return unet(z_t, timestep, cond)
 
         return self.diffusion.denoiser(network)

@@ -70,10 +70,9 @@ def data_disjoint(keys: Sequence[Sequence[Sequence[SampleKey]]], *, batch_size: 
 def schedule(config: TrainingConfig) -> DoctorCheck:
     """The learning rate over all steps."""
     rates = [learning_rate(config, step) for step in range(config.steps)]
-    top = max(range(config.steps), key=lambda step: rates[step])
-    zero = next((step for step, rate in enumerate(rates) if rate <= 0), None)
+    top, zero = max(rates), next((step for step, rate in enumerate(rates) if rate <= 0), None)
     value = f"{rates[-1]:.1e} at step {config.steps:,} ({config.lr_schedule}), "
-    value += f"highest {rates[top]:.1e} at step {top + 1:,}"
+    value += f"highest {top:.1e} at step {rates.index(top) + 1:,}"
     fix = ""
     if zero is not None:
         fix = f"it is 0 from step {zero + 1:,} on, so nothing is learned from there: change --lr-schedule or --steps"
@@ -82,17 +81,17 @@ def schedule(config: TrainingConfig) -> DoctorCheck:
     return DoctorCheck("learning rate at the end", not fix, value, fix)
 
 
-def resume_exact(difference: float | None, *, on_gpu: bool) -> DoctorCheck:
+def resume_exact(difference: float, *, on_gpu: bool) -> DoctorCheck:
     """`difference`: root mean square between a step and the same after save and load, in learning rates.
 
-    None where all bits are equal, which they must be except on a GPU, some kernels of which add in any order.
+    It must be 0 except on a GPU, some kernels of which add in any order.
     """
-    name, fix = "resume is bit-exact", "resuming changes the run: please report it with this line"
-    if difference is None:
-        return DoctorCheck(name, True, "bit-equal: weights and averages", fix)
     allowed = RESUME_TOLERANCE if on_gpu else 0.0
     value = f"weights or averages differ by {difference:.1e} of a step (allowed: {allowed})"
-    return DoctorCheck(name, difference <= allowed, value, fix)
+    if difference == 0:
+        value = "bit-equal: weights and averages"
+    fix = "resuming changes the run: please report it with this line"
+    return DoctorCheck("resume is bit-exact", difference <= allowed, value, fix)
 
 
 def loss_decreases(first: float, losses: Sequence[float], config: TrainingConfig, *, step: int) -> DoctorCheck:
@@ -100,17 +99,15 @@ def loss_decreases(first: float, losses: Sequence[float], config: TrainingConfig
 
     `first` is that of step 1, with other samples: a loss that more than doubles from there diverges.
     """
-    value = (
-        f"{first:.5g} at step 1; {losses[0]:.5g} -> {losses[-1]:.5g} when step {step} is repeated {len(losses)} times"
-    )
+    begin, end = losses[0], losses[-1]
+    value = f"{first:.5g} at step 1; {begin:.5g} -> {end:.5g} when step {step} is repeated {len(losses)} times"
     fix = "lower --learning-rate, and inspect the data with scripts/check_data.py"
-    if losses[0] > MAX_LOSS_GROWTH * first:
-        return DoctorCheck("loss decreases", False, value, fix)
-    if step < config.warmup_steps:
+    diverged = begin > MAX_LOSS_GROWTH * first
+    if step < config.warmup_steps and not diverged:
         fraction = learning_rate(config, step - 1) / config.learning_rate
         value += f", at {fraction:.2g} of the learning rate (warm-up)"
         fix = f"try --warmup-steps {step // 4}, with which the rate has risen by then; if it fails again, {fix}"
-    return DoctorCheck("loss decreases", losses[-1] < losses[0], value, fix)
+    return DoctorCheck("loss decreases", end < begin and not diverged, value, fix)
 
 
 def memory(peak: int, total: int, *, on_gpu: bool) -> DoctorCheck:

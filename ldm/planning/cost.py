@@ -1,18 +1,17 @@
 """What a training step costs: FLOP and memory from a dry run on fake tensors, and its time, measured."""
 
-import math
-import time
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ldm.planning.device import synchronize
+from ldm.planning.device import clock
 from ldm.rng import StepRNG
 from ldm.training.stage import Batch, Stage
 
@@ -20,7 +19,8 @@ from ldm.training.stage import Batch, Stage
 STATE_BYTES_PER_PARAMETER, GRADIENT_BYTES = 16, 4
 WARMUP_STEPS, TIMED_STEPS = 2, 3  # of a measurement
 
-Build = Callable[[torch.device], Stage]
+Build = Callable[[bool, torch.device], Stage]
+"""(gradient checkpointing, device) -> a stage with random weights."""
 
 
 class Cost(NamedTuple):
@@ -33,25 +33,24 @@ class Cost(NamedTuple):
 
     def memory(self, ranks: int = 1, *, fsdp: bool = False) -> int:
         """Bytes on each rank; with `fsdp` what belongs to parameters is sharded over the ranks."""
+        state, gradients = STATE_BYTES_PER_PARAMETER * self.parameters, GRADIENT_BYTES * self.parameters
         if fsdp:
-            sharded = (STATE_BYTES_PER_PARAMETER + GRADIENT_BYTES) * self.parameters // ranks
-            return sharded + self.peak_activation_bytes - GRADIENT_BYTES * self.parameters + self.frozen_bytes
-        buckets = GRADIENT_BYTES * self.parameters if ranks > 1 else 0  # of DDP, in which gradients travel
-        return STATE_BYTES_PER_PARAMETER * self.parameters + buckets + self.peak_activation_bytes + self.frozen_bytes
+            state = (state + gradients) // ranks - gradients  # the peak has whole gradients
+        elif ranks > 1:
+            state += gradients  # the buckets of DDP, in which gradients travel
+        return state + self.peak_activation_bytes + self.frozen_bytes
 
 
 class FlopMemoryMeter(TorchDispatchMode):
-    """Counts FLOP, and the bytes of live tensors, without the parameters and buffers of a stage.
+    """Counts FLOP, and the bytes of live tensors, without the parameters and buffers of the networks.
 
     torch's FlopCounterMode counts the same FLOP, but its hooks keep tensors alive.
     """
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, networks: nn.Module) -> None:
         super().__init__()
         self.flop = self.live_bytes = self.peak_bytes = 0
-        modules = [*(t.module for t in stage.trainables), *stage.frozen.values()]
-        tensors = [tensor for module in modules for tensor in module.state_dict(keep_vars=True).values()]
-        self._sizes = {id(tensor.untyped_storage()): 0 for tensor in tensors}
+        self._sizes = {id(tensor.untyped_storage()): 0 for tensor in networks.state_dict(keep_vars=True).values()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -75,68 +74,48 @@ class FlopMemoryMeter(TorchDispatchMode):
         self.live_bytes -= self._sizes.pop(key)
 
 
-def dry_run(build: Build, images: int, *, bf16: bool) -> Cost:
+@cache
+def dry_run(build: Build, images: int, gradient_checkpointing: bool, *, bf16: bool) -> Cost:
     """A training step on fake tensors, which have shapes and no numbers: no time and no memory.
 
     They are fake tensors of the CPU, since the meta device knows no autocast and would keep activations in float32.
     """
     device = torch.device("cpu")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        stage = build(device)
-        batch = stage.example_batch(images)
-        with FlopMemoryMeter(stage) as meter:
-            _backward(stage, batch, device, bf16=bf16)
-    trained = [p for t in stage.trainables for p in t.module.parameters()]
-    frozen = [p for module in stage.frozen.values() for p in module.parameters()]
-    frozen += [p for p in trained if not p.requires_grad]
-    parameters = sum(p.numel() for p in trained if p.requires_grad)
-    return Cost(parameters, 4 * sum(p.numel() for p in frozen), meter.flop, meter.peak_bytes)
+        stage = build(gradient_checkpointing, device)
+        networks, batch = _networks(stage), stage.example_batch(images)
+        with FlopMemoryMeter(networks) as meter:
+            _forward_backward(stage, batch, images, device, bf16=bf16)
+    trained = sum(p.numel() for p in networks.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in networks.parameters() if not p.requires_grad)
+    return Cost(trained, 4 * frozen, meter.flop, meter.peak_bytes)
 
 
-def time_step(build: Build, images: int, device: torch.device, *, bf16: bool) -> float:
+@cache
+def time_step(build: Build, images: int, gradient_checkpointing: bool, device: torch.device, *, bf16: bool) -> float:
     """Seconds of a real step on random images: the mean of three."""
-    stage = build(device)
-    for module in [*(t.module for t in stage.trainables), *stage.frozen.values()]:
-        module.to(device)
-    parameters = [p for t in stage.trainables for p in t.module.parameters() if p.requires_grad]
-    optimizer, batch = torch.optim.AdamW(parameters, fused=True), stage.example_batch(images)
-
-    def step() -> None:
+    stage = build(gradient_checkpointing, device)
+    networks, batch = _networks(stage).to(device), stage.example_batch(images)
+    optimizer = torch.optim.AdamW([p for p in networks.parameters() if p.requires_grad], fused=True)
+    begin = 0.0
+    for step in range(WARMUP_STEPS + TIMED_STEPS):
+        if step == WARMUP_STEPS:
+            begin = clock()
         optimizer.zero_grad(set_to_none=True)
-        _backward(stage, batch, device, bf16=bf16)
+        _forward_backward(stage, batch, images, device, bf16=bf16)
         optimizer.step()
-
-    for _ in range(WARMUP_STEPS):
-        step()
-    synchronize(device)
-    begin = time.perf_counter()
-    for _ in range(TIMED_STEPS):
-        step()
-    synchronize(device)
-    return (time.perf_counter() - begin) / TIMED_STEPS
+    return (clock() - begin) / TIMED_STEPS
 
 
-def _backward(stage: Stage, batch: Batch, device: torch.device, *, bf16: bool) -> None:
-    """Forward and backward of each trainable, with the loss of the stage."""
-    images = len(batch["sizes"])
+def _networks(stage: Stage) -> nn.Module:
+    return nn.ModuleList([*(trainable.module for trainable in stage.trainables), *stage.frozen.values()])
+
+
+def _forward_backward(stage: Stage, batch: Batch, images: int, device: torch.device, *, bf16: bool) -> None:
+    """Of each trainable, with the loss of the stage."""
     rng = StepRNG(0, 0, range(images), images, device)
-    networks = {t.name: t.module for t in stage.trainables}
+    networks = {trainable.name: trainable.module for trainable in stage.trainables}
     for name in networks:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = stage.loss(name, networks, batch, rng)["loss"]
         loss.backward()
-
-
-def largest_batch(memory: Callable[[int], int], usable_bytes: int, batch_size: int) -> int:
-    """Of the divisors of `batch_size` the largest number of images whose memory fits; 0 when none does.
-
-    Memory is the largest of some lines (the peak is at the end of the forward pass, or within the backward pass), so
-    what lies between two points of it is below the line through them.
-    """
-    one, all_ = memory(1), memory(batch_size)
-    if all_ <= usable_bytes:
-        return batch_size
-    if one > usable_bytes:
-        return 0
-    limit = 1 + math.floor((usable_bytes - one) / (all_ - one) * (batch_size - 1))
-    return max(divisor for divisor in range(1, limit + 1) if batch_size % divisor == 0)

@@ -1,8 +1,9 @@
-"""Memory of a machine and of this process, and numbers as people read them."""
+"""Memory of a machine and of this process, a clock, and numbers as people read them."""
 
 import os
 import resource
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -31,10 +32,11 @@ def peak_rss(who: int) -> int:
     return resource.getrusage(who).ru_maxrss * unit
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has finished, so that clocks are right."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def clock() -> float:
+    """Seconds, for differences; waits until the GPU has finished what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def format_bytes(count: float) -> str:

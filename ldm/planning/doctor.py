@@ -4,24 +4,27 @@ import math
 import shutil
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ldm.data.batch_sampler import SampleKey
 from ldm.data.loader import Batches
 from ldm.planning import checks
 from ldm.planning.checks import DoctorCheck
-from ldm.planning.device import peak_memory, synchronize, total_memory
+from ldm.planning.device import clock, peak_memory, total_memory
 from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
+from ldm.training.distributed import on_rank0
 from ldm.training.fsdp import full_tensor
 from ldm.training.stage import Stage
 from ldm.training.trainer import Buildable, Config, Trainer, train
@@ -29,22 +32,26 @@ from ldm.training.trainer import Buildable, Config, Trainer, train
 DOCTOR_STEPS, MIN_DOCTOR_STEPS = 20, 4  # real steps, and how many a run must have
 UNTIMED_STEPS, OVERFIT_STEPS = 5, 10  # left out of the rate; how often the last step is repeated at the end
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
-OnStep = Callable[[Trainer], None]
 
 
-def run_doctor(
-    config: TrainingConfig, accelerator: Accelerator, stage: Stage, *, on_step: OnStep = lambda trainer: None
-) -> list[DoctorCheck]:
-    """In the place of `fit`: runs a few steps in the folder `config.run`, which is removed; returns the checks.
+def examine(stage_class: Buildable[Config], config: Config) -> list[DoctorCheck]:
+    """Take a few steps of a run, in a folder next to its own, where `latest` finds the stages before it.
 
     ValueError: what `fit` raises, fewer than four steps, and a step that does not fit in the memory.
     """
     if config.steps < MIN_DOCTOR_STEPS:
         raise ValueError(f"--steps must be at least {MIN_DOCTOR_STEPS} for the doctor, not {config.steps}")
-    _remove(config.run, accelerator)  # what a killed one left
-    accelerator.wait_for_everyone()
+    run = config.run.resolve()
+    values = {"run": run.with_name(f".{run.name}-doctor"), "trackers": (), "resume": None}
+    return train(stage_class, config.model_copy(update=values), fit=run_doctor)
+
+
+def run_doctor(config: TrainingConfig, accelerator: Accelerator, stage: Stage) -> list[DoctorCheck]:
+    """In the place of `fit`: the checks of some steps in the folder `config.run`, which is removed."""
+    remove = partial(shutil.rmtree, config.run, ignore_errors=True)
+    on_rank0(accelerator, remove)  # what a killed one left
     try:
-        doctor = DoctorRun(Trainer(config, accelerator, stage), on_step)
+        doctor = DoctorRun(Trainer(config, accelerator, stage))
         with doctor.trainer.open_logs(doctor.steps):
             found: list[DoctorCheck] = broadcast_object_list(doctor.checks())  # each rank has clocks of its own
             return found
@@ -54,31 +61,19 @@ def run_doctor(
             f"{2 * config.grad_accum_steps}, --gradient-checkpointing, or --fsdp on several GPUs"
         ) from None
     finally:
-        _remove(config.run, accelerator)
-
-
-def _remove(run: Path, accelerator: Accelerator) -> None:
-    if accelerator.is_main_process:
-        shutil.rmtree(run, ignore_errors=True)
-
-
-def examine(
-    stage_class: Buildable[Config], config: Config, *, on_step: OnStep = lambda trainer: None
-) -> list[DoctorCheck]:
-    """Build a stage and run the doctor, in a folder next to its run, where `latest` finds the stages before it."""
-    run = config.run.resolve()
-    values = {"run": run.with_name(f".{run.name}-doctor"), "trackers": (), "resume": None}
-    return train(stage_class, config.model_copy(update=values), fit=partial(run_doctor, on_step=on_step))
+        if accelerator.is_main_process:
+            remove()
 
 
 class DoctorRun:
     """Takes the steps, as the loop does, and measures. All ranks must do the same."""
 
-    def __init__(self, trainer: Trainer, on_step: OnStep) -> None:
-        self.trainer, self.on_step = trainer, on_step
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
         self.config, self.accelerator, self.state = trainer.config, trainer.accelerator, trainer.state
         self.device = self.accelerator.device
         self.on_gpu = self.device.type == "cuda"
+        self.place = f"{socket.gethostname()} {self.device}"
         self.steps = min(DOCTOR_STEPS, self.config.steps)
         self.model = self.config.run / "finished"  # not `model`, which `latest` would find
         self.keys: list[list[SampleKey]] = []  # of this rank, in each micro-batch
@@ -86,22 +81,28 @@ class DoctorRun:
 
     def checks(self) -> list[DoctorCheck]:
         """Everything, in the order of the report."""
-        config = self.config
         first, step, waiting = self._take_steps()
         sums = self._gradients()
-        seconds = {"step": step, **self._stage_seconds(), "save": self._seconds(self.trainer.save)}
+        stage, with_ema_weights = self.trainer.stage, self.trainer.with_ema_weights
+        seconds = {
+            "step": step,
+            "validate": _seconds(partial(with_ema_weights, stage.validate)),
+            "sample": _seconds(partial(with_ema_weights, stage.sample)),
+            "model": _seconds(partial(with_ema_weights, partial(stage.save, self.model))),
+            "save": _seconds(self.trainer.save),
+        }
         memory, disk = self._memory(), self._disk()
         difference = self._check_resume()
         return [
             self._devices(),
             checks.gradients_synced(sums, fsdp=self.state.mesh is not None),
             self._disjoint(),
-            checks.schedule(config),
+            checks.schedule(self.config),
             checks.resume_exact(difference, on_gpu=self.on_gpu),
-            checks.loss_decreases(first, self._overfit_one_batch(), config, step=self.steps),
+            checks.loss_decreases(first, self._overfit_one_batch(), self.config, step=self.steps),
             memory,
-            checks.throughput(step, waiting, config),
-            checks.time_to_finish(seconds, config),
+            checks.throughput(step, waiting, self.config),
+            checks.time_to_finish(seconds, self.config),
             disk,
         ]
 
@@ -116,6 +117,14 @@ class DoctorRun:
             self.keys.append(keys)
             yield keys, batch
 
+    def _step(self, batches: Batches) -> None:
+        self.trainer.train_step(batches)
+        self.trainer.logs.step(self.state.step)
+
+    def _loss(self) -> float:
+        """Of the last step, over all ranks."""
+        return fmean(gather_object([self.trainer.losses["loss"].item()]))
+
     def _take_steps(self) -> tuple[float, float, float]:
         """All steps but the last; returns the loss of the first, the seconds of one, and the fraction spent on data.
 
@@ -127,27 +136,16 @@ class DoctorRun:
         first = self._loss()
         for _ in range(1, start):
             self._step(batches)
-        synchronize(self.device)
-        begin, self.waited = time.perf_counter(), 0.0
+        begin, self.waited = clock(), 0.0
         for _ in range(start, stop):
             self._step(batches)
-        synchronize(self.device)
-        spent = time.perf_counter() - begin
+        spent = clock() - begin
         return first, spent / (stop - start), max(gather_object([self.waited / spent]))
 
-    def _loss(self) -> float:
-        """Of the last step, over all ranks."""
-        return self._sum(self.trainer.losses["loss"].item()) / self.accelerator.num_processes
-
-    def _step(self, batches: Batches) -> None:
-        self.trainer.train_step(batches)
-        self.trainer.logs.step(self.state.step)
-        self.on_step(self.trainer)
-
-    def _check_resume(self) -> float | None:
+    def _check_resume(self) -> float:
         """The last step, back to the checkpoint before it, and the same step again.
 
-        Returns the root mean square between both, in learning rates; None where all bits are equal.
+        Returns the root mean square between both, in learning rates; 0 where all bits are equal.
         """
         saved = checkpoint.latest(self.state.folder)
         assert saved is not None
@@ -155,12 +153,18 @@ class DoctorRun:
         once = self._weights()
         self.state.restore(saved)
         self._step(self.trainer.batches(start=self.state.step))
-        again = self._weights()
-        if not self._sum(float(any(not torch.equal(a, b) for a, b in zip(once, again, strict=True)))):
-            return None
-        square = self._sum(sum((a - b).double().square().sum().item() for a, b in zip(once, again, strict=True)))
+        square = sum((a - b).double().square().sum().item() for a, b in zip(once, self._weights(), strict=True))
+        squares, counts = zip(*gather_object([(square, sum(tensor.numel() for tensor in once))]), strict=True)
         rate = next(iter(self.state.optimizers.values())).param_groups[0]["lr"]
-        return math.sqrt(square / self._sum(sum(tensor.numel() for tensor in once))) / max(rate, 1e-30)
+        return math.sqrt(sum(squares) / sum(counts)) / max(rate, 1e-30)
+
+    def _weights(self) -> list[Tensor]:
+        """Copies of weights and averages: of rank 0, or the shards of each rank."""
+        if self.state.mesh is None and not self.accelerator.is_main_process:
+            return []
+        tensors = [p.detach() for module in self.state.modules.values() for p in module.parameters()]
+        tensors += [tensor for ema in self.state.ema.values() for tensor in ema.shadow.values()]
+        return [(t.to_local() if isinstance(t, DTensor) else t).to("cpu", copy=True) for t in tensors]
 
     def _overfit_one_batch(self) -> list[float]:
         """Repeat the last step: its samples, noise and learning rate stay, so its loss must fall."""
@@ -172,47 +176,21 @@ class DoctorRun:
             losses.append(self._loss())
         return losses
 
-    def _weights(self) -> list[Tensor]:
-        """Copies of weights and averages: of rank 0, or the shards of each rank."""
-        if self.state.mesh is None and not self.accelerator.is_main_process:
-            return []
-        tensors = [p.detach() for module in self.state.modules.values() for p in module.parameters()]
-        tensors += [tensor for ema in self.state.ema.values() for tensor in ema.shadow.values()]
-        return [(t.to_local() if isinstance(t, DTensor) else t).to("cpu", copy=True) for t in tensors]
-
-    def _stage_seconds(self) -> dict[str, float]:
-        """Validate, sample and write the model once, as the run will; seconds of each."""
-        stage = self.trainer.stage
-        actions: dict[str, Callable[[], object]] = {"validate": stage.validate, "sample": stage.sample}
-        actions["model"] = lambda: stage.save(self.model)
-        return {name: self._seconds(self.trainer.with_ema_weights, action) for name, action in actions.items()}
-
-    def _seconds(self, action: Callable[..., object], *arguments: object) -> float:
-        begin = time.perf_counter()
-        action(*arguments)
-        synchronize(self.device)
-        return time.perf_counter() - begin
-
-    def _sum(self, value: float) -> float:
-        """Over all ranks."""
-        return sum(gather_object([value]))
-
     # Measurements.
 
     def _devices(self) -> DoctorCheck:
-        places = gather_object([f"{socket.gethostname()} {self.device}"])
         precision = PRECISIONS.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
-        gpus = torch.cuda.device_count()
-        return checks.devices(places, self._device_name(), precision, on_gpu=self.on_gpu, gpus=gpus)
-
-    def _device_name(self) -> str:
+        name = f"{self.device.type} of {torch.get_num_threads()} threads each"
         if self.on_gpu:
-            return torch.cuda.get_device_name(self.device)
-        return f"{self.device.type} of {torch.get_num_threads()} threads each"
+            name = torch.cuda.get_device_name(self.device)
+        places, gpus = gather_object([self.place]), torch.cuda.device_count()
+        return checks.devices(places, name, precision, on_gpu=self.on_gpu, gpus=gpus)
 
     def _gradients(self) -> Tensor:
         """Sum and norm of each gradient of the last step, as each rank has it: (ranks, gradients, 2)."""
-        sums = torch.cat([gradient_sums(module) for module in self.state.modules.values()])
+        parameters = [p for module in self.state.modules.values() for p in module.parameters()]
+        gradients = (full_tensor(p.grad).float() for p in parameters if p.grad is not None)
+        sums = torch.stack([torch.stack([gradient.sum(), gradient.norm()]) for gradient in gradients])
         return self.accelerator.gather(sums[None])
 
     def _disjoint(self) -> DoctorCheck:
@@ -222,10 +200,9 @@ class DoctorRun:
 
     def _memory(self) -> DoctorCheck:
         """The fullest GPU, or the sum of the ranks on the fullest machine."""
-        used: dict[str, int] = {}
-        place = f"{socket.gethostname()} {self.device}"
-        for name, peak in gather_object([(place, peak_memory(self.device))]):
-            used[name] = used.get(name, 0) + peak
+        used: Counter[str] = Counter()
+        for place, peak in gather_object([(self.place, peak_memory(self.device))]):
+            used[place] += peak
         return checks.memory(max(used.values()), total_memory(self.device), on_gpu=self.on_gpu)
 
     def _disk(self) -> DoctorCheck:
@@ -235,10 +212,10 @@ class DoctorRun:
         return checks.disk(saved, model, free, self.config)
 
 
-def gradient_sums(module: nn.Module) -> Tensor:
-    """(gradients, 2): sum and norm of each; a sharded one is gathered, so all ranks must call this."""
-    gradients = [full_tensor(p.grad).float() for p in module.parameters() if p.grad is not None]
-    return torch.stack([torch.stack([gradient.sum(), gradient.norm()]) for gradient in gradients])
+def _seconds(action: Callable[[], object]) -> float:
+    begin = clock()
+    action()
+    return clock() - begin
 
 
 def _size(folder: Path) -> int:

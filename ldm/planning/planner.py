@@ -1,17 +1,17 @@
 """How a machine would train a recipe: batch and memory, time, and the largest recipe for some hours."""
 
 import math
-from collections.abc import Callable
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ldm.config import CONFIGS, read_yaml
-from ldm.planning.cost import Cost, dry_run, largest_batch, time_step
+from ldm.planning.cost import Build, Cost, dry_run, time_step
 from ldm.planning.device import GIB, format_bytes, total_memory
-from ldm.stages import CLIPStage, DiffusionStage, VAEStage
+from ldm.stages import STAGES, CLIPStage, DiffusionStage, VAEStage
 from ldm.text import TextEncoder, combine_encoders
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Stage
@@ -21,6 +21,7 @@ MEMORY_FRACTION = 0.9  # of the memory, that is used
 RUNTIME_OVERHEAD_BYTES = GIB  # that Python, or CUDA, needs for itself
 SKIP_FACTOR = 4  # a recipe that looks this many times too long, by its FLOP, is not measured
 MAX_SIZE_FACTOR = 2  # a recipe is used at resolutions up to this factor from its own
+LATENT_CACHE_FRACTION = 0.25  # of a rank's memory, for the latents of all images
 
 
 class MachineSpec(NamedTuple):
@@ -42,129 +43,6 @@ class MachineSpec(NamedTuple):
         return self.gpus > 0
 
 
-class StageEstimate(NamedTuple):
-    """One stage of a recipe, with random weights on random images."""
-
-    stage: str
-    file: Path
-    config: TrainingConfig
-    resolution: int
-    build: Callable[[bool, torch.device], Stage]  # with gradient checkpointing or without
-    latent_cache_bytes: int = 0  # of an image, in memory
-    flags: str = ""  # additional ones of its command
-    unsplittable: bool = False  # no micro-batches, no gradient checkpointing, no --fsdp
-
-
-class Recipe(NamedTuple):
-    """The stages of a folder of configs/."""
-
-    name: str
-    stages: list[StageEstimate]
-
-    def flop(self, *, bf16: bool) -> float:
-        """Of all its steps."""
-        return float(sum(s.config.steps * s.config.batch_size * cost_per_image(s, bf16=bf16).flop for s in self.stages))
-
-
-class StagePlan(NamedTuple):
-    """A stage as a machine trains it."""
-
-    estimate: StageEstimate
-    parameters: int
-    gradient_checkpointing: bool
-    fsdp: bool
-    micro_batch: int  # images on one rank
-    batch: int  # images in a step
-    memory: int  # bytes on each rank
-    ranks: int
-    rate: float  # images/s of all ranks
-
-    @property
-    def seconds(self) -> float:
-        """Of the recipe's own steps."""
-        return self.estimate.config.steps * self.batch / self.rate
-
-    @property
-    def grad_accum_steps(self) -> int:
-        """Micro-batches in a step."""
-        return -(-self.batch // (self.micro_batch * self.ranks))
-
-    def steps(self, fraction: float) -> int:
-        """A fraction of the recipe's own steps."""
-        return max(1, round(fraction * self.estimate.config.steps))
-
-
-# Recipes.
-
-
-def recipes(resolution: int, max_latent_bytes: float = math.inf) -> list[Recipe]:
-    """Those of configs/ that can be used at a resolution; the rest as in `recipe_stages`. ValueError: none."""
-    found, refused = [], []
-    for file in sorted(CONFIGS.glob("*/ldm.yaml")):
-        own = _read(DiffusionStage.Config, file).data.resolution
-        if own / MAX_SIZE_FACTOR <= resolution <= own * MAX_SIZE_FACTOR:
-            try:
-                found.append(Recipe(file.parent.name, recipe_stages(file.parent, resolution, max_latent_bytes)))
-            except ValueError as error:
-                refused.append(f"configs/{file.parent.name}: {error}")
-    if not found:
-        reason = "; ".join(refused) or "no recipe of configs/ is near"
-        raise ValueError(f"--size {resolution}: {reason}; 32, 64, 128, 256, 512, 768 and 1024 have some")
-    return found
-
-
-def recipe_stages(folder: Path, resolution: int, max_latent_bytes: float = math.inf) -> list[StageEstimate]:
-    """The stages of a recipe at another resolution; one that has no clip.yaml uses a published text tower.
-
-    Latents are cached in memory where the recipe does so and those of an image need at most so many bytes.
-    """
-    files = {stage: folder / f"{stage}.yaml" for stage in ("clip", "vae", "ldm")}
-    ldm, vae = _read(DiffusionStage.Config, files["ldm"]), _read(VAEStage.Config, files["vae"])
-    same = vae.data.resolution == ldm.data.resolution
-    ldm = _with_data(ldm, resolution=resolution)
-    vae = _with_data(vae, resolution=resolution if same else vae.data.resolution, channels=ldm.data.channels)
-    estimates, clip_architecture = [], None
-    if files["clip"].is_file():
-        clip = _with_data(_read(CLIPStage.Config, files["clip"]), resolution=resolution, channels=ldm.data.channels)
-        clip_architecture = clip.clip.architecture(resolution)
-        build = partial(_build, CLIPStage, clip)
-        estimates.append(StageEstimate("clip", files["clip"], clip, resolution, build, unsplittable=True))
-    vae.vae.latent_size(vae.data.resolution)
-    build = partial(_build, VAEStage, vae)
-    estimates.append(StageEstimate("vae", files["vae"], vae, vae.data.resolution, build))
-    side = vae.vae.latent_size(resolution)
-    if side % ldm.unet.factor:
-        raise ValueError(f"resolution {resolution} is not a multiple of {vae.vae.factor * ldm.unet.factor}")
-    latent_bytes = 8 * ldm.unet.in_channels * side**2 if ldm.cache_latents else 0  # mean and log-variance, float32
-    flags = "" if latent_bytes <= max_latent_bytes else " --no-cache-latents"
-    ldm = ldm.model_copy(update={"cache_latents": ldm.cache_latents and not flags})
-
-    def build_ldm(gradient_checkpointing: bool, device: torch.device) -> Stage:
-        config = ldm.model_copy(update={"gradient_checkpointing": gradient_checkpointing})
-        towers = [tower for tower in (ldm.text, ldm.second_text) if tower.model != "none"]
-        text = combine_encoders([TextEncoder.random(tower, clip_architecture) for tower in towers])
-        return DiffusionStage(config, VAE(vae.vae).requires_grad_(False).eval(), text, device)
-
-    ldm_estimate = StageEstimate("ldm", files["ldm"], ldm, resolution, build_ldm, latent_bytes, flags)
-    return [*estimates, ldm_estimate]
-
-
-def _build(stage_class: Any, config: Any, gradient_checkpointing: bool, device: torch.device) -> Stage:
-    stage: Stage = stage_class(config.model_copy(update={"gradient_checkpointing": gradient_checkpointing}))
-    return stage
-
-
-def _read(cls: Any, path: Path) -> Any:
-    return cls.from_dict(read_yaml(path), source=str(path))
-
-
-def _with_data(config: Any, **values: Any) -> Any:
-    return config.model_copy(update={"data": config.data.model_copy(update=values)})
-
-
-# Machines.
-
-
 def detect_machine(gpus: int | None, memory_gib: float | None, tflops: float | None) -> MachineSpec:
     """What is planned for; None: as on this machine.
 
@@ -182,87 +60,171 @@ def detect_machine(gpus: int | None, memory_gib: float | None, tflops: float | N
     return MachineSpec(gpus, usable, here if measured else None, tflops)
 
 
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage of a recipe on a machine: all that is planned is in its configuration."""
+
+    file: Path  # of the recipe
+    config: TrainingConfig
+    build: Build
+    machine: MachineSpec
+    latent_bytes: int  # of an image, in memory, where the recipe caches latents
+
+    def update(self, **values: Any) -> "StagePlan":
+        """With other values in its configuration."""
+        return replace(self, config=self.config.model_copy(update=values))
+
+    def shorten(self, fraction: float) -> "StagePlan":
+        """With a fraction of its steps."""
+        steps = max(1, round(fraction * self.config.steps))
+        return self.update(steps=steps, warmup_steps=min(self.config.warmup_steps, steps // 10))
+
+    @property
+    def micro_batch(self) -> int:
+        """Images on one rank."""
+        return self.config.batch_size // (self.config.grad_accum_steps * self.machine.ranks)
+
+    def cost(self, images: int) -> Cost:
+        """Of a step of some images on one rank."""
+        return dry_run(self.build, images, self.config.gradient_checkpointing, bf16=self.machine.bf16)
+
+    @property
+    def memory(self) -> int:
+        """Bytes on each rank."""
+        return self.cost(self.micro_batch).memory(self.machine.ranks, fsdp=self.config.fsdp)
+
+    @property
+    def rate(self) -> float:
+        """Images/s of all ranks: measured, or from the TFLOP/s that were given."""
+        machine, images = self.machine, self.micro_batch
+        if machine.device is None:
+            seconds = self.cost(images).flop / (1e12 * (machine.tflops or math.nan))
+        else:
+            recompute = self.config.gradient_checkpointing
+            seconds = time_step(self.build, images, recompute, machine.device, bf16=machine.bf16)
+        return machine.ranks * images / seconds
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return self.config.steps * self.config.batch_size / self.rate
+
+
+Recipe = list[StagePlan]
+
+
+def recipe_flop(recipe: Recipe) -> int:
+    """Of all steps of all stages."""
+    return sum(plan.config.steps * plan.config.batch_size * plan.cost(1).flop for plan in recipe)
+
+
+def recipe_hours(recipe: Recipe) -> float:
+    """Of all steps of all stages."""
+    return sum(plan.seconds for plan in recipe) / 3600
+
+
+# Recipes.
+
+
+def recipes(resolution: int, machine: MachineSpec, num_images: int) -> dict[str, Recipe]:
+    """The recipes of configs/ that can be used at a resolution, as they are. ValueError: none."""
+    found, refused = {}, []
+    for file in sorted(CONFIGS.glob("*/ldm.yaml")):
+        own, name = read_recipe(file).data.resolution, file.parent.name
+        if own / MAX_SIZE_FACTOR <= resolution <= own * MAX_SIZE_FACTOR:
+            try:
+                found[name] = recipe_stages(file.parent, resolution, machine, num_images)
+            except ValueError as error:
+                refused.append(f"configs/{name}: {error}")
+    if not found:
+        reason = "; ".join(refused) or "no recipe of configs/ is near"
+        raise ValueError(f"--size {resolution}: {reason}; 32, 64, 128, 256, 512, 768 and 1024 have some")
+    return found
+
+
+def read_recipe(file: Path) -> Any:
+    """The configuration of the stage that a file is named after."""
+    return STAGES[file.stem].Config.from_dict(read_yaml(file), source=str(file))
+
+
+def recipe_stages(folder: Path, resolution: int, machine: MachineSpec, num_images: int) -> Recipe:
+    """The stages of a recipe at another resolution; one that has no clip.yaml uses a published text tower.
+
+    Latents are cached in memory where the recipe does so and those of all images fit. A VAE that is not trained at the
+    resolution of the U-Net stays at its own.
+    """
+    configs = {name: read_recipe(file) for name in STAGES if (file := folder / f"{name}.yaml").is_file()}
+    own = configs["ldm"].data.resolution
+    for name, config in configs.items():
+        if config.data.resolution == own:
+            data = config.data.model_copy(update={"resolution": resolution})
+            configs[name] = config.model_copy(update={"data": data})
+    architecture = configs["clip"].clip.architecture(resolution) if "clip" in configs else None
+    ldm, vae = configs["ldm"], configs["vae"].vae
+    side = vae.latent_size(resolution)
+    if side % ldm.unet.factor:
+        raise ValueError(f"resolution {resolution} is not a multiple of {vae.factor * ldm.unet.factor}")
+    latent_bytes = 8 * ldm.unet.in_channels * side**2 if ldm.cache_latents else 0  # mean and log-variance, float32
+    if latent_bytes * num_images > LATENT_CACHE_FRACTION * machine.usable_bytes:
+        configs["ldm"] = ldm.model_copy(update={"cache_latents": False})
+
+    def build(name: str, gradient_checkpointing: bool, device: torch.device) -> Stage:
+        config = configs[name].model_copy(update={"gradient_checkpointing": gradient_checkpointing})
+        if name == "clip":
+            return CLIPStage(config)
+        if name == "vae":
+            return VAEStage(config)
+        towers = [tower for tower in (config.text, config.second_text) if tower.model != "none"]
+        text = combine_encoders([TextEncoder.random(tower, architecture) for tower in towers])
+        return DiffusionStage(config, VAE(vae).requires_grad_(False).eval(), text, device)
+
+    return [
+        StagePlan(folder / f"{name}.yaml", config, partial(build, name), machine, latent_bytes if name == "ldm" else 0)
+        for name, config in configs.items()
+    ]
+
+
 # Plans.
 
 
-@cache
-def cost(estimate: StageEstimate, images: int, gradient_checkpointing: bool, bf16: bool) -> Cost:
-    """Of a step of one rank."""
-    return dry_run(partial(estimate.build, gradient_checkpointing), images, bf16=bf16)
+def fit_to_memory(plan: StagePlan) -> StagePlan:
+    """The largest micro-batch that fits, with gradient checkpointing, then FSDP, where not one image fits without.
 
-
-def cost_per_image(estimate: StageEstimate, *, bf16: bool) -> Cost:
-    """Of a step of one image, as the recipe has it."""
-    return cost(estimate, 1, estimate.config.gradient_checkpointing, bf16)
-
-
-def fit_to_memory(estimate: StageEstimate, machine: MachineSpec) -> StagePlan:
-    """The largest micro-batch that fits, with what saves memory where nothing fits without; its rate comes later.
-
+    The contrastive loss of CLIP compares a whole batch: its batch gets smaller, and nothing else can be done for it.
     ValueError where nothing fits.
     """
-    own = max(1, round(estimate.config.batch_size / machine.ranks))
-    for gradient_checkpointing, fsdp in _memory_savers(estimate, machine):
-        memory = partial(_memory, estimate, machine, gradient_checkpointing, fsdp)
-        if images := largest_batch(memory, machine.usable_bytes, own):
-            batch = (images if estimate.unsplittable else own) * machine.ranks
-            parameters = cost_per_image(estimate, bf16=machine.bf16).parameters
-            settings = (parameters, gradient_checkpointing, fsdp, images, batch, memory(images), machine.ranks)
-            return StagePlan(estimate, *settings, rate=math.inf)
-    raise ValueError(
-        f"{estimate.file}: one image needs {format_bytes(memory(1))}, {format_bytes(machine.usable_bytes)} are usable"
-    )
+    machine, unsplittable = plan.machine, plan.file.stem == "clip"
+    own = max(1, round(plan.config.batch_size / machine.ranks))
+    divisors = [images for images in range(own, 0, -1) if own % images == 0]
+    savers = [(plan.config.gradient_checkpointing, False), (True, False), (True, True)]
+    for gradient_checkpointing, fsdp in savers[: 1 if unsplittable else 3 if machine.ranks > 1 else 2]:
+        saver = plan.update(gradient_checkpointing=gradient_checkpointing, fsdp=fsdp)
+        if unsplittable:
+            plans = [saver.update(batch_size=images * machine.ranks) for images in divisors]
+        else:
+            batch_size = own * machine.ranks
+            plans = [saver.update(batch_size=batch_size, grad_accum_steps=own // images) for images in divisors]
+        if plans[-1].memory <= machine.usable_bytes:
+            return next(plan for plan in plans if plan.memory <= machine.usable_bytes)
+    needed, usable = format_bytes(plans[-1].memory), format_bytes(machine.usable_bytes)
+    raise ValueError(f"{plan.file}: one image needs {needed}, {usable} are usable")
 
 
-def _memory_savers(estimate: StageEstimate, machine: MachineSpec) -> list[tuple[bool, bool]]:
-    """Gradient checkpointing and FSDP, from what is fastest to what needs least memory."""
-    own = (estimate.config.gradient_checkpointing, False)
-    if estimate.unsplittable:
-        return [own]
-    return [own, (True, False), (True, True)] if machine.ranks > 1 else [own, (True, False)]
-
-
-def _memory(
-    estimate: StageEstimate, machine: MachineSpec, gradient_checkpointing: bool, fsdp: bool, images: int
-) -> int:
-    return cost(estimate, images, gradient_checkpointing, machine.bf16).memory(machine.ranks, fsdp=fsdp)
-
-
-def measure(plan: StagePlan, machine: MachineSpec) -> StagePlan:
-    """With its rate: measured, or from the TFLOP/s that were given."""
-    if machine.device is None:
-        flop = cost(plan.estimate, plan.micro_batch, plan.gradient_checkpointing, machine.bf16).flop
-        seconds = flop / (1e12 * (machine.tflops or math.nan))
-    else:
-        build = partial(plan.estimate.build, plan.gradient_checkpointing)
-        seconds = time_step(build, plan.micro_batch, machine.device, bf16=machine.bf16)
-    return plan._replace(rate=machine.ranks * plan.micro_batch / seconds)
-
-
-def choose_recipe(found: list[Recipe], machine: MachineSpec, hours: float) -> tuple[Recipe, list[StagePlan]]:
+def choose_recipe(found: dict[str, Recipe], hours: float) -> Recipe:
     """The largest recipe, by its FLOP, whose own steps fit in the hours; the smallest, where none does.
 
     ValueError when not even that one fits in the memory.
     """
-    best: tuple[Recipe, list[StagePlan]] | None = None
-    for recipe in sorted(found, key=lambda one: one.flop(bf16=machine.bf16)):
-        if best:
-            growth = recipe.flop(bf16=machine.bf16) / best[0].flop(bf16=machine.bf16)
-            if total_hours(best[1]) * growth > SKIP_FACTOR * hours:
-                break
+    smallest, *larger = sorted(found.values(), key=recipe_flop)
+    flop, best = recipe_flop(smallest), [fit_to_memory(plan) for plan in smallest]
+    for recipe in larger:
+        if recipe_hours(best) * recipe_flop(recipe) / flop > SKIP_FACTOR * hours:
+            break
         try:
-            plans = [measure(fit_to_memory(estimate, machine), machine) for estimate in recipe.stages]
+            fitted = [fit_to_memory(plan) for plan in recipe]
         except ValueError:
-            if best is None:
-                raise
             break
-        if best and total_hours(plans) > hours:
+        if recipe_hours(fitted) > hours:
             break
-        best = recipe, plans
-    assert best is not None
+        flop, best = recipe_flop(recipe), fitted
     return best
-
-
-def total_hours(plans: list[StagePlan]) -> float:
-    """Of the recipe's own steps, all stages."""
-    return sum(plan.seconds for plan in plans) / 3600

@@ -71,11 +71,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context | None = None, mask: Tensor | None = None) -> Tensor:
         """`mask` (b, m) is True where the context may be attended to."""
-        k, v = (
-            context.kv_for(self)
-            if isinstance(context, CachedContext)
-            else self.project_kv(x if context is None else context)
-        )
+        if isinstance(context, CachedContext):
+            k, v = context.kv_for(self)
+        else:
+            k, v = self.project_kv(x if context is None else context)
         mask = None if mask is None else mask[:, None, None, :]
         h = F.scaled_dot_product_attention(self._by_head(self.to_q(x)), k, v, attn_mask=mask)
         return self.to_out(rearrange(h, "b heads n d -> b n (heads d)"))

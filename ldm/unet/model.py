@@ -23,8 +23,7 @@ class UNetConfig(Config):
     in_channels: int = Field(4, ge=1)
     """channels of z_t and of the prediction"""
     cond_channels: int = Field(0, ge=0)
-    """channels of a spatial condition that is concatenated to z_t; an inpainting network has 5, the mask and the masked
-    image's latents"""
+    """channels of a spatial condition that is concatenated to z_t; 5 for inpainting: mask and masked latents"""
     patch_size: int = Field(1, ge=1)
     """side of the blocks that are folded into channels before the first convolution"""
     model_channels: int = Field(320, ge=2, multiple_of=2)
@@ -44,9 +43,8 @@ class UNetConfig(Config):
     pooled_dim: int = Field(0, ge=0)
     """width of a pooled text vector that is added to the time embedding; 0 means none"""
     size_embed_dim: int = Field(0, ge=0, multiple_of=2)
-    """width of the embedding of each of six sizes (original height and width, crop top and left, height and width),
-    added to the time embedding with the pooled vector (Podell et al. 2023, section 2.2); 256 in Stable Diffusion XL,
-    0 means none"""
+    """width of the embedding of each of six sizes (original height and width, crop top and left, height and width) that
+    are added like the pooled vector (Podell et al. 2023, section 2.2); 256 in Stable Diffusion XL, 0 means none"""
     scale_shift_norm: bool = False
     """let the time embedding scale and shift normed features, as in ADM; Stable Diffusion adds it"""
     coord_conv: bool = False
@@ -54,9 +52,9 @@ class UNetConfig(Config):
     norm_num_groups: int = Field(32, ge=1)
     """groups of each GroupNorm"""
     norm_min_group_channels: int = Field(1, ge=1)
-    """least channels of a norm group: a layer of c channels has min(norm_num_groups, c // norm_min_group_channels)
-    groups. Recipes with levels of less than 256 channels set 8: the time embedding is one number for each channel, and
-    a norm over groups of one or two channels removes most of it. Stable Diffusion has 1"""
+    """least channels of a norm group, so a layer of c channels has at most c // norm_min_group_channels groups. Recipes
+    with less than 256 channels set 8: norms over one or two channels remove most of the time embedding, which is one
+    number for each channel. Stable Diffusion has 1"""
 
     @model_validator(mode="after")
     def _check(self) -> "UNetConfig":
@@ -110,22 +108,15 @@ class Block(nn.Module):
 
     def __init__(self, channels_in: int, level: int, config: UNetConfig, *, depth: int) -> None:
         super().__init__()
-        width = config.widths[level]
+        width, time_width, num_groups = config.widths[level], 4 * config.model_channels, config.num_groups
         self.residual = ResidualBlock(
-            channels_in,
-            width,
-            time_width=4 * config.model_channels,
-            scale_shift=config.scale_shift_norm,
-            num_groups=config.num_groups,
+            channels_in, width, time_width=time_width, scale_shift=config.scale_shift_norm, num_groups=num_groups
         )
         self.transformer = None
         if depth:
+            num_heads, context_dim = config.num_heads[level], config.context_dim
             self.transformer = SpatialTransformer(
-                width,
-                depth=depth,
-                num_heads=config.num_heads[level],
-                context_dim=config.context_dim,
-                num_groups=config.num_groups,
+                width, depth=depth, num_heads=num_heads, context_dim=context_dim, num_groups=num_groups
             )
 
     def forward(self, x: Tensor, t_embed: Tensor, context: Context | None, mask: Tensor | None) -> Tensor:
@@ -181,16 +172,8 @@ class UNet(nn.Module):
         ValueError: sides that `UNetConfig.factor` does not divide, or channels and conditions of other widths than
         the configuration has.
         """
-        return self.predict(z, self.embed_timestep(timestep), cond)
-
-    def embed_timestep(self, timestep: Tensor) -> Tensor:
-        """(b,) -> (b, 4 model_channels): the time embedding, before conditions are added to it."""
-        return self.time_embed(timestep_embedding(timestep, self.config.model_channels).to(self.conv_in.weight.dtype))
-
-    def predict(self, z: Tensor, t_embed: Tensor, cond: Conditioning) -> Tensor:
-        """The same as `forward` for an embedded timestep (b or 1, 4 model_channels)."""
         self._check_inputs(z, cond)
-        t_embed = self._add_vector(t_embed, cond, z)
+        t_embed = self._embed(timestep, cond, z)
         context, mask = cond.context, cond.context_mask
 
         # Encoder.
@@ -216,8 +199,10 @@ class UNet(nn.Module):
                 h = self.upsample[level](h)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch_size)
 
-    def _add_vector(self, t_embed: Tensor, cond: Conditioning, z: Tensor) -> Tensor:
-        """Add what is embedded like the time: the pooled vector and the sizes."""
+    def _embed(self, timestep: Tensor, cond: Conditioning, z: Tensor) -> Tensor:
+        """The time embedding (b or 1, 4 model_channels), to which the pooled vector and the sizes are added."""
+        embedded = timestep_embedding(timestep, self.config.model_channels)
+        t_embed = self.time_embed(embedded.to(self.conv_in.weight.dtype))
         parts = [] if cond.pooled is None else [cond.pooled]
         if cond.sizes is not None:
             embedded = timestep_embedding(cond.sizes.flatten(), self.config.size_embed_dim)

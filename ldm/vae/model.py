@@ -127,9 +127,8 @@ class Decoder(nn.Module):
 class PCASkip(nn.Module):
     """Linear compression of patches to latents and back, added to the networks where only patching changes the size.
 
-    The best linear autoencoder is known in closed form: principal components (Baldi and Hornik 1989). `init_from_pca`
-    sets it, so training starts from there and the networks learn what a linear map cannot do. Residual autoencoding is
-    from Chen et al. 2024 (DC-AE).
+    The best linear autoencoder is known in closed form, principal components (Baldi and Hornik 1989): training starts
+    from there and the networks learn what a linear map cannot do, as in the residual autoencoding of Chen et al. 2024.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -182,8 +181,7 @@ class VAE(nn.Module):
 
         ValueError: sides that the factor f does not divide.
         """
-        for side in images.shape[-2:]:
-            self.config.latent_size(side)
+        self.config.latent_shape(images)  # checks the sides
         mean, logvar = self.quant_conv(self.encoder(images)).float().chunk(2, dim=1)
         if self.linear is not None:
             mean = mean + self.linear.encode(F.pixel_unshuffle(images, self.config.patch_size)).float()
