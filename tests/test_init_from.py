@@ -13,7 +13,7 @@ from ldm.interop import compvis, diffusers
 from ldm.interop.components import ModelComponents
 from ldm.io.tensors import init_weights
 from ldm.pipeline import Pipeline
-from ldm.text import TextConfig, TextEncoder
+from ldm.text import TextConditioner, TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
 
@@ -51,7 +51,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     unet = UNet(UNetConfig(model_channels=64, channel_mult=(1, 1), num_res_blocks=1, transformer_depth=(1, 0),
                            num_heads=(8, 8), context_dim=64))  # fmt: skip
     vae = VAE(VAEConfig(base_channels=32, channel_mult=(1, 1), num_res_blocks=1))
-    text = TextEncoder.random(TextConfig(pad_token_id=49407), TOWER)
+    text = TextConditioner(TextEncoder.random(TextConfig(pad_token_id=49407), TOWER))
     components = ModelComponents(unet, Diffusion(DiffusionConfig()), vae, text, 16)
     diffusers.write(components, folder / "diffusers")
     compvis.write(components, folder / "file.safetensors")

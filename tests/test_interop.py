@@ -32,14 +32,14 @@ from ldm.conditioning import Conditioning
 from ldm.config import read_yaml
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.interop import compvis, key_map
-from ldm.interop.components import build_frozen, latent_buffers
 from ldm.interop.diffusers import write
+from ldm.interop.family import build_frozen
 from ldm.pipeline import Pipeline
 from ldm.pipeline.inputs import initial_noise
 from ldm.pipeline.load import load_components
 from ldm.stages.diffusion import TrainLDMConfig
 from ldm.stages.vae import TrainVAEConfig
-from ldm.text import TextConfig, TextEncoder
+from ldm.text import TextConditioner, TextConfig, TextEncoder
 from ldm.text.tokenizer import Tokenizer
 from ldm.text.tower import TextTower
 from ldm.unet import UNet, UNetConfig
@@ -110,7 +110,7 @@ def test_unet_predicts_as_that_of_diffusers(kind: str) -> None:
     config, theirs = CONFIGS[kind], their_unet(kind)
     ours = UNet(config).eval()
     ours.load_state_dict(
-        key_map.remap_state_dict(theirs.state_dict(), ours.state_dict(), key_map.unet_key_to_diffusers)
+        key_map.remap_state_dict(theirs.state_dict(), ours.state_dict(), key_map.unet_key_to_diffusers, "theirs")
     )
     generator = torch.Generator().manual_seed(1)
     z, spatial = torch.randn(2, 9, 8, 12, generator=generator).tensor_split([config.in_channels], dim=1)
@@ -133,7 +133,7 @@ def test_vae_encodes_and_decodes_as_that_of_diffusers() -> None:
     theirs = their_vae(*config.widths, layers_per_block=config.num_res_blocks)
     ours = VAE(config).eval()
     own = {name: tensor for name, tensor in ours.state_dict().items() if not name.startswith("latent_")}
-    found = key_map.remap_state_dict(theirs.state_dict(), own, key_map.vae_key_to_diffusers(config))
+    found = key_map.remap_state_dict(theirs.state_dict(), own, key_map.vae_key_to_diffusers, "theirs")
     ours.load_state_dict(found, strict=False)
     pixels, latents = torch.rand(1, 3, 24, 16) * 2 - 1, torch.randn(1, 4, 6, 4)
     with torch.no_grad():
@@ -240,14 +240,23 @@ def test_tensors_that_do_not_fit_are_named() -> None:
     rename = key_map.unet_key_to_diffusers
     theirs = {rename(name): torch.zeros(tensor.shape) for name, tensor in own.items()}
     for change, message in (
-        ({"conv_in.bias": None, "conv_out.bias": None}, "2 tensors are missing: conv_in.bias, conv_out.bias"),
-        ({f"lora.{i}": torch.zeros(1) for i in range(7)}, "7 tensors are extra: lora.0, .*lora.4$"),
-        ({"conv_in.bias": torch.zeros(3)}, r"1 tensors have another shape: conv_in.bias expected \(64,\), got \(3,\)"),
-        ({"conv_in.bias": torch.full((64,), torch.nan)}, "1 tensors hold NaN or infinite numbers: conv_in.bias"),
+        (
+            {"conv_in.bias": None, "conv_out.bias": None},
+            r"theirs does not .* 2 tensors differ: conv_in.bias expected \(64,\), got none, conv_out.bias ",
+        ),
+        (
+            {f"lora.{i}": torch.zeros(1) for i in range(7)},
+            r"7 tensors differ: lora.0 expected none, got \(1,\), .*lora.4 expected none, got \(1,\)$",
+        ),
+        ({"conv_in.bias": torch.zeros(3)}, r"1 tensors differ: conv_in.bias expected \(64,\), got \(3,\)$"),
+        (
+            {"conv_in.bias": torch.full((64,), torch.nan)},
+            "theirs: 1 tensors hold NaN or infinite numbers: conv_in.bias",
+        ),
     ):
         changed = {name: t for name, t in (theirs | change).items() if t is not None}
         with pytest.raises(ValueError, match=message):
-            key_map.remap_state_dict(changed, own, rename)
+            key_map.remap_state_dict(changed, own, rename, "theirs")
 
 
 @pytest.mark.parametrize(("act", "projected"), [("quick_gelu", False), ("gelu", True)])
@@ -266,15 +275,11 @@ def test_text_states_are_those_of_transformers(act: str, projected: bool) -> Non
     tower.load_state_dict(key_map.text_from_transformers(theirs.state_dict()))
     for padding in (49407, 0):
         for layer, index in (("last", -1), ("penultimate", -2)):
-            encoder = TextEncoder(
-                tower,
-                Tokenizer(16),
-                TextConfig(layer=layer, pad_token_id=padding),  # type: ignore[arg-type]
-                model_id="random",
-                weights=Path(),
-            )
+            text_config = TextConfig(layer=layer, pad_token_id=padding)  # type: ignore[arg-type]
+            own = TextEncoder(tower, Tokenizer(16), text_config, model_id="random", weights=Path())
+            encoder = TextConditioner(own)
             prompts = ["a red circle", ""]
-            ids = encoder.tokenize(prompts)
+            ids = encoder.tokenizer(prompts)
             ids = torch.where(torch.arange(16) > (ids == 49407).int().argmax(1)[:, None], padding, ids)
             with torch.no_grad():
                 want = theirs(ids, output_hidden_states=True)
@@ -284,7 +289,7 @@ def test_text_states_are_those_of_transformers(act: str, projected: bool) -> Non
                 close(states.hidden_states, hidden)
             if projected:
                 close(encoder(prompts).pooled, want.text_embeds)
-            raw = encoder.tower(ids, layer=layer, final_layer_norm=False).hidden_states
+            raw = tower(ids, layer=layer, final_layer_norm=False).hidden_states
             close(raw, want.hidden_states[index])
 
 
@@ -299,7 +304,9 @@ def test_networks_of_full_width_are_those_of_diffusers() -> None:
         theirs = randomized(theirs.to_empty(device="cpu"))
         config = UNetConfig(**read_yaml(ROOT / "configs/sd15/ldm.yaml")["unet"])
         assert sum(p.numel() for p in theirs.parameters()) == 859_520_964
-        ours = build_frozen(lambda: UNet(config), theirs.state_dict(), key_map.unet_key_to_diffusers, "theirs")
+        ours = build_frozen(
+            lambda: UNet(config), theirs.state_dict(), lambda _: key_map.unet_key_to_diffusers, "theirs"
+        )
         generator = torch.Generator().manual_seed(1)
         z, context = torch.randn(1, 4, 16, 16, generator=generator), torch.randn(1, 77, 768, generator=generator)
         with torch.no_grad():
@@ -307,8 +314,8 @@ def test_networks_of_full_width_are_those_of_diffusers() -> None:
         del theirs, ours
         theirs = their_vae(128, 256, 512, 512, layers_per_block=2)
         vae_config = VAEConfig(**read_yaml(ROOT / "configs/sd15/vae.yaml")["vae"])
-        rename, buffers = key_map.vae_key_to_diffusers(vae_config), latent_buffers(4, scale=0.18215)
-        ours = build_frozen(lambda: VAE(vae_config), theirs.state_dict(), rename, "theirs", **buffers)
+        rename, buffers = key_map.vae_key_to_diffusers, {"latent_mean": 0.0, "latent_std": 1 / 0.18215}
+        ours = build_frozen(lambda: VAE(vae_config), theirs.state_dict(), lambda _: rename, "theirs", **buffers)
         pixels = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
         with torch.no_grad():
             close(ours.encode(pixels).mean, theirs.encode(pixels).latent_dist.mean)
@@ -512,17 +519,20 @@ def test_inpainting_networks_sample_as_in_diffusers(
 
 def test_folders_that_cannot_be_read(their_folder: dict[str, Path], tmp_path: Path) -> None:
     for change, message in (
-        ({"unet/config.json": {"act_fn": "gelu"}}, "unet/config.json: act_fn is 'gelu', only 'silu' is supported"),
+        ({"unet/config.json": {"act_fn": "gelu"}}, "unet/config.json: unsupported .*act_fn is 'gelu': only 'silu' can"),
         ({"model_index.json": {"_class_name": "FluxPipeline"}}, "holds a FluxPipeline: only StableDiffusionPipeline"),
-        ({"unet/config.json": {"addition_embed_type": "image"}}, "addition_embed_type image is not supported"),
+        (
+            {"unet/config.json": {"addition_embed_type": "image"}},
+            "addition_embed_type is 'image': only None and 'text_time' can be read",
+        ),
         (
             {"unet/config.json": {"down_block_types": ["SkipDownBlock2D"] * 3}},
-            "of type SkipDownBlock2D are not supported",
+            "down_block_types is 'SkipDownBlock2D': only 'DownBlock2D' and 'CrossAttnDownBlock2D'",
         ),
-        ({"unet/config.json": {"norm_eps": 0.1}}, "norm_eps is 0.1, only 1e-05 is supported"),
+        ({"unet/config.json": {"norm_eps": 0.1}}, "norm_eps is 0.1: only 1e-05 can be read"),
         (
             {"vae/config.json": {"scaling_factor": 0}},
-            "vae/config.json: scaling_factor is 0.0, expected a number above 0",
+            "vae/config.json: unsupported .*scaling_factor is 0.0, expected a number above 0",
         ),
         ({"unet/config.json": {"norm_num_groups": 24}}, "unet/config.json: .*norm_num_groups: 24 groups do not divide"),
         ({"vae/config.json": {"norm_num_groups": None}}, "vae/config.json: unsupported .*norm_num_groups"),
@@ -530,15 +540,21 @@ def test_folders_that_cannot_be_read(their_folder: dict[str, Path], tmp_path: Pa
             {"unet/config.json": {"block_out_channels": [64, 96, 128]}},
             r"the widths .64, 96, 128. are not multiples",
         ),
-        ({"scheduler/scheduler_config.json": {"num_train_timesteps": 500}}, "num_train_timesteps is 500, only 1000 is"),
+        (
+            {"scheduler/scheduler_config.json": {"num_train_timesteps": 500}},
+            "num_train_timesteps is 500: only 1000 can be read",
+        ),
         (
             {"text_encoder/config.json": {"hidden_act": "relu"}},
-            "text_encoder: hidden_act is 'relu', only quick_gelu and gelu",
+            "text_encoder/config.json: .*hidden_act is 'relu': only 'quick_gelu' and 'gelu' can be read",
         ),
-        ({"unet/config.json": {"block_out_channels": []}}, "unet/config.json: unsupported architecture"),
-        ({"unet/config.json": {"sample_size": [8, 8]}}, "unet/config.json: unsupported architecture"),
+        ({"unet/config.json": {"block_out_channels": []}}, "unet/config.json: unsupported configuration"),
+        ({"unet/config.json": {"sample_size": [8, 8]}}, "unet/config.json: unsupported configuration"),
         ({"vae/config.json": {"latent_channels": "many"}}, "vae/config.json: unsupported .*latent_channels"),
-        ({"scheduler/scheduler_config.json": {"prediction_type": "x"}}, "prediction_type is 'x', only epsilon"),
+        (
+            {"scheduler/scheduler_config.json": {"prediction_type": "x"}},
+            "scheduler_config.json: .*prediction_type is 'x': only 'epsilon' and",
+        ),
         ({"scheduler/scheduler_config.json": {"beta_start": 0.5}}, "scaled_linear betas from 0.5 to 0.012"),
         ({"vae/diffusion_pytorch_model.safetensors": None}, "vae has no diffusion_pytorch_model.safetensors"),
         ({"vae/config.json": None}, "vae/config.json is missing: .*download"),
@@ -599,7 +615,8 @@ def test_a_folder_of_ours_loads_in_diffusers(
     ours.vae.latent_std.copy_(torch.tensor([0.5, 2.0, 1.0, 3.0]))
     ours.vae.latent_mean.copy_(torch.tensor([0.1, -1.0, 0.0, 2.0]))
     if kind == "sd2":
-        ours.text.config = ours.text.config.model_copy(update={"layer": "penultimate"})
+        encoder = ours.text.encoders[0]
+        encoder.config = encoder.config.model_copy(update={"layer": "penultimate"})
     write(ours.components, tmp_path)
     cls = diffusers.StableDiffusionXLPipeline if kind == "sdxl" else diffusers.StableDiffusionPipeline
     cls = diffusers.StableDiffusionInpaintPipeline if kind == "inpaint" else cls
@@ -659,7 +676,7 @@ def test_the_prediction_of_a_version_2_file_is_detected_from_one_bias(
         compvis.write(ours._replace(diffusion=diffusion), tmp_path / f"{prediction}.safetensors")
         found = compvis.read(tmp_path / f"{prediction}.safetensors")
         assert found.diffusion.config.prediction == prediction and f"predicts {prediction}, " in found.description
-    with pytest.raises(ValueError, match="unsupported settings diffusion.prediction .*bias"):
+    with pytest.raises(ValueError, match="unsupported settings diffusion.prediction v .only epsilon."):
         compvis.write(ours, tmp_path / "other.safetensors")
     assert not (tmp_path / "other.safetensors").exists()
 
@@ -708,10 +725,10 @@ def test_files_that_cannot_be_read(their_folder: dict[str, Path], tmp_path: Path
     tensors = load_file(tmp_path / "whole.safetensors")
     bias = "model.diffusion_model.out.2.bias"
     for change, message in (
-        ({bias: None}, "1 tensors are missing: out.2.bias"),
-        ({bias: torch.zeros(7)}, r"have another shape: out.2.bias expected \(4,\), got \(7,\)"),
+        ({bias: None}, r"1 tensors differ: out.2.bias expected \(4,\), got none"),
+        ({bias: torch.zeros(7)}, r"1 tensors differ: out.2.bias expected \(4,\), got \(7,\)"),
         ({bias: torch.full((4,), torch.inf)}, "hold NaN or infinite numbers: out.2.bias"),
-        ({"model.diffusion_model.lora.up": torch.zeros(1)}, "1 tensors are extra: lora.up"),
+        ({"model.diffusion_model.lora.up": torch.zeros(1)}, r"1 tensors differ: lora.up expected none, got \(1,\)"),
         (
             {name: None for name in tensors if name.startswith("first_stage")},
             "is not a Stable Diffusion file: expected model",
@@ -781,10 +798,12 @@ def test_shapes_that_make_no_network_are_refused_in_one_line(their_folder: dict[
 
 def test_what_a_format_cannot_hold_is_named(tiny_model: Path, tmp_path: Path) -> None:
     ours = Pipeline.load(tiny_model)
-    wrong = "unet.coord_conv, unet.pooled_dim, unet.norm_min_group_channels, vae.patch_size, diffusion.noise_schedule"
+    wrong = ["unet.coord_conv True .only False.", "unet.pooled_dim 16 .only 0.", "vae.patch_size 4 .only 1."]
+    wrong += ["diffusion.noise_schedule", "text.pad_token_id", "text.use_pooled True", "unet.norm_min_group_channels"]
     for target in (write, compvis.write):
-        with pytest.raises(ValueError, match=f"unsupported settings {wrong}, text.pad_token_id, text.use_pooled"):
-            target(ours.components, tmp_path)
+        for name in wrong:
+            with pytest.raises(ValueError, match=f"cannot export to a .*: unsupported settings .*{name}"):
+                target(ours.components, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -793,7 +812,7 @@ def test_what_a_format_cannot_hold_is_named(tiny_model: Path, tmp_path: Path) ->
     [
         ("sd1", {"diffusion": {"prediction": "flow"}}, "diffusers", "diffusion.prediction"),
         ("sd1", {"diffusion": {"noise_schedule": "linear"}}, "compvis", "diffusion.noise_schedule"),
-        ("sd1", {"diffusion": {"prediction": "v"}}, "compvis", "diffusion.prediction .readers"),
+        ("sd1", {"diffusion": {"prediction": "v"}}, "compvis", "diffusion.prediction v .only epsilon."),
         (
             "sd1",
             {"diffusion": {"prediction": "v", "zero_terminal_snr": True}},
@@ -902,38 +921,13 @@ def test_small_pipelines_are_read_and_written(kind: str, clip_files: tuple[str, 
 
 
 def test_another_vocabulary_than_clips_is_refused(clip_files: tuple[str, str], tmp_path: Path) -> None:
-    """As of the pipelines of diffusers' and transformers' tests: a text model, or a tokenizer, of few tokens."""
-    transformers = pytest.importorskip("transformers")
+    """As of the pipelines of diffusers' and transformers' tests: a text model of few tokens."""
     pipeline = small_pipeline("sd-4", clip_files)
     tokens = {"vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
     pipeline.text_encoder, _ = their_tower(clip_files, 32, openai=True, **tokens)
     pipeline.save_pretrained(tmp_path / "text")
-    with pytest.raises(ValueError, match="text/text_encoder: a vocabulary of 1,000 tokens; .*use CLIP's tokenizer"):
+    with pytest.raises(ValueError, match="text/text_encoder: .*a vocabulary of 1,000 tokens: use CLIP's tokenizer"):
         load_components(tmp_path / "text")
-    words = [
-        "l",
-        "o",
-        "w",
-        "e",
-        "r",
-        "lo",
-        "w</w>",
-        "r</w>",
-        "er</w>",
-        "low</w>",
-        "<unk>",
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    (tmp_path / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\nl o\nlo w</w>\ne r</w>\n")
-    files = (str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
-    tokenizer = transformers.CLIPTokenizer(*files, unk_token="<unk>")
-    shutil.copytree(tmp_path / "text", tmp_path / "tokens")
-    shutil.rmtree(tmp_path / "tokens/tokenizer")
-    tokenizer.save_pretrained(tmp_path / "tokens/tokenizer")
-    with pytest.raises(ValueError, match="tokens/tokenizer: 13 tokens of another vocabulary; .*use CLIP's tokenizer"):
-        load_components(tmp_path / "tokens")
 
 
 def test_models_without_vae_or_text_are_not_exported(loaded: Any, tmp_path: Path) -> None:
@@ -1012,18 +1006,10 @@ def test_pickles_are_read_by_convert_alone_and_never_run(
         def __reduce__(self) -> tuple:
             return (Path.touch, (tmp_path / "ran",))
 
-    for content in (
-        {"x": torch.zeros(1).expand(2**40)},
-        {"x": torch.zeros(2, dtype=torch.complex64)},
-        {"x": torch.eye(3).to_sparse()},
-        {3: torch.zeros(1)},
-    ):
+    for content in ({3: torch.zeros(1)}, {"x": 1}, [1]):
         torch.save({"state_dict": content}, tmp_path / "odd.ckpt")
-        with pytest.raises(ValueError, match="odd.ckpt: 1 entries are not plain tensors of numbers: [x3]"):
+        with pytest.raises(ValueError, match="odd.ckpt is not a Stable Diffusion file: .*, got 3?$"):
             compvis.read(tmp_path / "odd.ckpt", pickles=True)
-    torch.save({"state_dict": [1]}, tmp_path / "odd.ckpt")
-    with pytest.raises(ValueError, match="is not a Stable Diffusion file"):
-        compvis.read(tmp_path / "odd.ckpt", pickles=True)
     for content in (Hostile(), {"state_dict": {"x": Hostile()}}):
         torch.save(content, tmp_path / "bad.ckpt")
         with pytest.raises(SystemExit, match="bad.ckpt cannot be read without running its code"):

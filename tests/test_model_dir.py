@@ -13,10 +13,10 @@ from ldm.interop.components import ModelComponents
 from ldm.io.model_dir import latest_model, read_manifest, read_vocabulary
 from ldm.pipeline import Pipeline
 from ldm.pipeline.load import PipelineManifest, VAEManifest, load_components, load_vae, save_components
-from ldm.text import TextConfig, TextEncoder
-from ldm.text.config import CONVERTED
+from ldm.text import TextConditioner, TextConfig, TextEncoder
 from ldm.text.tokenizer import Tokenizer
 from ldm.text.tower import TextTower
+from ldm.text.weights import CONVERTED
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
 
@@ -72,7 +72,7 @@ def components() -> ModelComponents:
     for parameter in (*tower.parameters(), *(p for p in unet.parameters() if not p.any())):
         torch.nn.init.normal_(parameter, std=0.1)
     config = TextConfig(layer="penultimate", final_layer_norm=False, use_pooled=True, zero_empty_prompt=True)
-    text = TextEncoder(tower, Tokenizer(8), config, model_id=CONVERTED, weights=Path())
+    text = TextConditioner(TextEncoder(tower, Tokenizer(8), config, model_id=CONVERTED, weights=Path()))
     diffusion = DiffusionConfig(
         noise_schedule="flow",
         prediction="x0",
@@ -118,9 +118,9 @@ def test_a_folder_is_read_back(components: ModelComponents, tmp_path: Path) -> N
 def test_folders_of_format_1_are_read(components: ModelComponents, tmp_path: Path) -> None:
     """Under the names of today, with the groups of norms that were fixed then; the images are the same."""
     save_components(components, tmp_path)
-    want, expected = image(tmp_path), read_manifest(tmp_path, "pipeline", PipelineManifest)
+    want, expected = image(tmp_path), read_manifest(tmp_path, "pipeline", PipelineManifest.from_dict)
     as_format_1(tmp_path)
-    assert read_manifest(tmp_path, "pipeline", PipelineManifest) == expected
+    assert read_manifest(tmp_path, "pipeline", PipelineManifest.from_dict) == expected
     assert read_vocabulary(tmp_path) == ["a", "circle", "red"]
     assert (image(tmp_path) == want).all()
 
@@ -133,7 +133,7 @@ def test_towers_and_vaes_of_format_1_are_read(components: ModelComponents, tmp_p
     assert latest_model("text tower", tmp_path, script="train") == tmp_path / "clip/model"
     assert components.vae is not None
     assert load_vae(latest_model("vae", tmp_path, script="train")).config == components.vae.config
-    data = read_manifest(tmp_path / "vae/model", "vae", VAEManifest).data
+    data = read_manifest(tmp_path / "vae/model", "vae", VAEManifest.from_dict).data
     assert data == components.metadata["data"]
 
 
@@ -153,7 +153,7 @@ def test_loss_weightings_of_format_1(old: dict[str, Any], new: dict[str, Any], t
     write_manifest(tmp_path, PIPELINE_1 | {"process": DIFFUSION_1 | none | old, "vae_sha256": None})
     shared = {"noise_schedule": "flow", "prediction": "x0", "t_distribution": "stratified"}
     expected = DiffusionConfig.from_dict(shared | new, source="test")
-    assert read_manifest(tmp_path, "pipeline", PipelineManifest).diffusion == expected
+    assert read_manifest(tmp_path, "pipeline", PipelineManifest.from_dict).diffusion == expected
 
 
 @pytest.mark.parametrize(
@@ -171,16 +171,16 @@ def test_loss_weightings_of_format_1(old: dict[str, Any], new: dict[str, Any], t
 def test_other_manifests_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_manifest(tmp_path, PIPELINE_1 | {"vae_sha256": None} | change)
     with pytest.raises(ValueError, match=message):
-        read_manifest(tmp_path, "pipeline", PipelineManifest)
+        read_manifest(tmp_path, "pipeline", PipelineManifest.from_dict)
 
 
 def test_folders_that_are_not_models(components: ModelComponents, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a model folder .no model.json|has no model.json.: pass RUN/model"):
-        read_manifest(tmp_path, "pipeline", PipelineManifest)
+        read_manifest(tmp_path, "pipeline", PipelineManifest.from_dict)
     for content in (b"", b"{", b"[1]", b"\xff", b'{"a":' * 100_000):
         (tmp_path / "model.json").write_bytes(content)
         with pytest.raises(ValueError, match="model.json is damaged"):
-            read_manifest(tmp_path, "pipeline", PipelineManifest)
+            read_manifest(tmp_path, "pipeline", PipelineManifest.from_dict)
     save_components(components, tmp_path)
     (tmp_path / "vocab.txt").unlink()
     with pytest.raises(ValueError, match="vocab.txt is missing: copy the folder again"):

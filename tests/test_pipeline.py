@@ -16,7 +16,7 @@ from ldm.diffusion.samplers import SAMPLERS, SamplerStep
 from ldm.imaging import tensor_to_pil
 from ldm.pipeline import Pipeline
 from ldm.pipeline.inputs import initial_noise, slerp
-from ldm.text.vocabulary import split_words
+from ldm.text.tokenizer import split_words
 
 
 def pixels(image: Image.Image) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldm.pipeline import Pipeline
-from ldm.text import TextConfig, TextEncoder
+from ldm.text import TextConditioner, TextConfig, TextEncoder
 from ldm.text.prompt_weights import WeightedText, parse_weights, split_and, strip_weights
 
 
@@ -59,25 +59,24 @@ def test_and_joins_prompts() -> None:
 
 
 @pytest.fixture
-def text(tiny_runs: Path) -> TextEncoder:
-    return TextEncoder.load(
-        TextConfig(model=f"local-dir:{tiny_runs}/clip/model")
-    )  # 24 tokens, two of them start and end
+def text(tiny_runs: Path) -> TextConditioner:
+    """24 tokens, two of them start and end."""
+    return TextConditioner(TextEncoder.load(TextConfig(model=f"local-dir:{tiny_runs}/clip/model")))
 
 
-def test_a_prompt_without_syntax_is_encoded_as_in_training(text: TextEncoder) -> None:
+def test_a_prompt_without_syntax_is_encoded_as_in_training(text: TextConditioner) -> None:
     prompts = ["a red circle", "", "a very small blue ring in the corner"]
     for from_prompts, from_captions in zip(text.encode_prompts(prompts), text(prompts), strict=True):
         torch.testing.assert_close(from_prompts, from_captions)
 
 
-def test_weights_multiply_the_hidden_states_of_their_words(text: TextEncoder) -> None:
+def test_weights_multiply_the_hidden_states_of_their_words(text: TextConditioner) -> None:
     plain, weighted = (text.encode_prompts([p]).hidden_states[0] for p in ("a red circle", "a (red:1.5) circle"))
     ratio = (weighted / plain).mean(1)
     torch.testing.assert_close(ratio, torch.tensor([1, 1, 1.5, 1, 1.0]), rtol=1e-4, atol=1e-4)
 
 
-def test_a_long_prompt_is_encoded_in_chunks(text: TextEncoder) -> None:
+def test_a_long_prompt_is_encoded_in_chunks(text: TextConditioner) -> None:
     long = "red " * 22 + "circle"
     batch = text.encode_prompts([long, "a star"])
     chunks = text.encode_prompts(["red " * 22, "circle"])
@@ -89,7 +88,7 @@ def test_a_long_prompt_is_encoded_in_chunks(text: TextEncoder) -> None:
     torch.testing.assert_close(batch.pooled, torch.cat([chunks.pooled[:1], alone.pooled]))
 
 
-def test_special_tokens_are_refused(text: TextEncoder) -> None:
+def test_special_tokens_are_refused(text: TextConditioner) -> None:
     """However they are written."""
     escaped = ("&lt;end_of_text&gt;", "&amp;lt;START_OF_TEXT&amp;gt;", "＜end_of_text＞")
     for token in ("<end_of_text>", "<start_of_text>", *escaped):
@@ -97,7 +96,7 @@ def test_special_tokens_are_refused(text: TextEncoder) -> None:
             text.encode_prompts([f"a cat {token} a dog"])
 
 
-def test_a_prompt_of_too_many_chunks_is_refused(text: TextEncoder) -> None:
+def test_a_prompt_of_too_many_chunks_is_refused(text: TextConditioner) -> None:
     text.encode_prompts(["red " * 440])
     with pytest.raises(ValueError, match="prompt has 441 tokens, at most 440.*shorten it"):
         text.encode_prompts(["red " * 441])

@@ -44,10 +44,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a.safetensors is damaged or not a safetensors file"):
         read_tensors(path)
     layer = nn.Linear(2, 3)
-    for weight in (torch.full((3, 2), torch.nan), torch.zeros(3, 2, dtype=torch.long)):
-        write_tensors(path, layer.state_dict() | {"weight": weight})
-        with pytest.raises(ValueError, match="1 tensors are not finite real numbers: weight"):
-            load_weights(layer, path)
+    write_tensors(path, layer.state_dict() | {"weight": torch.full((3, 2), torch.nan)})
+    with pytest.raises(ValueError, match="1 tensors hold NaN or infinite numbers: weight"):
+        load_weights(layer, path)
 
 
 @pytest.mark.parametrize("fill", [load_strict, init_weights])

@@ -11,15 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.text import (
-    DualTextEncoder,
-    TextConditioner,
-    TextConfig,
-    TextEncoder,
-    encode_for_cache,
-    load_text_encoder,
-    states_from_cache,
-)
+from ldm.text import TextConditioner, TextConfig, TextEncoder, load_text_encoder
 from ldm.text.tokenizer import Tokenizer
 from ldm.text.tower import TextTower
 from ldm.text.weights import CONFIG_NAME, WEIGHTS_NAME
@@ -33,8 +25,14 @@ def folder(tiny_runs: Path) -> Path:
     return tiny_runs / "clip/model"
 
 
-def load(folder: Path, **values: Any) -> TextEncoder:
-    return TextEncoder.load(TextConfig(model=f"local-dir:{folder}", **values))
+def load(folder: Path, **values: Any) -> TextConditioner:
+    """A conditioner of one tower."""
+    return TextConditioner(TextEncoder.load(TextConfig(model=f"local-dir:{folder}", **values)))
+
+
+def pair(first: TextConditioner, second: TextConditioner) -> TextConditioner:
+    """The towers of both."""
+    return TextConditioner(*first.encoders, *second.encoders)
 
 
 def write_config(folder: Path, like: Path, **text_cfg: object) -> None:
@@ -133,7 +131,7 @@ def test_an_empty_prompt_can_be_zeros(method: str, folder: Path) -> None:
 def test_two_towers_are_concatenated(method: str, folder: Path) -> None:
     first = load(folder, pad_token_id=49407)
     second = load(folder, pad_token_id=0, layer="penultimate", use_pooled=True)
-    both = DualTextEncoder(first, second)
+    both = pair(first, second)
     assert (both.width, both.pooled_dim) == (first.width + second.width, second.pooled_dim)
     a, b, joined = (getattr(encoder, method)(PROMPTS) for encoder in (first, second, both))
     assert torch.equal(joined.hidden_states, torch.cat([a.hidden_states, b.hidden_states], -1)) and joined.mask is None
@@ -143,15 +141,15 @@ def test_two_towers_are_concatenated(method: str, folder: Path) -> None:
 def test_two_towers_that_do_not_match_are_refused(folder: Path) -> None:
     first, second = load(folder), load(folder, pad_token_id=0)
     with pytest.raises(ValueError, match=r"pad_token_id.*text and second_text"):
-        DualTextEncoder(first, second)
-    first.tower.length = 20
+        pair(first, second)
+    first.encoders[0].tower.length = 20
     with pytest.raises(ValueError, match="context lengths 20 and 24.*choose equal"):
-        DualTextEncoder(first, load(folder))
+        pair(first, load(folder))
 
 
 def conditioner(folder: Path, *, two: bool, **values: Any) -> TextConditioner:
     text = load(folder, **values)
-    return DualTextEncoder(text, load(folder, layer="penultimate", **values)) if two else text
+    return pair(text, load(folder, layer="penultimate", **values)) if two else text
 
 
 @pytest.mark.parametrize("values", [{}, {"pad_token_id": 49407}, {"zero_empty_prompt": True, "use_pooled": True}])
@@ -159,13 +157,13 @@ def conditioner(folder: Path, *, two: bool, **values: Any) -> TextConditioner:
 def test_cached_embeddings_are_the_same(values: dict[str, Any], two: bool, folder: Path) -> None:
     """Encoded one by one, or together, and put in batches of any length."""
     text = conditioner(folder, two=two, **values)
-    ids = text.tokenize(PROMPTS)
-    hidden_states, pooled = encode_for_cache(text, ids)
-    alone = [encode_for_cache(text, ids[i : i + 1])[0] for i in range(3)]
+    ids = text.tokenizer(PROMPTS)
+    hidden_states, pooled = text.encode_for_cache(ids)
+    alone = [text.encode_for_cache(ids[i : i + 1])[0] for i in range(3)]
     torch.testing.assert_close(hidden_states, torch.cat(alone), rtol=1e-5, atol=1e-5)
     for batch in ([0, 1], [2, 1], [1]):
         want = text.encode_ids(ids[batch])
-        cached = states_from_cache(text, ids[batch], hidden_states[batch], pooled[batch])
+        cached = text.states_from_cache(ids[batch], hidden_states[batch], pooled[batch])
         assert cached.hidden_states.shape == want.hidden_states.shape
         mask = torch.ones(want.hidden_states.shape[:2], dtype=torch.bool) if want.mask is None else want.mask
         assert (cached.mask is None) == (want.mask is None)
@@ -179,10 +177,10 @@ def test_cached_embeddings_are_the_same(values: dict[str, Any], two: bool, folde
 def test_nothing_waits_for_the_device(values: dict[str, Any], two: bool, folder: Path) -> None:
     """On the meta device no number can be read, so lengths must come from the ids on the CPU."""
     text = conditioner(folder, two=two, **values)
-    ids, want = text.tokenize(PROMPTS), text(PROMPTS)
+    ids, want = text.tokenizer(PROMPTS), text(PROMPTS)
     text.to("meta")
-    hidden_states, pooled = encode_for_cache(text, ids)
-    for embeddings in (text.encode_ids(ids), states_from_cache(text, ids, hidden_states, pooled)):
+    hidden_states, pooled = text.encode_for_cache(ids)
+    for embeddings in (text.encode_ids(ids), text.states_from_cache(ids, hidden_states, pooled)):
         for tensor, like in zip(embeddings, want, strict=True):
             if tensor is None or like is None:
                 assert tensor is like is None
@@ -195,9 +193,9 @@ def test_nothing_waits_for_the_device(values: dict[str, Any], two: bool, folder:
 
 def test_a_truncated_prompt_is_logged_with_what_is_ignored(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        load(folder).tokenize(["red " * 21 + "circle"])
+        load(folder).tokenizer(["red " * 21 + "circle"])
         assert not caplog.records
-        load(folder).tokenize(["red " * 22 + "circle", "a circle"])
+        load(folder).tokenizer(["red " * 22 + "circle", "a circle"])
     assert [r.getMessage() for r in caplog.records] == ["prompt has 23 tokens, the limit is 22; ignored: 'circle'"]
 
 
@@ -205,7 +203,7 @@ def test_a_truncated_prompt_is_logged_once(folder: Path, caplog: pytest.LogCaptu
     """Tokens are pieces of bytes: fourteen characters can be thirty-eight tokens."""
     text = load(folder)
     for _ in range(2):
-        text.tokenize(["猫宇航员在月球上骑马跳舞唱歌"])
+        text.tokenizer(["猫宇航员在月球上骑马跳舞唱歌"])
     assert [record.message.split(";")[0] for record in caplog.records] == ["prompt has 38 tokens, the limit is 22"]
 
 
@@ -216,8 +214,9 @@ def test_none_one_or_two_towers(tiny_runs: Path, folder: Path) -> None:
     latest, none = TextConfig(), TextConfig(model="none")
     assert load_text_encoder([none, none], tiny_runs, "") is None
     one = load_text_encoder([latest, none], tiny_runs, "")
-    assert isinstance(one, TextEncoder) and one.model_id == f"local-dir:{folder}"
-    assert isinstance(load_text_encoder([latest, latest], tiny_runs, ""), DualTextEncoder)
+    two = load_text_encoder([latest, latest], tiny_runs, "")
+    assert one is not None and [encoder.model_id for encoder in one.encoders] == [f"local-dir:{folder}"]
+    assert two is not None and [encoder.model_id for encoder in two.encoders] == [f"local-dir:{folder}"] * 2
 
 
 def test_without_a_finished_tower_the_command_is_named(tmp_path: Path) -> None:
@@ -228,7 +227,7 @@ def test_without_a_finished_tower_the_command_is_named(tmp_path: Path) -> None:
 def test_a_random_tower_needs_no_file() -> None:
     """Its prompts are not trimmed, so that no shape depends on them; what follows their end stays masked."""
     cfg = {"embed_dim": 24, "text_cfg": {"context_length": 20, "width": 32, "heads": 2, "layers": 2}}
-    text = TextEncoder.random(TextConfig(model="latest", use_pooled=True), cfg)
+    text = TextConditioner(TextEncoder.random(TextConfig(model="latest", use_pooled=True), cfg))
     embeddings = text(["a star"])
     assert embeddings.hidden_states.shape == (1, 20, 32) and text.pooled_dim == 24
     assert embeddings.mask is not None and 3 < embeddings.mask.sum() < 20
@@ -250,10 +249,12 @@ def test_a_tower_without_weights_is_an_error(folder: Path, tmp_path: Path) -> No
     tensors = load_file(folder / WEIGHTS_NAME)
     del tensors["ln_final.weight"], tensors["text_projection"]
     save_file(tensors, tmp_path / WEIGHTS_NAME)
-    with pytest.raises(ValueError, match=rf"{WEIGHTS_NAME} lacks 2 tensors.*text_projection.*download it again"):
+    with pytest.raises(
+        ValueError, match=rf"{WEIGHTS_NAME} does not fit .* 2 tensors differ: text_projection expected .*, got none"
+    ):
         load(tmp_path)
     (tmp_path / WEIGHTS_NAME).write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=rf"{WEIGHTS_NAME} cannot be read.*download it again"):
+    with pytest.raises(ValueError, match=rf"{WEIGHTS_NAME} is damaged.*download it again"):
         load(tmp_path)
 
 

@@ -4,48 +4,51 @@ They have no configuration: what they hold is detected from keys and shapes.
 """
 
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.process import Diffusion, DiffusionConfig, Prediction
-from ldm.interop import key_map
-from ldm.interop.components import (
-    HEAD_DIM,
-    NUM_GROUPS,
-    SDXL_TEXT_1,
-    SDXL_TEXT_2,
-    ExportComponents,
-    ModelComponents,
-    build_frozen,
-    channel_mult,
-    check_exportable,
-    count_blocks,
-    fold_latent_stats,
-    latent_buffers,
-    read_file,
-    text_encoder,
-    unsupported_config_errors,
-)
+from ldm.diffusion.process import Diffusion, DiffusionConfig
+from ldm.interop import family, key_map
+from ldm.interop.components import ExportComponents, ModelComponents
 from ldm.io.atomic import write_tensors
-from ldm.text import DualTextEncoder, TextConditioner, TextConfig, TextEncoder
+from ldm.io.tensors import read_tensors
+from ldm.text import TextConditioner, TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig
 from ldm.unet.model import NUM_SIZE_CONDS
 from ldm.vae import VAE, VAEConfig
 
 UNET, EMA, VAE_PREFIX = "model.diffusion_model.", "model_ema.diffusion_model", "first_stage_model."
-TEXT1, TEXT2 = "cond_stage_model.transformer.", "cond_stage_model.model."
-TEXT_XL1, TEXT_XL2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
-TRANSFORMERS_PREFIXES = (TEXT1, TEXT_XL1)  # of OpenAI's towers; the others are open_clip's, and have its names
-SCALE, SCALE_XL = 0.18215, 0.13025  # of the latents, from the published configurations
 V_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_BIAS_STD = 0.09  # of the bias above: a network over it predicts v, as ComfyUI detects it; nothing else shows that
 V_XL, ZERO_XL = "v_pred", "ztsnr"  # empty tensors in files of XL: prediction v, zero terminal SNR
 
+ZERO_EMPTY = {"zero_empty_prompt": True}
+
 Tensors = dict[str, Tensor]
+
+
+class Tower(NamedTuple):
+    """Where a file has a text tower, and what no tensor of it shows."""
+
+    prefix: str
+    is_openai: bool  # with the names of transformers and quick GELU; else open_clip's, with its names and GELU
+    settings: dict[str, Any]  # of TextConfig
+
+
+TOWERS = {  # by version
+    "1": (Tower("cond_stage_model.transformer.", True, family.SD_TEXT | {"layer": "last", "pad_token_id": 49407}),),
+    "2": (Tower("cond_stage_model.model.", False, family.SD_TEXT | {"layer": "penultimate", "pad_token_id": 0}),),
+    "XL": (
+        Tower("conditioner.embedders.0.transformer.", True, family.SDXL_TEXT_1 | ZERO_EMPTY | {"pad_token_id": 49407}),
+        Tower("conditioner.embedders.1.model.", False, family.SDXL_TEXT_2 | ZERO_EMPTY | {"pad_token_id": 0}),
+    ),
+}
+LATENT_SCALES = {"1": 0.18215, "2": 0.18215, "XL": 0.13025}  # from the published configurations
 
 
 # Reading.
@@ -57,8 +60,11 @@ def read(file: Path, *, ema: bool = False, pickles: bool = False) -> ModelCompon
     With `pickles` a .ckpt file is read too, its tensors and nothing that runs. ValueError: not a safetensors file, not
     Stable Diffusion, tensors that are missing, extra, misshapen or not finite.
     """
-    tensors = _read_pickle(file) if pickles and file.suffix == ".ckpt" else read_file(file)
-    return components_from_tensors(tensors, file, ema=ema)
+    if file.suffix != ".ckpt":
+        return components_from_tensors(read_tensors(file), file, ema=ema)
+    if not pickles:
+        raise ValueError(f"{file} is a pickle, which can hold code: convert it with `python scripts/convert.py`")
+    return components_from_tensors(_read_pickle(file), file, ema=ema)
 
 
 def components_from_tensors(tensors: Tensors, file: Path, *, ema: bool = False) -> ModelComponents:
@@ -66,81 +72,80 @@ def components_from_tensors(tensors: Tensors, file: Path, *, ema: bool = False) 
     if f"{UNET}input_blocks.0.0.weight" not in tensors or not _strip_prefix(tensors, VAE_PREFIX):
         heads = ", ".join(sorted({name.split(".")[0] for name in tensors})[:5])
         raise ValueError(f"{file} is not a Stable Diffusion file: expected {UNET}* and {VAE_PREFIX}*, got {heads}")
-    text = _text_from_tensors(tensors, file)
-    unet = _unet_from_tensors(tensors, file, text.pooled_dim, ema=ema)
-    vae = _vae_from_tensors(tensors, file)
-    diffusion = _detect_diffusion(tensors)
-    side = 128 if _is_xl(tensors) else 96 if diffusion.prediction == "v" else 64  # of latents
+    version, text = _text_from_tensors(tensors, file)
+    unet = _unet_from_tensors(tensors, file, version, text.pooled_dim, ema=ema)
+    vae = _vae_from_tensors(tensors, file, version)
+    diffusion = _detect_diffusion(tensors, version)
+    side = 128 if version == "XL" else 96 if diffusion.prediction == "v" else 64  # of latents
     return ModelComponents(unet, Diffusion(diffusion), vae, text, side * vae.config.factor)
 
 
-def _vae_from_tensors(tensors: Tensors, file: Path) -> VAE:
-    """The VAE among the tensors of `file`."""
-    where, ours = f"{file}: {VAE_PREFIX}", _strip_prefix(tensors, VAE_PREFIX)
-    with unsupported_config_errors(where):
-        config = _vae_config(ours)
-    buffers = latent_buffers(config.latent_channels, scale=_scale(is_xl=_is_xl(tensors)))
-    return build_frozen(partial(VAE, config), ours, key_map.vae_key_to_compvis(config), where, **buffers)
+def _text_from_tensors(tensors: Tensors, file: Path) -> tuple[str, TextConditioner]:
+    """The version of Stable Diffusion and its text towers."""
+    for version, towers in TOWERS.items():
+        theirs = [_strip_prefix(tensors, tower.prefix) for tower in towers]
+        if all(theirs):
+            return version, TextConditioner(*map(partial(_read_tower, file), towers, theirs))
+    expected = " or ".join(" and ".join(f"{tower.prefix}*" for tower in towers) for towers in TOWERS.values())
+    raise ValueError(f"{file} has no text tower: expected {expected}")
 
 
-def _text_from_tensors(tensors: Tensors, file: Path) -> TextConditioner:
-    """The text tower: transformers' names in version 1, open_clip's in version 2, one of each in XL."""
-    if _is_xl(tensors):
-        first = _tower(tensors, TEXT_XL1, file, **SDXL_TEXT_1, zero_empty_prompt=True)
-        return DualTextEncoder(first, _tower(tensors, TEXT_XL2, file, **SDXL_TEXT_2, zero_empty_prompt=True))
-    if _strip_prefix(tensors, TEXT1):
-        return _tower(tensors, TEXT1, file, layer="last")
-    if _strip_prefix(tensors, TEXT2):
-        return _tower(tensors, TEXT2, file, layer="penultimate")
-    raise ValueError(f"{file} has no text tower: expected {TEXT1}*, {TEXT2}*, or {TEXT_XL1}* and {TEXT_XL2}*")
+def _read_tower(file: Path, tower: Tower, tensors: Tensors) -> TextEncoder:
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in ("attn_mask", "logit_scale")}
+    config = TextConfig(model=str(file), **tower.settings)
+    return family.text_encoder(tensors, config, f"{file}: {tower.prefix}", quick_gelu=tower.is_openai)
 
 
-def _tower(tensors: Tensors, prefix: str, file: Path, **settings: Any) -> TextEncoder:
-    """One tower."""
-    theirs, openai = _strip_prefix(tensors, prefix), prefix in TRANSFORMERS_PREFIXES
-    with unsupported_config_errors(f"{file}: {prefix}"):
-        ours = key_map.text_from_transformers(theirs) if openai else theirs
-    ours = {name: tensor for name, tensor in ours.items() if name not in ("attn_mask", "logit_scale")}
-    config = TextConfig(model=str(file), pad_token_id=49407 if openai else 0, **settings)
-    return text_encoder(ours, config, f"{file}: {prefix}", quick_gelu=openai)
-
-
-def _unet_from_tensors(tensors: Tensors, file: Path, pooled_dim: int, *, ema: bool) -> UNet:
-    where, ours = f"{file}: {UNET}", _strip_prefix(tensors, UNET)
+def _unet_from_tensors(tensors: Tensors, file: Path, version: str, pooled_dim: int, *, ema: bool) -> UNet:
+    theirs = _strip_prefix(tensors, UNET)
     if ema:
-        names = {name: EMA + name.replace(".", "") for name in ours}
+        names = {name: EMA + name.replace(".", "") for name in theirs}
         if missing := [name for name, averaged in names.items() if averaged not in tensors]:
             raise ValueError(f"{file} has no averaged weights of {len(missing)} tensors, such as {missing[0]}")
-        ours = {name: tensors[averaged] for name, averaged in names.items()}
-    with unsupported_config_errors(where):
-        config = _unet_config(ours, pooled_dim)
-    return build_frozen(partial(UNet, config), ours, key_map.unet_key_to_compvis(config), where)
+        theirs = {name: tensors[averaged] for name, averaged in names.items()}
+    return family.build_frozen(
+        lambda: UNet(_unet_config(theirs, version, pooled_dim)),
+        theirs,
+        lambda unet: key_map.unet_key_to_compvis(unet.config),
+        f"{file}: {UNET}",
+    )
 
 
-def _unet_config(tensors: Tensors, pooled_dim: int) -> UNetConfig:
+def _vae_from_tensors(tensors: Tensors, file: Path, version: str) -> VAE:
+    theirs = _strip_prefix(tensors, VAE_PREFIX)
+    return family.build_frozen(
+        lambda: VAE(_vae_config(theirs)),
+        theirs,
+        lambda vae: key_map.vae_key_to_compvis(vae.config),
+        f"{file}: {VAE_PREFIX}",
+        latent_mean=0.0,
+        latent_std=1 / LATENT_SCALES[version],
+    )
+
+
+def _unet_config(tensors: Tensors, version: str, pooled_dim: int) -> UNetConfig:
     """Our configuration of a U-Net, from its shapes and the width of the pooled text that it is conditioned on."""
     channels, in_channels = tensors["input_blocks.0.0.weight"].shape[:2]
     levels: list[list[int]] = [[]]  # indices of the input blocks of each level
-    for index in range(1, 1 + count_blocks(tensors, "input_blocks", start=1)):
+    for index in range(1, family.count_blocks(tensors, "input_blocks")):
         if f"input_blocks.{index}.0.op.weight" in tensors:
             levels.append([])
         else:
             levels[-1].append(index)
     widths = [tensors[f"input_blocks.{level[0]}.0.in_layers.2.weight"].shape[0] for level in levels]
-    depths = [count_blocks(tensors, f"input_blocks.{level[0]}.1.transformer_blocks") for level in levels]
+    depths = [family.count_blocks(tensors, f"input_blocks.{level[0]}.1.transformer_blocks") for level in levels]
     contexts = [tensor.shape[1] for name, tensor in tensors.items() if name.endswith("attn2.to_k.weight")]
-    is_sd1 = any(tensor.ndim == 4 for name, tensor in tensors.items() if name.endswith("proj_in.weight"))
     vector_dim = tensors["label_emb.0.0.weight"].shape[1] if "label_emb.0.0.weight" in tensors else 0
     out_channels = tensors["out.2.weight"].shape[0] if "out.2.weight" in tensors else in_channels
     return UNetConfig(
         in_channels=out_channels,
         cond_channels=in_channels - out_channels,
         model_channels=channels,
-        channel_mult=channel_mult([channels, *widths])[1:],
+        channel_mult=family.channel_mult([channels, *widths])[1:],
         num_res_blocks=len(levels[0]),
         transformer_depth=tuple(depths),
-        mid_transformer_depth=count_blocks(tensors, "middle_block.1.transformer_blocks"),
-        num_heads=_num_heads(widths, is_sd1=is_sd1),
+        mid_transformer_depth=family.count_blocks(tensors, "middle_block.1.transformer_blocks"),
+        num_heads=_num_heads(widths, version),
         context_dim=contexts[0] if contexts else 0,
         pooled_dim=pooled_dim,
         size_embed_dim=max(vector_dim - pooled_dim, 0) // NUM_SIZE_CONDS,
@@ -150,43 +155,30 @@ def _unet_config(tensors: Tensors, pooled_dim: int) -> UNetConfig:
 def _vae_config(tensors: Tensors) -> VAEConfig:
     """Our configuration of a VAE, from its shapes."""
     channels, image_channels = tensors["encoder.conv_in.weight"].shape[:2]
-    levels = range(count_blocks(tensors, "encoder.down"))
+    levels = range(family.count_blocks(tensors, "encoder.down"))
     widths = [tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in levels]
     return VAEConfig(
         image_channels=image_channels,
         base_channels=channels,
-        channel_mult=channel_mult([channels, *widths])[1:],
-        num_res_blocks=count_blocks(tensors, "encoder.down.0.block"),
+        channel_mult=family.channel_mult([channels, *widths])[1:],
+        num_res_blocks=family.count_blocks(tensors, "encoder.down.0.block"),
         mid_attention="encoder.mid.attn_1.q.weight" in tensors,
         latent_channels=tensors["post_quant_conv.weight"].shape[0],
     )
 
 
-def _num_heads(widths: list[int] | tuple[int, ...], *, is_sd1: bool) -> tuple[int, ...]:
+def _num_heads(widths: Sequence[int], version: str) -> tuple[int, ...]:
     """Attention heads of each level, which no shape shows: 8 in version 1, else 64 channels each."""
-    return tuple(8 if is_sd1 else max(width // HEAD_DIM, 1) for width in widths)
+    return tuple(8 if version == "1" else family.num_heads(width) for width in widths)
 
 
-def _scale(*, is_xl: bool) -> float:
-    return SCALE_XL if is_xl else SCALE
-
-
-def _is_xl(tensors: Tensors) -> bool:
-    return bool(_strip_prefix(tensors, TEXT_XL1) and _strip_prefix(tensors, TEXT_XL2))
-
-
-def _detect_diffusion(tensors: Tensors) -> DiffusionConfig:
+def _detect_diffusion(tensors: Tensors, version: str) -> DiffusionConfig:
     """What the network was trained with; flags show it in XL, and a bias in version 2."""
-    if _is_xl(tensors):
-        return DiffusionConfig(prediction="v" if V_XL in tensors else "epsilon", zero_terminal_snr=ZERO_XL in tensors)
-    return DiffusionConfig(
-        prediction=_detect_prediction(tensors.get(UNET + V_BIAS), is_sd1=not _strip_prefix(tensors, TEXT2))
-    )
-
-
-def _detect_prediction(bias: Tensor | None, *, is_sd1: bool) -> Prediction:
-    """What a network of version 1 or 2 predicts."""
-    return "v" if not is_sd1 and bias is not None and bias.float().std() > V_BIAS_STD else "epsilon"
+    if version == "XL" and V_XL in tensors:
+        return DiffusionConfig(prediction="v", zero_terminal_snr=ZERO_XL in tensors)
+    bias = tensors.get(UNET + V_BIAS)
+    predicts_v = version == "2" and bias is not None and bias.float().std() > V_BIAS_STD
+    return DiffusionConfig(prediction="v" if predicts_v else "epsilon")
 
 
 def _read_pickle(file: Path) -> Tensors:
@@ -195,22 +187,10 @@ def _read_pickle(file: Path) -> Tensors:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file can raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{file} cannot be read without running its code ({reason}): find a safetensors file"
-        ) from None
+        raise ValueError(f"{file} cannot be read without running its code ({reason}): use a safetensors file") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)} if isinstance(state, dict) else {}
-    wrong = [str(name) for name, tensor in tensors.items() if not isinstance(name, str) or not _is_plain(tensor)]
-    if wrong:
-        raise ValueError(f"{file}: {len(wrong)} entries are not plain tensors of numbers: {', '.join(wrong[:5])}")
-    return tensors
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is stored number by number, so that its size is that of what is in the file."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
-        return False
-    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    items = state.items() if isinstance(state, dict) else ()
+    return {str(name): tensor for name, tensor in items if isinstance(tensor, Tensor)}
 
 
 def _strip_prefix(tensors: Tensors, prefix: str) -> Tensors:
@@ -222,10 +202,11 @@ def _strip_prefix(tensors: Tensors, prefix: str) -> Tensors:
 
 def write(components: ModelComponents, file: Path) -> None:
     """Write one file; ValueError when the format cannot hold the model."""
-    parts = check_exportable(components, "a CompVis file", _unsupported)
+    parts = components.to_export("a CompVis file")
     flags = {V_XL: parts.diffusion.config.prediction == "v", ZERO_XL: parts.diffusion.config.zero_terminal_snr}
     state = _unet_tensors(parts) | _vae_tensors(parts) | _text_tensors(parts)
-    state |= {name: torch.tensor([]) for name, is_set in flags.items() if parts.is_xl and is_set}
+    state |= {name: torch.tensor([]) for name, is_set in flags.items() if parts.version == "XL" and is_set}
+    _check_exportable(parts, state)
     state["alphas_cumprod"] = parts.diffusion.alpha(torch.arange(1, 1001, dtype=torch.float64) / 1000).square().float()
     write_tensors(file, state)
 
@@ -234,7 +215,7 @@ def _unet_tensors(parts: ExportComponents) -> Tensors:
     """In version 1 the matrices around the transformers are 1x1 convolutions."""
     rename, state = key_map.unet_key_to_compvis(parts.unet.config), {}
     for name, tensor in parts.unet.state_dict().items():
-        square = _is_sd1(parts) and re.search(r"\.proj_(in|out)\.weight$", name)
+        square = parts.version == "1" and re.search(r"\.proj_(in|out)\.weight$", name)
         state[UNET + rename(name)] = tensor[:, :, None, None] if square else tensor
     return state
 
@@ -242,56 +223,36 @@ def _unet_tensors(parts: ExportComponents) -> Tensors:
 def _vae_tensors(parts: ExportComponents) -> Tensors:
     """The matrices of the attention are 1x1 convolutions."""
     rename, state = key_map.vae_key_to_compvis(parts.vae.config), {}
-    for name, tensor in fold_latent_stats(parts.vae, scale=_scale(is_xl=parts.is_xl)).items():
+    for name, tensor in parts.folded_vae(scale=LATENT_SCALES[parts.version]).items():
         square = re.search(r"middle\.1\.to_\w+\.weight$", name)
         state[VAE_PREFIX + rename(name)] = tensor[:, :, None, None] if square else tensor
     return state
 
 
 def _text_tensors(parts: ExportComponents) -> Tensors:
-    prefixes = (TEXT_XL1, TEXT_XL2) if parts.is_xl else (TEXT1,) if _is_sd1(parts) else (TEXT2,)
     state: Tensors = {}
-    for prefix, encoder in zip(prefixes, parts.text.encoders, strict=True):
-        tower, layers = encoder.tower.state_dict(), len(encoder.tower.blocks)
-        if prefix in TRANSFORMERS_PREFIXES:
-            tower = key_map.text_to_transformers(tower, layers)
+    for tower, encoder in zip(TOWERS[parts.version], parts.text.encoders, strict=True):
+        tensors, layers = encoder.tower.state_dict(), len(encoder.tower.blocks)
+        if tower.is_openai:
+            tensors = key_map.text_to_transformers(tensors, layers)
         elif encoder.config.layer == "last":  # readers take the layer before the last block: append one of zeros
             block, last = "transformer.resblocks.0.", f"transformer.resblocks.{layers}."
-            tower |= {n.replace(block, last): torch.zeros_like(t) for n, t in tower.items() if n.startswith(block)}
-        state |= {prefix + name: tensor for name, tensor in tower.items()}
+            tensors |= {n.replace(block, last): torch.zeros_like(t) for n, t in tensors.items() if n.startswith(block)}
+        state |= {tower.prefix + name: tensor for name, tensor in tensors.items()}
     return state
 
 
-def _is_sd1(parts: ExportComponents) -> bool:
-    """Whether this is a model like Stable Diffusion 1: one tower, of OpenAI's kind."""
-    return [encoder.tower.blocks[0].quick_gelu for encoder in parts.text.encoders] == [True]
-
-
-def _unsupported(parts: ExportComponents) -> list[str]:
-    """Settings that no key and no shape of a file shows, and that differ from what readers assume."""
-    is_sd1, unet, diffusion = _is_sd1(parts), parts.unet.config, parts.diffusion.config
-    rename = key_map.unet_key_to_compvis(unet)
-    bias = next((tensor for name, tensor in parts.unet.state_dict().items() if rename(name) == V_BIAS), None)
-    detected = _detect_prediction(bias, is_sd1=is_sd1)
-    if parts.is_xl:
-        detected = "v" if diffusion.prediction == "v" else "epsilon"
-    settings = {
-        "unet.scale_shift_norm": unet.scale_shift_norm,
-        "unet.num_heads": unet.num_heads != _num_heads(unet.widths, is_sd1=is_sd1),
-        f"unet.norm_num_groups (not {NUM_GROUPS})": {*unet.norm_groups.values()} != {NUM_GROUPS},
-        f"vae.norm_num_groups (not {NUM_GROUPS})": parts.vae.config.norm_num_groups != NUM_GROUPS,
-        "diffusion.noise_schedule": diffusion.noise_schedule == "linear",
-        "diffusion.prediction (readers detect another one from a bias)": diffusion.prediction != detected,
-        "diffusion.zero_terminal_snr": diffusion.zero_terminal_snr and not parts.is_xl,
+def _check_exportable(parts: ExportComponents, state: Tensors) -> None:
+    """ValueError names the settings that no key and no shape of a file shows, where readers assume other ones."""
+    unet, version = parts.unet.config, parts.version
+    only: dict[str, dict[str, Any]] = {
+        "unet": {"scale_shift_norm": False, "num_heads": _num_heads(unet.widths, version)},
+        "vae": {"norm_num_groups": family.NUM_GROUPS},
+        "diffusion": _detect_diffusion(state, version).inference_fields(),
     }
-    for encoder, name in zip(parts.text.encoders, ("text", "second_text"), strict=False):
-        openai, block = is_sd1 or (parts.is_xl and name == "text"), encoder.tower.blocks[0]
-        config = encoder.config
-        settings |= {
-            f"{name}.pad_token_id": config.pad_token_id != (49407 if openai else 0),
-            f"{name}.zero_empty_prompt": config.zero_empty_prompt != parts.is_xl,
-            f"{name}.layer": is_sd1 and config.layer != "last",
-            f"{name}.model (its heads or activation)": block.quick_gelu != openai
-            or block.heads != max(encoder.width // HEAD_DIM, 1),
-        }
-    return [name for name, unsupported in settings.items() if unsupported]
+    others = {f"unet.norm_num_groups (not {family.NUM_GROUPS})": {*unet.norm_groups.values()} != {family.NUM_GROUPS}}
+    for name, tower, encoder in zip(("text", "second_text"), TOWERS[version], parts.text.encoders, strict=False):
+        only[name] = tower.settings if version != "2" else tower.settings | {"layer": encoder.config.layer}
+        block, heads = encoder.tower.blocks[0], family.num_heads(encoder.width)
+        others[f"{name}.model (its heads or activation)"] = (block.quick_gelu, block.heads) != (tower.is_openai, heads)
+    parts.check(only, others)

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ldm.io.tensors import check_finite, check_shapes
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
 
@@ -53,17 +54,28 @@ UNET_COMPVIS = TRANSFORMER | {
 VAE_DIFFUSERS = {
     r"\bnorm_out\.": "conv_norm_out.",
     r"\bshortcut\.": "conv_shortcut.",
-    r"(?<=middle\.1\.)norm\.": "group_norm.",
-    r"(?<=middle\.1\.)to_out\.": "to_out.0.",
+    r"^encoder\.levels\.": "encoder.down_blocks.",
+    r"^decoder\.levels\.": "decoder.up_blocks.",
+    r"(down|up)_blocks\.(\d+)\.\d+\.conv\.": r"\1_blocks.\2.\1samplers.0.conv.",
+    r"(?<=_blocks\.)(\d+)\.(\d+)\.": r"\1.resnets.\2.",
+    r"\bmiddle\.1\.norm\.": "mid_block.attentions.0.group_norm.",
+    r"\bmiddle\.1\.to_out\.": "mid_block.attentions.0.to_out.0.",
+    r"\bmiddle\.1\.to_": "mid_block.attentions.0.to_",
+    r"\bmiddle\.0\.": "mid_block.resnets.0.",
+    r"\bmiddle\.[12]\.": "mid_block.resnets.1.",
 }
 VAE_COMPVIS = {
     r"\bshortcut\.": "nin_shortcut.",
-    r"(?<=middle\.1\.)to_([qkv])\.": r"\1.",
-    r"(?<=middle\.1\.)to_out\.": "proj_out.",
+    r"^encoder\.levels\.": "encoder.down.",
+    r"\b(down|up)\.(\d+)\.\d+\.conv\.": r"\1.\2.\1sample.conv.",
+    r"\b(down|up)\.(\d+)\.(\d+)\.": r"\1.\2.block.\3.",
+    r"\bmiddle\.1\.to_out\.": "mid.attn_1.proj_out.",
+    r"\bmiddle\.1\.(?:to_)?(q|k|v|norm)\.": r"mid.attn_1.\1.",
+    r"\bmiddle\.0\.": "mid.block_1.",
+    r"\bmiddle\.[12]\.": "mid.block_2.",
 }
-VAE_SIDES = (("encoder", "down", 0), ("decoder", "up", 1))  # the decoder has one more block in each level
 # Until diffusers 0.15 the attention of an AutoencoderKL had other names.
-VAE_LEGACY = {r"\.query\.": ".to_q.", r"\.key\.": ".to_k.", r"\.value\.": ".to_v.", r"\.proj_attn\.": ".to_out.0."}
+VAE_LEGACY = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 # open_clip's names, which are ours, and those of transformers; of the projections q, k and v only the first.
 TEXT_TRANSFORMERS = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
@@ -79,60 +91,42 @@ TEXT_TRANSFORMERS = {
 }
 
 
-def unet_key_to_diffusers(name: str) -> str:
-    """The name in `unet/diffusion_pytorch_model.safetensors`, which depends on no setting."""
-    return _substitute(name, UNET_DIFFUSERS)
+def _substitute(name: str, table: Mapping[str, str]) -> str:
+    for pattern, new in table.items():
+        name = re.sub(pattern, new, name)
+    return name
+
+
+# Names in diffusion_pytorch_model.safetensors of unet/ and of vae/.
+unet_key_to_diffusers: Rename = partial(_substitute, table=UNET_DIFFUSERS)
+vae_key_to_diffusers: Rename = partial(_substitute, table=VAE_DIFFUSERS)
 
 
 def unet_key_to_compvis(config: UNetConfig) -> Rename:
     """Names below `model.diffusion_model.`, where all blocks of one side are numbered through."""
-    table, depths = dict(UNET_COMPVIS), config.transformer_depth
-    last, blocks = len(depths) - 1, config.num_res_blocks
-    kinds = {"residual": 0, "transformer": 1}
+    last, blocks = len(config.transformer_depth) - 1, config.num_res_blocks
+    table = UNET_COMPVIS | {
+        r"^middle\.0\.residual\.": "middle_block.0.",
+        r"^middle\.0\.transformer\.": "middle_block.1.",
+        r"^middle\.1\.residual\.": f"middle_block.{2 if config.mid_transformer_depth else 1}.",
+    }
     for level in range(last + 1):
         first = level * (blocks + 1)  # a change of resolution ends each level
+        in_level = 2 if config.transformer_depth[last - level] else 1  # modules of a block before the upsampling
         table[rf"^downsample\.{level}\.conv\."] = f"input_blocks.{first + blocks + 1}.0.op."
-        table[rf"^upsample\.{level}\."] = f"output_blocks.{first + blocks}.{2 if depths[last - level] else 1}."
-        for kind, index in kinds.items():
+        table[rf"^upsample\.{level}\."] = f"output_blocks.{first + blocks}.{in_level}."
+        for index, kind in enumerate(("residual", "transformer")):
             for i in range(blocks + 1):
                 table[rf"^down\.{level}\.{i}\.{kind}\."] = f"input_blocks.{first + 1 + i}.{index}."
                 table[rf"^up\.{level}\.{i}\.{kind}\."] = f"output_blocks.{first + i}.{index}."
-    middle = (
-        ["0.residual", "0.transformer", "1.residual"] if config.mid_transformer_depth else ["0.residual", "1.residual"]
-    )
-    table |= {rf"^middle\.{re.escape(name)}\.": f"middle_block.{i}." for i, name in enumerate(middle)}
-    return partial(_substitute, table=table)
-
-
-def vae_key_to_diffusers(config: VAEConfig) -> Rename:
-    """Names in `vae/diffusion_pytorch_model.safetensors`."""
-    table = dict(VAE_DIFFUSERS)
-    for side, direction, more_blocks in VAE_SIDES:
-        sampler = config.num_res_blocks + more_blocks  # the index after the blocks
-        table[rf"^{side}\.levels\.(\d+)\.{sampler}\."] = rf"{side}.{direction}_blocks.\1.{direction}samplers.0."
-        table[rf"^{side}\.levels\.(\d+)\.(\d+)\."] = rf"{side}.{direction}_blocks.\1.resnets.\2."
-    middle = ["resnets.0", "attentions.0", "resnets.1"] if config.mid_attention else ["resnets.0", "resnets.1"]
-    table |= {rf"\.middle\.{i}\.": f".mid_block.{name}." for i, name in enumerate(middle)}
     return partial(_substitute, table=table)
 
 
 def vae_key_to_compvis(config: VAEConfig) -> Rename:
     """Names below `first_stage_model.`, where the levels of the decoder are numbered from the highest resolution on."""
-    table, last = dict(VAE_COMPVIS), len(config.channel_mult) - 1
-    for side, direction, more_blocks in VAE_SIDES:
-        sampler = config.num_res_blocks + more_blocks
-        for level in range(last + 1):
-            theirs = f"{side}.{direction}.{level if side == 'encoder' else last - level}"
-            table[rf"^{side}\.levels\.{level}\.{sampler}\."] = f"{theirs}.{direction}sample."
-            table[rf"^{side}\.levels\.{level}\.(\d+)\."] = rf"{theirs}.block.\1."
-    middle = ["block_1", "attn_1", "block_2"] if config.mid_attention else ["block_1", "block_2"]
-    table |= {rf"\.middle\.{i}\.": f".mid.{name}." for i, name in enumerate(middle)}
-    return partial(_substitute, table=table)
-
-
-def rename_legacy_vae_keys(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of an AutoencoderKL under the names of today."""
-    return {_substitute(name, VAE_LEGACY): tensor for name, tensor in theirs.items()}
+    last = len(config.channel_mult) - 1
+    levels = {rf"^decoder\.levels\.{level}\.": f"decoder.up.{last - level}." for level in range(last + 1)}
+    return partial(_substitute, table=levels | VAE_COMPVIS)
 
 
 def text_from_transformers(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -141,15 +135,12 @@ def text_from_transformers(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Where the pooled vector has no projection, as in Stable Diffusion 1 and 2, it is the identity.
     """
     theirs = {name.removeprefix("text_model."): t for name, t in theirs.items() if not name.endswith("position_ids")}
-    names = {their: our for our, their in TEXT_TRANSFORMERS.items()}
-    ours = {_replace(name, names): t for name, t in theirs.items() if not re.search(r"\.self_attn\.[qkv]_proj\.", name)}
-    for name in theirs:
-        qkv = [name.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
-        if ".self_attn.q_proj." in name and all(part in theirs for part in qkv):  # else the caller misses the joint one
-            ours[_replace(name, names)] = torch.cat([theirs[part] for part in qkv])
+    for name in [name for name in theirs if ".q_proj." in name]:
+        theirs[name] = torch.cat([theirs.pop(name.replace(".q_proj.", f".{letter}_proj.")) for letter in "qkv"])
+    ours = replace_in_names(theirs, {their: our for our, their in TEXT_TRANSFORMERS.items()})
     if "text_projection.weight" in ours:
         ours["text_projection"] = ours.pop("text_projection.weight").T
-    elif "ln_final.weight" in ours:
+    else:
         ours["text_projection"] = torch.eye(ours["ln_final.weight"].shape[0])
     return ours
 
@@ -157,53 +148,39 @@ def text_from_transformers(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def text_to_transformers(ours: Mapping[str, Tensor], layers: int, *, projected: bool = False) -> dict[str, Tensor]:
     """The inverse: a transformers CLIP text model of the first `layers` blocks, with or without the projection."""
     theirs: dict[str, Tensor] = {"text_projection.weight": ours["text_projection"].T} if projected else {}
-    for name, tensor in ours.items():
-        block = re.match(r"transformer\.resblocks\.(\d+)\.", name)
+    for name, tensor in replace_in_names(ours, TEXT_TRANSFORMERS).items():
+        block = re.match(r"encoder\.layers\.(\d+)\.", name)
         if name == "text_projection" or (block and int(block[1]) >= layers):
             continue
-        new, joint = f"text_model.{_replace(name, TEXT_TRANSFORMERS)}", ".in_proj_" in name
-        for letter, part in zip("qkv", tensor.chunk(3) if joint else [tensor], strict=False):
-            theirs[new.replace(".q_proj.", f".{letter}_proj.")] = part
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in theirs.items()}
+        for letter, part in zip("qkv", tensor.chunk(3) if ".q_proj." in name else [tensor], strict=False):
+            theirs["text_model." + name.replace(".q_proj.", f".{letter}_proj.")] = part
+    return theirs
 
 
-def remap_state_dict(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], rename: Rename) -> dict[str, Tensor]:
+def remap_state_dict(
+    theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], rename: Rename, where: object
+) -> dict[str, Tensor]:
     """Their tensors under the names and in the shapes of `ours`; `rename` gives theirs for one of our names.
 
-    ValueError: tensors that are missing, extra, of another number of elements or not finite: the first five.
+    ValueError: see `check_shapes`, for which a 1x1 convolution is a matrix, and `check_finite`.
     """
     names = {name: rename(name) for name in ours}
-    missing = [their for their in names.values() if their not in theirs]
-    extra = sorted(theirs.keys() - set(names.values()))
-    for kind, wrong in (("missing", missing), ("extra", extra)):
-        if wrong:
-            raise ValueError(f"{len(wrong)} tensors are {kind}: {', '.join(wrong[:5])}")
-    shapes = [
-        f"{their} expected {tuple(ours[name].shape)}, got {tuple(theirs[their].shape)}"
-        for name, their in names.items()
-        if _squeezed_shape(theirs[their]) != _squeezed_shape(ours[name])
-    ]
-    if shapes:
-        raise ValueError(f"{len(shapes)} tensors have another shape: {'; '.join(shapes[:5])}")
-    bad = [n for n in names.values() if theirs[n].is_floating_point() and not theirs[n].isfinite().all()]
-    if bad:
-        raise ValueError(f"{len(bad)} tensors hold NaN or infinite numbers: {', '.join(bad[:5])}")
+    matrices = {name: _as_matrix(tensor) for name, tensor in theirs.items()}
+    check_shapes(matrices, {names[name]: _as_matrix(tensor) for name, tensor in ours.items()}, where)
+    check_finite(theirs, where)
     return {name: theirs[their].reshape(ours[name].shape) for name, their in names.items()}
 
 
-def _substitute(name: str, table: Mapping[str, str]) -> str:
-    for pattern, new in table.items():
-        name = re.sub(pattern, new, name)
-    return name
+def replace_in_names(tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors with each key of the table in their names replaced by its value."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for old, new in table.items():
+            name = name.replace(old, new)
+        renamed[name] = tensor
+    return renamed
 
 
-def _replace(name: str, table: Mapping[str, str]) -> str:
-    for old, new in table.items():
-        name = name.replace(old, new)
-    return name
-
-
-def _squeezed_shape(tensor: Tensor) -> list[int]:
-    """The shape, of a 1x1 convolution that of its matrix."""
-    shape = list(tensor.shape)
-    return shape[:2] if shape[2:] == [1, 1] else shape
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """The matrix of a 1x1 convolution; other tensors as they are."""
+    return tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) else tensor

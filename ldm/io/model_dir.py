@@ -1,15 +1,15 @@
 """Model folders: a model.json that explains its weights, and how the newest finished one is found."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ldm.config import Config
 from ldm.io.atomic import write_text
 
 MODEL_FORMAT, MODEL_FORMAT_1 = "ldm-model-2", "ldm-model-1"
 VOCABULARY_FILES = {MODEL_FORMAT: "vocab.txt", MODEL_FORMAT_1: "words.txt"}
-Manifest = TypeVar("Manifest", bound=Config)
+Manifest = TypeVar("Manifest")
 
 # What fields are called now that ldm-model-1 called otherwise, by the part of the manifest that they are in.
 TEXT_FIELDS = {
@@ -56,12 +56,15 @@ def write_manifest(folder: Path, kind: str, values: dict[str, Any]) -> None:
     write_text(folder / "model.json", json.dumps({"format": MODEL_FORMAT, "kind": kind, **values}, indent=2))
 
 
-def read_manifest(folder: Path, kind: str, manifest: type[Manifest]) -> Manifest:
-    """The model.json of a folder, also of ldm-model-1; ValueError: missing, or of another kind or format."""
+def read_manifest(folder: Path, kind: str, parse: Callable[..., Manifest]) -> Manifest:
+    """What `parse`, the `from_dict` of a manifest's class, makes of a folder's model.json, also of ldm-model-1.
+
+    ValueError: missing, or of another kind or format.
+    """
     path = folder / "model.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a model folder (it has no model.json): pass RUN/model of a finished run")
-    values = _read_json(path)
+    values = read_json(path)
     model_format, found_kind = values.pop("format", None), values.pop("kind", None)
     if model_format not in VOCABULARY_FILES:
         readable = " and ".join(VOCABULARY_FILES)
@@ -70,18 +73,28 @@ def read_manifest(folder: Path, kind: str, manifest: type[Manifest]) -> Manifest
         raise ValueError(f"{folder}: expected a {kind}, found a {found_kind}")
     if model_format == MODEL_FORMAT_1:
         values = _from_format_1(values)
-    return manifest.from_dict(values, source=str(path))
+    return parse(values, source=str(path))
 
 
 def model_kind(folder: Path) -> str | None:
     """The kind of a model folder; None where it is not one of ours."""
     path = folder / "model.json"
-    return str(_read_json(path).get("kind")) if path.is_file() else None
+    return str(read_json(path).get("kind")) if path.is_file() else None
 
 
 def read_vocabulary(folder: Path) -> list[str]:
     """The words of the training captions, in order; ValueError when the file is missing."""
-    return read_text(folder / VOCABULARY_FILES[_read_json(folder / "model.json")["format"]]).split()
+    return read_text(folder / VOCABULARY_FILES[read_json(folder / "model.json")["format"]]).split()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError when it is missing or damaged."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: copy or download the folder again")
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{path} is damaged: copy or download the folder again, or remove it") from None
 
 
 def read_text(path: Path) -> str:
@@ -96,34 +109,17 @@ def read_text(path: Path) -> str:
 
 def latest_model(kind: str, root: Path, *, script: str) -> Path:
     """The model folder of this kind below `root` that was finished last; ValueError names the script that makes one."""
-    paths = [path for path in root.glob("**/model/model.json") if _read_json(path).get("kind") == kind]
+    paths = [path for path in root.glob("**/model/model.json") if read_json(path).get("kind") == kind]
     if not paths:
         raise ValueError(f"no finished {kind} below {root}: run `{script}` first, or pass one")
     return max(paths, key=lambda path: path.stat().st_mtime).parent
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"{path} is damaged: copy the model folder again, or remove it") from None
-
-
-def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of an ldm-model-1 manifest as those of today; the metadata hold the settings of the data."""
-    values = _rename_parts(_rename(values, ""))
-    if isinstance(metadata := values.get("metadata"), dict):
-        values["metadata"] = _rename_parts(metadata)
-    return values
-
-
-def _rename_parts(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: _rename(value, name) if isinstance(value, dict) else value for name, value in values.items()}
-
-
-def _rename(values: dict[str, Any], part: str) -> dict[str, Any]:
+def _from_format_1(values: dict[str, Any], part: str = "") -> dict[str, Any]:
+    """The values of a part of an ldm-model-1 manifest, and of the parts in it, as those of today."""
     names = RENAMED_FIELDS.get(part, {})
     values = {names.get(name, name): value for name, value in values.items()}
+    values = {name: _from_format_1(v, name) if isinstance(v, dict) else v for name, v in values.items()}
     if part == "unet":
         values["norm_min_group_channels"] = 8  # which was not a setting
     if part == "diffusion":

@@ -32,28 +32,35 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_weights(module: nn.Module, path: Path) -> None:
     """Fill a module, which may be on the meta device, from a file; ValueError: see `load_strict`, or not finite."""
-    tensors, expected = read_tensors(path), module.state_dict()
-    bad = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
-    bad += [n for n, t in tensors.items() if n in expected and t.is_floating_point() != expected[n].is_floating_point()]
-    if bad:
-        raise ValueError(f"{path}: {len(bad)} tensors are not finite real numbers: {', '.join(bad[:5])}")
-    tensors = {
-        name: tensor.to(expected[name].dtype) if name in expected else tensor for name, tensor in tensors.items()
-    }
+    tensors = read_tensors(path)
+    check_finite(tensors, path)
     load_strict(module, tensors, path, assign=True)
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: Path, *, assign: bool = False) -> None:
     """Fill a module with exactly these tensors; with `assign` they become its own instead of being copied.
 
-    ValueError names up to five tensors of `where` that are missing, unexpected or of another shape, with both shapes.
+    ValueError: see `check_shapes`.
     """
     expected = module.state_dict()
+    check_shapes(tensors, expected, where)
+    tensors = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
+    module.load_state_dict(tensors, assign=assign)
+
+
+def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: object) -> None:
+    """ValueError names up to five tensors of `where` that are missing, unexpected or of another shape, with both."""
     wrong = [name for name in {**expected, **tensors} if _shape(expected, name) != _shape(tensors, name)]
     if wrong:
         named = ", ".join(f"{n} expected {_shape(expected, n)}, got {_shape(tensors, n)}" for n in wrong[:5])
         raise ValueError(f"{where} does not fit this network: {len(wrong)} tensors differ: {named}")
-    module.load_state_dict(tensors, assign=assign)
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
+    """ValueError names up to five tensors of `where` that hold NaN or infinite numbers."""
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"{where}: {len(bad)} tensors hold NaN or infinite numbers: {', '.join(bad[:5])}")
 
 
 def init_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:

@@ -14,7 +14,7 @@ from ldm.io.atomic import write_text
 from ldm.io.model_dir import MODEL_FORMAT, VOCABULARY_FILES, model_kind, read_manifest, read_vocabulary, write_manifest
 from ldm.io.tensors import load_weights, save_weights, sha256
 from ldm.text import TextConditioner, TextConfig, TextEncoder, combine_encoders
-from ldm.text.config import LOCAL
+from ldm.text.weights import LOCAL
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
 
@@ -85,7 +85,7 @@ def load_vae(path: Path) -> VAE:
     ValueError: see `load_components`; a model without a VAE.
     """
     if model_kind(path) == "vae":
-        return _build_frozen(VAE, read_manifest(path, "vae", VAEManifest).vae, path / VAE_FILE)
+        return _build_frozen(VAE, read_manifest(path, "vae", VAEManifest.from_dict).vae, path / VAE_FILE)
     vae = load_components(path).vae
     if vae is None:
         raise ValueError(f"{path} was trained in pixels and has no VAE: pass the model folder of a train_vae run")
@@ -93,7 +93,7 @@ def load_vae(path: Path) -> VAE:
 
 
 def _read_folder(folder: Path) -> ModelComponents:
-    manifest = read_manifest(folder, "pipeline", PipelineManifest)
+    manifest = read_manifest(folder, "pipeline", PipelineManifest.from_dict)
     vae = _build_frozen(VAE, manifest.vae, folder / VAE_FILE) if manifest.vae else None
     if vae is not None and sha256(folder / VAE_FILE) != manifest.vae_sha256:
         raise ValueError(f"{folder / VAE_FILE} is not the VAE that this U-Net was trained on: put that one back")

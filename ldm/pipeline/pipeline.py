@@ -22,7 +22,7 @@ from ldm.pipeline.inputs import InitImage, consecutive_seeds, encode, prepare_in
 from ldm.pipeline.load import UNET_FILE, load_components, save_components
 from ldm.text import TextConditioner
 from ldm.text.prompt_weights import strip_weights
-from ldm.text.vocabulary import split_words
+from ldm.text.tokenizer import split_words
 from ldm.unet import UNet
 from ldm.vae import VAE
 from ldm.vae.tiling import tiled_decode

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from open_clip.loss import ClipLoss
 from torch import Tensor
 
 from ldm.config import CONFIGS
@@ -12,7 +13,7 @@ from ldm.data import Batch, DataConfig
 from ldm.io.model_dir import write_manifest
 from ldm.rng import StepRNG
 from ldm.stages.splits import Splits, example_images
-from ldm.text.clip import CLIP, CLIPConfig, clip_loss, retrieval_accuracy
+from ldm.text.clip import CLIP, CLIPConfig, retrieval_accuracy
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Networks, Stage, Trainable
 
@@ -40,7 +41,7 @@ class CLIPStage(Stage):
             raise ValueError("data.bucket_step: the image tower needs squares; leave it at 0 for train_clip")
         self.config = config
         self.clip = CLIP(config.clip.architecture(config.data.resolution))
-        self.contrastive_loss = clip_loss(rank=rank, world=world)
+        self.contrastive_loss = ClipLoss(gather_with_grad=True, rank=rank, world_size=world)
         self.trainables, self.frozen = [Trainable("clip", self.clip)], {}
 
     @classmethod

@@ -31,9 +31,9 @@ from ldm.pipeline.load import load_vae
 from ldm.rng import StepRNG, generator
 from ldm.stages.latents import find_vae, open_latents, text_fingerprint
 from ldm.stages.splits import Splits, example_images
-from ldm.text import TextConditioner, TextConfig, TextEmbeddings, encode_for_cache, load_text_encoder, states_from_cache
+from ldm.text import TextConditioner, TextConfig, TextEmbeddings, load_text_encoder
+from ldm.text.tokenizer import vocabulary
 from ldm.text.tower import to_device
-from ldm.text.vocabulary import vocabulary
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Networks, Stage, Trainable
 from ldm.unet import UNet, UNetConfig
@@ -91,7 +91,7 @@ class DiffusionStage(Stage):
         self.trainables = [Trainable("unet", self.unet)]
         networks = (("vae", vae), ("text", text))
         self.frozen: dict[str, nn.Module] = {name: module for name, module in networks if module is not None}
-        self.empty_ids = text.tokenize([""]) if text else None
+        self.empty_ids = text.tokenizer([""]) if text else None
 
     @classmethod
     def build(cls, config: TrainLDMConfig, accelerator: Accelerator) -> "DiffusionStage":
@@ -199,7 +199,7 @@ class DiffusionStage(Stage):
     def _text_embeddings(self, batch: Batch, dropped: Tensor | None) -> TextEmbeddings | None:
         if self.text is None or self.empty_ids is None:
             return None
-        ids = batch["ids"] if "ids" in batch else self.text.tokenize(batch["caption"])
+        ids = batch["ids"] if "ids" in batch else self.text.tokenizer(batch["caption"])
         ids = drop_captions(ids, dropped, self.empty_ids)
         if "hidden_states" not in batch:
             return self.text.encode_ids(ids)
@@ -207,13 +207,13 @@ class DiffusionStage(Stage):
             drop_captions(cached.to(self.device, non_blocking=True), dropped, empty)
             for cached, empty in zip((batch["hidden_states"], batch["pooled"]), self._empty_embeddings, strict=True)
         )
-        return states_from_cache(self.text, ids, hidden_states, pooled)
+        return self.text.states_from_cache(ids, hidden_states, pooled)
 
     @cached_property
     def _empty_embeddings(self) -> tuple[Tensor, Tensor]:
         assert self.text is not None and self.empty_ids is not None
         with torch.autocast(self.device.type, enabled=False):  # in float32, as the embeddings of captions were cached
-            return encode_for_cache(self.text, self.empty_ids)
+            return self.text.encode_for_cache(self.empty_ids)
 
     def example_batch(self, count: int) -> Batch:
         """Random images, or latents where the configuration caches them."""

@@ -1,7 +1,6 @@
 """Caching latents, token ids and text embeddings on disk, so that train_ldm needs neither images nor VAE."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,8 @@ from ldm.io.model_dir import latest_model, read_text
 from ldm.io.tensors import sha256
 from ldm.pipeline.load import load_vae
 from ldm.stages.splits import Splits
-from ldm.text import TextConditioner, TextConfig, encode_for_cache, load_text_encoder
-from ldm.text.tokenizer import tokenizer_hash
-from ldm.text.vocabulary import vocabulary
+from ldm.text import TextConditioner, TextConfig, load_text_encoder
+from ldm.text.tokenizer import tokenizer_hash, vocabulary
 from ldm.training.distributed import peer_errors, process_group_timeout
 
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -107,8 +105,8 @@ class LatentWriter:
                 augmentation,
                 rows,
                 encode=self._encode,
-                tokenize=self.text.tokenize,
-                encode_text=partial(encode_for_cache, self.text) if config.text_embeddings else None,
+                tokenize=self.text.tokenizer,
+                encode_text=self.text.encode_for_cache if config.text_embeddings else None,
                 key=key,
             )
         accelerator.wait_for_everyone()

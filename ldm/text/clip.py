@@ -7,7 +7,6 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -36,9 +35,7 @@ class CLIPConfig(Config):
     def architecture(self, image_size: int) -> dict[str, Any]:
         """open_clip's `model_cfg` for images of this side; ValueError when heads or patches do not divide the sizes."""
         if self.width % self.num_heads:
-            raise ValueError(
-                f"clip.num_heads {self.num_heads} does not divide clip.width {self.width}: choose a divisor"
-            )
+            raise ValueError(f"clip.num_heads {self.num_heads} does not divide clip.width {self.width}: change one")
         if image_size % self.patch_size:
             raise ValueError(
                 f"data.resolution {image_size} is not a multiple of clip.patch_size {self.patch_size}: change one"
@@ -68,11 +65,6 @@ class CLIP(nn.Module):
         config = {"model_cfg": self.architecture, "preprocess_cfg": preprocess}
         write_text(folder / CONFIG_NAME, json.dumps(config, indent=2))
         write_tensors(folder / WEIGHTS_NAME, self.model.state_dict())
-
-
-def clip_loss(*, rank: int, world: int) -> ClipLoss:
-    """open_clip's symmetric cross-entropy over the global batch of all ranks."""
-    return ClipLoss(gather_with_grad=True, rank=rank, world_size=world)
 
 
 @torch.no_grad()

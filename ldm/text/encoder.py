@@ -1,63 +1,52 @@
 """A frozen text tower with its tokenizer: prompts -> embeddings."""
 
-from abc import ABC, abstractmethod
+import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
+from pydantic import Field
 from torch import Tensor, nn
 
-from ldm.text.config import TextConfig
+from ldm.config import Config
+from ldm.io.atomic import atomic_write, write_tensors, write_text
 from ldm.text.prompt_weights import parse_weights
 from ldm.text.tokenizer import Tokenizer
 from ldm.text.tower import TextEmbeddings, TextTower, to_device
-from ldm.text.weights import load_tower, save_tower
+from ldm.text.weights import CONFIG_NAME, CONVERTED, LOCAL, WEIGHTS_NAME, load_tower
 
 MAX_PROMPT_CHUNKS = 20
-Chunk = list[tuple[int, float]]  # tokens of a prompt and their weights, as many as the tower has room for
 
 
-class TextConditioner(nn.Module, ABC):
-    """What conditions a U-Net on text: one frozen tower (`TextEncoder`), or two side by side (`DualTextEncoder`)."""
+class TextConfig(Config):
+    """Which tower to load, and which of its outputs condition the U-Net."""
 
-    tokenizer: Tokenizer
-    width: int  # of the hidden states
-    pooled_dim: int  # of the pooled embedding that the U-Net gets; 0 when it gets none
+    model: str = "latest"
+    """`local-dir:FOLDER`, an open_clip name such as ViT-H-14, `hf-hub:ORG/NAME`; `latest`: the newest finished
+    train_clip run in the folder of this run; `none`: no text"""
+    pretrained: str | None = None
+    """open_clip's tag of the weights, such as laion2b_s32b_b79k, when `model` is an open_clip name"""
+    layer: Literal["last", "penultimate"] = "last"
+    """whose hidden states condition the U-Net; penultimate in Stable Diffusion 2"""
+    final_layer_norm: bool = True
+    """apply the tower's final layer norm to the hidden states; not in Stable Diffusion XL"""
+    pad_token_id: int | None = Field(None, ge=0)
+    """pad prompts to the context length with this token, which the U-Net attends to, as in Stable Diffusion: 49407 in
+    1, 0 in 2; left out, padding is masked"""
+    use_pooled: bool = False
+    """also condition on the pooled embedding, added to the time embedding"""
+    zero_empty_prompt: bool = False
+    """encode the empty prompt as zeros (Stable Diffusion XL) instead of running the tower"""
 
-    @property
-    @abstractmethod
-    def encoders(self) -> tuple["TextEncoder", ...]:
-        """The towers, in order."""
-
-    @abstractmethod
-    def encode_ids(self, ids: Tensor) -> TextEmbeddings:
-        """Encode the ids (b, context_length) of `tokenize`, on the CPU, up to the end of the longest prompt.
-
-        What follows an end token is masked and changes nothing. With `pad_token_id` prompts are padded to the context
-        length instead, and there is no mask.
-        """
-
-    @abstractmethod
-    def encode_prompts(self, prompts: list[str]) -> TextEmbeddings:
-        """Encode prompts as a user writes them: parts may be weighted, and there is no limit of tokens.
-
-        Tokens over the limit are encoded as further chunks, whose hidden states follow those of the first. A weight
-        multiplies the hidden states of its tokens; the pooled embedding is that of the first chunk, without weights.
-        ValueError: see `parse_weights`; a special token in a prompt; more than 20 chunks.
-        """
-
-    def tokenize(self, prompts: list[str]) -> Tensor:
-        """Prompts -> (b, context_length) ids on the CPU; a truncated prompt is logged."""
-        return self.tokenizer(prompts)
-
-    def forward(self, prompts: list[str]) -> TextEmbeddings:
-        """Encode prompts as captions in training: truncated, and without weights."""
-        return self.encode_ids(self.tokenize(prompts))
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings that decide the embeddings, apart from the weights."""
+        return self.model_dump(exclude={"model", "pretrained"})
 
 
-class TextEncoder(TextConditioner):
-    """One tower, always in eval mode and without gradients."""
+class TextEncoder(nn.Module):
+    """One tower, without gradients."""
 
     def __init__(
         self, tower: TextTower, tokenizer: Tokenizer, config: TextConfig, *, model_id: str, weights: Path
@@ -96,21 +85,30 @@ class TextEncoder(TextConditioner):
         return encoder
 
     def save(self, folder: Path) -> str:
-        """Write a local or converted tower to `folder`; returns the `TextConfig.model` that names it."""
-        return save_tower(self.tower, self.model_id, folder)
+        """Write a local or converted tower to `folder`; returns the `TextConfig.model` that names it.
 
-    @property
-    def encoders(self) -> tuple["TextEncoder", ...]:
-        """This one alone."""
-        return (self,)
-
-    def train(self, mode: bool = True) -> "TextEncoder":
-        """Stay in eval mode, whatever the mode of the module around."""
-        return super().train(False)
+        A public tower is not written: its name is enough.
+        """
+        if self.model_id == CONVERTED:
+            write_text(folder / CONFIG_NAME, json.dumps({"model_cfg": self.tower.cfg}, indent=2))
+            write_tensors(folder / WEIGHTS_NAME, self.tower.state_dict())
+        elif self.model_id.startswith(LOCAL):
+            for name in (CONFIG_NAME, WEIGHTS_NAME):
+                source, target = Path(self.model_id.removeprefix(LOCAL)) / name, folder / name
+                if not target.exists() or not source.samefile(target):
+                    with atomic_write(target) as tmp_path:
+                        shutil.copyfile(source, tmp_path)
+        else:
+            return self.model_id
+        return LOCAL + folder.name
 
     @torch.no_grad()
     def encode_ids(self, ids: Tensor) -> TextEmbeddings:
-        """See `TextConditioner`."""
+        """Encode ids (b, context_length) on the CPU, as training does, up to the end of the longest prompt.
+
+        What follows an end token is masked and changes nothing. With `pad_token_id` prompts are padded to the context
+        length instead, and there is no mask.
+        """
         end = ids.argmax(dim=1, keepdim=True)  # of ids on the CPU, so the length is known without the device
         if self.config.pad_token_id is None:
             ids = ids[:, : int(end.max()) + 1] if self.trim else ids
@@ -120,18 +118,28 @@ class TextEncoder(TextConditioner):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> TextEmbeddings:
-        """See `TextConditioner`."""
+        """Encode prompts as a user writes them: parts may be weighted, and there is no limit of tokens.
+
+        Tokens over the limit are encoded as further chunks, whose hidden states follow those of the first. A weight
+        multiplies the hidden states of its tokens; the pooled embedding is that of the first chunk, without weights.
+        ValueError: see `parse_weights`; a special token in a prompt; more than 20 chunks.
+        """
         chunks = [self._chunks(prompt) for prompt in prompts]
         count = max(map(len, chunks))
-        embeddings = self._embed_chunks([chunk for own in chunks for chunk in own + [[]] * (count - len(own))])
-        hidden_states = rearrange(embeddings.hidden_states, "(b n) l w -> b (n l) w", n=count)
-        mask = None
-        if embeddings.mask is not None:
+        start, end = (self.tokenizer.sot_token_id, 1.0), (self.tokenizer.eot_token_id, 1.0)
+        rows = [[start, *chunk, end] for own in chunks for chunk in own + [[]] * (count - len(own))]
+        length = max(map(len, rows)) if self.config.pad_token_id is None else self.tower.length
+        padding = (self.config.pad_token_id or 0, 1.0)
+        padded = torch.tensor([row + [padding] * (length - len(row)) for row in rows])  # ids are exact in float32
+        ids, weights = padded.unbind(-1)
+        hidden_states, mask, pooled = self._embed(ids.long())
+        hidden_states = hidden_states * to_device(weights, self._device)[..., None]
+        if mask is not None:
             used = torch.tensor([i < len(own) for own in chunks for i in range(count)])
-            mask = embeddings.mask & to_device(used, self._device)[:, None]
-            mask = rearrange(mask, "(b n) l -> b (n l)", n=count)
+            mask = rearrange(mask & to_device(used, self._device)[:, None], "(b n) l -> b (n l)", n=count)
+        hidden_states = rearrange(hidden_states, "(b n) l w -> b (n l) w", n=count)
         nonempty = torch.tensor([bool(prompt.strip()) for prompt in prompts])
-        return self._zero_empty(TextEmbeddings(hidden_states, mask, embeddings.pooled[::count]), nonempty)
+        return self._zero_empty(TextEmbeddings(hidden_states, mask, pooled[::count]), nonempty)
 
     @property
     def _device(self) -> torch.device:
@@ -143,36 +151,21 @@ class TextEncoder(TextConditioner):
         embeddings = self.tower(to_device(ids, self._device), layer=layer, final_layer_norm=final_layer_norm)
         return embeddings if self.config.pad_token_id is None else embeddings._replace(mask=None)
 
-    def _embed_chunks(self, chunks: list[Chunk]) -> TextEmbeddings:
-        """The embeddings of chunks between start and end token, hidden states times weights."""
-        start, end = (self.tokenizer.sot_token_id, 1.0), (self.tokenizer.eot_token_id, 1.0)
-        rows = [[start, *chunk, end] for chunk in chunks]
-        length = max(map(len, rows)) if self.config.pad_token_id is None else self.tower.length
-        padding = (self.config.pad_token_id or 0, 1.0)
-        padded = torch.tensor([row + [padding] * (length - len(row)) for row in rows])  # ids are exact in float32
-        ids, weights = padded.unbind(-1)
-        embeddings = self._embed(ids.long())
-        hidden_states = embeddings.hidden_states * to_device(weights, self._device)[..., None]
-        return embeddings._replace(hidden_states=hidden_states)
-
     def _zero_empty(self, embeddings: TextEmbeddings, nonempty: Tensor) -> TextEmbeddings:
         """Zeros where the prompt is not `nonempty` (b,), with `zero_empty_prompt`."""
         if not self.config.zero_empty_prompt:
             return embeddings
         factor = to_device(nonempty.to(embeddings.pooled.dtype), self._device)
-        return embeddings._replace(
-            hidden_states=embeddings.hidden_states * factor[:, None, None], pooled=embeddings.pooled * factor[:, None]
-        )
+        hidden_states, mask, pooled = embeddings
+        return TextEmbeddings(hidden_states * factor[:, None, None], mask, pooled * factor[:, None])
 
-    def _chunks(self, prompt: str) -> list[Chunk]:
-        """The tokens of a prompt and their weights, in chunks; one empty chunk for no words."""
+    def _chunks(self, prompt: str) -> list[list[tuple[int, float]]]:
+        """Tokens of a prompt and their weights, as many as the tower has room for; one empty chunk for no words."""
         room = self.tower.length - 2
         tokens = [(token, part.weight) for part in parse_weights(prompt) for token in self.tokenizer.encode(part.text)]
         for special in (self.tokenizer.sot_token_id, self.tokenizer.eot_token_id):  # written so, or as &lt;...&gt;
             if any(token == special for token, _ in tokens):
                 raise ValueError(f"prompt contains the special token {self.tokenizer.decoder[special]}: leave it out")
-        if len(tokens) > MAX_PROMPT_CHUNKS * room:
-            raise ValueError(
-                f"prompt has {len(tokens):,} tokens, at most {MAX_PROMPT_CHUNKS * room:,} are allowed: shorten it"
-            )
+        if len(tokens) > (limit := MAX_PROMPT_CHUNKS * room):
+            raise ValueError(f"prompt has {len(tokens):,} tokens, at most {limit:,} are allowed: shorten it")
         return [tokens[i : i + room] for i in range(0, len(tokens), room)] or [[]]

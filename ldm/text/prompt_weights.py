@@ -5,7 +5,7 @@ import reprlib
 from typing import NamedTuple
 
 MAX_WEIGHT = 1000  # beyond it hidden states and guidance soon overflow
-BRACKET_FACTOR, BRACKETS = 1.1, {"(": ")", "[": "]"}
+BRACKETS = {"(": (")", 1.1), "[": ("]", 1 / 1.1)}  # the closing one, and the factor of the weight
 NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+))"
 WEIGHT_PATTERN = re.compile(rf":\s*{NUMBER}\s*\)")
 AND_WEIGHT_PATTERN = re.compile(rf":\s*{NUMBER}\s*$")
@@ -27,8 +27,9 @@ def parse_weights(prompt: str) -> list[WeightedText]:
     texts, weights = [""], [1.0]  # texts[i] has weights[i]
     opened: list[tuple[str, int]] = []  # brackets, and the index of the text that each begins with
 
-    def close(factor: float) -> None:
-        _, start = opened.pop()
+    def close(factor: float | None = None) -> None:
+        bracket, start = opened.pop()
+        factor = BRACKETS[bracket][1] if factor is None else factor
         weights[start:] = [weight * factor for weight in weights[start:]]
         texts.append("")
         weights.append(1.0)
@@ -46,13 +47,13 @@ def parse_weights(prompt: str) -> list[WeightedText]:
         elif number and opened and opened[-1][0] == "(":
             close(float(number[1]))
             i = number.end() - 1
-        elif opened and char == BRACKETS[opened[-1][0]]:
-            close(_factor(opened[-1][0]))
+        elif opened and char == BRACKETS[opened[-1][0]][0]:
+            close()
         else:
             texts[-1] += char
         i += 1
     while opened:
-        close(_factor(opened[-1][0]))
+        close()
     parts = [WeightedText(text, weight) for text, weight in zip(texts, weights, strict=True) if text]
     return _check_weights(parts or [WeightedText("", 1.0)])
 
@@ -80,7 +81,3 @@ def _check_weights(parts: list[WeightedText]) -> list[WeightedText]:
         if not abs(weight) <= MAX_WEIGHT:  # so that NaN is refused: inf times 0
             raise ValueError(f"prompt has {reprlib.repr(text)} with weight {weight:g}: at most {MAX_WEIGHT} is allowed")
     return parts
-
-
-def _factor(bracket: str) -> float:
-    return BRACKET_FACTOR if bracket == "(" else 1 / BRACKET_FACTOR

@@ -1,13 +1,13 @@
-"""CLIP's byte-pair tokenizer, open_clip's own, without the seconds that importing open_clip takes."""
+"""Captions and prompts as words, and as ids: CLIP's byte-pair tokenizer, open_clip's own, without its slow import."""
 
 import hashlib
 import importlib.util
 import json
 import logging
-import sys
+import runpy
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -59,21 +59,23 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def split_words(text: str) -> list[str]:
+    """The words of a caption or prompt, in lower case."""
+    return "".join(c if c.isalnum() or c in "'-" else " " for c in text.lower()).split()
+
+
+def vocabulary(captions: Iterable[str]) -> list[str]:
+    """All distinct words of some captions, sorted: of others, a prompt's user is warned."""
+    return sorted({word for caption in captions for word in split_words(caption)})
+
+
 @lru_cache(4)
 def _load_bpe(settings: str) -> Any:
-    """A SimpleTokenizer; it takes a quarter of a second, and all context lengths can share it."""
-    return _tokenizer_module().SimpleTokenizer(**json.loads(settings))
+    """A SimpleTokenizer; it takes a quarter of a second, and all context lengths can share it.
 
-
-def _tokenizer_module() -> ModuleType:
-    """open_clip's tokenizer.py, loaded by its path: `import open_clip` would import its models and torchvision, too."""
-    if "open_clip.tokenizer" in sys.modules:
-        return sys.modules["open_clip.tokenizer"]
+    It is run from its file: `import open_clip` would import its models and torchvision, too.
+    """
     package = importlib.util.find_spec("open_clip")
-    assert package is not None and package.submodule_search_locations
-    path = Path(package.submodule_search_locations[0]) / "tokenizer.py"
-    spec = importlib.util.spec_from_file_location("_open_clip_tokenizer", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    assert package is not None and package.origin is not None
+    module = runpy.run_path(str(Path(package.origin).with_name("tokenizer.py")))
+    return module["SimpleTokenizer"](**json.loads(settings))

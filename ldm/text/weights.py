@@ -1,19 +1,15 @@
-"""Text towers on disk, on the Hugging Face hub and in open_clip's list: found, checked, loaded and saved."""
+"""Text towers on disk, on the Hugging Face hub and in open_clip's list: found, checked and loaded."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
-from ldm.io.atomic import atomic_write, write_tensors, write_text
-from ldm.text.config import CONVERTED, HUB, LOCAL
+from ldm.io.tensors import load_strict, read_tensors
 from ldm.text.tower import TextTower
 
+LOCAL, HUB, CONVERTED = "local-dir:", "hf-hub:", "converted"  # prefixes of `model`; a tower read from another format
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
 # Settings of open_clip's text towers and tokenizer that ours do not have, with the only value that is supported.
 SUPPORTED_TEXT_CFG = {
@@ -41,49 +37,29 @@ def load_tower(model_id: str, pretrained: str | None = None) -> tuple[TextTower,
     _check_supported(cfg, model_id)
     with torch.device("meta"):
         tower = TextTower(cfg)
-    tower.load_state_dict(_read_tensors(path, list(tower.state_dict()), model_id), assign=True)
+    tensors = read_tensors(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    tensors = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
+    load_strict(tower, {name: tensors[name] for name in tower.state_dict() if name in tensors}, path, assign=True)
     return tower, path
-
-
-def save_tower(tower: TextTower, model_id: str, folder: Path) -> str:
-    """Write a local or converted tower to `folder`; returns the `TextConfig.model` that names it.
-
-    A public tower is not written: its name is enough.
-    """
-    if model_id == CONVERTED:
-        write_text(folder / CONFIG_NAME, json.dumps({"model_cfg": tower.cfg}, indent=2))
-        write_tensors(folder / WEIGHTS_NAME, tower.state_dict())
-        return LOCAL + folder.name
-    if not model_id.startswith(LOCAL):
-        return model_id
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        source, target = Path(model_id.removeprefix(LOCAL)) / name, folder / name
-        if not target.exists() or not source.samefile(target):
-            with atomic_write(target) as tmp_path:
-                shutil.copyfile(source, tmp_path)
-    return LOCAL + folder.name
 
 
 def _find(model_id: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
     """open_clip's `model_cfg` and the weights file; OSError when a download fails."""
     if model_id.startswith(LOCAL):
-        return _find_local(Path(model_id.removeprefix(LOCAL)), model_id)
+        folder = Path(model_id.removeprefix(LOCAL))
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"text tower {model_id} has no {name}: train one with `accelerate launch scripts/train_clip.py`, "
+                    "or pass a folder that open_clip saved"
+                )
+        return _read_cfg(folder / CONFIG_NAME), folder / WEIGHTS_NAME
     if model_id.startswith(HUB):
         from huggingface_hub import hf_hub_download
 
         config, weights = (hf_hub_download(model_id.removeprefix(HUB), name) for name in (CONFIG_NAME, WEIGHTS_NAME))
         return _read_cfg(Path(config)), Path(weights)
     return _find_public(model_id, pretrained)
-
-
-def _find_local(folder: Path, model_id: str) -> tuple[dict[str, Any], Path]:
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"text tower {model_id} has no {name}: train one with `accelerate launch scripts/train_clip.py`, "
-                "or pass a folder that open_clip saved"
-            )
-    return _read_cfg(folder / CONFIG_NAME), folder / WEIGHTS_NAME
 
 
 def _find_public(name: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
@@ -116,27 +92,7 @@ def _read_cfg(path: Path) -> dict[str, Any]:
 def _check_supported(cfg: dict[str, Any], model_id: str) -> None:
     text = cfg["text_cfg"] | (cfg["text_cfg"].get("tokenizer_kwargs") or {})
     if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
-        raise ValueError(
-            f"text tower {model_id} is a Hugging Face transformer: only CLIP's own text tower is supported"
-        )
+        raise ValueError(f"text tower {model_id} is a Hugging Face transformer: only CLIP's own is supported")
     for name, value in SUPPORTED_TEXT_CFG.items():
         if text.get(name, value) != value:
             raise ValueError(f"text tower {model_id} has {name} {text[name]!r}: only {value!r} is supported")
-
-
-def _read_tensors(path: Path, names: list[str], model_id: str) -> dict[str, Tensor]:
-    """The tensors of these names, float32."""
-    try:
-        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    except SafetensorError as error:
-        raise ValueError(
-            f"text tower {model_id}: {path.name} cannot be read ({error}): save or download it again"
-        ) from None
-    tensors = {name.removeprefix("text."): tensor.float() for name, tensor in tensors.items()}
-    missing = [name for name in names if name not in tensors]
-    if missing:
-        raise ValueError(
-            f"text tower {model_id}: {path.name} lacks {len(missing)} tensors, such as {', '.join(missing[:5])}: "
-            "save or download it again"
-        )
-    return {name: tensors[name] for name in names}

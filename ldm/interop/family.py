@@ -1,0 +1,101 @@
+"""What the formats of the Stable Diffusion family have in common, and how their tensors become networks."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ldm.interop import key_map
+from ldm.text import TextConfig, TextEncoder
+from ldm.text.tokenizer import Tokenizer
+from ldm.text.tower import TextTower
+from ldm.text.weights import CONVERTED
+
+CLIP_VOCAB_SIZE = 49_408
+NUM_GROUPS = 32  # of all norms
+HEAD_DIM = 64  # width of an attention head, where shapes do not show it
+# Settings that all formats have for a text tower, and for the two of Stable Diffusion XL.
+SD_TEXT: dict[str, Any] = {"final_layer_norm": True, "use_pooled": False, "zero_empty_prompt": False}
+SDXL_TEXT_1: dict[str, Any] = {"layer": "penultimate", "final_layer_norm": False, "use_pooled": False}
+SDXL_TEXT_2: dict[str, Any] = SDXL_TEXT_1 | {"use_pooled": True}
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@contextmanager
+def config_errors(where: object) -> Iterator[None]:
+    """ValueError that begins with `where`, for settings or shapes that do not make a network."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ZeroDivisionError, RuntimeError, ValueError) as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where}: unsupported configuration ({' '.join(reason.split())[:300]})") from None
+
+
+def channel_mult(widths: Sequence[int]) -> tuple[int, ...]:
+    """Widths of levels as multiples of the first; ValueError where they are not."""
+    if any(width % widths[0] for width in widths):
+        raise ValueError(f"the widths {tuple(widths)} are not multiples of the first")
+    return tuple(width // widths[0] for width in widths)
+
+
+def count_blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """How many indices follow `prefix.`."""
+    matches = (re.match(rf"{re.escape(prefix)}\.(\d+)", name) for name in tensors)
+    return len({match[1] for match in matches if match})
+
+
+def num_heads(width: int) -> int:
+    """Attention heads of a layer whose shapes do not show them."""
+    return max(width // HEAD_DIM, 1)
+
+
+def build_frozen(
+    make: Callable[[], Network],
+    tensors: Mapping[str, Tensor],
+    rename: Callable[[Network], key_map.Rename],
+    where: object,
+    **buffers: float,
+) -> Network:
+    """A frozen network in float32 with these tensors, and with buffers of our own that hold one number each.
+
+    `rename` has the names of the tensors for the network's. ValueError: tensors that are missing, extra, misshapen or
+    not finite.
+    """
+    with config_errors(where), torch.device("meta"):
+        network = make()
+    ours = network.state_dict()
+    filled = {name: torch.full(ours.pop(name).shape, value) for name, value in buffers.items()}
+    tensors = filled | key_map.remap_state_dict(tensors, ours, rename(network), where)
+    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def text_encoder(
+    tensors: Mapping[str, Tensor], config: TextConfig, where: object, *, quick_gelu: bool, heads: int | None = None
+) -> TextEncoder:
+    """A frozen tower of tensors under our names or those of transformers; its sizes come from shapes.
+
+    ValueError: see `build_frozen`; another vocabulary than CLIP's.
+    """
+    with config_errors(where):
+        if "token_embedding.weight" not in tensors:
+            tensors = key_map.text_from_transformers(tensors)
+        vocab_size, width = tensors["token_embedding.weight"].shape
+        if vocab_size < CLIP_VOCAB_SIZE:
+            raise ValueError(f"a vocabulary of {vocab_size:,} tokens: use CLIP's tokenizer, of {CLIP_VOCAB_SIZE:,}")
+        text_cfg = {
+            "context_length": tensors["positional_embedding"].shape[0],
+            "vocab_size": vocab_size,
+            "width": width,
+            "heads": heads or num_heads(width),
+            "layers": count_blocks(tensors, "transformer.resblocks"),
+            "mlp_ratio": tensors["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
+        }
+        cfg = {"embed_dim": tensors["text_projection"].shape[1], "quick_gelu": quick_gelu, "text_cfg": text_cfg}
+    tower = build_frozen(lambda: TextTower(cfg), tensors, lambda _: str, where)
+    return TextEncoder(tower, Tokenizer(tower.length), config, model_id=CONVERTED, weights=Path(config.model))
