@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "interop": {"diffusion", "io", "text", "unet", "vae"},
     "pipeline": BASE | {"cli", "diffusion", "interop", "text", "unet", "vae"},
     "training": BASE - {"conditioning"} | {"cli", "data"},
-    "stages": BASE | {"cli", "data", "diffusion", "interop", "pipeline", "text", "training", "unet", "vae"},
+    "stages": BASE | {"cli", "data", "diffusion", "pipeline", "text", "training", "unet", "vae"},
     "planning": BASE - {"conditioning"} | {"cli", "data", "stages", "text", "training", "vae"},
     "evaluation": BASE - {"conditioning"} | {"cli", "data", "diffusion", "pipeline", "planning", "vae"},
 }
