@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from ldm.cli import training_command
+from ldm.cli import command_to_train
 from ldm.conditioning import Conditioning
 from ldm.config import CONFIGS, check_equal
 from ldm.data import DataConfig
@@ -100,7 +100,7 @@ class DiffusionStage(Stage):
         vae_folder = resolve_vae(config)
         vae = load_vae(vae_folder) if vae_folder else None
         towers = (config.text, config.second_text)
-        text = load_text_encoder(towers, config.run.parent, training_command(config, "clip", cls.default))
+        text = load_text_encoder(towers, config.run.parent, command_to_train(config, "clip", cls.default))
         model_ids = " and ".join(encoder.model_id for encoder in text.encoders) if text else "none"
         accelerator.print(f"VAE: {vae_folder or 'none'}; text: {model_ids}")
         if vae and config.cached_latents is None:
@@ -281,7 +281,7 @@ def resolve_vae(config: TrainLDMConfig) -> Path | None:
     if config.vae == "none":
         return None
     if config.vae == "latest":
-        return latest_model("vae", config.run.parent, script=training_command(config, "vae", DiffusionStage.default))
+        return latest_model("vae", config.run.parent, script=command_to_train(config, "vae", DiffusionStage.default))
     if not (Path(config.vae) / "vae.safetensors").is_file():
         raise ValueError(f"--vae {config.vae} has no vae.safetensors: pass RUN/model, or convert it with convert.py")
     return Path(config.vae)
