@@ -26,7 +26,7 @@ Script = TypeVar("Script", bound=ScriptConfig)
 def command(
     cls: type[Script], action: Callable[[Script], object], description: str | None, *, default: Path | None = None
 ) -> Callable[..., None]:
-    """The `main(argv=None)` of a script, which reads its configuration and acts on it, or exits with a short message."""
+    """The `main(argv=None)` of a script, which reads its configuration and acts on it, or exits with a message."""
 
     def main(argv: Sequence[str] | None = None) -> None:
         config = parse_cli(cls, argv, default=default, description=str(description))

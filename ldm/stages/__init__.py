@@ -7,7 +7,7 @@ from ldm.cli import command, config_flag
 from ldm.stages.clip import CLIPStage
 from ldm.stages.diffusion import DiffusionStage
 from ldm.stages.vae import VAEStage
-from ldm.training.trainer import train
+from ldm.training.trainer import FitResult, train
 
 STAGES: dict[str, type[CLIPStage] | type[VAEStage] | type[DiffusionStage]] = {
     "clip": CLIPStage,
@@ -29,8 +29,9 @@ def train_command(name: str, description: str | None) -> Callable[..., None]:
     stage = STAGES[name]
 
     def action(config: Any) -> None:
-        if status := train(stage, config).exit_status:
-            raise SystemExit(status)
+        result: FitResult = train(stage, config)
+        if result.exit_status:
+            raise SystemExit(result.exit_status)
 
     return command(stage.Config, action, description, default=stage.default)
 
