@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
 
 from ldm import rng
 from ldm.data.sources import shapes
-from ldm.imaging import pil_to_tensor, tensor_to_pil
+from ldm.imaging import pil_to_tensor
 from ldm.io.tensors import load_weights, save_weights
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -29,8 +30,8 @@ class AttributeClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            *_convolution(3, 32, stride=2), *_convolution(32, 64), *_convolution(64, 64),
-            *_convolution(64, 128, stride=2), *_convolution(128, 128),
+            *Conv2dNormActivation(3, 32, stride=2), *Conv2dNormActivation(32, 64), *Conv2dNormActivation(64, 64),
+            *Conv2dNormActivation(64, 128, stride=2), *Conv2dNormActivation(128, 128),
             nn.AdaptiveAvgPool2d(8), nn.Conv2d(128, 32, 1), nn.Flatten(), nn.Linear(32 * 64, 256), nn.ReLU(),
         )  # fmt: skip
         self.heads = nn.ModuleDict({name: nn.Linear(256, len(values)) for name, values in ATTRIBUTES.items()})
@@ -46,11 +47,6 @@ class AttributeClassifier(nn.Module):
         return [
             shapes.Scene(**{name: ATTRIBUTES[name][best[name][i]] for name in ATTRIBUTES}) for i in range(len(images))
         ]
-
-
-def _convolution(channels_in: int, channels_out: int, *, stride: int = 1) -> list[nn.Module]:
-    convolution = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
-    return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU()]
 
 
 def train_classifier(size: int, *, steps: int = 400, batch_size: int = 96, seed: int = 0) -> AttributeClassifier:
@@ -116,11 +112,6 @@ def count_correct(model: AttributeClassifier, images: Tensor, scenes: Sequence[s
     pairs = list(zip(model.predict_scenes(images), scenes, strict=True))
     correct = {name: sum(getattr(a, name) == getattr(b, name) for a, b in pairs) for name in ATTRIBUTES}
     return correct | {"all": sum(a == b for a, b in pairs)}
-
-
-def prompt_scores(model: AttributeClassifier, images: Tensor, scenes: Sequence[shapes.Scene]) -> dict[str, int]:
-    """`count_correct` of generated images, as a PNG would hold them."""
-    return count_correct(model, torch.stack([pil_to_tensor(image, 3) for image in tensor_to_pil(images)]), scenes)
 
 
 def render_batch(scenes: Sequence[shapes.Scene], size: int, *, seed: int) -> Tensor:

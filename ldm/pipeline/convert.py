@@ -43,7 +43,7 @@ def convert(config: ConvertConfig) -> float:
     partial = config.target.with_name(f".writing-{config.target.name}")
     try:
         WRITERS[config.format](components, partial)
-        difference = compare(Pipeline.from_components(components, config.source), Pipeline.load(partial))
+        difference = compare(Pipeline(**components._asdict()).to("cpu"), Pipeline.load(partial))
         if difference > MAX_PIXEL_DIFFERENCE:
             raise ValueError(
                 f"{config.source} generates another image when it is read back as {config.format}: pixels differ by "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ldm.conditioning import Conditioning
 from ldm.diffusion.guidance import (
     CondUncondFn,
     Denoiser,
@@ -19,10 +20,14 @@ from ldm.diffusion.guidance import (
     guided_denoiser,
 )
 from ldm.diffusion.process import Diffusion
-from ldm.pipeline.conditions import prompt_conditioning
-from ldm.text import TextConditioner
+from ldm.text import TextConditioner, TextEmbeddings
 from ldm.text.prompt_weights import WeightedText, split_and
 from ldm.unet import UNet
+
+
+def text_conditioning(text: TextConditioner, embeddings: TextEmbeddings) -> Conditioning:
+    """Hidden states, their mask, and the pooled vector of towers whose configuration uses it."""
+    return Conditioning(embeddings.hidden_states, embeddings.mask, embeddings.pooled if text.pooled_dim else None)
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class PromptDenoiser:
     negative_prompts: list[str]
     sizes: Tensor  # (1, 6), for networks that are conditioned on them
     spatial: Tensor | None  # (1, cond_channels, h, w)
-    literal: bool  # the prompts are captions: brackets, AND and length have no meaning
+    literal: bool  # the prompts are captions, read as in training: without weights, and cut at the limit
 
     def guided(self, scale: float, guidance: GuidanceConfig) -> Denoiser:
         """ValueError: a scale that is not finite, or guidance that the noise schedule does not support."""
@@ -78,7 +83,10 @@ class PromptDenoiser:
 
     def _plain(self, unet: UNet, prompts: list[str]) -> Denoiser:
         """One network and one prompt for each image; the prompts are encoded here, once for all steps."""
-        cond = prompt_conditioning(self.text, prompts, literal=self.literal)
+        cond = Conditioning()
+        if self.text is not None:
+            embeddings = self.text(prompts) if self.literal else self.text.encode_prompts(prompts)
+            cond = text_conditioning(self.text, embeddings)
         sizes = self.sizes if unet.config.size_embed_dim else None
         cond = replace(cond, sizes=sizes, spatial=self.spatial).cached()
 

@@ -26,8 +26,7 @@ from ldm.imaging import captioned_grid, tensor_to_pil
 from ldm.io.model_dir import latest_model
 from ldm.io.tensors import init_weights, sha256
 from ldm.pipeline import Pipeline
-from ldm.pipeline.conditions import text_conditioning
-from ldm.pipeline.inputs import initial_noise
+from ldm.pipeline.denoiser import text_conditioning
 from ldm.pipeline.load import load_components, load_vae
 from ldm.rng import StepRNG, generator
 from ldm.stages.latents import open_latents, text_fingerprint
@@ -236,18 +235,14 @@ class DiffusionStage(Stage):
         """A grid of sampled images with their prompts."""
         config = self.config
         prompts = list(config.sample_prompts or self.sample_captions[:16])
-        seeds = list(range(len(prompts)))
-        shape = self.pipeline.latent_shape(config.data.resolution, config.data.resolution)
-        z = self.pipeline.sample(
-            initial_noise(shape, seeds).to(self.device),
+        images = self.pipeline.sample(
             prompts,
-            [""] * len(seeds),
-            seeds=seeds,
+            range(len(prompts)),
             steps=config.sample_steps,
             guidance_scale=config.sample_guidance_scale,
             literal=not config.sample_prompts,
         )
-        return captioned_grid(tensor_to_pil(self.pipeline.decode(z)), prompts, columns=8)
+        return captioned_grid(tensor_to_pil(images), prompts, columns=8)
 
     def save(self, folder: Path) -> None:
         """Write the whole pipeline."""
