@@ -1,7 +1,8 @@
 """Figures that explain: noising, denoising, latents, guidance, edited images, and the curves of a run."""
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,10 @@ def latents(pipeline: Pipeline, images: Tensor) -> Image.Image:
 
 def guidance(pipeline: Pipeline, prompt: str, scales: Sequence[float], *, seeds: int = 6) -> Image.Image:
     """Each row has the prompt with the same seeds under another guidance scale."""
-    images = []
+    prompts, rows = [prompt] * seeds, {}
     for scale in scales:
-        images += tensor_to_pil(pipeline.sample([prompt] * seeds, range(seeds), guidance_scale=scale))
-    return with_row_labels(image_grid(images, columns=seeds, scale=SCALE), [f"scale {value:g}" for value in scales])
+        rows[f"scale {scale:g}"] = tensor_to_pil(pipeline.sample(prompts, range(seeds), guidance_scale=scale))
+    return labelled_rows(rows)
 
 
 def edits(pipeline: Pipeline, described: str, wanted: str, edits: Sequence[str]) -> Image.Image:
@@ -66,31 +67,27 @@ def edits(pipeline: Pipeline, described: str, wanted: str, edits: Sequence[str])
     image, side = pipeline(described, **guided, seed=1)[0], pipeline.resolution
     mask = Image.new("L", image.size)
     mask.paste(255, (side // 2, side // 2, side, side))
-    columns = len(edits) + 1
-    strengths = [i / (columns - 1) for i in range(columns)]
-    rows = [pipeline(wanted, image=image, strength=strength, **guided, seed=2)[0] for strength in strengths]
-    filled = pipeline(wanted, image=image, mask=mask, strength=1.0, num_images=columns - 2, **guided, seed=3)
-    rows += [image, mask.convert(image.mode), *filled]
+    count = len(edits)
+    strengths = [i / count for i in range(count + 1)]
+    filled = pipeline(wanted, image=image, mask=mask, strength=1.0, num_images=count - 1, **guided, seed=3)
     inverted: dict[str, Any] = {"image": image, "inversion_prompt": described, "sampler": "euler", "steps": 10}
-    rows += [image, *(pipeline(edit, **inverted, **guided)[0] for edit in edits)]
-    labels = ["strength 0 to 1", "inpainting under a mask", "inversion, then another prompt"]
-    return with_row_labels(image_grid(rows, columns=columns, scale=SCALE), labels, width=110)
+    rows = {
+        "strength 0 to 1": [pipeline(wanted, image=image, strength=s, **guided, seed=2)[0] for s in strengths],
+        "inpainting under a mask": [image, mask, *filled],
+        "inversion, then another prompt": [image, *(pipeline(edit, **inverted, **guided)[0] for edit in edits)],
+    }
+    return labelled_rows(rows, width=110)
 
 
-def prompt_grid(pipeline: Pipeline, prompts: Sequence[str], *, seeds: int = 4) -> Image.Image:
-    """Each row has a prompt with the seeds 0, 1, ... under the model's own guidance scale."""
-    settings: dict[str, Any] = {"guidance_scale": pipeline.default_guidance_scale, "num_images": seeds}
-    rows = [image for prompt in prompts for image in pipeline(prompt, **settings)]
-    return with_row_labels(image_grid(rows, columns=seeds, scale=SCALE), prompts, width=160)
-
-
-def with_row_labels(grid: Image.Image, labels: Sequence[str], *, width: int = 70) -> Image.Image:
-    """A grid with a label left of each row."""
+def labelled_rows(rows: Mapping[str, Sequence[Image.Image]], *, width: int = 70) -> Image.Image:
+    """A grid of rows of images, each with its label to the left, `width` pixels wide."""
+    images = list(itertools.chain.from_iterable(rows.values()))
+    grid = image_grid(images, columns=len(images) // len(rows), scale=SCALE)
     wide = Image.new("RGB", (grid.width + width, grid.height), "white")
     wide.paste(grid, (width, 0))
     draw, font = ImageDraw.Draw(wide), ImageFont.load_default(size=13)
-    for row, label in enumerate(labels):
-        position = (4, (row + 0.5) * grid.height / len(labels))
+    for row, label in enumerate(rows):
+        position = (4, (row + 0.5) * grid.height / len(rows))
         draw.text(position, wrap_text(label, font, width - 8), font=font, fill="black", anchor="lm")
     return wide
 
@@ -160,12 +157,13 @@ def make_figures(config: FiguresConfig) -> None:
     """Write samples, noising, denoising, latents, guidance and edits as PNG files, or prompts alone."""
     folder = config.model or latest_model("pipeline", Path("runs"), script="make demo")
     pipeline = Pipeline.load(folder)
+    scale = pipeline.default_guidance_scale
     if config.prompts:
-        save_image(prompt_grid(pipeline, config.prompts), config.out / "prompts.png")
+        rows = {prompt: pipeline(prompt, guidance_scale=scale, num_images=4) for prompt in config.prompts}
+        save_image(labelled_rows(rows, width=160), config.out / "prompts.png")
         return
     held_out = open_dataset(DataConfig(**pipeline.metadata["data"]), "test", seed=0)
     images = next(image_batches(held_out, held_out.evenly_spaced(3)))
-    scale = pipeline.default_guidance_scale
     samples = [pipeline(prompt, guidance_scale=scale, seed=seed)[0] for seed, prompt in enumerate(PROMPTS)]
     figures = {
         "samples": captioned_grid(samples, PROMPTS, columns=4),

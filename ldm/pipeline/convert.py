@@ -1,7 +1,7 @@
 """What the command convert does: one model format into another, read back and compared."""
 
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -40,20 +40,17 @@ def convert(config: ConvertConfig) -> float:
     else:
         components = load_components(config.source)
     print(f"{config.source}: {components.description}")
-    partial = config.target.with_name(f".writing-{config.target.name}")
-    try:
-        WRITERS[config.format](components, partial)
-        difference = compare(Pipeline(**components._asdict()).to("cpu"), Pipeline.load(partial))
+    config.target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".writing-", dir=config.target.parent) as folder:
+        written = Path(folder) / config.target.name
+        WRITERS[config.format](components, written)
+        difference = compare(Pipeline(components).to("cpu"), Pipeline.load(written))
         if difference > MAX_PIXEL_DIFFERENCE:
             raise ValueError(
                 f"{config.source} generates another image when it is read back as {config.format}: pixels differ by "
                 f"{difference:g} of 255, so nothing was written"
             )
-        partial.rename(config.target)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
+        written.rename(config.target)
     print(f"{config.target}: written as {config.format}, read back; the same image differs by {difference:g} of 255")
     return difference
 

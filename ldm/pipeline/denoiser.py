@@ -90,6 +90,7 @@ class PromptDenoiser:
         sizes = self.sizes if unet.config.size_embed_dim else None
         cond = replace(cond, sizes=sizes, spatial=self.spatial).cached()
 
+        @torch.no_grad()
         def network(z_t: Tensor, t: Tensor) -> Tensor:
             timestep = self.diffusion.network_timestep(t[:1]).to(z_t.device, torch.float32)  # all images have one t
             return unet.predict(z_t, unet.embed_timestep(timestep), cond)

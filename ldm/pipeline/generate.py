@@ -15,10 +15,11 @@ from tyro.conf import Positional
 from ldm.cli import ScriptConfig
 from ldm.diffusion.guidance import GuidanceConfig
 from ldm.diffusion.samplers import SamplerStep, get_sampler
-from ldm.imaging import image_grid, open_image, pad_for_outpainting, save_image
+from ldm.imaging import decode_image, image_grid, pad_for_outpainting, save_image
 from ldm.io.model_dir import latest_model, read_text
 from ldm.io.tensors import sha256
 from ldm.pipeline.inputs import img2img_steps
+from ldm.pipeline.load import weights_file
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.record import GenerationRecord, InitImageRecord, read_png, save_png
 
@@ -180,26 +181,19 @@ def init_image_record(config: Img2ImgConfig) -> InitImageRecord:
             raise ValueError(f"{name} {path} does not exist")
     if config.image is None:
         raise ValueError("--image is required; txt2img.py generates from a prompt alone")
-    return InitImageRecord(
-        image=str(config.image),
-        image_hash=sha256(config.image),
-        strength=config.strength,
-        mask=config.mask and str(config.mask),
-        mask_hash=config.mask and sha256(config.mask),
-        inversion_prompt=config.inversion_prompt,
-        outpaint=config.outpaint,
-    )
+    values = {name: value for name, value in config if name in InitImageRecord.model_fields}
+    mask_hash = sha256(config.mask) if config.mask else None
+    return InitImageRecord(**values, image_hash=sha256(config.image), mask_hash=mask_hash)
 
 
 def load_models(path: Path, guide_path: str | Path | None, device: str | None) -> tuple[Pipeline, dict[str, str]]:
     """A pipeline, guided by another model if there is one, and the fields of a record that name them."""
     pipeline = Pipeline.load(path, device=resolve_device(device))
     print(f"{path}: {pipeline.components.description}", file=sys.stderr)
-    models = {"model": str(path), "model_hash": sha256(pipeline.weights_file)}
+    models = {"model": str(path), "model_hash": sha256(weights_file(path))}
     if guide_path:
-        guide = Pipeline.load(guide_path, device=pipeline.device)
-        pipeline.set_guide_model(guide)
-        models |= {"guide_model": str(guide_path), "guide_model_hash": sha256(guide.weights_file)}
+        pipeline.set_guide_model(Pipeline.load(guide_path, device=pipeline.device))
+        models |= {"guide_model": str(guide_path), "guide_model_hash": sha256(weights_file(Path(guide_path)))}
     return pipeline, models
 
 
@@ -245,10 +239,13 @@ def open_init_image(record: InitImageRecord | None) -> dict[str, Any]:
     return {"image": image, "mask": mask, "strength": record.strength, "inversion_prompt": record.inversion_prompt}
 
 
-def _open_unchanged(path: str, digest: str | None) -> Image.Image:
-    if not Path(path).is_file() or sha256(Path(path)) != digest:
+def _open_unchanged(path: Path, digest: str | None) -> Image.Image:
+    if not path.is_file() or sha256(path) != digest:
         raise ValueError(f"{path} is not the image that this was generated from: put that one back")
-    return open_image(Path(path))
+    try:
+        return decode_image(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def save_images(images: Iterable[tuple[Image.Image, GenerationRecord]], out: Path) -> list[Path]:

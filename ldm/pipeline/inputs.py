@@ -16,8 +16,8 @@ class InitImage(NamedTuple):
 
     latents: Tensor  # (1, c, h, w), standardized
     strength: float  # share of the steps that are taken: 0 changes nothing, 1 everything
-    mask: Tensor | None  # (1, 1, h, w), 1 where latents are generated, 0 where those of the image stay
-    spatial: Tensor | None  # (1, 1 + c, h, w), mask and masked-image latents, for inpainting networks
+    mask: Tensor | None = None  # (1, 1, h, w), 1 where latents are generated, 0 where those of the image stay
+    spatial: Tensor | None = None  # (1, 1 + c, h, w), mask and masked-image latents, for inpainting networks
 
     def start(self, noise: Tensor, ts: Tensor, diffusion: Diffusion) -> tuple[Tensor, Tensor]:
         """The noised latents that sampling starts from, (b, c, h, w), and the last of `ts` (steps + 1,) from there on.

@@ -1,6 +1,6 @@
 """The pipeline: prompts -> guided denoiser -> sampler -> latents -> images."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ldm.imaging import pil_to_tensor, tensor_to_pil
 from ldm.interop.components import ModelComponents
 from ldm.pipeline.denoiser import PromptDenoiser
 from ldm.pipeline.inputs import InitImage, consecutive_seeds, initial_noise, slerp
-from ldm.pipeline.load import UNET_FILE, load_components, save_components
+from ldm.pipeline.load import load_components, save_components
 from ldm.text import TextConditioner
 from ldm.text.prompt_weights import strip_weights
 from ldm.text.vocabulary import split_words
@@ -26,7 +26,6 @@ from ldm.unet import UNet
 from ldm.vae import VAE
 from ldm.vae.tiling import tiled_decode
 
-OnStep = Callable[[int, SamplerStep], None]
 DEFAULT_GUIDANCE = GuidanceConfig()
 FALLBACK_GUIDANCE_SCALE = 7.5  # of models that record none
 
@@ -34,23 +33,11 @@ FALLBACK_GUIDANCE_SCALE = 7.5  # of models that record none
 class Pipeline:
     """A trained model that generates images. The seed of image i is seed + i, and an image depends on nothing else."""
 
-    def __init__(
-        self,
-        unet: UNet,
-        diffusion: Diffusion,
-        *,
-        vae: VAE | None,
-        text: TextConditioner | None,
-        resolution: int,
-        vocabulary: Iterable[str] = (),
-        metadata: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.unet, self.diffusion, self.vae, self.text = unet, diffusion, vae, text
-        self.vae_factor = vae.config.factor if vae else 1  # pixels on a side of a latent
-        self.resolution = resolution  # side of the training images, in pixels
-        self.vocabulary = frozenset(vocabulary)  # of the training captions; empty: unknown
-        self.metadata = dict(metadata or {})  # of the training: data, and the guidance scale of its samples
-        self.path: Path | None = None  # the folder or file that it was loaded from
+    def __init__(self, components: ModelComponents, path: Path | None = None) -> None:
+        self.components, self.path = components, path  # the folder or file that they were read from
+        self.unet, self.diffusion, self.vae, self.text, self.resolution, vocabulary, self.metadata = components
+        self.vocabulary = frozenset(vocabulary)
+        self.vae_factor = self.vae.config.factor if self.vae else 1  # pixels on a side of a latent
         self.guide_unet: UNet | None = None  # for autoguidance
         self._preview_map: Tensor | None = None  # (latent channels + 1, image channels)
 
@@ -62,29 +49,11 @@ class Pipeline:
 
         ValueError: not a model, incomplete, or with another VAE than the one that the U-Net was trained on.
         """
-        pipeline = cls(**load_components(Path(path))._asdict())
-        pipeline.path = Path(path)
-        return pipeline.to(device)
+        return cls(load_components(Path(path)), Path(path)).to(device)
 
     def save(self, folder: str | Path) -> None:
         """Write a model folder that explains itself."""
         save_components(self.components, Path(folder))
-
-    @property
-    def components(self) -> ModelComponents:
-        """What a model folder, or another format, holds of this pipeline."""
-        vocabulary = tuple(sorted(self.vocabulary))
-        return ModelComponents(
-            self.unet, self.diffusion, self.vae, self.text, self.resolution, vocabulary, self.metadata
-        )
-
-    @property
-    def weights_file(self) -> Path:
-        """The file that the U-Net was read from; of several, the first."""
-        assert self.path is not None, "this pipeline was not loaded"
-        if self.path.is_file():
-            return self.path
-        return next(iter(sorted((self.path / "unet").glob("*.safetensors"))), self.path / UNET_FILE)
 
     @property
     def default_guidance_scale(self) -> float:
@@ -194,7 +163,7 @@ class Pipeline:
         variation_seed: int | None = None,
         variation_strength: float = 0.1,
         vae_tile: int | None = None,
-        on_step: OnStep | None = None,
+        on_step: Callable[[int, SamplerStep], None] | None = None,
     ) -> list[Image.Image]:
         """Generate `num_images` images of one prompt with the seeds seed, seed + 1, ...
 
@@ -276,13 +245,13 @@ class Pipeline:
         pixels = pil_to_tensor(image, channels)[None]
         latents = self.encode(pixels)
         if mask is None:
-            return InitImage(latents, strength, None, None)
+            return InitImage(latents, strength)
         masked = (pil_to_tensor(mask, 1)[None] + 1) / 2
         latent_mask = F.max_pool2d(masked, self.vae_factor).ceil().to(self.device)
         if not self.unet.config.cond_channels:
-            return InitImage(latents, strength, latent_mask, None)
+            return InitImage(latents, strength, mask=latent_mask)
         masked_latents = self.encode(pixels * (masked < 0.5))
-        return InitImage(latents, strength, None, torch.cat([latent_mask, masked_latents], dim=1))
+        return InitImage(latents, strength, spatial=torch.cat([latent_mask, masked_latents], dim=1))
 
     @torch.no_grad()
     def invert_image(
@@ -363,7 +332,7 @@ class Pipeline:
             draws = [torch.randn(noise.shape[1:], generator=rng.generator(s, "sampler", index)) for s in seeds]
             return torch.stack(draws).to(noise)
 
-        return _without_grad(run_sampler(denoiser, self.diffusion, z, ts, noise_sampler=noise_sampler))
+        return run_sampler(denoiser, self.diffusion, z, ts, noise_sampler=noise_sampler)
 
     def _denoiser(
         self, like: Tensor, prompts: list[str], negative_prompts: list[str], spatial: Tensor | None, *, literal: bool
@@ -373,12 +342,6 @@ class Pipeline:
         sizes = torch.tensor([[height, width, 0, 0, height, width]], device=like.device)  # of an uncropped image
         networks = (self.unet, self.guide_unet, self.diffusion, self.text)
         return PromptDenoiser(*networks, prompts, negative_prompts, sizes, spatial, literal)
-
-
-@torch.no_grad()
-def _without_grad(steps: Iterator[SamplerStep]) -> Iterator[SamplerStep]:
-    """The decorator turns gradients off inside each step, and leaves them as they are in the caller in between."""
-    yield from steps
 
 
 def _is_same(one: Diffusion | VAE | TextConditioner | None, other: Diffusion | VAE | TextConditioner | None) -> bool:

@@ -32,10 +32,10 @@ SAMPLER_NAMES = {
 class InitImageRecord(Config):
     """The image, and the mask, that another image was generated from; hashes are SHA-256 of the files."""
 
-    image: str
+    image: Path
     image_hash: str
     strength: float
-    mask: str | None = None
+    mask: Path | None = None
     mask_hash: str | None = None
     inversion_prompt: str | None = None
     outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)

@@ -25,7 +25,7 @@ from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.imaging import captioned_grid, tensor_to_pil
 from ldm.io.model_dir import latest_model
 from ldm.io.tensors import init_weights, sha256
-from ldm.pipeline import Pipeline
+from ldm.pipeline import ModelComponents, Pipeline
 from ldm.pipeline.denoiser import text_conditioning
 from ldm.pipeline.load import load_components, load_vae
 from ldm.rng import StepRNG, generator
@@ -139,15 +139,9 @@ class DiffusionStage(Stage):
             progress = accelerator.is_main_process
             data.train = InMemoryLatents(data.images, self.vae.encode, device=self.device, progress=progress)
         metadata = {"data": self.config.data.to_dict(), "guidance_scale": self.config.sample_guidance_scale}
-        self.pipeline = Pipeline(
-            self.unet,
-            self.diffusion,
-            vae=self.vae,
-            text=self.text,
-            resolution=self.config.data.resolution,
-            vocabulary=words,
-            metadata=metadata,
-        )
+        resolution = self.config.data.resolution
+        components = ModelComponents(self.unet, self.diffusion, self.vae, self.text, resolution, words, metadata)
+        self.pipeline = Pipeline(components)
 
     # Loss.
 
