@@ -1,5 +1,6 @@
 """The command line of all scripts: parse, run, and end with a short message where a person must change something."""
 
+import argparse
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -37,10 +38,7 @@ def command(
 
 
 def parse_cli(cls: type[Script], argv: Sequence[str] | None, *, default: Path | None, description: str) -> Script:
-    """Read `--config FILE` (or `default`) and override it from the command line.
-
-    Exits with a short message when a value is wrong; `--help` lists every flag.
-    """
+    """Read `--config FILE` (or `default`) and override it from the command line; exits with a message on a fault."""
     args = list(sys.argv[1:] if argv is None else argv)
     with exit_on_user_error():
         path = config_flag(args) or default
@@ -70,12 +68,10 @@ def exit_on_user_error() -> Iterator[None]:
 
 def config_flag(args: list[str]) -> Path | None:
     """The file that `--config` names, if it is there."""
-    for position, arg in enumerate(args):
-        if arg.startswith("--config="):
-            return Path(arg.split("=", 1)[1])
-        if arg == "--config" and position + 1 < len(args):
-            return Path(args[position + 1])
-    return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, nargs="?")
+    path: Path | None = parser.parse_known_args(args)[0].config
+    return path
 
 
 def command_to_train(config: ScriptConfig, stage: str, default: Path) -> str:

@@ -40,14 +40,6 @@ class AttributeClassifier(nn.Module):
         features = self.features(images)
         return {name: head(features) for name, head in self.heads.items()}
 
-    @torch.no_grad()
-    def predict_scenes(self, images: Tensor) -> list[shapes.Scene]:
-        """The scene that each image (b, 3, size, size) seems to show."""
-        best = {name: logits.argmax(1).tolist() for name, logits in self(images).items()}
-        return [
-            shapes.Scene(**{name: ATTRIBUTES[name][best[name][i]] for name in ATTRIBUTES}) for i in range(len(images))
-        ]
-
 
 def train_classifier(size: int, *, steps: int = 400, batch_size: int = 96, seed: int = 0) -> AttributeClassifier:
     """Train on renders of the training split's scenes."""
@@ -61,10 +53,8 @@ def train_classifier(size: int, *, steps: int = 400, batch_size: int = 96, seed:
         batch = [scenes[i] for i in chosen]
         images = render_batch(batch, size, seed=rng.fold_seed(seed, "renders", step))
         images = degrade(images, rng.generator(seed, "worsened", step))
-        loss = sum(
-            F.cross_entropy(logits, torch.tensor([ATTRIBUTES[name].index(getattr(s, name)) for s in batch]))
-            for name, logits in model(images).items()
-        )
+        labels = scene_labels(batch)
+        loss = sum(F.cross_entropy(logits, labels[name]) for name, logits in model(images).items())
         optimizer.zero_grad()
         loss.backward()  # type: ignore[union-attr]
         optimizer.step()
@@ -107,11 +97,21 @@ def load_classifier(folder: Path, size: int) -> AttributeClassifier:
     return classifier
 
 
+@torch.no_grad()
 def count_correct(model: AttributeClassifier, images: Tensor, scenes: Sequence[shapes.Scene]) -> dict[str, int]:
     """How many images (b, 3, h, w) show the wanted value of each attribute, and of "all" five."""
-    pairs = list(zip(model.predict_scenes(images), scenes, strict=True))
-    correct = {name: sum(getattr(a, name) == getattr(b, name) for a, b in pairs) for name in ATTRIBUTES}
-    return correct | {"all": sum(a == b for a, b in pairs)}
+    labels = scene_labels(scenes)
+    correct = {name: logits.argmax(1) == labels[name] for name, logits in model(images).items()}
+    correct["all"] = torch.stack(list(correct.values())).all(0)
+    return {name: int(values.sum()) for name, values in correct.items()}
+
+
+def scene_labels(scenes: Sequence[shapes.Scene]) -> dict[str, Tensor]:
+    """The index of each scene's value of each attribute, (b,)."""
+    return {
+        name: torch.tensor([values.index(getattr(scene, name)) for scene in scenes])
+        for name, values in ATTRIBUTES.items()
+    }
 
 
 def render_batch(scenes: Sequence[shapes.Scene], size: int, *, seed: int) -> Tensor:

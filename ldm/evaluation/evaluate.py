@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -40,7 +39,7 @@ class EvaluateConfig(ScriptConfig):
     """cpu, cuda, mps; the best there is when left out"""
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig) -> None:
     """Measure, print a table and write evaluation.json next to the model folder."""
     get_sampler(config.sampler, None)
     folder = config.model or latest_model("pipeline", Path("runs"), script="make demo")
@@ -60,7 +59,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     values = {"model": str(folder), **settings, **{name: e._asdict() for name, e in report.items()}}
     write_text(folder.parent / "evaluation.json", json.dumps(values, indent=2))
     print(table(report))
-    return values
 
 
 def vae_fidelity(pipeline: Pipeline, data: DataConfig, config: EvaluateConfig) -> dict[str, Estimate]:

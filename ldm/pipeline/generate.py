@@ -87,8 +87,8 @@ class Img2ImgConfig(Txt2ImgConfig):
     """pixels to add beyond the left, top, right and bottom edge"""
 
 
-def generate(config: Txt2ImgConfig) -> list[Path]:
-    """Generate and save images, each as it comes; returns the files, the grid last when there are several images."""
+def generate(config: Txt2ImgConfig) -> None:
+    """Generate and save images, each as it comes, then a grid when there are several."""
     get_sampler(config.sampler, config.eta)
     try:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,6 @@ def generate(config: Txt2ImgConfig) -> list[Path]:
     images = [reproduce(config, config.reproduce)] if config.reproduce else generate_all(config)
     files = save_images(images, config.out)
     print(f"saved {len(files)} files: {files[0]}" + (f" ... {files[-1]}" if len(files) > 1 else ""))
-    return files
 
 
 def generate_all(config: Txt2ImgConfig) -> Iterator[tuple[Image.Image, GenerationRecord]]:

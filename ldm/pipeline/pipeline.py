@@ -45,10 +45,7 @@ class Pipeline:
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> "Pipeline":
-        """Read a model: a folder, ours or one of diffusers, or a single CompVis file.
-
-        ValueError: not a model, incomplete, or with another VAE than the one that the U-Net was trained on.
-        """
+        """Read a model: a folder, ours or one of diffusers, or a single CompVis file; see `load_components`."""
         return cls(load_components(Path(path)), Path(path)).to(device)
 
     def save(self, folder: str | Path) -> None:
@@ -169,7 +166,6 @@ class Pipeline:
 
         Args:
             guidance_scale: 1 follows the prompt without guidance; the negative prompt is then not used.
-            guidance: how the scale is applied.
             eta: fresh noise in each step, from 0 (none) to 1; the sampler's own when left out.
             timesteps: the schedule of the steps, by name or as a list of `steps` falling t in (0, 1].
             width, height: in pixels; those of `image`, or of the training images, when left out.
