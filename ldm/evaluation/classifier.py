@@ -84,14 +84,11 @@ def check_classifier(model: AttributeClassifier, size: int) -> float:
 def load_classifier(folder: Path, size: int) -> AttributeClassifier:
     """The classifier of this image size, trained at the first call; it is checked at every call."""
     path = folder / f"classifier-{CLASSIFIER_VERSION}-{size}.safetensors"
-    if path.is_file():
-        classifier = AttributeClassifier()
-        load_weights(classifier, path)
-        classifier.eval()
-    else:
+    if not path.is_file():
         print(f"training the classifier for shapes at {size} pixels, once, into {path}")
-        classifier = train_classifier(size)
-        save_weights(classifier, path)
+        save_weights(train_classifier(size), path)
+    classifier = AttributeClassifier().eval()
+    load_weights(classifier, path)
     accuracy = check_classifier(classifier, size)
     print(f"classifier accuracy on held-out renders: {accuracy:.1%}")
     return classifier

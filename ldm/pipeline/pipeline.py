@@ -82,8 +82,9 @@ class Pipeline:
 
         ValueError: it has another diffusion configuration, text tower or VAE.
         """
-        for name in ("diffusion", "text", "vae"):
-            if not _is_same(getattr(self, name), getattr(guide, name)):
+        settings, guide_settings = _inference_settings(self), _inference_settings(guide)
+        for name, value in settings.items():
+            if value != guide_settings[name] or not _has_same_weights(getattr(self, name), getattr(guide, name)):
                 raise ValueError(f"guide model {guide.path}: its {name} differs from {self.path}; pass another one")
         self.guide_unet = guide.unet
         return self.to(self.device)
@@ -340,19 +341,15 @@ class Pipeline:
         return PromptDenoiser(*networks, prompts, negative_prompts, sizes, spatial, literal)
 
 
-def _is_same(one: Diffusion | VAE | TextConditioner | None, other: Diffusion | VAE | TextConditioner | None) -> bool:
-    """Whether two components have the same weights, and the same configuration as far as it matters in sampling."""
-    states = [x.state_dict() if isinstance(x, torch.nn.Module) else {} for x in (one, other)]
-    return (
-        _inference_fields(one) == _inference_fields(other)
-        and states[0].keys() == states[1].keys()
-        and all(torch.equal(tensor.cpu(), states[1][name].cpu()) for name, tensor in states[0].items())
-    )
+def _inference_settings(pipeline: Pipeline) -> dict[str, Any]:
+    """The configuration of each component, as far as it matters in sampling."""
+    return {
+        "diffusion": pipeline.diffusion.config.inference_fields(),
+        "text": [encoder.config.fingerprint() for encoder in pipeline.text.encoders] if pipeline.text else None,
+        "vae": pipeline.vae.config if pipeline.vae else None,
+    }
 
 
-def _inference_fields(component: Diffusion | VAE | TextConditioner | None) -> Any:
-    if component is None:
-        return None
-    if isinstance(component, Diffusion):
-        return component.config.inference_fields()
-    return component.config if isinstance(component, VAE) else [e.config.fingerprint() for e in component.encoders]
+def _has_same_weights(one: object, other: object) -> bool:
+    ours, theirs = (part.state_dict() if isinstance(part, torch.nn.Module) else {} for part in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in ours)
