@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ldm import rng
 from ldm.diffusion.guidance import GuidanceConfig, inpaint_denoiser
-from ldm.diffusion.process import Diffusion
 from ldm.diffusion.samplers import SamplerStep, ddim_invert, final_latents, get_sampler
 from ldm.diffusion.timesteps import make_timesteps
 from ldm.imaging import pil_to_tensor, tensor_to_pil
@@ -19,11 +18,9 @@ from ldm.interop.components import ModelComponents
 from ldm.pipeline.denoiser import PromptDenoiser
 from ldm.pipeline.inputs import InitImage, consecutive_seeds, initial_noise, slerp
 from ldm.pipeline.load import load_components, save_components
-from ldm.text import TextConditioner
 from ldm.text.prompt_weights import strip_weights
 from ldm.text.vocabulary import split_words
 from ldm.unet import UNet
-from ldm.vae import VAE
 from ldm.vae.tiling import tiled_decode
 
 DEFAULT_GUIDANCE = GuidanceConfig()
