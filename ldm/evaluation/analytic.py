@@ -46,20 +46,20 @@ class GaussianMixture:
 
         return diffusion.denoiser(network)
 
+    def cdf(self, z_t: Tensor, diffusion: Diffusion, t: Tensor) -> Tensor:
+        """P(z <= z_t) at t, (b, 1)."""
+        alpha, sigma = diffusion.alpha(t), diffusion.sigma(t)
+        weights, means, stds = self._tensors(z_t)
+        each = torch.special.ndtr((z_t - alpha * means) / (alpha**2 * stds**2 + sigma**2).sqrt())
+        return (weights * each).sum(1, keepdim=True)
+
     def flow(self, z_t: Tensor, diffusion: Diffusion, t: Tensor, s: Tensor) -> Tensor:
         """Where the probability flow ODE takes z_t (b, 1) from t to s: in one dimension it keeps every quantile."""
-        weights, means, stds = self._tensors(z_t)
-
-        def cdf(z: Tensor, t: Tensor) -> Tensor:
-            alpha, sigma = diffusion.alpha(t), diffusion.sigma(t)
-            each = torch.special.ndtr((z - alpha * means) / (alpha**2 * stds**2 + sigma**2).sqrt())
-            return (weights * each).sum(1, keepdim=True)
-
-        quantile = cdf(z_t, t)
+        quantile = self.cdf(z_t, diffusion, t)
         low, high = torch.full_like(z_t, -20), torch.full_like(z_t, 20)
         for _ in range(80):
             middle = (low + high) / 2
-            below = cdf(middle, s) < quantile
+            below = self.cdf(middle, diffusion, s) < quantile
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2
 

@@ -121,6 +121,7 @@ def generate_all(config: Txt2ImgConfig) -> Iterator[tuple[Image.Image, Generatio
     steps = config.steps
     if init_image and init_image.inversion_prompt is None:
         steps = img2img_steps(init_image.strength, steps)
+
     firsts = range(0, config.num_images, config.batch_size)
     with tqdm(total=len(prompts) * len(firsts) * steps, unit="step", desc="sampling") as bar:
 
