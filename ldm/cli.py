@@ -1,5 +1,6 @@
 """The command line of all scripts: parse, run, and end with a short message where a person must change something."""
 
+import argparse
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,38 +22,32 @@ class ScriptConfig(Config):
 
 
 Script = TypeVar("Script", bound=ScriptConfig)
-Result = TypeVar("Result")
 
 
-def run(
-    cls: type[Script],
-    action: Callable[[Script], Result],
-    argv: Sequence[str] | None,
-    *,
-    description: str | None,
-    default: Path | None = None,
-) -> Result:
-    """What each script's `main` does: read the configuration and act on it; exits with a short message on an error."""
-    config = parse_cli(cls, argv, default=default, description=str(description))
-    with exit_on_user_error():
-        return action(config)
+def command(
+    cls: type[Script], action: Callable[[Script], object], description: str | None, *, default: Path | None = None
+) -> Callable[..., None]:
+    """The `main(argv=None)` of a script, which reads its configuration and acts on it, or exits with a message."""
+
+    def main(argv: Sequence[str] | None = None) -> None:
+        config = parse_cli(cls, argv, default=default, description=str(description))
+        with exit_on_user_error():
+            action(config)
+
+    return main
 
 
 def parse_cli(cls: type[Script], argv: Sequence[str] | None, *, default: Path | None, description: str) -> Script:
-    """Read `--config FILE` (or `default`) and override it from the command line.
-
-    Exits with a short message when a value is wrong; `--help` lists every flag.
-    """
+    """Read `--config FILE` (or `default`) and override it from the command line; exits with a message on a fault."""
     args = list(sys.argv[1:] if argv is None else argv)
-    try:
+    with exit_on_user_error():
         path = config_flag(args) or default
         values = read_yaml(path) if path else {}
         config = cls.from_dict({**values, "config": path}, source=str(path))
-        return tyro.cli(cls, args=args, default=config, description=description)
-    except ValidationError as error:
-        raise SystemExit(_exit_message("\n".join(explain_errors(cls, error, "command line")))) from None
-    except (ValueError, OSError) as error:
-        raise SystemExit(_exit_message(str(error))) from None
+        try:
+            return tyro.cli(cls, args=args, default=config, description=description)
+        except ValidationError as error:
+            raise ValueError("\n".join(explain_errors(cls, error, "command line"))) from None
 
 
 @contextmanager
@@ -66,26 +61,20 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise SystemExit(_exit_message(str(error))) from None
+        raise SystemExit("\n".join(f"error: {line}" for line in str(error).splitlines())) from None
     finally:
         threading.excepthook = original
 
 
 def config_flag(args: list[str]) -> Path | None:
     """The file that `--config` names, if it is there."""
-    for position, arg in enumerate(args):
-        if arg.startswith("--config="):
-            return Path(arg.split("=", 1)[1])
-        if arg == "--config" and position + 1 < len(args):
-            return Path(args[position + 1])
-    return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, nargs="?")
+    path: Path | None = parser.parse_known_args(args)[0].config
+    return path
 
 
-def _exit_message(text: str) -> str:
-    return "\n".join(f"error: {line}" for line in text.splitlines())
-
-
-def training_command(config: ScriptConfig, stage: str, default: Path) -> str:
+def command_to_train(config: ScriptConfig, stage: str, default: Path) -> str:
     """The command that trains another stage of the recipe of `config`, next to its run."""
     recipe = config.config.with_name(f"{stage}.yaml") if config.config and config.config != default else None
     flag = f" --config {recipe}" if recipe and recipe.is_file() else ""

@@ -1,6 +1,6 @@
 """What conditions a network: text context, pooled vector, sizes, spatial channels. Tensors only.
 
-Prompts become conditions in pipeline/conditions.py; captions, and their dropout, in stages/diffusion.py.
+Prompts become conditions in pipeline/denoiser.py; captions, and their dropout, in stages/diffusion.py.
 """
 
 from dataclasses import dataclass, replace

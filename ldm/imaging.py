@@ -2,8 +2,6 @@
 
 import io
 import math
-import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,6 @@ Encoded = bytes | Path  # the content of an image file, or where it is
 
 
 # Files.
-
-
-def open_image(path: Path) -> Image.Image:
-    """`decode_image` of a file that a person named; its ValueError names the file."""
-    try:
-        return decode_image(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def decode_image(data: Encoded, *, channels: int = 3) -> Image.Image:
@@ -49,7 +39,7 @@ def decode_reduced(
     if isinstance(data, Image.Image):
         return data, (data.height, data.width)
     try:
-        with Image.open(_regular_file(data), formats=FORMATS) as image:
+        with _open(data) as image:
             size = (image.height, image.width)
             if size[0] * size[1] > MAX_MEGAPIXELS * 1e6:
                 raise Image.DecompressionBombError
@@ -75,7 +65,7 @@ def image_size(data: Encoded | Image.Image) -> tuple[int, int]:
     if isinstance(data, Image.Image):
         return data.height, data.width
     try:
-        with Image.open(_regular_file(data), formats=FORMATS) as image:
+        with _open(data) as image:
             turned = "exif" in image.info and _is_turned(image)  # else a PNG would be decoded to look for it
             return (image.width, image.height) if turned else (image.height, image.width)
     except Exception:  # damaged files raise errors of many types in Pillow's decoders; `decode_image` gives the reason
@@ -88,13 +78,8 @@ def save_image(image: Image.Image, path: Path, **options: Any) -> None:
         image.save(partial, **options)
 
 
-def _regular_file(data: Encoded) -> io.BytesIO | Path:
-    """What Pillow reads; OSError for a path to no regular file, such as a pipe, which would never end."""
-    if isinstance(data, bytes):
-        return io.BytesIO(data)
-    if not stat.S_ISREG(os.stat(data).st_mode):
-        raise OSError("not a regular file")
-    return data
+def _open(data: Encoded) -> Image.Image:
+    return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS)
 
 
 def _is_turned(image: Image.Image) -> bool:

@@ -1,8 +1,6 @@
 """Look at a set of images before training on it: sizes, unreadable files, duplicates, captions, a contact sheet."""
 
-from collections.abc import Sequence
-
-from ldm.cli import run
+from ldm.cli import command
 from ldm.data.inspect import CheckDataConfig, check_data
 from ldm.text.tokenizer import Tokenizer
 
@@ -14,10 +12,7 @@ def check(config: CheckDataConfig) -> None:
         print(line)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    run(CheckDataConfig, check, argv, description=__doc__)
-
+main = command(CheckDataConfig, check, __doc__)
 
 if __name__ == "__main__":
     main()

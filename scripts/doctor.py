@@ -7,9 +7,9 @@ configs/shapes/vae.yaml; else it is ldm. All other flags are those of scripts/tr
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
+from typing import Any
 
-from ldm.cli import run
+from ldm.cli import command
 from ldm.planning.doctor import examine
 from ldm.stages import STAGES, split_stage
 
@@ -18,11 +18,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line; the exit status is 1 when a check fails."""
     name, flags = split_stage(list(sys.argv[1:] if argv is None else argv))
     stage = STAGES[name]
-    checks = run(stage.Config, partial(examine, stage), flags, description=__doc__, default=stage.default)
-    if os.environ.get("RANK", "0") == "0":
-        print("\n".join(["", *(check.line() for check in checks)]))
-    if not all(check.ok for check in checks):
-        raise SystemExit(1)
+
+    def check(config: Any) -> None:
+        checks = examine(stage, config)
+        if os.environ.get("RANK", "0") == "0":
+            print("\n".join(["", *(check.line() for check in checks)]))
+        if not all(check.ok for check in checks):
+            raise SystemExit(1)
+
+    command(stage.Config, check, __doc__, default=stage.default)(flags)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,16 @@
 Memory comes from a dry run of each stage; times from a few real steps on this machine, or from --tflops.
 """
 
-from collections.abc import Sequence
-
-from ldm.cli import run
+from ldm.cli import command
 from ldm.planning.report import PlanConfig, make_plan
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    print("\n".join(run(PlanConfig, make_plan, argv, description=__doc__)))
+def show(config: PlanConfig) -> None:
+    """Print the plan."""
+    print("\n".join(make_plan(config)))
 
+
+main = command(PlanConfig, show, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm.cli import parse_cli, run
+from ldm.cli import command, parse_cli
 from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
 from ldm.data.sources import shapes
 from ldm.io.atomic import write_tensors
@@ -69,16 +69,14 @@ def train(
 
     `on_step` is called after each step, `wrap` may change the stage that was built.
     """
-    result = run(STAGES[stage].Config, partial(_train, stage, on_step, wrap), tiny_flags(stage, run_dir, *flags),
-                 description="", default=STAGES[stage].default)  # fmt: skip
-    if result.exit_status:
-        raise SystemExit(result.exit_status)
+
+    def action(config: Any) -> None:
+        result: FitResult = train_stage(Wrapped(stage, wrap), config, fit=partial(fit, on_step=on_step))
+        if result.exit_status:
+            raise SystemExit(result.exit_status)
+
+    command(STAGES[stage].Config, action, "", default=STAGES[stage].default)(tiny_flags(stage, run_dir, *flags))
     return run_dir / "model"
-
-
-def _train(stage: str, on_step: OnStep, wrap: Callable[[Stage], Stage], config: Any) -> FitResult:
-    result: FitResult = train_stage(Wrapped(stage, wrap), config, fit=partial(fit, on_step=on_step))
-    return result
 
 
 def examine_tiny(

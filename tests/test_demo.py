@@ -46,7 +46,9 @@ def test_a_second_demo_continues_or_reuses(
 
     script.main(run)
     assert len(calls) == 3
-    assert json.loads((tmp_path / "report.json").read_text()) == report
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert again.pop("peak_memory_gib") >= report.pop("peak_memory_gib")  # of this process, which may have grown
+    assert again == report
 
     shutil.rmtree(tmp_path / "ldm/model")
     shutil.rmtree(tmp_path / "ldm/checkpoints/step-000004")

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
 
 from ldm import rng
 from ldm.data.sources import shapes
-from ldm.imaging import pil_to_tensor, tensor_to_pil
+from ldm.imaging import pil_to_tensor
 from ldm.io.tensors import load_weights, save_weights
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -29,8 +30,8 @@ class AttributeClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            *_convolution(3, 32, stride=2), *_convolution(32, 64), *_convolution(64, 64),
-            *_convolution(64, 128, stride=2), *_convolution(128, 128),
+            *Conv2dNormActivation(3, 32, stride=2), *Conv2dNormActivation(32, 64), *Conv2dNormActivation(64, 64),
+            *Conv2dNormActivation(64, 128, stride=2), *Conv2dNormActivation(128, 128),
             nn.AdaptiveAvgPool2d(8), nn.Conv2d(128, 32, 1), nn.Flatten(), nn.Linear(32 * 64, 256), nn.ReLU(),
         )  # fmt: skip
         self.heads = nn.ModuleDict({name: nn.Linear(256, len(values)) for name, values in ATTRIBUTES.items()})
@@ -38,19 +39,6 @@ class AttributeClassifier(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = self.features(images)
         return {name: head(features) for name, head in self.heads.items()}
-
-    @torch.no_grad()
-    def predict_scenes(self, images: Tensor) -> list[shapes.Scene]:
-        """The scene that each image (b, 3, size, size) seems to show."""
-        best = {name: logits.argmax(1).tolist() for name, logits in self(images).items()}
-        return [
-            shapes.Scene(**{name: ATTRIBUTES[name][best[name][i]] for name in ATTRIBUTES}) for i in range(len(images))
-        ]
-
-
-def _convolution(channels_in: int, channels_out: int, *, stride: int = 1) -> list[nn.Module]:
-    convolution = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
-    return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU()]
 
 
 def train_classifier(size: int, *, steps: int = 400, batch_size: int = 96, seed: int = 0) -> AttributeClassifier:
@@ -65,10 +53,8 @@ def train_classifier(size: int, *, steps: int = 400, batch_size: int = 96, seed:
         batch = [scenes[i] for i in chosen]
         images = render_batch(batch, size, seed=rng.fold_seed(seed, "renders", step))
         images = degrade(images, rng.generator(seed, "worsened", step))
-        loss = sum(
-            F.cross_entropy(logits, torch.tensor([ATTRIBUTES[name].index(getattr(s, name)) for s in batch]))
-            for name, logits in model(images).items()
-        )
+        labels = scene_labels(batch)
+        loss = sum(F.cross_entropy(logits, labels[name]) for name, logits in model(images).items())
         optimizer.zero_grad()
         loss.backward()  # type: ignore[union-attr]
         optimizer.step()
@@ -98,29 +84,31 @@ def check_classifier(model: AttributeClassifier, size: int) -> float:
 def load_classifier(folder: Path, size: int) -> AttributeClassifier:
     """The classifier of this image size, trained at the first call; it is checked at every call."""
     path = folder / f"classifier-{CLASSIFIER_VERSION}-{size}.safetensors"
-    if path.is_file():
-        classifier = AttributeClassifier()
-        load_weights(classifier, path)
-        classifier.eval()
-    else:
+    if not path.is_file():
         print(f"training the classifier for shapes at {size} pixels, once, into {path}")
-        classifier = train_classifier(size)
-        save_weights(classifier, path)
+        save_weights(train_classifier(size), path)
+    classifier = AttributeClassifier().eval()
+    load_weights(classifier, path)
     accuracy = check_classifier(classifier, size)
     print(f"classifier accuracy on held-out renders: {accuracy:.1%}")
     return classifier
 
 
+@torch.no_grad()
 def count_correct(model: AttributeClassifier, images: Tensor, scenes: Sequence[shapes.Scene]) -> dict[str, int]:
     """How many images (b, 3, h, w) show the wanted value of each attribute, and of "all" five."""
-    pairs = list(zip(model.predict_scenes(images), scenes, strict=True))
-    correct = {name: sum(getattr(a, name) == getattr(b, name) for a, b in pairs) for name in ATTRIBUTES}
-    return correct | {"all": sum(a == b for a, b in pairs)}
+    labels = scene_labels(scenes)
+    correct = {name: logits.argmax(1) == labels[name] for name, logits in model(images).items()}
+    correct["all"] = torch.stack(list(correct.values())).all(0)
+    return {name: int(values.sum()) for name, values in correct.items()}
 
 
-def prompt_scores(model: AttributeClassifier, images: Tensor, scenes: Sequence[shapes.Scene]) -> dict[str, int]:
-    """`count_correct` of generated images, as a PNG would hold them."""
-    return count_correct(model, torch.stack([pil_to_tensor(image, 3) for image in tensor_to_pil(images)]), scenes)
+def scene_labels(scenes: Sequence[shapes.Scene]) -> dict[str, Tensor]:
+    """The index of each scene's value of each attribute, (b,)."""
+    return {
+        name: torch.tensor([values.index(getattr(scene, name)) for scene in scenes])
+        for name, values in ATTRIBUTES.items()
+    }
 
 
 def render_batch(scenes: Sequence[shapes.Scene], size: int, *, seed: int) -> Tensor:

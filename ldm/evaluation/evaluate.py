@@ -2,11 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
 from tqdm import tqdm
 
 from ldm.cli import ScriptConfig
@@ -14,13 +12,13 @@ from ldm.data import DataConfig, open_dataset
 from ldm.data.batch_sampler import image_batches
 from ldm.data.sources import shapes
 from ldm.diffusion.samplers import get_sampler
-from ldm.evaluation.classifier import load_classifier, prompt_scores
+from ldm.evaluation.classifier import count_correct, load_classifier
 from ldm.evaluation.intervals import Estimate, mean_ci, proportion_ci
+from ldm.imaging import pil_to_tensor, tensor_to_pil
 from ldm.io.atomic import write_text
 from ldm.io.model_dir import latest_model
 from ldm.pipeline import Pipeline
 from ldm.pipeline.generate import resolve_device
-from ldm.pipeline.inputs import initial_noise
 from ldm.vae.losses import psnr, ssim
 
 
@@ -41,7 +39,7 @@ class EvaluateConfig(ScriptConfig):
     """cpu, cuda, mps; the best there is when left out"""
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig) -> None:
     """Measure, print a table and write evaluation.json next to the model folder."""
     get_sampler(config.sampler, None)
     folder = config.model or latest_model("pipeline", Path("runs"), script="make demo")
@@ -56,14 +54,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         report |= prompt_accuracy(pipeline, folder, config)
     if not report:
         raise ValueError(f"{folder} has neither a VAE nor prompts about shapes: evaluate has nothing to measure")
-    settings = {"guidance_scale": guidance_scale(pipeline, config), "steps": config.steps, "sampler": config.sampler}
+    scale = pipeline.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
+    settings = {"guidance_scale": scale, "steps": config.steps, "sampler": config.sampler}
     values = {"model": str(folder), **settings, **{name: e._asdict() for name, e in report.items()}}
     write_text(folder.parent / "evaluation.json", json.dumps(values, indent=2))
     print(table(report))
-    return values
 
 
-@torch.no_grad()
 def vae_fidelity(pipeline: Pipeline, data: DataConfig, config: EvaluateConfig) -> dict[str, Estimate]:
     """PSNR (dB) and SSIM of reconstructed held-out images."""
     assert pipeline.vae is not None
@@ -79,39 +76,21 @@ def vae_fidelity(pipeline: Pipeline, data: DataConfig, config: EvaluateConfig) -
 
 
 def prompt_accuracy(pipeline: Pipeline, folder: Path, config: EvaluateConfig) -> dict[str, Estimate]:
-    """Share of images, generated from captions of unseen combinations, that show each attribute and all five."""
+    """Share of images that show each attribute, and all five: caption i, of an unseen combination, has seed + i."""
     classifier = load_classifier(folder.parent.parent, pipeline.resolution)
     count, scenes = config.num_samples, shapes.scenes("test")
     chosen = [scenes[i * len(scenes) // count % len(scenes)] for i in range(count)]
     captions = [shapes.captions(scene)[i % len(shapes.captions(scene))] for i, scene in enumerate(chosen)]
-    correct = prompt_scores(classifier, generate(pipeline, captions, config), chosen)
-    return {f"prompt accuracy, {name}": proportion_ci(n, count) for name, n in correct.items()}
-
-
-@torch.no_grad()
-def generate(pipeline: Pipeline, captions: list[str], config: EvaluateConfig) -> Tensor:
-    """Images of captions, (b, c, h, w) in [-1, 1]; caption i has seed + i."""
-    shape = pipeline.latent_shape(pipeline.resolution, pipeline.resolution)
     images = []
-    for first in tqdm(range(0, len(captions), config.batch_size), desc="generating", unit="batch"):
-        prompts = captions[first : first + config.batch_size]
-        seeds = [config.seed + first + i for i in range(len(prompts))]
-        latents = pipeline.sample(
-            initial_noise(shape, seeds).to(pipeline.device),
-            prompts,
-            [""] * len(prompts),
-            seeds=seeds,
-            steps=config.steps,
-            guidance_scale=guidance_scale(pipeline, config),
-            sampler=config.sampler,
+    for first in tqdm(range(0, count, config.batch_size), desc="generating", unit="batch"):
+        batch = captions[first : first + config.batch_size]
+        seeds = range(config.seed + first, config.seed + first + len(batch))
+        pixels = pipeline.sample(
+            batch, seeds, steps=config.steps, guidance_scale=config.guidance_scale, sampler=config.sampler
         )
-        images.append(pipeline.decode(latents))
-    return torch.cat(images)
-
-
-def guidance_scale(pipeline: Pipeline, config: EvaluateConfig) -> float:
-    """The scale asked for, or the model's own."""
-    return pipeline.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
+        images += tensor_to_pil(pixels)
+    correct = count_correct(classifier, torch.stack([pil_to_tensor(image, 3) for image in images]), chosen)
+    return {f"prompt accuracy, {name}": proportion_ci(n, count) for name, n in correct.items()}
 
 
 def table(report: dict[str, Estimate]) -> str:

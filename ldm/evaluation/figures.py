@@ -1,7 +1,8 @@
 """Figures that explain: noising, denoising, latents, guidance, edited images, and the curves of a run."""
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +18,30 @@ from ldm.diffusion.samplers import SamplerStep
 from ldm.imaging import captioned_grid, image_grid, save_image, tensor_to_pil, wrap_text
 from ldm.io.model_dir import latest_model
 from ldm.pipeline import Pipeline
-from ldm.pipeline.inputs import initial_noise
+
+SCALE = 3  # by which images are enlarged
 
 
-@torch.no_grad()
-def noising(images: Tensor, diffusion: Diffusion, *, columns: int = 9, scale: int = 3) -> Image.Image:
+def noising(images: Tensor, diffusion: Diffusion, *, columns: int = 9) -> Image.Image:
     """Each row is one of `images` (b, c, h, w) with more and more noise, from t = 0 to t = 1."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     ts = [torch.full((len(images),), t) for t in torch.linspace(0, 1, columns).tolist()]
     cells = torch.stack([diffusion.add_noise(images, noise, t) for t in ts], 1).flatten(0, 1).clamp(-1, 1)
-    return image_grid(tensor_to_pil(cells), columns=columns, scale=scale)
+    return image_grid(tensor_to_pil(cells), columns=columns, scale=SCALE)
 
 
-@torch.no_grad()
-def denoising(
-    pipeline: Pipeline, prompts: Sequence[str], *, steps: int = 30, columns: int = 9, scale: int = 3, seed: int = 0
-) -> Image.Image:
+def denoising(pipeline: Pipeline, prompts: Sequence[str], *, steps: int = 30, columns: int = 9) -> Image.Image:
     """Two rows for each prompt, step by step: the decoded z_t, and the denoised latents (the predicted x0)."""
-    indices = [round(i * (steps - 1) / (columns - 1)) for i in range(columns)]
+    indices = [1 + round(i * (steps - 1) / (columns - 1)) for i in range(columns)]
     rows = []
     for prompt in prompts:
-        history: list[SamplerStep] = []
-
-        def record(index: int, step: SamplerStep, history: list[SamplerStep] = history) -> None:
-            history.append(step)
-
-        pipeline(prompt, steps=steps, guidance_scale=pipeline.default_guidance_scale, seed=seed, on_step=record)
+        history: dict[int, SamplerStep] = {}
+        pipeline(prompt, steps=steps, guidance_scale=pipeline.default_guidance_scale, on_step=history.__setitem__)
         rows += [history[i].z for i in indices] + [history[i].denoised for i in indices]
-    return image_grid(tensor_to_pil(pipeline.decode(torch.cat(rows))), columns=columns, scale=scale)
+    return image_grid(tensor_to_pil(pipeline.decode(torch.cat(rows))), columns=columns, scale=SCALE)
 
 
-@torch.no_grad()
-def latents(pipeline: Pipeline, images: Tensor, *, scale: int = 3) -> Image.Image:
+def latents(pipeline: Pipeline, images: Tensor) -> Image.Image:
     """Each row is an image, its reconstruction, and the channels of its latent in grey, enlarged."""
     assert pipeline.vae is not None, "a model in pixels has no latents"
     mean = pipeline.vae.encode(images).mean
@@ -57,67 +50,54 @@ def latents(pipeline: Pipeline, images: Tensor, *, scale: int = 3) -> Image.Imag
     rows = []
     for image, output, planes in zip(images, pipeline.vae.decode(mean), channels, strict=True):
         rows += [image, output.clamp(-1, 1), *planes[:, None].expand(-1, len(image), -1, -1).clamp(-1, 1)]
-    return image_grid(tensor_to_pil(torch.stack(rows)), columns=2 + channels.shape[1], scale=scale)
+    return image_grid(tensor_to_pil(torch.stack(rows)), columns=2 + channels.shape[1], scale=SCALE)
 
 
-@torch.no_grad()
-def guidance(
-    pipeline: Pipeline, prompt: str, scales: Sequence[float], *, seeds: int = 6, scale: int = 3
-) -> Image.Image:
+def guidance(pipeline: Pipeline, prompt: str, scales: Sequence[float], *, seeds: int = 6) -> Image.Image:
     """Each row has the prompt with the same seeds under another guidance scale."""
-    shape = pipeline.latent_shape(pipeline.resolution, pipeline.resolution)
-    own_seeds, prompts = list(range(seeds)), [prompt] * seeds
-    noise = initial_noise(shape, own_seeds).to(pipeline.device)
-    images = []
-    for guidance_scale in scales:
-        settings: dict[str, Any] = {"seeds": own_seeds, "steps": 30, "guidance_scale": guidance_scale}
-        images += tensor_to_pil(pipeline.decode(pipeline.sample(noise, prompts, [""] * seeds, **settings)))
-    return with_row_labels(image_grid(images, columns=seeds, scale=scale), [f"scale {value:g}" for value in scales])
+    prompts, rows = [prompt] * seeds, {}
+    for scale in scales:
+        rows[f"scale {scale:g}"] = tensor_to_pil(pipeline.sample(prompts, range(seeds), guidance_scale=scale))
+    return labelled_rows(rows)
 
 
-def edits(pipeline: Pipeline, described: str, wanted: str, edits: Sequence[str], *, scale: int = 3) -> Image.Image:
+def edits(pipeline: Pipeline, described: str, wanted: str, edits: Sequence[str]) -> Image.Image:
     """An image of `described`, edited: by strength and under a mask to `wanted`, by inversion to each edit."""
     guided: dict[str, Any] = {"guidance_scale": pipeline.default_guidance_scale}
     image, side = pipeline(described, **guided, seed=1)[0], pipeline.resolution
     mask = Image.new("L", image.size)
     mask.paste(255, (side // 2, side // 2, side, side))
-    columns = len(edits) + 1
-    strengths = [i / (columns - 1) for i in range(columns)]
-    rows = [pipeline(wanted, image=image, strength=strength, **guided, seed=2)[0] for strength in strengths]
-    filled = pipeline(wanted, image=image, mask=mask, strength=1.0, num_images=columns - 2, **guided, seed=3)
-    rows += [image, mask.convert(image.mode), *filled]
+    count = len(edits)
+    strengths = [i / count for i in range(count + 1)]
+    filled = pipeline(wanted, image=image, mask=mask, strength=1.0, num_images=count - 1, **guided, seed=3)
     inverted: dict[str, Any] = {"image": image, "inversion_prompt": described, "sampler": "euler", "steps": 10}
-    rows += [image, *(pipeline(edit, **inverted, **guided)[0] for edit in edits)]
-    labels = ["strength 0 to 1", "inpainting under a mask", "inversion, then another prompt"]
-    return with_row_labels(image_grid(rows, columns=columns, scale=scale), labels, width=110)
+    rows = {
+        "strength 0 to 1": [pipeline(wanted, image=image, strength=s, **guided, seed=2)[0] for s in strengths],
+        "inpainting under a mask": [image, mask, *filled],
+        "inversion, then another prompt": [image, *(pipeline(edit, **inverted, **guided)[0] for edit in edits)],
+    }
+    return labelled_rows(rows, width=110)
 
 
-def prompt_grid(pipeline: Pipeline, prompts: Sequence[str], *, seeds: int = 4, scale: int = 3) -> Image.Image:
-    """Each row has a prompt with the seeds 0, 1, ... under the model's own guidance scale."""
-    settings: dict[str, Any] = {"guidance_scale": pipeline.default_guidance_scale, "num_images": seeds}
-    rows = [image for prompt in prompts for image in pipeline(prompt, **settings)]
-    return with_row_labels(image_grid(rows, columns=seeds, scale=scale), prompts, width=160)
-
-
-def with_row_labels(grid: Image.Image, labels: Sequence[str], *, width: int = 70) -> Image.Image:
-    """A grid with a label left of each row."""
+def labelled_rows(rows: Mapping[str, Sequence[Image.Image]], *, width: int = 70) -> Image.Image:
+    """A grid of rows of images, each with its label to the left, `width` pixels wide."""
+    images = list(itertools.chain.from_iterable(rows.values()))
+    grid = image_grid(images, columns=len(images) // len(rows), scale=SCALE)
     wide = Image.new("RGB", (grid.width + width, grid.height), "white")
     wide.paste(grid, (width, 0))
     draw, font = ImageDraw.Draw(wide), ImageFont.load_default(size=13)
-    for row, label in enumerate(labels):
-        position = (4, (row + 0.5) * grid.height / len(labels))
+    for row, label in enumerate(rows):
+        position = (4, (row + 0.5) * grid.height / len(rows))
         draw.text(position, wrap_text(label, font, width - 8), font=font, fill="black", anchor="lm")
     return wide
 
 
 def loss_curves(runs: Sequence[Path], path: Path) -> None:
     """Plot the losses and validation scores in the log.jsonl of each run, side by side."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.2), squeeze=False)
+    figure = Figure(figsize=(4.2 * len(runs), 3.2))
+    axes = figure.subplots(1, len(runs), squeeze=False)
     for left, run in zip(axes[0], runs, strict=True):
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         for name in ("loss", "validation_loss", "validation_psnr", "validation_retrieval"):
@@ -136,7 +116,6 @@ def loss_curves(runs: Sequence[Path], path: Path) -> None:
         left.set_xlabel("step")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # All figures of the documentation.
@@ -178,12 +157,13 @@ def make_figures(config: FiguresConfig) -> None:
     """Write samples, noising, denoising, latents, guidance and edits as PNG files, or prompts alone."""
     folder = config.model or latest_model("pipeline", Path("runs"), script="make demo")
     pipeline = Pipeline.load(folder)
+    scale = pipeline.default_guidance_scale
     if config.prompts:
-        save_image(prompt_grid(pipeline, config.prompts), config.out / "prompts.png")
+        rows = {prompt: pipeline(prompt, guidance_scale=scale, num_images=4) for prompt in config.prompts}
+        save_image(labelled_rows(rows, width=160), config.out / "prompts.png")
         return
     held_out = open_dataset(DataConfig(**pipeline.metadata["data"]), "test", seed=0)
     images = next(image_batches(held_out, held_out.evenly_spaced(3)))
-    scale = pipeline.default_guidance_scale
     samples = [pipeline(prompt, guidance_scale=scale, seed=seed)[0] for seed, prompt in enumerate(PROMPTS)]
     figures = {
         "samples": captioned_grid(samples, PROMPTS, columns=4),

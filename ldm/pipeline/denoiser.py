@@ -7,22 +7,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import (
-    CondUncondFn,
-    Denoiser,
-    GuidanceConfig,
-    autoguidance_pair,
-    batched_cond_uncond,
-    cfg,
-    composable_diffusion,
-    guidance_interval,
-    guided_denoiser,
-)
+from ldm.conditioning import Conditioning
+from ldm.diffusion import guidance as rules
+from ldm.diffusion.guidance import CondUncondFn, Denoiser, GuidanceConfig
 from ldm.diffusion.process import Diffusion
-from ldm.pipeline.conditions import prompt_conditioning
-from ldm.text import TextConditioner
+from ldm.text import TextConditioner, TextEmbeddings
 from ldm.text.prompt_weights import WeightedText, split_and
 from ldm.unet import UNet
+
+
+def text_conditioning(text: TextConditioner, embeddings: TextEmbeddings) -> Conditioning:
+    """Hidden states, their mask, and the pooled vector of towers whose configuration uses it."""
+    return Conditioning(embeddings.hidden_states, embeddings.mask, embeddings.pooled if text.pooled_dim else None)
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class PromptDenoiser:
     negative_prompts: list[str]
     sizes: Tensor  # (1, 6), for networks that are conditioned on them
     spatial: Tensor | None  # (1, cond_channels, h, w)
-    literal: bool  # the prompts are captions: brackets, AND and length have no meaning
+    literal: bool  # the prompts are captions, read as in training: without weights, and cut at the limit
 
     def guided(self, scale: float, guidance: GuidanceConfig) -> Denoiser:
         """ValueError: a scale that is not finite, or guidance that the noise schedule does not support."""
@@ -48,29 +44,31 @@ class PromptDenoiser:
             raise ValueError(f"guidance_scale must be a finite number, not {scale}")
         if scale == 1 or (self.text is None and self.guide_unet is None):
             return self._unguided(self.unet)
-        guided = guided_denoiser(self._cond_uncond(), guidance.build(scale))
+        guided = rules.guided_denoiser(self._cond_uncond(), guidance.build(scale))
         if guidance.interval == (0, 1):
             return guided
-        return guidance_interval(guidance.interval, guided, self._unguided(self.unet))
+        return rules.guidance_interval(guidance.interval, guided, self._unguided(self.unet))
 
     def _cond_uncond(self) -> CondUncondFn:
         if self.guide_unet is not None:  # under the negative prompt, where there is one
             negative = any(self.negative_prompts) and not self._is_composed
             guide = self._plain(self.guide_unet, self.negative_prompts) if negative else self._unguided(self.guide_unet)
-            return autoguidance_pair(self._unguided(self.unet), guide)
+            return rules.autoguidance_pair(self._unguided(self.unet), guide)
         if self._is_composed:
             return self._composed(self.unet)
-        return batched_cond_uncond(self._plain(self.unet, self.prompts + self.negative_prompts))
+        return rules.batched_cond_uncond(self._plain(self.unet, self.prompts + self.negative_prompts))
 
     def _unguided(self, unet: UNet) -> Denoiser:
-        return guided_denoiser(self._composed(unet), cfg(1.0)) if self._is_composed else self._plain(unet, self.prompts)
+        if self._is_composed:
+            return rules.guided_denoiser(self._composed(unet), rules.cfg(1.0))
+        return self._plain(unet, self.prompts)
 
     def _composed(self, unet: UNet) -> CondUncondFn:
         """Several prompts for each image; where one has fewer than others, empty prompts of weight 0 follow."""
         rows = list(itertools.zip_longest(*map(split_and, self.prompts), fillvalue=WeightedText("", 0.0)))
         weights = torch.tensor([[part.weight for part in row] for row in rows], device=unet.conv_in.weight.device)
         texts = [part.text for row in rows for part in row]
-        return composable_diffusion(self._plain(unet, texts + self.negative_prompts), weights)
+        return rules.composable_diffusion(self._plain(unet, texts + self.negative_prompts), weights)
 
     @property
     def _is_composed(self) -> bool:
@@ -78,10 +76,14 @@ class PromptDenoiser:
 
     def _plain(self, unet: UNet, prompts: list[str]) -> Denoiser:
         """One network and one prompt for each image; the prompts are encoded here, once for all steps."""
-        cond = prompt_conditioning(self.text, prompts, literal=self.literal)
+        cond = Conditioning()
+        if self.text is not None:
+            embeddings = self.text(prompts) if self.literal else self.text.encode_prompts(prompts)
+            cond = text_conditioning(self.text, embeddings)
         sizes = self.sizes if unet.config.size_embed_dim else None
         cond = replace(cond, sizes=sizes, spatial=self.spatial).cached()
 
+        @torch.no_grad()
         def network(z_t: Tensor, t: Tensor) -> Tensor:
             timestep = self.diffusion.network_timestep(t[:1]).to(z_t.device, torch.float32)  # all images have one t
             return unet(z_t, timestep, cond)

@@ -1,9 +1,10 @@
 """What the commands txt2img and img2img do: numbered PNGs, each with the record that reproduces it, and a grid."""
 
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,21 +15,15 @@ from tyro.conf import Positional
 from ldm.cli import ScriptConfig
 from ldm.diffusion.guidance import GuidanceConfig
 from ldm.diffusion.samplers import SamplerStep, get_sampler
-from ldm.imaging import image_grid, open_image, pad_for_outpainting, save_image
+from ldm.imaging import decode_image, image_grid, pad_for_outpainting, save_image
 from ldm.io.model_dir import latest_model, read_text
 from ldm.io.tensors import sha256
 from ldm.pipeline.inputs import img2img_steps
+from ldm.pipeline.load import weights_file
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.record import GenerationRecord, InitImageRecord, read_png, save_png
 
-REPRODUCE_FLAGS = {"reproduce", "model", "out", "device", "config"}  # that go together
-
-
-class GeneratedImage(NamedTuple):
-    """An image and how it was made."""
-
-    image: Image.Image
-    record: GenerationRecord
+REPRODUCE_FLAGS = {"reproduce", "model", "out", "device", "config"}  # which go together
 
 
 class Txt2ImgConfig(ScriptConfig):
@@ -92,49 +87,72 @@ class Img2ImgConfig(Txt2ImgConfig):
     """pixels to add beyond the left, top, right and bottom edge"""
 
 
-def generate_from_image(config: Img2ImgConfig) -> list[Path]:
-    """`generate`, starting from the image that the configuration names; ValueError when it names none."""
-    return generate(config, None if config.reproduce else init_image_record(config))
-
-
-def generate(config: Txt2ImgConfig, init_image: InitImageRecord | None = None) -> list[Path]:
-    """Generate and save images, each as it comes; returns the files, the grid last when there are several images."""
+def generate(config: Txt2ImgConfig) -> None:
+    """Generate and save images, each as it comes, then a grid when there are several."""
     get_sampler(config.sampler, config.eta)
-    make_output_folder(config.out)
-    record = read_record(config) if config.reproduce else None
-    prompts = [] if record else read_prompts(config)
-    pipeline = Pipeline.load(find_model(config, record), device=resolve_device(config.device))
-    print(f"{pipeline.path}: {pipeline.components.description}", file=sys.stderr)
-    models = {"model": str(pipeline.path), "model_hash": sha256(pipeline.weights_file)}
-    if guide_model := record.guide_model if record else config.guide_model:
-        models |= load_guide_model(pipeline, guide_model)
-    if record:
-        check_models(record, models)
-        images: Iterable[GeneratedImage] = [reproduce(pipeline, record)]
-    else:
-        warn_of_prompts(pipeline, prompts)
-        images = generate_all(pipeline, prompts, models, config, init_image)
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"--out {config.out} is a file: pass a folder") from None
+    images = [reproduce(config, config.reproduce)] if config.reproduce else generate_all(config)
     files = save_images(images, config.out)
     print(f"saved {len(files)} files: {files[0]}" + (f" ... {files[-1]}" if len(files) > 1 else ""))
-    return files
 
 
-def make_output_folder(out: Path) -> None:
-    """ValueError when a file is in its place."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ValueError(f"--out {out} is a file: pass a folder") from None
+def generate_all(config: Txt2ImgConfig) -> Iterator[tuple[Image.Image, GenerationRecord]]:
+    """Every image with its record; batch by batch, with a progress bar."""
+    prompts = read_prompts(config)
+    init_image = init_image_record(config) if isinstance(config, Img2ImgConfig) else None
+    path = config.model or latest_model("pipeline", Path("runs"), script="make demo")
+    pipeline, models = load_models(path, config.guide_model, config.device)
+    warn_of_prompts(pipeline, prompts)
+    inputs = open_init_image(init_image)
+    width, height = inputs["image"].size if inputs else (pipeline.resolution, pipeline.resolution)
+    settings: dict[str, Any] = {  # the other fields of a record have flags of the same names
+        **{name: value for name, value in config if name in GenerationRecord.model_fields},
+        **models,
+        "timesteps": parse_schedule(config.timesteps),
+        "width": config.width or width,
+        "height": config.height or height,
+        "init_image": init_image,
+    }
+    if config.guidance_scale is None:
+        settings["guidance_scale"] = pipeline.default_guidance_scale
+    steps = config.steps
+    if init_image and init_image.inversion_prompt is None:
+        steps = img2img_steps(init_image.strength, steps)
+
+    firsts = range(0, config.num_images, config.batch_size)
+    with tqdm(total=len(prompts) * len(firsts) * steps, unit="step", desc="sampling") as bar:
+
+        def on_step(index: int, step: SamplerStep) -> None:
+            bar.update()
+            if config.preview:
+                save_image(image_grid(pipeline.preview(step.denoised)), config.out / "preview.png")
+
+        for prompt, first in itertools.product(prompts, firsts):
+            batch = {"seed": config.seed + first, "num_images": min(config.batch_size, config.num_images - first)}
+            record = GenerationRecord(**settings | batch, prompt=prompt, index=0)
+            for index, image in enumerate(pipeline(**record.pipeline_kwargs, **inputs, on_step=on_step)):
+                yield image, record.model_copy(update={"index": index})
 
 
-def read_record(config: Txt2ImgConfig) -> GenerationRecord:
-    """That of the image to reproduce; ValueError when other settings are passed too."""
-    assert config.reproduce is not None
-    defaults = Txt2ImgConfig()
-    for name in Txt2ImgConfig.model_fields.keys() - REPRODUCE_FLAGS:
-        if getattr(config, name) != getattr(defaults, name):
-            raise ValueError(f"--reproduce reads all settings from {config.reproduce}: leave out {name}")
-    return read_png(config.reproduce)
+def reproduce(config: Txt2ImgConfig, path: Path) -> tuple[Image.Image, GenerationRecord]:
+    """Generate the whole batch of an image, since numbers differ in the last bit with its size, and pick the image.
+
+    ValueError: other settings are passed too, the file has no record, or a model or an image has changed.
+    """
+    defaults = type(config)()
+    for name, value in config:
+        if name not in REPRODUCE_FLAGS and value != getattr(defaults, name):
+            raise ValueError(f"--reproduce reads all settings from {path}: leave out {name}")
+    record = read_png(path)
+    pipeline, models = load_models(config.model or Path(record.model), record.guide_model, config.device)
+    if record.model_hash != models["model_hash"]:
+        raise ValueError(f"the image was generated by another model ({record.model}): pass that one with --model")
+    if record.guide_model_hash != models.get("guide_model_hash"):
+        raise ValueError(f"{record.guide_model} is not the guide model of this image: put that one back")
+    return pipeline(**record.pipeline_kwargs, **open_init_image(record.init_image))[record.index], record
 
 
 def read_prompts(config: Txt2ImgConfig) -> list[str]:
@@ -163,51 +181,31 @@ def init_image_record(config: Img2ImgConfig) -> InitImageRecord:
             raise ValueError(f"{name} {path} does not exist")
     if config.image is None:
         raise ValueError("--image is required; txt2img.py generates from a prompt alone")
-    return InitImageRecord(
-        image=str(config.image),
-        image_hash=sha256(config.image),
-        strength=config.strength,
-        mask=config.mask and str(config.mask),
-        mask_hash=config.mask and sha256(config.mask),
-        inversion_prompt=config.inversion_prompt,
-        outpaint=config.outpaint,
-    )
+    values = {name: value for name, value in config if name in InitImageRecord.model_fields}
+    mask_hash = sha256(config.mask) if config.mask else None
+    return InitImageRecord(**values, image_hash=sha256(config.image), mask_hash=mask_hash)
 
 
-def find_model(config: Txt2ImgConfig, record: GenerationRecord | None) -> Path:
-    """The model of the command line, of the image to reproduce, or the newest finished one."""
-    if config.model:
-        return config.model
-    return Path(record.model) if record else latest_model("pipeline", Path("runs"), script="make demo")
+def load_models(path: Path, guide_path: str | Path | None, device: str | None) -> tuple[Pipeline, dict[str, str]]:
+    """A pipeline, guided by another model if there is one, and the fields of a record that name them."""
+    pipeline = Pipeline.load(path, device=resolve_device(device))
+    print(f"{path}: {pipeline.components.description}", file=sys.stderr)
+    models = {"model": str(path), "model_hash": sha256(weights_file(path))}
+    if guide_path:
+        pipeline.set_guide_model(Pipeline.load(guide_path, device=pipeline.device))
+        models |= {"guide_model": str(guide_path), "guide_model_hash": sha256(weights_file(Path(guide_path)))}
+    return pipeline, models
 
 
 def resolve_device(name: str | None) -> str:
-    """This device, or the best available one: cuda, mps or cpu; ValueError when it cannot be used."""
-    if name is not None:
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device {name} cannot be used here ({reason}): leave out --device") from None
-        return name
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def load_guide_model(pipeline: Pipeline, path: str | Path) -> dict[str, str]:
-    """Let the model at `path` guide the pipeline; returns the record's fields about it."""
-    guide = Pipeline.load(path, device=pipeline.device)
-    pipeline.set_guide_model(guide)
-    return {"guide_model": str(path), "guide_model_hash": sha256(guide.weights_file)}
-
-
-def check_models(record: GenerationRecord, models: dict[str, str]) -> None:
-    """ValueError unless the loaded models are those that made the image."""
-    if record.model_hash != models["model_hash"]:
-        raise ValueError(f"the image was generated by another model ({record.model}): pass that one with --model")
-    if record.guide_model_hash != models.get("guide_model_hash"):
-        raise ValueError(f"{record.guide_model} is not the guide model of this image: put that one back")
+    """This device, or the accelerator of this machine, else the CPU; ValueError when it cannot be used."""
+    device = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device} cannot be used here ({reason}): leave out --device") from None
+    return device
 
 
 def warn_of_prompts(pipeline: Pipeline, prompts: list[str]) -> None:
@@ -220,56 +218,6 @@ def warn_of_prompts(pipeline: Pipeline, prompts: list[str]) -> None:
             print(f"warning: words never seen in training: {', '.join(unseen)}", file=sys.stderr)
 
 
-def generate_all(
-    pipeline: Pipeline,
-    prompts: list[str],
-    models: dict[str, str],
-    config: Txt2ImgConfig,
-    init_image: InitImageRecord | None = None,
-) -> Iterator[GeneratedImage]:
-    """Every image with its record, which names the `models` too; batch by batch, with a progress bar."""
-    inputs = open_init_image(init_image) if init_image else {}
-    settings = pipeline_settings(pipeline, config, inputs["image"].size if init_image else None)
-    steps = config.steps
-    if init_image and init_image.inversion_prompt is None:
-        steps = img2img_steps(init_image.strength, steps)
-    firsts = range(0, config.num_images, config.batch_size)
-    with tqdm(total=len(prompts) * len(firsts) * steps, unit="step", desc="sampling") as bar:
-
-        def on_step(index: int, step: SamplerStep) -> None:
-            bar.update()
-            if config.preview:
-                save_image(image_grid(pipeline.preview(step.denoised)), config.out / "preview.png")
-
-        for prompt in prompts:
-            for first in firsts:
-                count = min(config.batch_size, config.num_images - first)
-                call = {"prompt": prompt, **settings, "seed": config.seed + first, "num_images": count}
-                for index, image in enumerate(pipeline(**call, **inputs, on_step=on_step)):
-                    record = GenerationRecord(**call, index=index, init_image=init_image, **models)
-                    yield GeneratedImage(image, record)
-
-
-def pipeline_settings(pipeline: Pipeline, config: Txt2ImgConfig, image_size: tuple[int, int] | None) -> dict[str, Any]:
-    """The arguments of the pipeline that all batches have in common, all of them explicit."""
-    width, height = image_size or (pipeline.resolution, pipeline.resolution)
-    scale = config.guidance_scale
-    return {
-        "negative_prompt": config.negative_prompt,
-        "steps": config.steps,
-        "guidance_scale": pipeline.default_guidance_scale if scale is None else scale,
-        "guidance": config.guidance,
-        "sampler": config.sampler,
-        "eta": config.eta,
-        "timesteps": parse_schedule(config.timesteps),
-        "width": config.width or width,
-        "height": config.height or height,
-        "variation_seed": config.variation_seed,
-        "variation_strength": config.variation_strength,
-        "vae_tile": config.vae_tile,
-    }
-
-
 def parse_schedule(text: str) -> str | tuple[float, ...]:
     """The name of a schedule, or a list of t."""
     if "," not in text:
@@ -280,8 +228,10 @@ def parse_schedule(text: str) -> str | tuple[float, ...]:
         raise ValueError(f"timesteps {text!r} is not a list of numbers: write them as 1,0.7,0.3") from None
 
 
-def open_init_image(record: InitImageRecord) -> dict[str, Any]:
+def open_init_image(record: InitImageRecord | None) -> dict[str, Any]:
     """The arguments of the pipeline; ValueError when a file has changed since, or cannot be read."""
+    if record is None:
+        return {}
     image = _open_unchanged(record.image, record.image_hash)
     mask = _open_unchanged(record.mask, record.mask_hash).convert("L") if record.mask else None
     if any(record.outpaint):
@@ -289,19 +239,16 @@ def open_init_image(record: InitImageRecord) -> dict[str, Any]:
     return {"image": image, "mask": mask, "strength": record.strength, "inversion_prompt": record.inversion_prompt}
 
 
-def _open_unchanged(path: str, digest: str | None) -> Image.Image:
-    if not Path(path).is_file() or sha256(Path(path)) != digest:
+def _open_unchanged(path: Path, digest: str | None) -> Image.Image:
+    if not path.is_file() or sha256(path) != digest:
         raise ValueError(f"{path} is not the image that this was generated from: put that one back")
-    return open_image(Path(path))
+    try:
+        return decode_image(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def reproduce(pipeline: Pipeline, record: GenerationRecord) -> GeneratedImage:
-    """Generate the whole batch of an image, since numbers differ in the last bit with its size, and pick the image."""
-    inputs = open_init_image(record.init_image) if record.init_image else {}
-    return GeneratedImage(pipeline(**record.pipeline_kwargs, **inputs)[record.index], record)
-
-
-def save_images(images: Iterable[GeneratedImage], out: Path) -> list[Path]:
+def save_images(images: Iterable[tuple[Image.Image, GenerationRecord]], out: Path) -> list[Path]:
     """Write each image as it comes, numbered after the PNGs that are there, then a grid when there are several."""
     first = 1 + max((int(path.stem) for path in out.glob("*.png") if path.stem.isdigit()), default=-1)
     files, grid = [], []

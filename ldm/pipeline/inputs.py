@@ -1,16 +1,12 @@
 """What sampling starts from: the noise of seeds, variations between two of them, and images with masks."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from ldm.diffusion.process import Diffusion
-from ldm.imaging import pil_to_tensor
-from ldm.unet import UNet
-from ldm.vae import VAE
 
 MAX_SEED = 2**62  # exclusive
 
@@ -20,8 +16,8 @@ class InitImage(NamedTuple):
 
     latents: Tensor  # (1, c, h, w), standardized
     strength: float  # share of the steps that are taken: 0 changes nothing, 1 everything
-    mask: Tensor | None  # (1, 1, h, w), 1 where latents are generated, 0 where those of the image stay
-    spatial: Tensor | None  # (1, 1 + c, h, w), mask and masked-image latents, for inpainting networks
+    mask: Tensor | None = None  # (1, 1, h, w), 1 where latents are generated, 0 where those of the image stay
+    spatial: Tensor | None = None  # (1, 1 + c, h, w), mask and masked-image latents, for inpainting networks
 
     def start(self, noise: Tensor, ts: Tensor, diffusion: Diffusion) -> tuple[Tensor, Tensor]:
         """The noised latents that sampling starts from, (b, c, h, w), and the last of `ts` (steps + 1,) from there on.
@@ -36,54 +32,23 @@ class InitImage(NamedTuple):
         return diffusion.add_noise(self.latents.expand_as(noise), noise, ts[0]), ts
 
 
-def prepare_init_image(
-    image: Image.Image, strength: float, mask: Image.Image | None = None, *, unet: UNet, vae: VAE | None
-) -> InitImage:
-    """Encode an image, and a mask of the same size, which is white where the image is generated anew."""
-    device = unet.conv_in.weight.device
-    pixels = pil_to_tensor(image, vae.config.image_channels if vae else unet.config.in_channels)[None]
-    latents = encode(vae, pixels.to(device))
-    if mask is None:
-        return InitImage(latents, strength, None, None)
-    masked = (pil_to_tensor(mask, 1)[None] + 1) / 2
-    latent_mask = F.max_pool2d(masked, vae.config.factor if vae else 1).ceil().to(device)
-    if not unet.config.cond_channels:
-        return InitImage(latents, strength, latent_mask, None)
-    masked_latents = encode(vae, (pixels * (masked < 0.5)).to(device))
-    return InitImage(latents, strength, None, torch.cat([latent_mask, masked_latents], dim=1))
-
-
-@torch.no_grad()
-def encode(vae: VAE | None, pixels: Tensor) -> Tensor:
-    """Pixels (b, c, h, w) in [-1, 1] -> standardized latents, each posterior's mean; the identity without a VAE."""
-    return pixels if vae is None else vae.standardize(vae.encode(pixels).mean)
-
-
 def img2img_steps(strength: float, steps: int) -> int:
     """How many of the steps are taken at this strength: at least one, unless it is 0."""
     return max(round(steps * strength), int(strength > 0))
 
 
-def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Tensor:
+def initial_noise(shape: tuple[int, ...], seeds: Iterable[int]) -> Tensor:
     """The noise that each image starts from, (b, *shape) float32, the same on every device."""
     return torch.cat([torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
 
 
-def varied_noise(shape: tuple[int, ...], seeds: list[int], variation_seed: int | None, strength: float) -> Tensor:
-    """`initial_noise`, moved by `strength` in [0, 1] towards that of variation_seed, variation_seed + 1, ..."""
-    noise = initial_noise(shape, seeds)
-    if variation_seed is None:
-        return noise
-    return slerp(noise, initial_noise(shape, consecutive_seeds(variation_seed, len(seeds))), strength)
-
-
-def consecutive_seeds(seed: int, count: int) -> list[int]:
+def consecutive_seeds(seed: int, count: int) -> range:
     """seed, seed + 1, ... of `count` images; ValueError: no image, or a seed out of range."""
     if count < 1:
         raise ValueError(f"num_images must be at least 1, not {count}")
     if not 0 <= seed < MAX_SEED:
         raise ValueError(f"seed must be between 0 and 2 ** 62, not {seed}")
-    return [seed + i for i in range(count)]
+    return range(seed, seed + count)
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:

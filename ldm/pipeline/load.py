@@ -58,6 +58,11 @@ def load_components(path: Path) -> ModelComponents:
     return diffusers.read(path) if diffusers.is_folder(path) else _read_folder(path)
 
 
+def weights_file(path: Path) -> Path:
+    """The file that `load_components` reads the U-Net of a model from; of several, the first."""
+    return path if path.is_file() else min(path.glob("unet/*.safetensors"), default=path / UNET_FILE)
+
+
 def save_components(components: ModelComponents, folder: Path) -> None:
     """Write a model folder; its manifest is last, so a folder that has one is complete."""
     unet, diffusion, vae, text, resolution, vocabulary, metadata = components

@@ -1,8 +1,8 @@
 """The pipeline: prompts -> guided denoiser -> sampler -> latents -> images."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Required, TypedDict, Unpack
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,59 +11,30 @@ from torch import Tensor
 
 from ldm import rng
 from ldm.diffusion.guidance import GuidanceConfig, inpaint_denoiser
-from ldm.diffusion.process import Diffusion
 from ldm.diffusion.samplers import SamplerStep, ddim_invert, final_latents, get_sampler
 from ldm.diffusion.timesteps import make_timesteps
-from ldm.imaging import tensor_to_pil
+from ldm.imaging import pil_to_tensor, tensor_to_pil
 from ldm.interop.components import ModelComponents
-from ldm.pipeline.conditions import uncropped_size
 from ldm.pipeline.denoiser import PromptDenoiser
-from ldm.pipeline.inputs import InitImage, consecutive_seeds, encode, prepare_init_image, varied_noise
-from ldm.pipeline.load import UNET_FILE, load_components, save_components
-from ldm.text import TextConditioner
+from ldm.pipeline.inputs import InitImage, consecutive_seeds, initial_noise, slerp
+from ldm.pipeline.load import load_components, save_components
 from ldm.text.prompt_weights import strip_weights
 from ldm.text.tokenizer import split_words
 from ldm.unet import UNet
-from ldm.vae import VAE
 from ldm.vae.tiling import tiled_decode
 
-OnStep = Callable[[int, SamplerStep], None]
 DEFAULT_GUIDANCE = GuidanceConfig()
 FALLBACK_GUIDANCE_SCALE = 7.5  # of models that record none
-
-
-class SamplingSettings(TypedDict, total=False):
-    """The settings of `Pipeline.stream`, which has their defaults."""
-
-    seeds: Required[list[int]]
-    steps: Required[int]
-    guidance_scale: Required[float]
-    guidance: GuidanceConfig
-    sampler: str
-    eta: float | None
-    timesteps: str | Sequence[float]
-    literal: bool
 
 
 class Pipeline:
     """A trained model that generates images. The seed of image i is seed + i, and an image depends on nothing else."""
 
-    def __init__(
-        self,
-        unet: UNet,
-        diffusion: Diffusion,
-        *,
-        vae: VAE | None,
-        text: TextConditioner | None,
-        resolution: int,
-        vocabulary: Iterable[str] = (),
-        metadata: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.unet, self.diffusion, self.vae, self.text = unet, diffusion, vae, text
-        self.resolution = resolution  # side of the training images, in pixels
-        self.vocabulary = frozenset(vocabulary)  # of the training captions; empty: unknown
-        self.metadata = dict(metadata or {})  # of the training: data, and the guidance scale of its samples
-        self.path: Path | None = None  # the folder or file that it was loaded from
+    def __init__(self, components: ModelComponents, path: Path | None = None) -> None:
+        self.components, self.path = components, path  # the folder or file that they were read from
+        self.unet, self.diffusion, self.vae, self.text, self.resolution, vocabulary, self.metadata = components
+        self.vocabulary = frozenset(vocabulary)
+        self.vae_factor = self.vae.config.factor if self.vae else 1  # pixels on a side of a latent
         self.guide_unet: UNet | None = None  # for autoguidance
         self._preview_map: Tensor | None = None  # (latent channels + 1, image channels)
 
@@ -71,38 +42,12 @@ class Pipeline:
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> "Pipeline":
-        """Read a model: a folder, ours or one of diffusers, or a single CompVis file.
-
-        ValueError: not a model, incomplete, or with another VAE than the one that the U-Net was trained on.
-        """
-        return cls.from_components(load_components(Path(path)), Path(path)).to(device)
-
-    @classmethod
-    def from_components(cls, components: ModelComponents, path: Path) -> "Pipeline":
-        """A pipeline of components that were read from `path`."""
-        pipeline = cls(**components._asdict())
-        pipeline.path = path
-        return pipeline.to("cpu")
+        """Read a model: a folder, ours or one of diffusers, or a single CompVis file; see `load_components`."""
+        return cls(load_components(Path(path)), Path(path)).to(device)
 
     def save(self, folder: str | Path) -> None:
         """Write a model folder that explains itself."""
         save_components(self.components, Path(folder))
-
-    @property
-    def components(self) -> ModelComponents:
-        """What a model folder, or another format, holds of this pipeline."""
-        vocabulary = tuple(sorted(self.vocabulary))
-        return ModelComponents(
-            self.unet, self.diffusion, self.vae, self.text, self.resolution, vocabulary, self.metadata
-        )
-
-    @property
-    def weights_file(self) -> Path:
-        """The file that the U-Net was read from; of several, the first."""
-        assert self.path is not None, "this pipeline was not loaded"
-        if self.path.is_file():
-            return self.path
-        return next(iter(sorted((self.path / "unet").glob("*.safetensors"))), self.path / UNET_FILE)
 
     @property
     def default_guidance_scale(self) -> float:
@@ -134,15 +79,18 @@ class Pipeline:
 
         ValueError: it has another diffusion configuration, text tower or VAE.
         """
-        for name in ("diffusion", "text", "vae"):
-            if not _is_same(getattr(self, name), getattr(guide, name)):
+        settings, guide_settings = _inference_settings(self), _inference_settings(guide)
+        for name, value in settings.items():
+            if value != guide_settings[name] or not _has_same_weights(getattr(self, name), getattr(guide, name)):
                 raise ValueError(f"guide model {guide.path}: its {name} differs from {self.path}; pass another one")
         self.guide_unet = guide.unet
         return self.to(self.device)
 
+    @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (b, c, h, w) in [-1, 1] -> standardized latents, each posterior's mean; the identity without a VAE."""
-        return encode(self.vae, pixels)
+        pixels = pixels.to(self.device)
+        return pixels if self.vae is None else self.vae.standardize(self.vae.encode(pixels).mean)
 
     def decode(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
         """Standardized latents (b, c, h, w) -> pixels in [-1, 1]; the identity without a VAE.
@@ -154,8 +102,8 @@ class Pipeline:
         latents, decode = self.vae.unstandardize(latents), self.vae.decode
         if tile is None or max(latents.shape[-2:]) <= tile:
             return decode(latents).clamp(-1, 1)
-        factor = self.vae.config.factor
-        return tiled_decode(decode, latents, factor=factor, tile=tile, overlap=max(tile // 4, 1)).clamp(-1, 1)
+        overlap = max(tile // 4, 1)
+        return tiled_decode(decode, latents, factor=self.vae_factor, tile=tile, overlap=overlap).clamp(-1, 1)
 
     def preview(self, latents: Tensor) -> list[Image.Image]:
         """Small images (h x w) of standardized latents (b, c, h, w) while sampling: linear in the latents, so cheap.
@@ -165,26 +113,25 @@ class Pipeline:
         if self.vae is None:
             return tensor_to_pil(latents)
         if self._preview_map is None:
-            self._preview_map = self._fit_preview_map(self.vae, latents)
+            self._preview_map = self._fit_preview_map(latents)
         weight = self._preview_map.to(latents)
         return tensor_to_pil((latents.movedim(1, -1) @ weight[:-1] + weight[-1]).movedim(-1, 1))
 
     @torch.no_grad()
-    def _fit_preview_map(self, vae: VAE, latents: Tensor) -> Tensor:
+    def _fit_preview_map(self, latents: Tensor) -> Tensor:
         """Least squares from latents and 1 to average pixels: (latent channels + 1, image channels), float64."""
         noise = torch.randn(64, latents.shape[1], 2, 2, generator=rng.generator(0, "preview"))
         smooth = F.interpolate(noise, scale_factor=4, mode="bilinear").to(latents)
-        pixels = F.avg_pool2d(self.decode(smooth), vae.config.factor)
+        pixels = F.avg_pool2d(self.decode(smooth), self.vae_factor)
         inputs, outputs = (x.movedim(1, -1).flatten(0, -2).double().cpu() for x in (smooth, pixels))
         return torch.linalg.lstsq(F.pad(inputs, (0, 1), value=1), outputs).solution
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(c, h, w) of the latents of an image; ValueError when the networks do not support its size in pixels."""
-        scale = self.vae.config.factor if self.vae else 1
-        factor = self.unet.config.factor * scale
+        factor = self.unet.config.factor * self.vae_factor
         if width < factor or height < factor or width % factor or height % factor:
             raise ValueError(f"width {width} and height {height} must be multiples of {factor} for this model")
-        return self.unet.config.in_channels, height // scale, width // scale
+        return self.unet.config.in_channels, height // self.vae_factor, width // self.vae_factor
 
     # Sampling.
 
@@ -211,13 +158,12 @@ class Pipeline:
         variation_seed: int | None = None,
         variation_strength: float = 0.1,
         vae_tile: int | None = None,
-        on_step: OnStep | None = None,
+        on_step: Callable[[int, SamplerStep], None] | None = None,
     ) -> list[Image.Image]:
         """Generate `num_images` images of one prompt with the seeds seed, seed + 1, ...
 
         Args:
             guidance_scale: 1 follows the prompt without guidance; the negative prompt is then not used.
-            guidance: how the scale is applied.
             eta: fresh noise in each step, from 0 (none) to 1; the sampler's own when left out.
             timesteps: the schedule of the steps, by name or as a list of `steps` falling t in (0, 1].
             width, height: in pixels; those of `image`, or of the training images, when left out.
@@ -237,7 +183,11 @@ class Pipeline:
         """
         shape = self.latent_shape(*self._image_size(width, height, image, mask))
         seeds = consecutive_seeds(seed, num_images)
-        noise = varied_noise(shape, seeds, variation_seed, variation_strength).to(self.device)
+        noise = initial_noise(shape, seeds)
+        if variation_seed is not None:
+            other = initial_noise(shape, consecutive_seeds(variation_seed, num_images))
+            noise = slerp(noise, other, variation_strength)
+        noise = noise.to(self.device)
         if inversion_prompt is not None:
             if image is None or num_images > 1 or variation_seed is not None:
                 raise ValueError("inversion_prompt needs an image, num_images 1 and no variation_seed")
@@ -284,8 +234,18 @@ class Pipeline:
         return size
 
     def prepare_init_image(self, image: Image.Image, strength: float, mask: Image.Image | None = None) -> InitImage:
-        """What `stream` needs of an image, and of a mask of the same size."""
-        return prepare_init_image(image, strength, mask, unet=self.unet, vae=self.vae)
+        """Encode an image, and a mask of the same size, which is white where the image is generated anew."""
+        channels = self.vae.config.image_channels if self.vae else self.unet.config.in_channels
+        pixels = pil_to_tensor(image, channels)[None]
+        latents = self.encode(pixels)
+        if mask is None:
+            return InitImage(latents, strength)
+        masked = (pil_to_tensor(mask, 1)[None] + 1) / 2
+        latent_mask = F.max_pool2d(masked, self.vae_factor).ceil().to(self.device)
+        if not self.unet.config.cond_channels:
+            return InitImage(latents, strength, mask=latent_mask)
+        masked_latents = self.encode(pixels * (masked < 0.5))
+        return InitImage(latents, strength, spatial=torch.cat([latent_mask, masked_latents], dim=1))
 
     @torch.no_grad()
     def invert_image(
@@ -299,24 +259,35 @@ class Pipeline:
         if self.unet.config.cond_channels:
             raise ValueError("an inpainting model cannot invert an image: use one without cond_channels")
         latents = self.prepare_init_image(image, 1.0).latents
-        denoiser = self._denoiser(latents, [prompt], [""]).guided(1.0, DEFAULT_GUIDANCE)
+        denoiser = self._denoiser(latents, [prompt], [""], None, literal=False).guided(1.0, DEFAULT_GUIDANCE)
         ts = make_timesteps(self.diffusion, steps, timesteps)
         return final_latents(ddim_invert(denoiser, self.diffusion, latents, ts))
 
     def sample(
         self,
-        noise: Tensor,
         prompts: list[str],
-        negative_prompts: list[str],
+        seeds: Sequence[int],
         *,
-        init_image: InitImage | None = None,
-        **settings: Unpack[SamplingSettings],
+        steps: int = 30,
+        guidance_scale: float | None = None,
+        sampler: str = "dpmpp_2m",
+        literal: bool = False,
     ) -> Tensor:
-        """The standardized latents (b, c, h, w) after the last step of `stream`, whose arguments it has."""
-        latents = noise if init_image is None else init_image.latents.expand_as(noise)  # strength 0 takes no step
-        for step in self.stream(noise, prompts, negative_prompts, init_image=init_image, **settings):
-            latents = step.z
-        return latents
+        """Images (b, c, h, w) in [-1, 1] of the training resolution, each with its own prompt and seed; see `stream`.
+
+        Without a `guidance_scale` it is that of the sample images of the training.
+        """
+        steps_taken = self.stream(
+            initial_noise(self.latent_shape(self.resolution, self.resolution), seeds).to(self.device),
+            prompts,
+            [""] * len(prompts),
+            seeds=seeds,
+            steps=steps,
+            guidance_scale=self.default_guidance_scale if guidance_scale is None else guidance_scale,
+            sampler=sampler,
+            literal=literal,
+        )
+        return self.decode(final_latents(steps_taken))
 
     @torch.no_grad()
     def stream(
@@ -325,7 +296,7 @@ class Pipeline:
         prompts: list[str],
         negative_prompts: list[str],
         *,
-        seeds: list[int],
+        seeds: Sequence[int],
         steps: int,
         guidance_scale: float,
         guidance: GuidanceConfig = DEFAULT_GUIDANCE,
@@ -344,7 +315,7 @@ class Pipeline:
         run_sampler = get_sampler(sampler, eta)
         ts = make_timesteps(self.diffusion, steps, timesteps)
         spatial = init_image.spatial if init_image else None
-        batch = self._denoiser(noise, prompts, negative_prompts, spatial, literal)
+        batch = self._denoiser(noise, prompts, negative_prompts, spatial, literal=literal)
         denoiser, z = batch.guided(guidance_scale, guidance), noise
         if init_image is not None:
             z, ts = init_image.start(noise, ts, self.diffusion)
@@ -355,42 +326,27 @@ class Pipeline:
             draws = [torch.randn(noise.shape[1:], generator=rng.generator(s, "sampler", index)) for s in seeds]
             return torch.stack(draws).to(noise)
 
-        return _without_grad(run_sampler(denoiser, self.diffusion, z, ts, noise_sampler=noise_sampler))
+        return run_sampler(denoiser, self.diffusion, z, ts, noise_sampler=noise_sampler)
 
     def _denoiser(
-        self,
-        like: Tensor,
-        prompts: list[str],
-        negative_prompts: list[str],
-        spatial: Tensor | None = None,
-        literal: bool = False,
+        self, like: Tensor, prompts: list[str], negative_prompts: list[str], spatial: Tensor | None, *, literal: bool
     ) -> PromptDenoiser:
         """That of a batch of latents shaped as `like`."""
-        height, width = (side * (self.vae.config.factor if self.vae else 1) for side in like.shape[-2:])
-        sizes = uncropped_size(width, height, like.device)
+        height, width = (side * self.vae_factor for side in like.shape[-2:])
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=like.device)  # of an uncropped image
         networks = (self.unet, self.guide_unet, self.diffusion, self.text)
         return PromptDenoiser(*networks, prompts, negative_prompts, sizes, spatial, literal)
 
 
-@torch.no_grad()
-def _without_grad(steps: Iterator[SamplerStep]) -> Iterator[SamplerStep]:
-    """The decorator turns gradients off inside each step, and leaves them as they are in the caller in between."""
-    yield from steps
+def _inference_settings(pipeline: Pipeline) -> dict[str, Any]:
+    """The configuration of each component, as far as it matters in sampling."""
+    return {
+        "diffusion": pipeline.diffusion.config.inference_fields(),
+        "text": [encoder.config.fingerprint() for encoder in pipeline.text.encoders] if pipeline.text else None,
+        "vae": pipeline.vae.config if pipeline.vae else None,
+    }
 
 
-def _is_same(one: Diffusion | VAE | TextConditioner | None, other: Diffusion | VAE | TextConditioner | None) -> bool:
-    """Whether two components have the same weights, and the same configuration as far as it matters in sampling."""
-    states = [x.state_dict() if isinstance(x, torch.nn.Module) else {} for x in (one, other)]
-    return (
-        _inference_fields(one) == _inference_fields(other)
-        and states[0].keys() == states[1].keys()
-        and all(torch.equal(tensor.cpu(), states[1][name].cpu()) for name, tensor in states[0].items())
-    )
-
-
-def _inference_fields(component: Diffusion | VAE | TextConditioner | None) -> Any:
-    if component is None:
-        return None
-    if isinstance(component, Diffusion):
-        return component.config.inference_fields()
-    return component.config if isinstance(component, VAE) else [e.config.fingerprint() for e in component.encoders]
+def _has_same_weights(one: object, other: object) -> bool:
+    ours, theirs = (part.state_dict() if isinstance(part, torch.nn.Module) else {} for part in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in ours)

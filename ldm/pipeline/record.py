@@ -6,7 +6,7 @@ from typing import Any, Final, Literal
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ldm.config import Config
 from ldm.diffusion.guidance import GuidanceConfig
@@ -32,10 +32,10 @@ SAMPLER_NAMES = {
 class InitImageRecord(Config):
     """The image, and the mask, that another image was generated from; hashes are SHA-256 of the files."""
 
-    image: str
+    image: Path
     image_hash: str
     strength: float
-    mask: str | None = None
+    mask: Path | None = None
     mask_hash: str | None = None
     inversion_prompt: str | None = None
     outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)
@@ -77,7 +77,7 @@ class GenerationRecord(Config):
     def pipeline_kwargs(self) -> dict[str, Any]:
         """The arguments of `Pipeline.__call__`, without those of the init image."""
         others = {"version", "index", "init_image", "model", "model_hash", "guide_model", "guide_model_hash"}
-        return {name: getattr(self, name) for name in GenerationRecord.model_fields if name not in others}
+        return {name: value for name, value in self if name not in others}
 
 
 def save_png(path: Path, image: Image.Image, record: GenerationRecord) -> None:
@@ -101,8 +101,13 @@ def read_png(path: Path) -> GenerationRecord:
         raise ValueError(f"{path}: no generation metadata in this PNG; only images of txt2img and img2img have it")
     try:
         return GenerationRecord.model_validate_json(text)
-    except ValidationError:
-        raise ValueError(f"{path} cannot be reproduced: {_why_unreadable(text)}") from None
+    except ValidationError as error:
+        reason = "its record is damaged"
+        for fault in error.errors():
+            if fault["loc"] == ("version",) and isinstance(version := fault["input"], int):
+                age = "an older" if version < RECORD_VERSION else "a newer"
+                reason = f"it was made by {age} version of ldm (record {version}, this one reads {RECORD_VERSION})"
+        raise ValueError(f"{path} cannot be reproduced: {reason}") from None
 
 
 def a1111_parameters(record: GenerationRecord) -> str:
@@ -120,23 +125,6 @@ def a1111_parameters(record: GenerationRecord) -> str:
     if record.negative_prompt:
         lines.append(f"Negative prompt: {record.negative_prompt}")
     return "\n".join([*lines, ", ".join(f"{key}: {_quote(str(value))}" for key, value in settings.items())])
-
-
-class _Version(BaseModel):
-    """The one field that records of all versions have."""
-
-    version: int = Field(strict=True)
-
-
-def _why_unreadable(text: str) -> str:
-    try:
-        version = _Version.model_validate_json(text).version
-    except ValidationError:
-        return "its record is damaged"
-    if version == RECORD_VERSION:
-        return "its record is damaged"
-    age = "an older" if version < RECORD_VERSION else "a newer"
-    return f"it was made by {age} version of ldm (record {version}, this one reads {RECORD_VERSION})"
 
 
 def _quote(value: str) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from ldm.cli import training_command
+from ldm.cli import command_to_train
 from ldm.conditioning import Conditioning
 from ldm.config import CONFIGS, check_equal, differences
 from ldm.data import Batch, DataConfig
@@ -24,10 +24,9 @@ from ldm.data.latents_in_memory import InMemoryLatents
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.imaging import captioned_grid, tensor_to_pil
 from ldm.io.tensors import init_weights, sha256
-from ldm.pipeline import Pipeline
-from ldm.pipeline.conditions import text_conditioning
-from ldm.pipeline.inputs import initial_noise
-from ldm.pipeline.load import load_vae
+from ldm.pipeline import ModelComponents, Pipeline
+from ldm.pipeline.denoiser import text_conditioning
+from ldm.pipeline.load import load_components, load_vae
 from ldm.rng import StepRNG, generator
 from ldm.stages.latents import find_vae, open_latents, text_fingerprint
 from ldm.stages.splits import Splits, example_images
@@ -97,7 +96,7 @@ class DiffusionStage(Stage):
     def build(cls, config: TrainLDMConfig, accelerator: Accelerator) -> "DiffusionStage":
         """With the finished stages before it, data and initial weights; ValueError where something does not fit."""
         check_in_memory(config)
-        train_vae, train_clip = (training_command(config, stage, cls.default) for stage in ("vae", "clip"))
+        train_vae, train_clip = (command_to_train(config, stage, cls.default) for stage in ("vae", "clip"))
         vae_folder = None if config.vae == "none" else find_vae(config.vae, config.run.parent, train_vae)
         vae = load_vae(vae_folder) if vae_folder else None
         text = load_text_encoder((config.text, config.second_text), config.run.parent, train_clip)
@@ -109,7 +108,7 @@ class DiffusionStage(Stage):
         stage = cls(config, vae, text, accelerator.device)
         stage.vae_sha256 = sha256(vae_folder / "vae.safetensors") if vae_folder else None
         if config.init_from and not config.resume:
-            stage.init_unet(Pipeline.load(config.init_from), config.init_from, accelerator)
+            stage.init_unet(load_components(config.init_from), config.init_from, accelerator)
         if config.cached_latents is None:
             data = Splits.open(config.data, config.seed)
             words = vocabulary(data.images.captions)
@@ -121,7 +120,7 @@ class DiffusionStage(Stage):
         stage.prepare(data, words, accelerator)
         return stage
 
-    def init_unet(self, source: Pipeline, where: Path, accelerator: Accelerator) -> None:
+    def init_unet(self, source: ModelComponents, where: Path, accelerator: Accelerator) -> None:
         """Start from the U-Net of a finished model; what else differs there, which is no error, is printed."""
         same_input = source.unet.config.model_copy(update={"cond_channels": self.config.unet.cond_channels})
         check_equal(self.config.unet, same_input, where)
@@ -148,15 +147,9 @@ class DiffusionStage(Stage):
             progress = accelerator.is_main_process
             data.train = InMemoryLatents(data.images, self.vae.encode, device=self.device, progress=progress)
         metadata = {"data": self.config.data.to_dict(), "guidance_scale": self.config.sample_guidance_scale}
-        self.pipeline = Pipeline(
-            self.unet,
-            self.diffusion,
-            vae=self.vae,
-            text=self.text,
-            resolution=self.config.data.resolution,
-            vocabulary=words,
-            metadata=metadata,
-        )
+        resolution = self.config.data.resolution
+        components = ModelComponents(self.unet, self.diffusion, self.vae, self.text, resolution, words, metadata)
+        self.pipeline = Pipeline(components)
 
     # Loss.
 
@@ -244,18 +237,14 @@ class DiffusionStage(Stage):
         """A grid of sampled images with their prompts."""
         config = self.config
         prompts = list(config.sample_prompts or self.sample_captions[:16])
-        seeds = list(range(len(prompts)))
-        shape = self.pipeline.latent_shape(config.data.resolution, config.data.resolution)
-        z = self.pipeline.sample(
-            initial_noise(shape, seeds).to(self.device),
+        images = self.pipeline.sample(
             prompts,
-            [""] * len(seeds),
-            seeds=seeds,
+            range(len(prompts)),
             steps=config.sample_steps,
             guidance_scale=config.sample_guidance_scale,
             literal=not config.sample_prompts,
         )
-        return captioned_grid(tensor_to_pil(self.pipeline.decode(z)), prompts, columns=8)
+        return captioned_grid(tensor_to_pil(images), prompts, columns=8)
 
     def save(self, folder: Path) -> None:
         """Write the whole pipeline."""
