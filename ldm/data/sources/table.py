@@ -1,7 +1,6 @@
-"""Tables with a column of images: a parquet file, a data set of the Hugging Face hub, and parquet shards."""
+"""Tables with a column of images: a parquet file or a data set of the Hugging Face hub."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +14,10 @@ from ldm.data.sources.base import (
     parse_captions,
 )
 from ldm.data.sources.encoded import EncodedSource
-from ldm.data.sources.shard import ShardRow, open_url
 from ldm.imaging import Encoded
 
 if TYPE_CHECKING:
     import datasets
-
-ROWS_PER_BATCH = 64  # of a parquet shard that are decoded at a time
 
 
 def open_parquet(path: Path, split: Split) -> EncodedSource:
@@ -32,7 +28,7 @@ def open_parquet(path: Path, split: Split) -> EncodedSource:
         rows = datasets.Dataset.from_parquet(str(path))
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError, TypeError, LookupError):
         raise ValueError(
-            f"{path}: not a parquet file, or a damaged or empty one; choose another --data.source"
+            f"{path}: not a parquet file or a damaged or empty one; choose another --data.source"
         ) from None
     return _open_table(rows, str(path), [path.parent], split)
 
@@ -132,51 +128,3 @@ def image_column(features: "datasets.Features", where: str) -> str:
         names = first_names(list(features), 12)
         raise ValueError(f"{where}: none of the columns {names} holds images; choose another --data.source")
     return columns[0]
-
-
-# Parquet shards, read from begin to end.
-
-
-def count_parquet_rows(url: str) -> int:
-    """How many rows a parquet file has, from its footer."""
-    import pyarrow.parquet
-
-    with open_url(url) as file:
-        footer = pyarrow.parquet.read_metadata(file)
-    groups = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
-    if min(groups, default=0) < 0 or sum(groups) != footer.num_rows:
-        raise ValueError("its counts of rows are damaged")
-    return footer.num_rows
-
-
-def parquet_rows(url: str) -> Iterator[ShardRow]:
-    """The rows of a parquet file, in order."""
-    import datasets
-    import pyarrow.parquet
-
-    with open_url(url) as file:
-        table = pyarrow.parquet.ParquetFile(file)
-        schema, features = table.schema_arrow, datasets.Features()
-        for column in schema:
-            with contextlib.suppress(ValueError, NotImplementedError):  # a type that it has no name for: not an image
-                features |= datasets.Features.from_arrow_schema(pyarrow.schema([column], metadata=schema.metadata))
-        image = image_column(features, url)
-        caption = next((name for name in CAPTION_COLUMNS if name in features), None)
-        columns = [image, *([caption] if caption else [])]
-        for batch in table.iter_batches(ROWS_PER_BATCH, columns=columns):
-            for row in range(batch.num_rows):
-                yield _parquet_row(*(batch[name][row] for name in columns))
-
-
-def _parquet_row(cell: Any, *caption: Any) -> ShardRow:
-    """A row from cells of arrow."""
-    try:
-        data = cell.as_py()
-        data = data["bytes"] if isinstance(data, dict) else data  # no path that a stranger wrote is followed
-        if not isinstance(data, bytes):
-            raise ValueError("holds no image")
-        return ShardRow(data, parse_captions(caption[0].as_py() if caption else None, "its row"), None)
-    except UnicodeDecodeError:
-        return ShardRow(None, [], "its caption is not UTF-8")
-    except (ValueError, OverflowError) as error:
-        return ShardRow(None, [], str(error))
