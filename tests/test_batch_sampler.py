@@ -15,11 +15,11 @@ from ldm.data.batch_sampler import (
     EpochBatchSampler,
     SampleKey,
     evenly_spaced,
-    first_samples,
     image_batches,
     make_batch_sampler,
     permutation,
     sample_at_position,
+    sample_batches,
 )
 
 
@@ -128,8 +128,8 @@ def test_messages():
         EpochBatchSampler(0, seed=0, batch_size=1)
 
 
-def test_first_samples_stops_at_the_end():
-    assert [tuple(s["key"].tolist()) for s in first_samples(Echo(3), 5)] == [(0, 0, 0), (1, 0, 1), (2, 0, 2)]
+def test_the_first_samples_stop_at_the_end():
+    assert next(sample_batches(Echo(3), batch_size=5))["key"].tolist() == [[0, 0, 0], [1, 0, 1], [2, 0, 2]]
 
 
 def test_image_batches_spread_over_the_set():

@@ -23,7 +23,7 @@ from ranks import launch, rank_environment
 from torch.utils.data import DataLoader
 
 from ldm.data import DataConfig, open_dataset
-from ldm.data.batch_sampler import SampleKey, ShardedBatchSampler, file_order
+from ldm.data.batch_sampler import SampleKey, ShardedBatchSampler, permutation
 from ldm.data.loader import IndexedDataset
 from ldm.data.sources.shard import ROWS_PER_BATCH, ShardReadError, ShardRow, read_rows
 from ldm.data.sources.shard_cache import open_rows, write_rows
@@ -343,7 +343,7 @@ def test_shards_are_downloaded_ahead(photos: Path, cache: Path) -> None:
     assert isinstance(source, ShardedSource)
     keys = next(iter(data.make_batch_sampler(seed=0, batch_size=4)))
     needed = [source.cache.locate(key.index)[0] for key in (keys[0], keys[2])]
-    files = file_order(TARS, 0, 0)
+    files = permutation(TARS, 0, 0, "files").tolist()
     ahead = {*needed, *(files[files.index(number) + 1] for number in needed)}
     loader = DataLoader(
         IndexedDataset(data), batch_sampler=[keys], num_workers=1, collate_fn=list, persistent_workers=True

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NotRequired, TypedDict, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,33 +24,16 @@ class SampleKey:
     position: int  # in the step's global batch
 
 
-class SamplerOptions(TypedDict):
-    """What every batch sampler is given: see `EpochBatchSampler`."""
-
-    seed: int
-    batch_size: int
-    start: NotRequired[int]
-    grad_accum_steps: NotRequired[int]
-    rank: NotRequired[int]
-    world: NotRequired[int]
-
-
 @lru_cache(maxsize=4)
-def permutation(size: int, seed: int, epoch: int) -> Tensor:
-    """The order of `size` samples in one epoch, (size,) int64."""
-    return torch.randperm(size, generator=rng.generator(seed, "order", epoch))
+def permutation(size: int, seed: int, epoch: int, stream: str = "order") -> Tensor:
+    """The order of `size` samples in one epoch, (size,) int64; of files with `stream` "files"."""
+    return torch.randperm(size, generator=rng.generator(seed, stream, epoch))
 
 
 def sample_at_position(position: int, *, size: int, seed: int) -> tuple[int, int]:
     """(index, epoch) of the sample at `position` in the endless sequence of shuffled epochs."""
     epoch, offset = divmod(position, size)
     return int(permutation(size, seed, epoch)[offset]), epoch
-
-
-@lru_cache(maxsize=4)
-def file_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order in which an epoch goes through `count` files."""
-    return torch.randperm(count, generator=rng.generator(seed, "files", epoch)).tolist()
 
 
 @lru_cache(maxsize=64)
@@ -62,11 +45,6 @@ def row_order(size: int, seed: int, epoch: int, file: int) -> Tensor:
 def evenly_spaced(count: int, total: int) -> list[int]:
     """`count` of the numbers below `total`, or all of them if there are no more."""
     return [i * total // min(count, total) for i in range(min(count, total))]
-
-
-def first_samples(dataset: Dataset[Any], count: int) -> list[Any]:
-    """The first `count` samples of a data set, the same at every call: for validation."""
-    return [dataset[SampleKey(index, 0, index)] for index in range(min(count, len(dataset)))]  # type: ignore[arg-type]
 
 
 def sample_batches(
@@ -140,8 +118,8 @@ class BucketBatchSampler(EpochBatchSampler):
     and which group comes when, is drawn for each epoch.
     """
 
-    def __init__(self, groups: Tensor, **options: Unpack[SamplerOptions]) -> None:
-        """`groups`: the group of each sample, (size,) integers from 0."""
+    def __init__(self, groups: Tensor, **options: int) -> None:
+        """`groups`: the group of each sample, (size,) integers from 0; `options`: as of `EpochBatchSampler`."""
         super().__init__(len(groups), **options)
         self.groups = groups
         self.steps = sum(-(-count // self.batch_size) for count in groups.bincount().tolist())  # in an epoch
@@ -174,7 +152,7 @@ class ShardedBatchSampler(EpochBatchSampler):
     A stream has each of its rows once in an epoch; its next epoch begins when its own rows are through.
     """
 
-    def __init__(self, rows: Sequence[int], *, streams: int, **options: Unpack[SamplerOptions]) -> None:
+    def __init__(self, rows: Sequence[int], *, streams: int, **options: int) -> None:
         """`rows` of each file; `streams`, or the next smaller number that divides the batch."""
         super().__init__(sum(rows), **options)
         self.rows, self.starts = rows, [0, *accumulate(rows)]
@@ -191,7 +169,7 @@ class ShardedBatchSampler(EpochBatchSampler):
     def _sample_in_epoch(self, epoch: int, row: int) -> int:
         """The sample at a row of the concatenated files of an epoch."""
         if epoch not in self._drawn:  # streams are at most one epoch apart
-            files = file_order(len(self.rows), self.seed, epoch)
+            files = permutation(len(self.rows), self.seed, epoch, "files").tolist()
             ends = list(accumulate(self.rows[file] for file in files))
             self._drawn = {e: drawn for e, drawn in self._drawn.items() if e >= epoch - 1} | {epoch: (files, ends)}
         files, ends = self._drawn[epoch]
@@ -200,6 +178,6 @@ class ShardedBatchSampler(EpochBatchSampler):
         return self.starts[file] + int(row_order(self.rows[file], self.seed, epoch, file)[row - ends[position]])
 
 
-def make_batch_sampler(size: int, groups: Tensor | None, **options: Unpack[SamplerOptions]) -> EpochBatchSampler:
+def make_batch_sampler(size: int, groups: Tensor | None, **options: int) -> EpochBatchSampler:
     """The batch sampler of `size` samples, whose steps are of one group where the samples have groups."""
     return EpochBatchSampler(size, **options) if groups is None else BucketBatchSampler(groups, **options)

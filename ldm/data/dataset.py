@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -12,7 +12,6 @@ from ldm import rng
 from ldm.data.batch_sampler import (
     EpochBatchSampler,
     SampleKey,
-    SamplerOptions,
     ShardedBatchSampler,
     make_batch_sampler,
 )
@@ -89,7 +88,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         """Whether the set may be larger than the disk."""
         return isinstance(self.source, ShardedSource)
 
-    def make_batch_sampler(self, **options: Unpack[SamplerOptions]) -> EpochBatchSampler:
+    def make_batch_sampler(self, **options: int) -> EpochBatchSampler:
         """Which samples come when."""
         if isinstance(self.source, ShardedSource):
             rows = [span.rows for span in self.source.cache.ranges]

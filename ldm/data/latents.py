@@ -10,10 +10,11 @@ of each image.
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt
@@ -25,7 +26,7 @@ from torch.utils.data import Dataset
 from ldm import rng
 from ldm.config import Config
 from ldm.data.batch import collate
-from ldm.data.batch_sampler import EpochBatchSampler, SampleKey, SamplerOptions, make_batch_sampler
+from ldm.data.batch_sampler import EpochBatchSampler, SampleKey, make_batch_sampler
 from ldm.data.dataset import ImageTextDataset
 from ldm.data.sources.base import Split
 from ldm.io.atomic import write_tensors
@@ -38,9 +39,7 @@ MAX_OPEN_FILES = 64  # by each process
 ENCODE_BATCH_SIZE = 64  # images, or captions, that are encoded at a time
 MIN_STD = 1e-7  # of a latent: one that float16 made 0 has a logarithm
 REMEDY = "run scripts/cache_latents.py again, which keeps valid files"
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # images -> mean and log-variance of their latents
-EncodeText = Callable[[Tensor], tuple[Tensor, Tensor]]  # ids -> hidden states and pooled vectors, of fixed sizes
-Tokenize = Callable[[list[str]], Tensor]  # captions -> (n, length) ids
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class LatentIndex(Config):
@@ -67,39 +66,24 @@ class LatentFileLayout:
     """Which rows are in which file: in their order, `images_per_file` in each, and no two groups in one."""
 
     def __init__(self, rows: int, images_per_file: int, groups: Tensor | None = None) -> None:
-        self.images_per_file = images_per_file
-        self._order: Tensor | None = None
-        self._first_files, counts = [0], [rows]  # of each group: its first file, its rows
-        if groups is not None:
-            self._order, self._groups, counts = groups.argsort(stable=True), groups, groups.bincount().tolist()
-            self._rank = torch.empty_like(self._order)  # of each row in its group
-            starts = torch.tensor([0, *itertools.accumulate(counts[:-1])])
-            self._rank[self._order] = torch.arange(rows) - starts[groups[self._order]]
-        for count in counts[:-1]:
-            self._first_files.append(self._first_files[-1] - (-count // images_per_file))
-        self._counts = counts
+        self._order = torch.arange(rows) if groups is None else groups.argsort(stable=True)
+        self._position = torch.empty_like(self._order)  # of each row in that order
+        self._position[self._order] = torch.arange(rows)
+        ends = list(itertools.accumulate([rows] if groups is None else groups.bincount().tolist(), initial=0))
+        self._starts = [i for start, end in itertools.pairwise(ends) for i in range(start, end, images_per_file)]
 
-    def files(self) -> list[Sequence[int]]:
-        """The rows of each file."""
-        starts = itertools.accumulate(self._counts[:-1], initial=0)
-        spans = [
-            range(first, min(first + self.images_per_file, start + count))
-            for start, count in zip(starts, self._counts, strict=True)
-            for first in range(start, start + count, self.images_per_file)
-        ]
-        return [span if self._order is None else self._order[span.start : span.stop].tolist() for span in spans]
+    def files(self) -> list[Tensor]:
+        """The rows of each file, (n,) int64."""
+        return [self._order[start:end] for start, end in itertools.pairwise([*self._starts, len(self._order)])]
 
     def locate(self, row: int) -> tuple[int, int]:
         """The number of a row's file, and its row there."""
-        if self._order is None:
-            return divmod(row, self.images_per_file)
-        file, row_in_file = divmod(int(self._rank[row]), self.images_per_file)
-        return self._first_files[int(self._groups[row])] + file, row_in_file
+        position = int(self._position[row])
+        file = bisect_right(self._starts, position) - 1
+        return file, position - self._starts[file]
 
 
-def list_latent_files(
-    split: Split, layout: LatentFileLayout, *, augmentations: int
-) -> list[tuple[str, int, Sequence[int]]]:
+def list_latent_files(split: Split, layout: LatentFileLayout, *, augmentations: int) -> list[tuple[str, int, Tensor]]:
     """Name, augmentation and rows of every file of a split."""
     return [
         (_file_name(split, augmentation, number), augmentation, rows)
@@ -116,21 +100,22 @@ def write_latent_file(
     path: Path,
     data: ImageTextDataset,
     augmentation: int,
-    rows: Sequence[int],
+    rows: Tensor,
     *,
     encode: Encode,
-    tokenize: Tokenize,
-    encode_text: EncodeText | None,
+    tokenize: Callable[[list[str]], Tensor],
+    encode_text: Encode | None,
     key: str,
 ) -> None:
-    """Encode some rows and write them, with text embeddings where `encode_text` gives them; `key` is `content_key`.
+    """Encode the images at some rows, (n,) int64, and their captions, and write them; `key` is `content_key`.
 
-    ValueError: numbers beyond float16.
+    `encode` maps images (b, c, height, width) to mean and log-variance of their latents, `tokenize` captions to ids
+    (b, n), `encode_text` ids to hidden states and pooled vectors. ValueError: numbers beyond float16.
     """
     columns: dict[str, list[Tensor]] = {"mean": [], "deviation": [], "sizes": [], "ids": []}
     counts = []
-    for first in range(0, len(rows), ENCODE_BATCH_SIZE):
-        keys = [SampleKey(row, augmentation, row) for row in rows[first : first + ENCODE_BATCH_SIZE]]
+    for some in rows.split(ENCODE_BATCH_SIZE):
+        keys = [SampleKey(row, augmentation, row) for row in some.tolist()]
         batch = collate([data[sample] for sample in keys])
         mean, logvar = encode(batch["image"])
         columns["mean"].append(_to_float16(mean, "latents"))
@@ -242,7 +227,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.index.rows[self.split]
 
-    def make_batch_sampler(self, **options: Unpack[SamplerOptions]) -> EpochBatchSampler:
+    def make_batch_sampler(self, **options: int) -> EpochBatchSampler:
         """Which samples come when."""
         return make_batch_sampler(len(self), self.groups, **options)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data import Batch, DataConfig, ImageTextDataset, collate, open_dataset
-from ldm.data.batch_sampler import EpochBatchSampler, first_samples, image_batches
+from ldm.data.batch_sampler import EpochBatchSampler, image_batches, sample_batches
 from ldm.data.latents import LatentDataset
 
 
@@ -61,7 +61,7 @@ class Splits:
 
     def first_held_out(self, count: int) -> Batch:
         """A batch of the first held-out samples, the same at every call."""
-        return self.collate(first_samples(self.held_out, count))
+        return next(sample_batches(self.held_out, batch_size=count))
 
     def spread_images(self, count: int) -> Iterator[Tensor]:
         """Batches (b, c, h, w) of `count` training images that are spread over the set, cut to squares."""

@@ -16,7 +16,7 @@ from filelock import FileLock
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
-from ldm.data.batch_sampler import SampleKey, evenly_spaced, file_order
+from ldm.data.batch_sampler import SampleKey, evenly_spaced, permutation
 from ldm.data.sources.base import HELD_OUT_FRACTION, Split, check_utf8_names, one_line, short_hash
 from ldm.data.sources.encoded import SUFFIXES, EncodedSource
 from ldm.data.sources.folder import METADATA_FILES
@@ -65,7 +65,7 @@ class ShardedSource(EncodedSource):
         needed = {(self.cache.locate(key.index)[0], key.epoch) for key in keys} - self._prefetched
         self._prefetched.update(needed)
         for part, epoch in needed:
-            order = file_order(len(self.cache.ranges), seed, epoch)
+            order = permutation(len(self.cache.ranges), seed, epoch, "files").tolist()
             position = order.index(part)
             self.cache.prefetch(order[position : position + 2])
 
