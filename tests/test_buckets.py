@@ -117,7 +117,7 @@ def test_a_fallback_takes_the_shape_of_what_it_replaces(photos: Path, tmp_path: 
     file.write_bytes(file.read_bytes()[:200])  # its header is complete
     data = opened(broken, max_unreadable=0.5)
     assert data[SampleKey(index, 0, 0)]["image"].shape == whole[SampleKey(index, 0, 0)]["image"].shape
-    assert len(data.unreadable) == 1
+    assert len(data.reader.unreadable()) == 1
 
 
 def test_a_turned_photo_is_as_high_as_it_is_shown(tmp_path: Path) -> None:

@@ -19,10 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm import imaging
 from ldm.cli import parse_cli
 from ldm.config import CONFIGS, read_yaml, write_yaml
-from ldm.data.inspect import inspect_dataset
+from ldm.data.inspect import contact_sheet, format_report, inspect_images
 from ldm.data.sources.base import CAPTION_COLUMNS, ImageTextSource
 from ldm.data.sources.folder import METADATA_FILES, open_images
 from ldm.data.transforms import View
@@ -224,8 +223,12 @@ def test_metadata_that_was_changed(folder: Folder, kind: str, changes: Changes) 
         ("metadata.jsonl", b'[["file_name", "a.png"]]', "line 1 is not a JSON object"),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": "\\ud800"}', r"a.png: the caption '\ud800' is not text"),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": {"a": 1}}', "a.png: the caption {'a': 1} is not text"),
-        ("metadata.jsonl", b'{"file_name": ["a.png"], "text": "x"}', "file_name ['a.png'] is not text"),
-        ("metadata.jsonl", b'{"file_name": "../secret.png", "text": ""}', "file_name ../secret.png leads out of"),
+        (
+            "metadata.jsonl",
+            b'{"file_name": ["a.png"], "text": "x"}',
+            "files that are not there as PNG, JPEG or WEBP: ['a.png'];",
+        ),
+        ("metadata.jsonl", b'{"file_name": "../secret.png", "text": ""}', "WEBP: ../secret.png; add them, remove"),
         ("metadata.csv", b"file_name,text\na.png," + b"x" * 200_000, "(field larger than field limit (131072)); is a"),
         ("metadata.csv", b'file_name,text\na.png,"x\nb.png,y\n', "not CSV (unexpected end of data); is a quote"),
         ("metadata.csv", b"file_name,text\n", "no column file_name, or no row"),
@@ -278,14 +281,11 @@ def test_any_folder_is_inspected(folder: Folder, kind: str, changes: Changes, im
 
 def inspected(parts: list[ImageTextSource]) -> tuple[str, int]:
     """The first line of the report, and the number of images on the contact sheet."""
-    report, examples = inspect_dataset(
-        parts, lambda caption: len(COUNT(caption)), max_tokens=77, num_examples=3, num_workers=1
-    )
-    if examples:
-        thumbnails = [info.thumbnail for info in examples if info.thumbnail]
-        sheet = imaging.captioned_grid(thumbnails, [info.caption for info in examples], columns=2)
-        assert sheet.width == 2 * 136 - 8
-    return next(report.format(8, 77)), len(examples)
+    images = inspect_images(parts, num_thumbnails=3, num_workers=1)
+    shown = sum(info.thumbnail is not None for info in images)
+    if shown:
+        assert contact_sheet(images, 3).size == (8 * 136 - 8, 186)
+    return next(format_report(images, lambda caption: len(COUNT(caption)), size=8, max_tokens=77)), shown
 
 
 # Tables of images.

@@ -197,7 +197,7 @@ def test_all_kinds_of_rows(tmp_path: Path) -> None:
     data = open_dataset(DataConfig(source=str(folder), resolution=16, max_unreadable=1), "train", seed=0)
     samples = [data[SampleKey(i, 0, i)] for i in range(5)]
     assert {sample["caption"] for sample in samples} == {"two words", "five", ""}
-    assert len(data.unreadable) == 2 and "x.tgz, row 2: its caption is not UTF-8" in data.report()
+    assert len(data.reader.unreadable()) == 2 and "x.tgz, row 2: its caption is not UTF-8" in data.report()
 
 
 def test_parquet_shards_on_any_file_system(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_a_damaged_shard_is_named(photos: Path) -> None:
     (photos / "003.tar").write_bytes(b"")
     with pytest.raises(ShardReadError, match=r"003\.tar cannot be read"):
         data[SampleKey(3 * (ROWS - 1), 0, 0)]
-    assert not data.unreadable  # no image is to blame
+    assert not data.reader.unreadable()  # no image is to blame
 
 
 def test_an_unchanged_shard_is_read(photos: Path) -> None:
@@ -322,18 +322,18 @@ def test_an_unreadable_image_is_replaced_by_one_of_its_shard(tmp_path: Path, cac
     data = open_dataset(DataConfig(source=str(folder), resolution=16, max_unreadable=0.5), "train", seed=0)
     sample = data[SampleKey(ROWS - 1 + 4, 0, 0)]
     assert 1 <= int(sample["caption"]) < ROWS and int(sample["caption"]) != 5
-    assert len(data.unreadable) == 1 and f"{folder}/001.tar, row 5: not a PNG" in data.unreadable[0]
+    assert len(data.reader.unreadable()) == 1 and f"{folder}/001.tar, row 5: not a PNG" in data.reader.unreadable()[0]
     assert len(list(cache.rglob("*.arrow"))) == 2  # the first images are tried at the start, and its own shard
     write_tar(folder / "001.tar", [(f"{i}.png", b"damaged") for i in range(ROWS)])
     data = open_dataset(DataConfig(source=str(folder), resolution=16, max_unreadable=0.5), "train", seed=0)
     other = int(data[SampleKey(ROWS - 1 + 4, 0, 0)]["caption"])
     assert (
-        not ROWS <= other < 2 * ROWS and len(data.unreadable) > 5
+        not ROWS <= other < 2 * ROWS and len(data.reader.unreadable()) > 5
     )  # where most of it is damaged, one of another shard
     source = data.source
     assert isinstance(source, ShardedSource)
     source.cache.path(1).unlink()
-    assert f"{folder}/001.tar, row 5" in data.unreadable  # no reason, for which it had to be downloaded again
+    assert f"{folder}/001.tar, row 5" in data.reader.unreadable()  # no reason, for which it had to be downloaded again
 
 
 def test_shards_are_downloaded_ahead(photos: Path, cache: Path) -> None:
@@ -360,9 +360,11 @@ def test_shards_are_downloaded_ahead(photos: Path, cache: Path) -> None:
 def test_evenly_spaced_items_need_few_shards(tmp_path: Path, cache: Path) -> None:
     photos = write_set(tmp_path / "photos", tars=40, rows=3)
     data = open_dataset(DataConfig(source=str(photos), resolution=16), "train", seed=0)
-    items = data.evenly_spaced(20)
+    items = data.source.evenly_spaced(20)
     assert len(set(items)) == 20 and len({index // 2 for index in items}) == 16
-    assert data.evenly_spaced(100) == [first + i for first in sorted({i // 2 * 2 for i in items}) for i in (0, 1)]
+    assert data.source.evenly_spaced(100) == [
+        first + i for first in sorted({i // 2 * 2 for i in items}) for i in (0, 1)
+    ]
 
 
 def test_ranks_and_stops_change_nothing(photos: Path, tmp_path: Path) -> None:

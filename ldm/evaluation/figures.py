@@ -182,7 +182,7 @@ def make_figures(config: FiguresConfig) -> None:
         save_image(prompt_grid(pipeline, config.prompts), config.out / "prompts.png")
         return
     held_out = open_dataset(DataConfig(**pipeline.metadata["data"]), "test", seed=0)
-    images = next(image_batches(held_out, held_out.evenly_spaced(3)))
+    images = next(image_batches(held_out, held_out.source.evenly_spaced(3)))
     scale = pipeline.default_guidance_scale
     samples = [pipeline(prompt, guidance_scale=scale, seed=seed)[0] for seed, prompt in enumerate(PROMPTS)]
     figures = {

@@ -119,7 +119,7 @@ class LatentWriter:
                 key=key,
             )
         accelerator.wait_for_everyone()
-        self.sets["train"].sync_unreadable(make_gather(accelerator))
+        self.sets["train"].reader.sync(make_gather(accelerator))
         if accelerator.is_main_process:
             self._write_index()
             size = sum((config.out / name).stat().st_size for _, name, _, _ in files)

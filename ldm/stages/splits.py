@@ -43,7 +43,7 @@ class Splits:
     def sync(self, gather: Callable[[list[int]], list[int]]) -> None:
         """Learn which images other ranks could not read. ValueError when there are more than allowed."""
         if isinstance(self.source, ImageTextDataset):
-            self.source.sync_unreadable(gather)
+            self.source.reader.sync(gather)
 
     def describe(self) -> str:
         """One line on what is trained on."""
@@ -66,7 +66,7 @@ class Splits:
     def spread_images(self, count: int) -> Iterator[Tensor]:
         """Batches (b, c, h, w) of `count` training images that are spread over the set, cut to squares."""
         squares = self.images.without_buckets()
-        return image_batches(squares, squares.evenly_spaced(count))
+        return image_batches(squares, squares.source.evenly_spaced(count))
 
 
 def example_images(config: DataConfig, count: int) -> Batch:

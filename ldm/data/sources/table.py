@@ -28,7 +28,7 @@ def open_parquet(path: Path, split: Split) -> EncodedSource:
         rows = datasets.Dataset.from_parquet(str(path))
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError, TypeError, LookupError):
         raise ValueError(
-            f"{path}: not a parquet file or a damaged or empty one; choose another --data.source"
+            f"{path}: not a parquet file, or a damaged or empty one; choose another --data.source"
         ) from None
     return _open_table(rows, str(path), [path.parent], split)
 
@@ -101,16 +101,12 @@ class ImageColumn(Sequence[Encoded]):
         data, path = (cell["bytes"], cell["path"]) if isinstance(cell, dict) else (cell, None)
         if isinstance(data, bytes):
             return data
-        if data is None and path and isinstance(path, str):
-            return _check_within_roots(path, self.roots)
-        raise ValueError("holds no image")
-
-
-def _check_within_roots(path: str, roots: Sequence[Path]) -> Path:
-    full = (roots[0] / path).resolve()
-    if not any(full.is_relative_to(root.resolve()) for root in roots):
-        raise ValueError(f"its path {path} leads out of {roots[0]}")
-    return full
+        if data is not None or not path or not isinstance(path, str):
+            raise ValueError("holds no image")
+        full = (self.roots[0] / path).resolve()
+        if not any(full.is_relative_to(root.resolve()) for root in self.roots):
+            raise ValueError(f"its path {path} leads out of {self.roots[0]}")
+        return full
 
 
 def image_column(features: "datasets.Features", where: str) -> str:
