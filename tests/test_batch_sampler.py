@@ -18,7 +18,6 @@ from ldm.data.batch_sampler import (
     image_batches,
     make_batch_sampler,
     permutation,
-    sample_at_position,
     sample_batches,
 )
 
@@ -94,10 +93,11 @@ def test_a_batch_may_span_epochs_and_positions_count_on():
     assert all([key.position for key in batch] == [0, 1, 2, 3] for batch in batches)
 
 
-def test_sample_at_agrees_with_the_permutation():
+def test_keys_agree_with_the_permutation():
+    sampler = EpochBatchSampler(7, seed=9, batch_size=5)
     for position in (0, 6, 7, 20):
-        index, epoch = sample_at_position(position, size=7, seed=9)
-        assert epoch == position // 7 and index == permutation(7, 9, epoch)[position % 7]
+        key = sampler.key_at(*divmod(position, 5))
+        assert key.epoch == position // 7 and key.index == permutation(7, 9, key.epoch)[position % 7]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

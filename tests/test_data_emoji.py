@@ -6,6 +6,7 @@ import emoji as emoji_names
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from PIL import features
 
 from ldm.data import DataConfig, open_dataset
@@ -132,7 +133,7 @@ def test_it_says_when_sequences_cannot_be_joined(monkeypatch):
 
 
 def test_no_font(monkeypatch, tmp_path):
-    monkeypatch.setattr(emoji, "FONT_FOLDERS", (tmp_path, tmp_path / "missing"))
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(tmp_path / "NotoSans.ttf")])
     with pytest.raises(ValueError) as caught:
         emoji.load("train", 16)
     text = str(caught.value)
@@ -140,11 +141,11 @@ def test_no_font(monkeypatch, tmp_path):
     assert "macOS and Windows" in text and "--data.emoji-font" in text and "\n" not in text
 
 
-def test_the_font_is_found_below_a_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(emoji, "FONT_FOLDERS", (tmp_path / "missing", tmp_path))
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "NotoColorEmoji.ttf").touch()
-    assert emoji.find_font() == tmp_path / "deep" / "NotoColorEmoji.ttf"
+@pytest.mark.parametrize("name", ["NotoColorEmoji.ttf", "NotoColorEmoji-Regular.ttf", "Apple Color Emoji.ttc"])
+def test_the_font_is_found_by_its_name(monkeypatch, tmp_path, name):
+    fonts = [tmp_path / "a.ttf", tmp_path / "deep" / name]
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(font) for font in fonts])
+    assert emoji.find_font() == tmp_path / "deep" / name
 
 
 def test_a_font_without_colour_and_a_file_that_is_none(tmp_path):

@@ -70,8 +70,8 @@ def test_a_caption_names_its_own_attributes_and_no_others():
 
 def test_pair_captions_name_all_attributes():
     for scene in shapes.pair_scenes("test")[:300]:
-        assert all(value in caption for caption in shapes.pair_captions(scene) for value in scene)
-        assert len(set(shapes.pair_captions(scene))) == 2
+        assert all(value in caption for caption in shapes.captions(scene) for value in scene)
+        assert len(set(shapes.captions(scene))) == 2
 
 
 def test_the_article_before_orange():

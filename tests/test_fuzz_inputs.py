@@ -226,7 +226,7 @@ def test_metadata_that_was_changed(folder: Folder, kind: str, changes: Changes) 
         (
             "metadata.jsonl",
             b'{"file_name": ["a.png"], "text": "x"}',
-            "files that are not there as PNG, JPEG or WEBP: ['a.png'];",
+            "not there as PNG, JPEG or WEBP: ['a.png'];",
         ),
         ("metadata.jsonl", b'{"file_name": "../secret.png", "text": ""}', "WEBP: ../secret.png; add them, remove"),
         ("metadata.csv", b"file_name,text\na.png," + b"x" * 200_000, "(field larger than field limit (131072)); is a"),

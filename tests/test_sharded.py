@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from ldm.data import DataConfig, open_dataset
 from ldm.data.batch_sampler import SampleKey, ShardedBatchSampler, permutation
-from ldm.data.loader import IndexedDataset
+from ldm.data.loader import KeyedBatches
 from ldm.data.sources.shard import ROWS_PER_BATCH, ShardReadError, ShardRow, read_rows
 from ldm.data.sources.shard_cache import open_rows, write_rows
 from ldm.data.sources.sharded import ShardedSource, is_sharded, list_shards, open_shards
@@ -346,7 +346,7 @@ def test_shards_are_downloaded_ahead(photos: Path, cache: Path) -> None:
     files = permutation(TARS, 0, 0, "files").tolist()
     ahead = {*needed, *(files[files.index(number) + 1] for number in needed)}
     loader = DataLoader(
-        IndexedDataset(data), batch_sampler=[keys], num_workers=1, collate_fn=list, persistent_workers=True
+        KeyedBatches(data, list), batch_sampler=[keys], num_workers=1, collate_fn=tuple, persistent_workers=True
     )
     batches = iter(loader)
     next(batches)

@@ -30,12 +30,6 @@ def permutation(size: int, seed: int, epoch: int, stream: str = "order") -> Tens
     return torch.randperm(size, generator=rng.generator(seed, stream, epoch))
 
 
-def sample_at_position(position: int, *, size: int, seed: int) -> tuple[int, int]:
-    """(index, epoch) of the sample at `position` in the endless sequence of shuffled epochs."""
-    epoch, offset = divmod(position, size)
-    return int(permutation(size, seed, epoch)[offset]), epoch
-
-
 @lru_cache(maxsize=64)
 def row_order(size: int, seed: int, epoch: int, file: int) -> Tensor:
     """The order in which an epoch takes the rows of a file, (size,) int64."""
@@ -107,8 +101,8 @@ class EpochBatchSampler(Sampler[list[SampleKey]]):
 
     def key_at(self, step: int, position: int) -> SampleKey:
         """The sample at a position of the global batch of a step."""
-        index, epoch = sample_at_position(step * self.batch_size + position, size=self.size, seed=self.seed)
-        return SampleKey(index, epoch, position)
+        epoch, offset = divmod(step * self.batch_size + position, self.size)
+        return SampleKey(int(permutation(self.size, self.seed, epoch)[offset]), epoch, position)
 
 
 class BucketBatchSampler(EpochBatchSampler):

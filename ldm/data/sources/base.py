@@ -95,18 +95,18 @@ def hash_split(names: Sequence[str], split: Split) -> list[int]:
 
 
 def parse_captions(cell: Any, where: str) -> list[str]:
-    """The captions of a cell, which holds one or a list, without empty ones; ValueError for what is not text."""
-    cells = cell if isinstance(cell, list) else [cell]
-    return [text for text in (_parse_caption(item, where) for item in cells) if text]
+    """The captions of a cell, which holds one or a list, each on one line, without empty ones. Numbers are text, too.
 
-
-def _parse_caption(value: Any, where: str) -> str:
-    """A caption on one line; "" for a missing one, which pandas writes as NaN. Numbers are text, too."""
-    if value is None or value != value:
-        return ""
-    if not isinstance(value, str | int | float) or LONE_SURROGATE.search(text := one_line(value)):
-        raise ValueError(f"{where}: the caption {reprlib.repr(value)} is not text; write text, or a list of texts")
-    return text
+    ValueError for what is not text.
+    """
+    captions = []
+    for value in cell if isinstance(cell, list) else [cell]:
+        if value is None or value != value:  # a missing one, which pandas writes as NaN
+            continue
+        if not isinstance(value, str | int | float) or LONE_SURROGATE.search(text := one_line(value)):
+            raise ValueError(f"{where}: the caption {reprlib.repr(value)} is not text; write text, or a list of texts")
+        captions.append(text)
+    return list(filter(None, captions))
 
 
 def one_line(value: Any) -> str:

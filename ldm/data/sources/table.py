@@ -49,9 +49,8 @@ def open_hub(name: str, split: Split) -> EncodedSource:
         raise ValueError(f"data.source {name}: no split train, only {first_names(list(splits))}; choose another one")
     held_out = next((key for key in ("test", "validation") if key in splits), None)
     roots = [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
-    if held_out is None:
-        return _open_table(splits["train"], f"hub {name}", roots, split)
-    return _open_table(splits[held_out if split == "test" else "train"], f"hub {name}", roots, None)
+    rows = splits[held_out if held_out and split == "test" else "train"]
+    return _open_table(rows, f"hub {name}", roots, None if held_out else split)
 
 
 def _open_table(rows: "datasets.Dataset", where: str, roots: Sequence[Path], split: Split | None) -> EncodedSource:
