@@ -217,8 +217,9 @@ def test_empty_folder_and_folder_without_images(tmp_path):
 def test_folder_with_no_readable_image(tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.png").write_bytes(b"no image")
-    text = message(tmp_path, max_unreadable=1)
-    assert re.search("none of the first 7 images .*not a PNG, JPEG or WEBP.*repair them or .*--data.source", text)
+    for cap, found in ((1, "32 images in a row"), (0.01, "1 of 7 images .* above the 1.0%")):
+        with pytest.raises(ValueError, match=f"{found}.* .*not a PNG, JPEG or WEBP.*; repair or remove them"):
+            opened(tmp_path, max_unreadable=cap)[SampleKey(0, 0, 0)]
 
 
 def test_unknown_split(photos):

@@ -143,5 +143,3 @@ def test_images_are_stored_as_png_bytes(rows):
 def test_messages():
     with pytest.raises(ValueError, match="split 'val' .*train or test"):
         shapes.load("val", 32, count=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="size 7 .*at least 8 pixels"):
-        shapes.load("train", 7, count=1)

@@ -151,7 +151,7 @@ class ShardedBatchSampler(EpochBatchSampler):
         super().__init__(sum(rows), **options)
         self.rows, self.starts = rows, [0, *accumulate(rows)]
         self.streams = next(n for n in range(min(streams, self.size), 0, -1) if self.batch_size % n == 0)
-        self._drawn: dict[int, tuple[list[int], list[int]]] = {}  # of an epoch: its files, and the last row of each
+        self._files = lru_cache(maxsize=2)(self._draw_files)  # streams are at most one epoch apart
 
     def key_at(self, step: int, position: int) -> SampleKey:
         run = self.batch_size // self.streams  # positions of a stream in a step
@@ -162,14 +162,15 @@ class ShardedBatchSampler(EpochBatchSampler):
 
     def _sample_in_epoch(self, epoch: int, row: int) -> int:
         """The sample at a row of the concatenated files of an epoch."""
-        if epoch not in self._drawn:  # streams are at most one epoch apart
-            files = permutation(len(self.rows), self.seed, epoch, "files").tolist()
-            ends = list(accumulate(self.rows[file] for file in files))
-            self._drawn = {e: drawn for e, drawn in self._drawn.items() if e >= epoch - 1} | {epoch: (files, ends)}
-        files, ends = self._drawn[epoch]
+        files, ends = self._files(epoch)
         position = bisect_right(ends, row)
         file = files[position]
         return self.starts[file] + int(row_order(self.rows[file], self.seed, epoch, file)[row - ends[position]])
+
+    def _draw_files(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The files of an epoch, in order, and the row after the last one of each."""
+        files = permutation(len(self.rows), self.seed, epoch, "files").tolist()
+        return files, list(accumulate(self.rows[file] for file in files))
 
 
 def make_batch_sampler(size: int, groups: Tensor | None, **options: int) -> EpochBatchSampler:

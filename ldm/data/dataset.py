@@ -9,12 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm import rng
-from ldm.data.batch_sampler import (
-    EpochBatchSampler,
-    SampleKey,
-    ShardedBatchSampler,
-    make_batch_sampler,
-)
+from ldm.data.batch_sampler import EpochBatchSampler, SampleKey, ShardedBatchSampler, make_batch_sampler
 from ldm.data.buckets import assign_buckets, bucket_resolutions
 from ldm.data.config import DataConfig
 from ldm.data.failures import FallbackReader

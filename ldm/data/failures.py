@@ -17,7 +17,7 @@ MAX_LISTED = 5  # images that an error names
 class FallbackReader:
     """Reads the images of a source; one that cannot be read is replaced by another, the same at every call.
 
-    ValueError when none of the first images can be read, and later when more than `max_unreadable` cannot.
+    ValueError when more than `max_unreadable` cannot be read, or many in a row.
     """
 
     def __init__(self, source: ImageTextSource, config: DataConfig) -> None:
@@ -25,13 +25,6 @@ class FallbackReader:
         # In shared memory, so that the main process sees what its loading processes met.
         self._unreadable = torch.zeros(len(source.names), dtype=torch.bool).share_memory_()
         self._synced: set[int] = set()  # those that all ranks know
-        first = range(min(MAX_FALLBACKS, len(source.names)))
-        if all(self._error(index) for index in first):  # cheap where the first image can be read
-            listed = "; ".join(f"{source.names[index]}: {self._error(index)}" for index in first[:MAX_LISTED])
-            raise ValueError(
-                f"{config.source}: none of the first {len(first)} images can be read ({listed}); "
-                "repair them or choose another --data.source"
-            )
 
     def read(self, index: int, view: View) -> tuple[int, Decoded]:
         """What a view shows of an image, or of the one that replaces it; and which one that is."""

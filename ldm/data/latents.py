@@ -63,37 +63,35 @@ def content_key(fingerprint: dict[str, Any], images_per_file: int) -> str:
 
 
 class LatentFileLayout:
-    """Which rows are in which file: in their order, `images_per_file` in each, and no two groups in one."""
+    """Which rows of a split are in which file: in their order, `images_per_file` in each, and no two groups in one."""
 
-    def __init__(self, rows: int, images_per_file: int, groups: Tensor | None = None) -> None:
+    def __init__(
+        self, split: Split, rows: int, images_per_file: int, *, augmentations: int, groups: Tensor | None
+    ) -> None:
+        self.split, self.augmentations = split, augmentations if split == "train" else 1
         self._order = torch.arange(rows) if groups is None else groups.argsort(stable=True)
         self._position = torch.empty_like(self._order)  # of each row in that order
         self._position[self._order] = torch.arange(rows)
         ends = list(itertools.accumulate([rows] if groups is None else groups.bincount().tolist(), initial=0))
         self._starts = [i for start, end in itertools.pairwise(ends) for i in range(start, end, images_per_file)]
 
-    def files(self) -> list[Tensor]:
-        """The rows of each file, (n,) int64."""
-        return [self._order[start:end] for start, end in itertools.pairwise([*self._starts, len(self._order)])]
+    def files(self) -> list[tuple[str, int, Tensor]]:
+        """Name, augmentation and rows, (n,) int64, of every file."""
+        spans = list(enumerate(itertools.pairwise([*self._starts, len(self._order)])))
+        return [
+            (self._name(augmentation, number), augmentation, self._order[start:end])
+            for augmentation in range(self.augmentations)
+            for number, (start, end) in spans
+        ]
 
-    def locate(self, row: int) -> tuple[int, int]:
-        """The number of a row's file, and its row there."""
+    def locate(self, row: int, epoch: int) -> tuple[str, int]:
+        """The name of the file that has a row in an epoch, and its row there."""
         position = int(self._position[row])
-        file = bisect_right(self._starts, position) - 1
-        return file, position - self._starts[file]
+        number = bisect_right(self._starts, position) - 1
+        return self._name(epoch % self.augmentations, number), position - self._starts[number]
 
-
-def list_latent_files(split: Split, layout: LatentFileLayout, *, augmentations: int) -> list[tuple[str, int, Tensor]]:
-    """Name, augmentation and rows of every file of a split."""
-    return [
-        (_file_name(split, augmentation, number), augmentation, rows)
-        for augmentation in range(augmentations if split == "train" else 1)
-        for number, rows in enumerate(layout.files())
-    ]
-
-
-def _file_name(split: Split, augmentation: int, number: int) -> str:
-    return f"{split}-{augmentation:03}-{number:06}.safetensors"
+    def _name(self, augmentation: int, number: int) -> str:
+        return f"{self.split}-{augmentation:03}-{number:06}.safetensors"
 
 
 def write_latent_file(
@@ -216,7 +214,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self.index = read_index(folder)
         self.key = content_key(self.index.fingerprint, self.index.images_per_file)
         self.groups = self._read_groups() if split == "train" and self.index.groups_sha256 else None
-        self._layout = LatentFileLayout(self.index.rows[split], self.index.images_per_file, self.groups)
+        rows, size, augmentations = self.index.rows[split], self.index.images_per_file, self.index.augmentations
+        self._layout = LatentFileLayout(split, rows, size, augmentations=augmentations, groups=self.groups)
 
     def _read_groups(self) -> Tensor:
         path = self.folder / BUCKETS_FILE
@@ -236,15 +235,14 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return {**self.index.fingerprint["data"], "items": self.index.fingerprint["items"][self.split]}
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        training = self.split == "train"
-        file, row_in_file = self._layout.locate(key.index)
-        path = self.folder / _file_name(self.split, key.epoch % self.index.augmentations if training else 0, file)
+        name, row_in_file = self._layout.locate(key.index, key.epoch)
+        path = self.folder / name
         try:
             row = read_row(open_columns(path, self.key), row_in_file)
         except (OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError, RuntimeError):
             raise ValueError(f"{path} is missing or damaged: remove it and {REMEDY}") from None
-        captions = len(row["ids"])
-        chosen = rng.fold_seed(self.seed, "caption", key.epoch, key.index) % captions if training else 0
+        draw = rng.fold_seed(self.seed, "caption", key.epoch, key.index) if self.split == "train" else 0
+        chosen = draw % len(row["ids"])
         return {
             "mean": row["mean"][0].float(),
             "logvar": 2 * row["deviation"][0].float().clamp_min(MIN_STD).log(),

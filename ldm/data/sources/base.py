@@ -15,7 +15,6 @@ from ldm.data.batch_sampler import SampleKey, evenly_spaced
 from ldm.data.transforms import Sides, View
 
 Split = Literal["train", "test"]
-Captions = Sequence[Sequence[str]]  # of each item; none, one or several
 HELD_OUT_FRACTION = 0.05  # of the items of a set without a test split
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # not a character: from a JSON escape, or a file name that is not UTF-8
@@ -34,7 +33,7 @@ class ImageTextSource(ABC):
     """The items of one split: an image and its captions each. A source decodes its images itself."""
 
     names: Sequence[str]
-    captions: Captions
+    captions: Sequence[Sequence[str]]  # of each item: none, one or several
     description: str
 
     @abstractmethod

@@ -99,12 +99,10 @@ def load(split: Split = "train", size: int = 64, *, font: Path | None = None) ->
 
     `caption` is the name, `captions` are the name and others, `emoji` the characters. How many there are depends on
     the font.
-    ValueError: no colour-emoji font, an unknown split, a size below 8.
+    ValueError: no colour-emoji font, an unknown split.
     """
     import datasets  # a slow import that sampling from a prompt does not need
 
-    if size < 8:
-        raise ValueError(f"size {size} is too small to draw an emoji in: choose at least 8 pixels")
     rows = [
         {
             "image": png_cell(image.resize((size, size), Image.Resampling.LANCZOS)),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ldm.data.sources.base import Captions, Decoded, ImageTextSource
+from ldm.data.sources.base import Decoded, ImageTextSource
 from ldm.data.transforms import Sides, View, crop_resize_to_tensor
 from ldm.imaging import Encoded, decode_image, decode_reduced, image_size
 
@@ -44,7 +44,13 @@ def png_cell(image: Image.Image) -> dict[str, bytes | None]:
 
 
 def drawn_source(
-    rows: "datasets.Dataset", names: Sequence[str], captions: Captions, description: str, *, size: int, channels: int
+    rows: "datasets.Dataset",
+    names: Sequence[str],
+    captions: Sequence[Sequence[str]],
+    description: str,
+    *,
+    size: int,
+    channels: int,
 ) -> EncodedSource:
     """A set that is drawn here: images of `size` pixels in memory, decoded once for all where there is enough of it."""
     encoded: list[Encoded] = [cell["bytes"] for cell in rows.data.column("image").to_pylist()]

@@ -139,8 +139,6 @@ def _dataset(
 ) -> "datasets.Dataset":
     import datasets  # a slow import that sampling from a prompt does not need
 
-    if size < 8:
-        raise ValueError(f"size {size} is too small to draw a shape in: choose at least 8 pixels")
     rows = []
     for index in range(count):
         rng = np.random.Generator(np.random.PCG64(fold_seed(seed, type(combos[0]).__name__, split, index)))

@@ -4,15 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.data.sources.base import (
-    CAPTION_COLUMNS,
-    Captions,
-    Split,
-    first_names,
-    hash_split,
-    one_line,
-    parse_captions,
-)
+from ldm.data.sources.base import CAPTION_COLUMNS, Split, first_names, hash_split, one_line, parse_captions
 from ldm.data.sources.encoded import EncodedSource
 from ldm.imaging import Encoded
 
@@ -73,7 +65,7 @@ def _open_table(rows: "datasets.Dataset", where: str, roots: Sequence[Path], spl
     )
 
 
-def _caption_column(rows: "datasets.Dataset", where: str) -> tuple[Captions, str]:
+def _caption_column(rows: "datasets.Dataset", where: str) -> tuple[Sequence[Sequence[str]], str]:
     """The captions of all rows, and where they come from."""
     column = next((name for name in CAPTION_COLUMNS if name in rows.features), None)
     if column is None:
