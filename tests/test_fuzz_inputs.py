@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.cli import parse_cli
 from ldm.config import CONFIGS, read_yaml, write_yaml
-from ldm.data.inspect import contact_sheet, format_report, inspect_images
+from ldm.data.inspect import contact_sheet, format_report, inspect_image
 from ldm.data.sources.base import CAPTION_COLUMNS, ImageTextSource
 from ldm.data.sources.folder import METADATA_FILES, open_images
 from ldm.data.transforms import View
@@ -281,7 +281,7 @@ def test_any_folder_is_inspected(folder: Folder, kind: str, changes: Changes, im
 
 def inspected(parts: list[ImageTextSource]) -> tuple[str, int]:
     """The first line of the report, and the number of images on the contact sheet."""
-    images = inspect_images(parts, num_thumbnails=3, num_workers=1)
+    images = [inspect_image(part, i, thumbnail=True) for part in parts for i in range(len(part.names))]
     shown = sum(info.thumbnail is not None for info in images)
     if shown:
         assert contact_sheet(images, 3).size == (8 * 136 - 8, 186)

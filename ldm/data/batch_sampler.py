@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -58,6 +58,7 @@ def image_batches(
         yield batch["image"]
 
 
+@dataclass(eq=False)
 class EpochBatchSampler(Sampler[list[SampleKey]]):
     """The micro-batches of one rank, endless, from optimizer step `start` on.
 
@@ -65,26 +66,24 @@ class EpochBatchSampler(Sampler[list[SampleKey]]):
     slices; this rank gets slice `rank` of each of the `grad_accum_steps` rounds.
     """
 
-    def __init__(
-        self,
-        size: int,
-        *,
-        seed: int,
-        batch_size: int,
-        start: int = 0,
-        grad_accum_steps: int = 1,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        if size < 1:
+    size: int
+    _: KW_ONLY
+    seed: int
+    batch_size: int
+    start: int = 0
+    grad_accum_steps: int = 1
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
             raise ValueError("the training set is empty: choose another --data.source")
-        if batch_size % (world * grad_accum_steps):
+        slices = self.world * self.grad_accum_steps
+        if self.batch_size % slices:
             raise ValueError(
-                f"batch_size {batch_size} does not divide over {world} ranks x grad_accum_steps {grad_accum_steps}: "
-                f"choose a multiple of {world * grad_accum_steps}"
+                f"batch_size {self.batch_size} does not divide over {self.world} ranks x grad_accum_steps "
+                f"{self.grad_accum_steps}: choose a multiple of {slices}"
             )
-        self.size, self.seed, self.batch_size, self.start = size, seed, batch_size, start
-        self.grad_accum_steps, self.rank, self.world = grad_accum_steps, rank, world
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         micro = self.batch_size // (self.world * self.grad_accum_steps)

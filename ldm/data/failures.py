@@ -47,8 +47,10 @@ class FallbackReader:
         """
         lines = []
         for index in self._indices()[:limit]:
-            error = f": {self._error(index) or 'readable by now'}" if self.source.is_local(index) else ""
-            lines.append(self.source.names[index] + error)
+            lines.append(self.source.names[index])
+            if self.source.is_local(index):
+                image = self._read(index, View((1, 1)))
+                lines[-1] += f": {image if isinstance(image, str) else 'readable by now'}"
         return lines
 
     def sync(self, gather: Callable[[list[int]], list[int]]) -> None:
@@ -81,10 +83,6 @@ class FallbackReader:
 
     def _indices(self) -> list[int]:
         return self._unreadable.nonzero().flatten().tolist()
-
-    def _error(self, index: int) -> str | None:
-        image = self._read(index, View((1, 1)))
-        return image if isinstance(image, str) else None
 
     def _check_cap(self) -> None:
         count, total, cap = int(self._unreadable.sum()), len(self._unreadable), self.config.max_unreadable

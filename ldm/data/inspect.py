@@ -51,7 +51,10 @@ def check_data(config: CheckDataConfig, count_tokens: Callable[[str], int]) -> I
     streams = DataConfig().shard_streams
     train, test = (open_user_data(config.source, split, streams=streams) for split in get_args(Split))
     yield train.description
-    images = inspect_images([train, test], num_thumbnails=config.sheet_images, num_workers=config.num_workers)
+    items = [(source, index) for source in (train, test) for index in range(len(source.names))]
+    enough = range(2 * config.sheet_images)  # to find that many readable ones
+    with ThreadPoolExecutor(config.num_workers) as pool:
+        images = list(pool.map(lambda i: inspect_image(*items[i], thumbnail=i in enough), range(len(items))))
     yield from format_report(images, count_tokens, size=config.size, max_tokens=config.max_tokens)
     if config.contact_sheet and any(info.thumbnail for info in images):
         save_image(contact_sheet(images, config.sheet_images), config.contact_sheet)
@@ -118,14 +121,6 @@ def contact_sheet(images: Sequence[ImageInfo], count: int) -> Image.Image:
     """The first `count` images that have a thumbnail, with the first caption of each."""
     shown = [(info.thumbnail, next(iter(info.captions), "")) for info in images if info.thumbnail][:count]
     return captioned_grid(*zip(*shown, strict=True), columns=8)
-
-
-def inspect_images(sources: Sequence[ImageTextSource], *, num_thumbnails: int, num_workers: int) -> list[ImageInfo]:
-    """All images of all sources; enough of the first ones have a thumbnail."""
-    items = [(source, index) for source in sources for index in range(len(source.names))]
-    with ThreadPoolExecutor(num_workers) as pool:
-        jobs = pool.map(lambda i: inspect_image(*items[i], thumbnail=i < 2 * num_thumbnails), range(len(items)))
-        return list(jobs)
 
 
 def inspect_image(source: ImageTextSource, index: int, *, thumbnail: bool) -> ImageInfo:

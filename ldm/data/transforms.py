@@ -16,12 +16,9 @@ class View(NamedTuple):
     `ImageTextDataset` draws it for training.
     """
 
-    sides: Sides
-    """of the sample"""
-    offset: int | None = None
-    """of the crop, along the side that is too long: any number, modulo the positions there are; None: the centre"""
-    flip: bool = False
-    """mirrored left to right"""
+    sides: Sides  # of the sample
+    offset: int | None = None  # of the crop, along the side that is too long, modulo the positions; None: the centre
+    flip: bool = False  # mirrored left to right
 
 
 def crop_box(size: Sides, view: View) -> tuple[int, int, float, float]:

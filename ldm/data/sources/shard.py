@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ldm.data.sources.base import CAPTION_COLUMNS, one_line, parse_captions
@@ -39,7 +39,7 @@ def count_shard_rows(url: str) -> int:
 
     with _shard_errors(url):
         if is_tar(url):
-            return sum(1 for _ in _samples(url))
+            return sum(1 for _ in _tar_samples(url))
         with _open_url(url) as file:
             return pyarrow.parquet.read_metadata(file).num_rows
 
@@ -47,7 +47,13 @@ def count_shard_rows(url: str) -> int:
 def read_rows(url: str) -> Iterator[ShardRow]:
     """The rows of a shard, in order. ShardReadError when it cannot be read, or is cut off."""
     with _shard_errors(url):
-        yield from _tar_rows(url) if is_tar(url) else _parquet_rows(url)
+        for sample in _tar_samples(url) if is_tar(url) else _parquet_samples(url):
+            try:
+                if not isinstance(sample["image"], bytes):
+                    raise ValueError("holds no image")
+                yield ShardRow(sample["image"], _captions(sample), None)
+            except ValueError as error:
+                yield ShardRow(None, [], str(error))
 
 
 @contextlib.contextmanager
@@ -67,7 +73,8 @@ def _open_url(url: str) -> Any:
     return xopen(url, "rb", **({"block_size": 0} if streamed else {}))  # 0: in one request
 
 
-def _parquet_rows(url: str) -> Iterator[ShardRow]:
+def _parquet_samples(url: str) -> Iterator[dict[str, Any]]:
+    """The `image` and the caption, by the name of its column, of each row of a parquet file."""
     import datasets
     import pyarrow.parquet
 
@@ -75,27 +82,14 @@ def _parquet_rows(url: str) -> Iterator[ShardRow]:
         table = pyarrow.parquet.ParquetFile(file)
         features = datasets.Features.from_arrow_schema(table.schema_arrow)
         image = image_column(features, url)
-        caption = next((name for name in CAPTION_COLUMNS if name in features), None)
-        for batch in table.iter_batches(ROWS_PER_BATCH, columns=[image, *filter(None, [caption])]):
+        captions = [name for name in CAPTION_COLUMNS if name in features]
+        for batch in table.iter_batches(ROWS_PER_BATCH, columns=[image, *captions[:1]]):
             for row in batch.to_pylist():
-                data = row[image]["bytes"] if isinstance(row[image], dict) else row[image]  # a path is not followed
-                try:
-                    if not isinstance(data, bytes):
-                        raise ValueError("holds no image")
-                    yield ShardRow(data, parse_captions(row[caption] if caption else None, "its row"), None)
-                except ValueError as error:
-                    yield ShardRow(None, [], str(error))
+                cell = row.pop(image)
+                yield {**row, "image": cell["bytes"] if isinstance(cell, dict) else cell}  # no path is followed
 
 
-def _tar_rows(url: str) -> Iterator[ShardRow]:
-    for sample in _samples(url):
-        try:
-            yield ShardRow(sample["image"], parse_captions(*_caption_cell(sample)), None)
-        except ValueError as error:
-            yield ShardRow(None, [], str(error))
-
-
-def _samples(url: str) -> Iterator[dict[str, bytes]]:
+def _tar_samples(url: str) -> Iterator[dict[str, Any]]:
     """The samples of a tar that have an image: each a run of files that have the same name up to the first dot."""
     with _open_url(url) as file, tarfile.open(fileobj=file, mode="r|*", bufsize=2**17) as tar:
         for _, files in itertools.groupby(_members(tar), key=lambda member: member[0]):
@@ -110,10 +104,7 @@ def _samples(url: str) -> Iterator[dict[str, bytes]]:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
-    """Name of the sample, ending ("image" for any of an image) and content of each image and caption in a tar.
-
-    Links and hidden files are left out.
-    """
+    """Sample, ending ("image" for any of an image) and content of each image and caption; no links or hidden files."""
     for member in tar:
         folder, _, name = member.name.rpartition("/")
         stem, _, ending = name.partition(".")
@@ -124,13 +115,15 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
         tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all
 
 
-def _caption_cell(sample: dict[str, bytes]) -> tuple[Any, str]:
-    """The caption of a sample, from a text file or the JSON, and how to name that in a message."""
+def _captions(sample: dict[str, Any]) -> list[str]:
+    """The captions of a sample: of a text file or a column, or else of the JSON."""
+    values: Any = sample
+    names: Sequence[str] = CAPTION_ENDINGS
     try:
-        for ending in CAPTION_ENDINGS:
-            if ending in sample:
-                return sample[ending].decode("utf-8-sig"), "its text"
-        values = json.loads(sample.get("json", b"{}"))
-        return next((values[name] for name in CAPTION_COLUMNS if name in values), None), "its JSON"
+        if not any(name in sample for name in names):
+            values, names = json.loads(sample.get("json", b"{}")), CAPTION_COLUMNS
+        cell = next((values[name] for name in names if name in values), None)
+        cell = cell.decode("utf-8-sig") if isinstance(cell, bytes) else cell
     except (ValueError, TypeError, RecursionError):
         raise ValueError("its caption is not UTF-8, or not JSON") from None
+    return parse_captions(cell, "its caption")

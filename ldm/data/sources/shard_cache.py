@@ -20,17 +20,11 @@ if TYPE_CHECKING:
 PREFETCH_SLOTS = threading.Semaphore(4)  # files that a process downloads ahead at a time
 
 
-class Shard(NamedTuple):
-    """A file of a data set."""
-
-    url: str
-    content_hash: str
-
-
 class ShardRange(NamedTuple):
     """The rows of a shard that are in a split."""
 
-    shard: Shard
+    url: str
+    content_hash: str
     first: int
     rows: int
 
@@ -47,7 +41,7 @@ class ShardColumn(Sequence[Any]):
     def __getitem__(self, index: int) -> Any:  # type: ignore[override]
         part, row = self.cache.locate(range(len(self))[index])
         if self.name == "name":
-            return f"{self.cache.ranges[part].shard.url}, row {row}"
+            return f"{self.cache.ranges[part].url}, row {row}"
         batch = self.cache.open(part).get_batch(row // ROWS_PER_BATCH)
         if self.name == "image" and (error := batch["error"][row % ROWS_PER_BATCH].as_py()):
             raise ValueError(error)
@@ -68,7 +62,7 @@ class ShardCache:
 
     def path(self, part: int) -> Path:
         """Where the shard of a range is cached."""
-        return self.folder / f"{self.ranges[part].shard.content_hash}.arrow"
+        return self.folder / f"{self.ranges[part].content_hash}.arrow"
 
     def open(self, part: int) -> "pyarrow.ipc.RecordBatchFileReader":
         """All rows of the shard of a range, downloaded if need be; not to be kept, as a removed file takes room."""
@@ -93,14 +87,14 @@ class ShardCache:
 
     def download(self, part: int) -> None:
         """Cache the shard of a range, unless it is there; one process does it for all."""
-        (shard, first, rows), path = self.ranges[part], self.path(part)
+        (url, content_hash, first, rows), path = self.ranges[part], self.path(part)
         try:
-            with disk_errors(path), FileLock(self.folder / f".lock-{int(shard.content_hash, 16) % 64}"):
+            with disk_errors(path), FileLock(self.folder / f".lock-{int(content_hash, 16) % 64}"):
                 if not path.is_file():
                     with atomic_write(path) as partial:
-                        written = write_rows(partial, read_rows(shard.url))
+                        written = write_rows(partial, read_rows(url))
                         if written < first + rows:
-                            raise ValueError(f"{shard.url} has {written:,} rows now, not {first + rows:,}: start again")
+                            raise ValueError(f"{url} has {written:,} rows now, not {first + rows:,}: start again")
                     self._evict_lru()
         except ValueError as error:  # no image is to blame for a full disk
             raise ShardReadError(str(error)) from None

@@ -21,7 +21,7 @@ from ldm.data.sources.base import HELD_OUT_FRACTION, Split, check_utf8_names, on
 from ldm.data.sources.encoded import SUFFIXES, EncodedSource
 from ldm.data.sources.folder import METADATA_FILES
 from ldm.data.sources.shard import TAR_SUFFIXES, count_shard_rows, is_tar
-from ldm.data.sources.shard_cache import Shard, ShardCache, ShardColumn, ShardRange
+from ldm.data.sources.shard_cache import ShardCache, ShardColumn, ShardRange
 from ldm.io.atomic import disk_errors
 
 RANGE_PATTERN = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -56,7 +56,7 @@ class ShardedSource(EncodedSource):
 
     def fingerprint(self) -> str:
         """A hash of which shards there are, and which rows of each."""
-        return short_hash(json.dumps([(Path(shard.url).name, first, rows) for shard, first, rows in self.cache.ranges]))
+        return short_hash(json.dumps([(Path(url).name, first, rows) for url, _, first, rows in self.cache.ranges]))
 
     def prefetch(self, keys: Sequence[SampleKey], seed: int) -> None:
         """In a loading process, begin to download the shards of these samples, and those that come after them."""
@@ -105,8 +105,8 @@ def open_shards(source: str, split: Split, *, streams: int) -> ShardedSource:
     )
 
 
-def list_shards(source: str) -> list[Shard]:
-    """All shards that an address, a pattern with *, ? or {000..099}, a file or a folder names, in order.
+def list_shards(source: str) -> dict[str, str]:
+    """All shards that an address, a pattern with *, ? or {000..099}, a file or a folder names: URL -> content hash.
 
     Where there are tar files there are no other shards: a parquet file beside one describes its rows. ValueError: none.
     """
@@ -121,7 +121,7 @@ def list_shards(source: str) -> list[Shard]:
     if not urls:
         raise ValueError(f"data.source {source}: no tar or parquet file there; choose another --data.source")
     check_utf8_names(urls, f"data.source {source}")
-    return [Shard(url, short_hash(f"{url} {_version(files[url])}")) for url in sorted(urls)]
+    return {url: short_hash(f"{url} {_version(files[url])}") for url in sorted(urls)}
 
 
 def _expand_ranges(source: str) -> list[str]:
@@ -157,23 +157,23 @@ def _is_shard(name: str) -> bool:
     return name.lower().endswith((*TAR_SUFFIXES, ".parquet")) and Path(name).name not in METADATA_FILES
 
 
-def _ranges_of_split(shards: Sequence[Shard], counts: Sequence[int], split: Split) -> list[ShardRange]:
+def _ranges_of_split(shards: dict[str, str], counts: Sequence[int], split: Split) -> list[ShardRange]:
     """The rows that are in a split: of each shard the first ones are held out, or all or none where names say so."""
-    paths = [shard.url.lower().split("/") for shard in shards]
+    paths = [url.lower().split("/") for url in shards]
     common = len(list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))))
     is_test = [any(map(HELD_OUT_NAME.search, path[common:])) for path in paths]
     ranges = []
-    for shard, rows, test in zip(shards, counts, is_test, strict=True):
+    for shard, rows, test in zip(shards.items(), counts, is_test, strict=True):
         if any(is_test) and not all(is_test):
             held_out = rows if test else 0
         else:
             held_out = math.ceil(HELD_OUT_FRACTION * rows) if rows > 1 else 0
         span = (0, held_out) if split == "test" else (held_out, rows - held_out)
-        ranges.append(ShardRange(shard, *span))
+        ranges.append(ShardRange(*shard, *span))
     return [span for span in ranges if span.rows]
 
 
-def count_rows(shards: Sequence[Shard], folder: Path) -> list[int]:
+def count_rows(shards: dict[str, str], folder: Path) -> list[int]:
     """The rows of each shard; each is counted once and noted in `folder`. ShardReadError: see `count_shard_rows`."""
     path = folder / "rows.jsonl"
     with disk_errors(path):
@@ -185,10 +185,10 @@ def count_rows(shards: Sequence[Shard], folder: Path) -> list[int]:
                 with contextlib.suppress(ValueError):  # a line that was cut off
                     noted = json.loads(line)
                     counts[noted["shard"]] = noted["rows"]
-            missing = [shard for shard in shards if shard.content_hash not in counts]
+            missing = [url for url in shards if shards[url] not in counts]
             bar = tqdm(missing, desc="rows of shards", unit="shard", disable=None if missing else True)
             with ThreadPoolExecutor(IO_THREADS) as pool:
-                for shard, rows in zip(bar, pool.map(count_shard_rows, (shard.url for shard in missing)), strict=True):
-                    counts[shard.content_hash] = rows
-                    file.write(json.dumps({"shard": shard.content_hash, "rows": rows}) + "\n")
-    return [counts[shard.content_hash] for shard in shards]
+                for url, rows in zip(bar, pool.map(count_shard_rows, missing), strict=True):
+                    counts[shards[url]] = rows
+                    file.write(json.dumps({"shard": shards[url], "rows": rows}) + "\n")
+    return [counts[content_hash] for content_hash in shards.values()]
