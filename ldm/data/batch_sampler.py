@@ -76,8 +76,6 @@ class EpochBatchSampler(Sampler[list[SampleKey]]):
     world: int = 1
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError("the training set is empty: choose another --data.source")
         slices = self.world * self.grad_accum_steps
         if self.batch_size % slices:
             raise ValueError(
@@ -116,23 +114,20 @@ class BucketBatchSampler(EpochBatchSampler):
         super().__init__(len(groups), **options)
         self.groups = groups
         self.steps = sum(-(-count // self.batch_size) for count in groups.bincount().tolist())  # in an epoch
-        self._drawn: tuple[int, Tensor] = (-1, groups)  # the last epoch, and its steps
+        self._steps_of_epoch = lru_cache(maxsize=1)(self._draw_steps)
 
     def key_at(self, step: int, position: int) -> SampleKey:
         epoch, step_of_epoch = divmod(step, self.steps)
-        if self._drawn[0] != epoch:
-            self._drawn = epoch, self._draw_steps(epoch)
-        return SampleKey(int(self._drawn[1][step_of_epoch, position]), epoch, position)
+        return SampleKey(int(self._steps_of_epoch(epoch)[step_of_epoch, position]), epoch, position)
 
     def _draw_steps(self, epoch: int) -> Tensor:
         """The samples of each step of an epoch: (steps, batch_size)."""
         order = permutation(self.size, self.seed, epoch)
         groups, steps = self.groups[order], []
-        for group in range(int(groups.max()) + 1):
+        for group in groups.unique():
             members = order[groups == group]
-            if len(members):
-                filled = members[torch.arange(-(-len(members) // self.batch_size) * self.batch_size) % len(members)]
-                steps.append(filled.view(-1, self.batch_size))
+            filled = members[torch.arange(-(-len(members) // self.batch_size) * self.batch_size) % len(members)]
+            steps.append(filled.view(-1, self.batch_size))
         all_steps = torch.cat(steps)
         return all_steps[torch.randperm(len(all_steps), generator=rng.generator(self.seed, "groups", epoch))]
 
@@ -150,7 +145,7 @@ class ShardedBatchSampler(EpochBatchSampler):
         super().__init__(sum(rows), **options)
         self.rows, self.starts = rows, [0, *accumulate(rows)]
         self.streams = next(n for n in range(min(streams, self.size), 0, -1) if self.batch_size % n == 0)
-        self._files = lru_cache(maxsize=2)(self._draw_files)  # streams are at most one epoch apart
+        self._files_of_epoch = lru_cache(maxsize=2)(self._draw_files)  # streams are at most one epoch apart
 
     def key_at(self, step: int, position: int) -> SampleKey:
         run = self.batch_size // self.streams  # positions of a stream in a step
@@ -161,7 +156,7 @@ class ShardedBatchSampler(EpochBatchSampler):
 
     def _sample_in_epoch(self, epoch: int, row: int) -> int:
         """The sample at a row of the concatenated files of an epoch."""
-        files, ends = self._files(epoch)
+        files, ends = self._files_of_epoch(epoch)
         position = bisect_right(ends, row)
         file = files[position]
         return self.starts[file] + int(row_order(self.rows[file], self.seed, epoch, file)[row - ends[position]])

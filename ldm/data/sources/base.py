@@ -17,7 +17,7 @@ from ldm.data.transforms import Sides, View
 Split = Literal["train", "test"]
 HELD_OUT_FRACTION = 0.05  # of the items of a set without a test split
 CAPTION_COLUMNS = ("caption", "text", "prompt")
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # not a character: from a JSON escape, or a file name that is not UTF-8
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, from a JSON escape
 
 
 class Decoded(NamedTuple):
@@ -69,8 +69,8 @@ class ImageTextSource(ABC):
 
 
 def short_hash(text: str) -> str:
-    """The first 16 hexadecimal digits of a text's SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """The first 16 hexadecimal digits of a text's SHA-256; it may hold file names that are not UTF-8."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def check_split(split: str) -> None:
@@ -116,9 +116,3 @@ def one_line(value: Any) -> str:
 def first_names(names: Sequence[str], count: int = 5) -> str:
     """The first of some names, for a message."""
     return ", ".join(map(one_line, names[:count])) + (", ..." if len(names) > count else "")
-
-
-def check_utf8_names(names: Sequence[str], where: str) -> None:
-    """ValueError unless all names of files are UTF-8."""
-    for name in filter(LONE_SURROGATE.search, names):
-        raise ValueError(f"{where}: the name {name!a} is not UTF-8; rename that file")

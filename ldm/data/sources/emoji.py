@@ -64,14 +64,10 @@ def draw(font: ImageFont.FreeTypeFont, text: str) -> Image.Image:
     return image
 
 
-def emoji_name(text: str) -> str:
-    """The name of an emoji in words: `man astronaut`."""
-    return _words(emoji.EMOJI_DATA[text]["en"])
-
-
 def captions(text: str) -> list[str]:
-    """The name, the aliases and some phrasings of an emoji; the name comes first."""
-    name, data = emoji_name(text), emoji.EMOJI_DATA[text]
+    """The name of an emoji in words, such as `man astronaut`, its aliases and some phrasings; the name comes first."""
+    data = emoji.EMOJI_DATA[text]
+    name = _words(data["en"])
     aliases = [words for words in map(_words, data.get("alias", [])) if len(words) > 2]  # two letters say too little
     phrases = [f"a drawing of {name}", f"an emoji of {name}", f"a picture of {name} on white"]
     return list(dict.fromkeys([name, *aliases, *phrases]))
@@ -106,7 +102,7 @@ def load(split: Split = "train", size: int = 64, *, font: Path | None = None) ->
     rows = [
         {
             "image": png_cell(image.resize((size, size), Image.Resampling.LANCZOS)),
-            "caption": emoji_name(text),
+            "caption": captions(text)[0],
             "captions": captions(text),
             "emoji": text,
         }

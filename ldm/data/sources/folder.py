@@ -8,15 +8,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ldm.data.sources.base import (
-    CAPTION_COLUMNS,
-    Split,
-    check_utf8_names,
-    first_names,
-    hash_split,
-    one_line,
-    parse_captions,
-)
+from ldm.data.sources.base import CAPTION_COLUMNS, Split, first_names, hash_split, one_line, parse_captions
 from ldm.data.sources.encoded import SUFFIXES, EncodedSource
 from ldm.data.sources.table import open_hub, open_parquet
 
@@ -77,7 +69,6 @@ def _list_files(root: Path) -> list[str]:
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         names += [(Path(folder) / name).relative_to(root).as_posix() for name in files if not name.startswith(".")]
-    check_utf8_names(names, str(root))
     return sorted(names)
 
 

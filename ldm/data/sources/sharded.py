@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from ldm.data.batch_sampler import SampleKey, evenly_spaced, permutation
-from ldm.data.sources.base import HELD_OUT_FRACTION, Split, check_utf8_names, one_line, short_hash
+from ldm.data.sources.base import HELD_OUT_FRACTION, Split, one_line, short_hash
 from ldm.data.sources.encoded import SUFFIXES, EncodedSource
 from ldm.data.sources.folder import METADATA_FILES
 from ldm.data.sources.shard import TAR_SUFFIXES, count_shard_rows, is_tar
@@ -120,7 +120,6 @@ def list_shards(source: str) -> dict[str, str]:
     urls = list(filter(is_tar, files)) or list(filter(_is_shard, files))
     if not urls:
         raise ValueError(f"data.source {source}: no tar or parquet file there; choose another --data.source")
-    check_utf8_names(urls, f"data.source {source}")
     return {url: short_hash(f"{url} {_version(files[url])}") for url in sorted(urls)}
 
 
