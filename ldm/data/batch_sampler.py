@@ -42,12 +42,12 @@ def evenly_spaced(count: int, total: int) -> list[int]:
 
 
 def sample_batches(
-    dataset: Dataset[Any], indices: Sequence[int] | None = None, *, batch_size: int = 64
+    dataset: Dataset[Any], indices: Sequence[int] | None = None, *, epoch: int = 0, batch_size: int = 64
 ) -> Iterator[Batch]:
-    """The samples of a data set, all or those at `indices`, in collated batches."""
+    """The samples of a data set in an epoch, all or those at `indices`, in collated batches."""
     indices = range(len(dataset)) if indices is None else indices  # type: ignore[arg-type]
     for first in range(0, len(indices), batch_size):
-        yield collate([dataset[SampleKey(i, 0, i)] for i in indices[first : first + batch_size]])
+        yield collate([dataset[SampleKey(i, epoch, i)] for i in indices[first : first + batch_size]])
 
 
 def image_batches(

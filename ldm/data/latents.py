@@ -1,10 +1,9 @@
 """Latents and token ids computed once, in files of a fixed number of rows that are read from the disk row by row.
 
 A folder holds index.json, vocab.txt and SPLIT-AUGMENTATION-NUMBER.safetensors. An augmentation is one crop and flip of
-every image: augmentation a of n is what epochs a, a + n, ... would have cropped. Each file has its name and what it was
-made with in its metadata, and each row a checksum: a row that is read is a row that was written, and no file need be
-read whole for it. Where images have buckets, a file holds images of one bucket, and buckets.safetensors has the bucket
-of each image.
+every image: augmentation a of n is what epochs a, a + n, ... would have cropped. A file's metadata name it and what it
+was made with, and each row has a checksum, so no file need be read whole to be trusted. Where images have buckets, a
+file holds images of one bucket, and buckets.safetensors has the bucket of each image.
 """
 
 import itertools
@@ -25,8 +24,7 @@ from torch.utils.data import Dataset
 
 from ldm import rng
 from ldm.config import Config
-from ldm.data.batch import collate
-from ldm.data.batch_sampler import EpochBatchSampler, SampleKey, make_batch_sampler
+from ldm.data.batch_sampler import EpochBatchSampler, SampleKey, make_batch_sampler, sample_batches
 from ldm.data.dataset import ImageTextDataset
 from ldm.data.sources.base import Split
 from ldm.io.atomic import write_tensors
@@ -110,24 +108,21 @@ def write_latent_file(
     `encode` maps images (b, c, height, width) to mean and log-variance of their latents, `tokenize` captions to ids
     (b, n), `encode_text` ids to hidden states and pooled vectors. ValueError: numbers beyond float16.
     """
-    columns: dict[str, list[Tensor]] = {"mean": [], "deviation": [], "sizes": [], "ids": []}
-    counts = []
-    for some in rows.split(ENCODE_BATCH_SIZE):
-        keys = [SampleKey(row, augmentation, row) for row in some.tolist()]
-        batch = collate([data[sample] for sample in keys])
+    columns: dict[str, list[Tensor]] = {"mean": [], "deviation": [], "sizes": []}
+    for batch in sample_batches(data, rows.tolist(), epoch=augmentation, batch_size=ENCODE_BATCH_SIZE):
         mean, logvar = encode(batch["image"])
         columns["mean"].append(_to_float16(mean, "latents"))
         columns["deviation"].append(_to_float16((0.5 * logvar).exp(), "latents"))
         columns["sizes"].append(batch["sizes"].int())
-        captions = [data.captions_of(sample) for sample in keys]
-        columns["ids"] += [tokenize(texts).int() for texts in captions]
-        counts += [len(texts) for texts in captions]
+    captions = [data.captions_of(SampleKey(row, augmentation, row)) for row in rows.tolist()]
+    columns["ids"] = [tokenize(texts).int() for texts in captions]
     if encode_text is not None:
         for ids in torch.cat(columns["ids"]).split(ENCODE_BATCH_SIZE):
             for name, states in zip(TEXT_COLUMNS, encode_text(ids.long()), strict=True):
                 columns.setdefault(name, []).append(_to_float16(states, "text embeddings"))
     tensors = {name: torch.cat(parts) for name, parts in columns.items()}
-    tensors["last"] = torch.tensor(counts).cumsum(0)  # row of `ids` after the last caption of each row
+    counts = torch.tensor([len(texts) for texts in captions])
+    tensors["last"] = counts.cumsum(0)  # row of `ids` after the last caption of each row
     save_latent_file(path, tensors, key)
 
 
