@@ -3,16 +3,13 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import datasets
 import emoji
 from PIL import Image, ImageDraw, ImageFont, features
 
 from ldm.data.sources.base import Split, hash_split
 from ldm.data.sources.encoded import EncodedSource, drawn_source, png_cell
-
-if TYPE_CHECKING:
-    import datasets
 
 FONT_NAMES = re.compile(r"NotoColorEmoji.*\.ttf|Apple Color Emoji\.ttc|seguiemj\.ttf")
 FONT_PIXEL_SIZES = (160, 109)  # of the largest bitmaps of Apple's font and of Noto's
@@ -90,15 +87,13 @@ def drawable(path: Path, split: Split) -> Iterator[tuple[str, Image.Image]]:
                 yield text, image
 
 
-def load(split: Split = "train", size: int = 64, *, font: Path | None = None) -> "datasets.Dataset":
+def load(split: Split = "train", size: int = 64, *, font: Path | None = None) -> datasets.Dataset:
     """All emoji of a split as a `datasets.Dataset`: image (size x size, on white), caption, captions and emoji.
 
     `caption` is the name, `captions` are the name and others, `emoji` the characters. How many there are depends on
     the font.
     ValueError: no colour-emoji font, an unknown split.
     """
-    import datasets  # a slow import that sampling from a prompt does not need
-
     rows = [
         {
             "image": png_cell(image.resize((size, size), Image.Resampling.LANCZOS)),

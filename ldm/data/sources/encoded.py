@@ -3,16 +3,13 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import datasets
 from PIL import Image
 
 from ldm.data.sources.base import Decoded, ImageTextSource
 from ldm.data.transforms import Sides, View, crop_resize_to_tensor
 from ldm.imaging import Encoded, decode_image, decode_reduced, image_size
-
-if TYPE_CHECKING:
-    import datasets
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DECODED_CACHE_BYTES = 2**28  # of the decoded images of a set that is drawn here, in memory
@@ -44,7 +41,7 @@ def png_cell(image: Image.Image) -> dict[str, bytes | None]:
 
 
 def drawn_source(
-    rows: "datasets.Dataset",
+    rows: datasets.Dataset,
     names: Sequence[str],
     captions: Sequence[Sequence[str]],
     description: str,

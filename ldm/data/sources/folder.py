@@ -8,6 +8,8 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow.parquet
+
 from ldm.data.sources.base import CAPTION_COLUMNS, Split, first_names, hash_split, one_line, parse_captions
 from ldm.data.sources.encoded import SUFFIXES, EncodedSource
 from ldm.data.sources.table import open_hub, open_parquet
@@ -118,8 +120,6 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{path}: line {rows.reader.line_num} is not CSV ({error}); is a quote left open there?"
             ) from None
-    import pyarrow.parquet  # slow, and few need it
-
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError):

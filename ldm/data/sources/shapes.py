@@ -7,17 +7,15 @@ that the training split never shows, so a model that generates them has learned 
 import itertools
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import datasets
 import numpy as np
 from PIL import Image
 
 from ldm.data.sources.base import Split, check_split
 from ldm.data.sources.encoded import EncodedSource, drawn_source, png_cell
 from ldm.rng import fold_seed
-
-if TYPE_CHECKING:
-    import datasets
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = {
@@ -118,7 +116,7 @@ def open_shapes(split: Split, *, size: int, channels: int, pairs: bool = False) 
     return drawn_source(rows, names, texts, description, size=size, channels=channels)
 
 
-def load(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> "datasets.Dataset":
+def load(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> datasets.Dataset:
     """The `shapes` set as a `datasets.Dataset`: image (size x size, RGB), caption and the five attributes.
 
     Row i depends on (split, size, seed, i) alone. Without `count` there are three rows for each combination.
@@ -126,9 +124,7 @@ def load(split: Split = "train", size: int = 64, *, count: int | None = None, se
     return _dataset(scenes(split), split, size, 3 * len(scenes(split)) if count is None else count, seed)
 
 
-def load_pairs(
-    split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0
-) -> "datasets.Dataset":
+def load_pairs(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> datasets.Dataset:
     """The `pairs` set: two objects and a spatial relation. Columns image, caption and the fields of `PairScene`."""
     count = 20_000 if count is None and split == "train" else count or 1000
     return _dataset(pair_scenes(split), split, size, count, seed)
@@ -136,9 +132,7 @@ def load_pairs(
 
 def _dataset(
     combos: Sequence[Scene] | Sequence[PairScene], split: str, size: int, count: int, seed: int
-) -> "datasets.Dataset":
-    import datasets  # a slow import that sampling from a prompt does not need
-
+) -> datasets.Dataset:
     rows = []
     for index in range(count):
         rng = np.random.Generator(np.random.PCG64(fold_seed(seed, type(combos[0]).__name__, split, index)))

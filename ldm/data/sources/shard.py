@@ -7,6 +7,10 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import datasets
+import pyarrow.parquet
+from datasets.utils.file_utils import xopen
+
 from ldm.data.sources.base import CAPTION_COLUMNS, one_line, parse_captions
 from ldm.data.sources.encoded import SUFFIXES
 from ldm.data.sources.table import image_column
@@ -35,8 +39,6 @@ def is_tar(url: str) -> bool:
 
 def count_shard_rows(url: str) -> int:
     """How many rows a shard has; a tar is read whole for it. ShardReadError when it cannot be read, or is cut off."""
-    import pyarrow.parquet
-
     with _shard_errors(url):
         if is_tar(url):
             return sum(1 for _ in _tar_samples(url))
@@ -67,17 +69,13 @@ def _shard_errors(url: str) -> Iterator[None]:
 
 
 def _open_url(url: str) -> Any:
-    from datasets.utils.file_utils import xopen  # fsspec's open, which tries again where the network fails
-
+    """A file on any file system. `xopen` is fsspec's open, but tries again where the network fails."""
     streamed = url.startswith(("http", "hf:")) and is_tar(url)
     return xopen(url, "rb", **({"block_size": 0} if streamed else {}))  # 0: in one request
 
 
 def _parquet_samples(url: str) -> Iterator[dict[str, Any]]:
     """The `image` and the caption, by the name of its column, of each row of a parquet file."""
-    import datasets
-    import pyarrow.parquet
-
     with _open_url(url) as file:
         table = pyarrow.parquet.ParquetFile(file)
         features = datasets.Features.from_arrow_schema(table.schema_arrow)

@@ -7,15 +7,13 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import pyarrow
 from filelock import FileLock
 
 from ldm.data.sources.shard import ROWS_PER_BATCH, ShardReadError, ShardRow, read_rows
 from ldm.io.atomic import atomic_write, disk_errors
-
-if TYPE_CHECKING:
-    import pyarrow
 
 PREFETCH_SLOTS = threading.Semaphore(4)  # files that a process downloads ahead at a time
 
@@ -64,7 +62,7 @@ class ShardCache:
         """Where the shard of a range is cached."""
         return self.folder / f"{self.ranges[part].content_hash}.arrow"
 
-    def open(self, part: int) -> "pyarrow.ipc.RecordBatchFileReader":
+    def open(self, part: int) -> pyarrow.ipc.RecordBatchFileReader:
         """All rows of the shard of a range, downloaded if need be; not to be kept, as a removed file takes room."""
         path = self.path(part)
         try:
@@ -109,8 +107,6 @@ class ShardCache:
 
 def write_rows(path: Path, rows: Iterator[ShardRow]) -> int:
     """Write a file that can be read row by row, in arrow's IPC format; returns how many rows there are."""
-    import pyarrow
-
     captions = pyarrow.list_(pyarrow.string())
     schema = pyarrow.schema({"image": pyarrow.large_binary(), "captions": captions, "error": pyarrow.string()})
     written = 0
@@ -121,8 +117,6 @@ def write_rows(path: Path, rows: Iterator[ShardRow]) -> int:
     return written
 
 
-def open_rows(path: Path) -> "pyarrow.ipc.RecordBatchFileReader":
+def open_rows(path: Path) -> pyarrow.ipc.RecordBatchFileReader:
     """A file of `write_rows`, mapped into memory. OSError or ValueError: it is missing, or cut off."""
-    import pyarrow
-
     return pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))

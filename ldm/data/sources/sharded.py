@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
+import fsspec
 from filelock import FileLock
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
@@ -86,8 +88,6 @@ def open_shards(source: str, split: Split, *, streams: int) -> ShardedSource:
     Shards that are named test or validation are held out; where there are none, the first 5 % of the rows of each.
     ValueError: no shard there, or one that cannot be read.
     """
-    import datasets  # slow, and other sets do not need it here
-
     shards = list_shards(source)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "shards" / short_hash(source)
     ranges = _ranges_of_split(shards, count_rows(shards, folder), split)
@@ -135,8 +135,6 @@ def _expand_ranges(source: str) -> list[str]:
 
 def _list_files(address: str) -> list[tuple[str, dict[str, Any]]]:
     """The files at an address, each with what its file system knows of it."""
-    import fsspec
-
     system, path = fsspec.core.url_to_fs(os.path.expanduser(address))
     if set(path) & set("*?"):
         files = system.glob(path, detail=True)

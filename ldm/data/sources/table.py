@@ -2,20 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import datasets
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from ldm.data.sources.base import CAPTION_COLUMNS, Split, first_names, hash_split, one_line, parse_captions
 from ldm.data.sources.encoded import EncodedSource
 from ldm.imaging import Encoded
 
-if TYPE_CHECKING:
-    import datasets
-
 
 def open_parquet(path: Path, split: Split) -> EncodedSource:
     """One split of a parquet file; ValueError: not one, damaged, empty, or without images."""
-    import datasets  # slow, and drawn sets do not need it here
-
     try:
         rows = datasets.Dataset.from_parquet(str(path))
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError, TypeError, LookupError):
@@ -27,9 +25,6 @@ def open_parquet(path: Path, split: Split) -> EncodedSource:
 
 def open_hub(name: str, split: Split) -> EncodedSource:
     """One split of a data set of the hub; ValueError: not there, or without images."""
-    import datasets
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     try:
         splits = datasets.load_dataset(name)
     except (OSError, ValueError, RuntimeError) as error:
@@ -45,10 +40,8 @@ def open_hub(name: str, split: Split) -> EncodedSource:
     return _open_table(rows, f"hub {name}", roots, None if held_out else split)
 
 
-def _open_table(rows: "datasets.Dataset", where: str, roots: Sequence[Path], split: Split | None) -> EncodedSource:
+def _open_table(rows: datasets.Dataset, where: str, roots: Sequence[Path], split: Split | None) -> EncodedSource:
     """A split, or all, of the image and caption columns of a table. A row has no name, so its number is its name."""
-    import datasets
-
     image = image_column(rows.features, where)
     if not len(rows):
         raise ValueError(f"{where}: no rows; choose another --data.source")
@@ -65,7 +58,7 @@ def _open_table(rows: "datasets.Dataset", where: str, roots: Sequence[Path], spl
     )
 
 
-def _caption_column(rows: "datasets.Dataset", where: str) -> tuple[Sequence[Sequence[str]], str]:
+def _caption_column(rows: datasets.Dataset, where: str) -> tuple[Sequence[Sequence[str]], str]:
     """The captions of all rows, and where they come from."""
     column = next((name for name in CAPTION_COLUMNS if name in rows.features), None)
     if column is None:
@@ -81,7 +74,7 @@ def _caption_column(rows: "datasets.Dataset", where: str) -> tuple[Sequence[Sequ
 class ImageColumn(Sequence[Encoded]):
     """The image column of a table, read row by row; a path in it must be below one of the `roots`."""
 
-    def __init__(self, rows: "datasets.Dataset", name: str, roots: Sequence[Path]) -> None:
+    def __init__(self, rows: datasets.Dataset, name: str, roots: Sequence[Path]) -> None:
         self.rows, self.name, self.roots = rows, name, roots
 
     def __len__(self) -> int:
@@ -100,9 +93,8 @@ class ImageColumn(Sequence[Encoded]):
         return full
 
 
-def image_column(features: "datasets.Features", where: str) -> str:
+def image_column(features: datasets.Features, where: str) -> str:
     """The first column of a table that holds images; ValueError when there is none."""
-    import datasets
 
     def holds_bytes(feature: Any) -> bool:
         if isinstance(feature, dict):
