@@ -21,10 +21,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.cli import parse_cli
 from ldm.config import CONFIGS, read_yaml, write_yaml
-from ldm.data.inspect import contact_sheet, format_report, inspect_image
+from ldm.data.inspect import format_report, inspect_image
 from ldm.data.sources.base import CAPTION_COLUMNS, ImageTextSource
 from ldm.data.sources.folder import METADATA_FILES, open_images
 from ldm.data.transforms import View
+from ldm.imaging import captioned_grid
 from ldm.pipeline.record import PNG_CHUNK, GenerationRecord, read_png, save_png
 from ldm.stages import STAGES
 from ldm.stages.diffusion import TrainLDMConfig
@@ -282,10 +283,10 @@ def test_any_folder_is_inspected(folder: Folder, kind: str, changes: Changes, im
 def inspected(parts: list[ImageTextSource]) -> tuple[str, int]:
     """The first line of the report, and the number of images on the contact sheet."""
     images = [inspect_image(part, i, thumbnail=True) for part in parts for i in range(len(part.names))]
-    shown = sum(info.thumbnail is not None for info in images)
+    shown = [(info.thumbnail, next(iter(info.captions), "")) for info in images if info.thumbnail]
     if shown:
-        assert contact_sheet(images, 3).size == (8 * 136 - 8, 186)
-    return next(format_report(images, lambda caption: len(COUNT(caption)), size=8, max_tokens=77)), shown
+        assert captioned_grid(*zip(*shown, strict=True), columns=2).width == 2 * 136 - 8
+    return next(format_report(images, lambda caption: len(COUNT(caption)), size=8, max_tokens=77)), len(shown)
 
 
 # Tables of images.

@@ -56,8 +56,9 @@ def check_data(config: CheckDataConfig, count_tokens: Callable[[str], int]) -> I
     with ThreadPoolExecutor(config.num_workers) as pool:
         images = list(pool.map(lambda i: inspect_image(*items[i], thumbnail=i in enough), range(len(items))))
     yield from format_report(images, count_tokens, size=config.size, max_tokens=config.max_tokens)
-    if config.contact_sheet and any(info.thumbnail for info in images):
-        save_image(contact_sheet(images, config.sheet_images), config.contact_sheet)
+    shown = [(info.thumbnail, next(iter(info.captions), "")) for info in images if info.thumbnail]
+    if config.contact_sheet and shown:
+        save_image(captioned_grid(*zip(*shown[: config.sheet_images], strict=True), columns=8), config.contact_sheet)
         yield f"contact sheet: {config.contact_sheet}"
     if config.quarantine:
         yield from _quarantine(Path(config.source), config.quarantine, [info.name for info in images if info.error])
@@ -115,12 +116,6 @@ def format_report(
     too_long = [info.name for info in images if any(count_tokens(text) > max_tokens for text in info.captions)]
     yield f"{uncaptioned:,} images without a caption; {len(too_long):,} with one of over {max_tokens} tokens"
     yield from (f"  {name}" for name in too_long[:20])
-
-
-def contact_sheet(images: Sequence[ImageInfo], count: int) -> Image.Image:
-    """The first `count` images that have a thumbnail, with the first caption of each."""
-    shown = [(info.thumbnail, next(iter(info.captions), "")) for info in images if info.thumbnail][:count]
-    return captioned_grid(*zip(*shown, strict=True), columns=8)
 
 
 def inspect_image(source: ImageTextSource, index: int, *, thumbnail: bool) -> ImageInfo:

@@ -120,7 +120,8 @@ def list_shards(source: str) -> dict[str, str]:
     urls = list(filter(is_tar, files)) or list(filter(_is_shard, files))
     if not urls:
         raise ValueError(f"data.source {source}: no tar or parquet file there; choose another --data.source")
-    return {url: short_hash(f"{url} {_version(files[url])}") for url in sorted(urls)}
+    versions = {url: next((files[url][key] for key in VERSION_KEYS if files[url].get(key)), "") for url in sorted(urls)}
+    return {url: short_hash(f"{url} {files[url].get('size', '')} {version}") for url, version in versions.items()}
 
 
 def _expand_ranges(source: str) -> list[str]:
@@ -144,10 +145,6 @@ def _list_files(address: str) -> list[tuple[str, dict[str, Any]]]:
         files = {path: system.info(path)}
     local = "://" not in address
     return [(name if local else system.unstrip_protocol(name), info) for name, info in files.items()]
-
-
-def _version(info: dict[str, Any]) -> str:
-    return f"{info.get('size', '')} {next((info[name] for name in VERSION_KEYS if info.get(name)), '')}"
 
 
 def _is_shard(name: str) -> bool:
