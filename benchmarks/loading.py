@@ -36,7 +36,6 @@ from ldm.data.latents import (
     LatentFileLayout,
     LatentIndex,
     content_key,
-    list_latent_files,
     save_latent_file,
 )
 from ldm.data.sources.sharded import open_shards
@@ -86,8 +85,8 @@ def latent_index(folder: Path, rows: int) -> None:
 
 def latent_files(rows: int) -> list[tuple[str, int]]:
     """Name and rows of all files of latents."""
-    layout = LatentFileLayout(rows, LATENTS_PER_FILE)
-    return [(name, len(chosen)) for name, _, chosen in list_latent_files("train", layout, augmentations=1)]
+    layout = LatentFileLayout("train", rows, LATENTS_PER_FILE, augmentations=1, groups=None)
+    return [(name, len(chosen)) for name, _, chosen in layout.files()]
 
 
 def batches(data: ImageTextDataset | LatentDataset, workers: int, batch_size: int = BATCH_SIZE) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cache_latents
+import datasets
 import pytest
 from accelerate import PartialState
 from helpers import OnStep, examine_tiny, toy, toy_config, toy_gan, train
@@ -138,6 +139,7 @@ def work_as(rank: int, port: int, output: Path, ranks: int, environment: dict[st
     os.dup2(file, 2)
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     os.environ |= {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), **environment}
+    datasets.config.HF_DATASETS_CACHE = environment.get("HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE)
     work(ranks, *job)
 
 

@@ -15,11 +15,10 @@ from ldm.data.batch_sampler import (
     EpochBatchSampler,
     SampleKey,
     evenly_spaced,
-    first_samples,
     image_batches,
     make_batch_sampler,
     permutation,
-    sample_at_position,
+    sample_batches,
 )
 
 
@@ -94,10 +93,11 @@ def test_a_batch_may_span_epochs_and_positions_count_on():
     assert all([key.position for key in batch] == [0, 1, 2, 3] for batch in batches)
 
 
-def test_sample_at_agrees_with_the_permutation():
+def test_keys_agree_with_the_permutation():
+    sampler = EpochBatchSampler(7, seed=9, batch_size=5)
     for position in (0, 6, 7, 20):
-        index, epoch = sample_at_position(position, size=7, seed=9)
-        assert epoch == position // 7 and index == permutation(7, 9, epoch)[position % 7]
+        key = sampler.key_at(*divmod(position, 5))
+        assert key.epoch == position // 7 and key.index == permutation(7, 9, key.epoch)[position % 7]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -124,12 +124,10 @@ def test_the_batch_sampler_of_a_set_is_that_of_its_groups():
 def test_messages():
     with pytest.raises(ValueError, match="batch_size 10 .* 2 ranks x grad_accum_steps 3: .*multiple of 6"):
         EpochBatchSampler(5, seed=0, batch_size=10, grad_accum_steps=3, world=2)
-    with pytest.raises(ValueError, match="training set is empty: .*--data.source"):
-        EpochBatchSampler(0, seed=0, batch_size=1)
 
 
-def test_first_samples_stops_at_the_end():
-    assert [tuple(s["key"].tolist()) for s in first_samples(Echo(3), 5)] == [(0, 0, 0), (1, 0, 1), (2, 0, 2)]
+def test_the_first_samples_stop_at_the_end():
+    assert next(sample_batches(Echo(3), batch_size=5))["key"].tolist() == [[0, 0, 0], [1, 0, 1], [2, 0, 2]]
 
 
 def test_image_batches_spread_over_the_set():

@@ -1,5 +1,6 @@
 """Images that keep their shape: buckets of sides, steps of one bucket, and the same numbers from the latents."""
 
+import itertools
 import math
 import random
 import shutil
@@ -117,7 +118,7 @@ def test_a_fallback_takes_the_shape_of_what_it_replaces(photos: Path, tmp_path: 
     file.write_bytes(file.read_bytes()[:200])  # its header is complete
     data = opened(broken, max_unreadable=0.5)
     assert data[SampleKey(index, 0, 0)]["image"].shape == whole[SampleKey(index, 0, 0)]["image"].shape
-    assert len(data.unreadable) == 1
+    assert len(data.reader.unreadable()) == 1
 
 
 def test_a_turned_photo_is_as_high_as_it_is_shown(tmp_path: Path) -> None:
@@ -177,14 +178,16 @@ def test_latents_with_buckets_train_as_images_do(runs: Path, photos: Path, tmp_p
 
 @pytest.mark.parametrize("groups", [None, torch.tensor([2, 0, 1, 2, 2, 0, 2, 2])])
 def test_each_row_is_where_the_layout_says(groups: torch.Tensor | None) -> None:
-    layout = LatentFileLayout(8, 3, groups)
-    files = layout.files()
-    assert sorted(row for rows in files for row in rows) == list(range(8)) and max(map(len, files)) <= 3
-    for row in range(8):
-        file, row_in_file = layout.locate(row)
-        assert files[file][row_in_file] == row
-    if groups is not None:
-        assert all(len({int(groups[row]) for row in rows}) == 1 for rows in files)
+    for split, augmentations in (("train", 2), ("test", 1)):
+        layout = LatentFileLayout(split, 8, 3, augmentations=2, groups=groups)  # type: ignore[arg-type]
+        files = {name: rows.tolist() for name, _, rows in layout.files()}
+        rows_in_files = [row for rows in files.values() for row in rows]
+        assert sorted(rows_in_files) == sorted([*range(8)] * augmentations) and max(map(len, files.values())) <= 3
+        for row, epoch in itertools.product(range(8), range(3)):
+            name, row_in_file = layout.locate(row, epoch)
+            assert files[name][row_in_file] == row and name.startswith(f"{split}-{epoch % augmentations:03}-")
+        if groups is not None:
+            assert all(len({int(groups[row]) for row in rows}) == 1 for rows in files.values())
 
 
 def test_steps_that_no_network_divides_by_are_refused(runs: Path, photos: Path, tmp_path: Path) -> None:

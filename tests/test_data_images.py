@@ -154,7 +154,7 @@ def test_a_path_that_leads_out_of_the_folder(photos, name):
     plain().save(photos.parent / "a.png")
     (photos / "metadata.csv").write_text(f"file_name,text\n{name},x\n")
     text = message(photos)
-    assert f"file_name {name} leads out" in text and f"relative to {photos}" in text
+    assert f"names 1 files that are not there as PNG, JPEG or WEBP: {name};" in text and f"relative to {photos}" in text
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,9 @@ def test_empty_folder_and_folder_without_images(tmp_path):
 def test_folder_with_no_readable_image(tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.png").write_bytes(b"no image")
-    text = message(tmp_path, max_unreadable=1)
-    assert re.search("none of the first 7 images .*not a PNG, JPEG or WEBP.*repair them or .*--data.source", text)
+    for cap, found in ((1, "32 images in a row"), (0.01, "1 of 7 images .* above the 1.0%")):
+        with pytest.raises(ValueError, match=f"{found}.* .*not a PNG, JPEG or WEBP.*; repair or remove them"):
+            opened(tmp_path, max_unreadable=cap)[SampleKey(0, 0, 0)]
 
 
 def test_unknown_split(photos):
@@ -619,7 +620,7 @@ def test_a_source_of_floats_is_not_rounded_to_8_bits():
     sample = data[SampleKey(1, 0, 0)]
     assert torch.equal(sample["image"], torch.linspace(0, 1e-3, 8).expand(1, 8, 8))
     assert sample["caption"] == "one" and sample["sizes"].tolist() == [512, 512, 0, 0, 8, 8]
-    assert data[SampleKey(0, 0, 0)]["caption"] in ("one", "two") and data.unreadable == ["a: no scan"]
+    assert data[SampleKey(0, 0, 0)]["caption"] in ("one", "two") and data.reader.unreadable() == ["a: no scan"]
     assert data.captions_of(SampleKey(2, 0, 0)) == ["two", "three"]
 
 
@@ -646,7 +647,9 @@ def test_another_image_replaces_it_with_its_own_caption(damaged):
     assert round((sample["image"][0, 0, 0].item() + 1) * 127.5) == int(sample["caption"])
     assert data.caption(SampleKey(index, 0, 0)) == sample["caption"] == data[SampleKey(index, 4, 0)]["caption"]
     assert again[SampleKey(index, 0, 0)]["caption"] == sample["caption"]
-    assert len(data.unreadable) == 1 and re.match("03.png: not a PNG, JPEG or WEBP", data.unreadable[0])
+    assert len(data.reader.unreadable()) == 1 and re.match(
+        "03.png: not a PNG, JPEG or WEBP", data.reader.unreadable()[0]
+    )
     assert len({data[SampleKey(i, 0, 0)]["caption"] for i in (index, data.source.names.index("07.png"))}) == 2
 
 
@@ -656,7 +659,7 @@ def test_the_main_process_knows_them(damaged, workers):
     sampler = EpochBatchSampler(len(data), seed=0, batch_size=len(data))
     batches = list(islice(DataLoader(data, batch_sampler=sampler, num_workers=workers, collate_fn=collate), 2))
     assert not {"3", "7"} & {caption for batch in batches for caption in batch["caption"]}
-    assert [line.split(":")[0] for line in data.unreadable] == ["03.png", "07.png"]
+    assert [line.split(":")[0] for line in data.reader.unreadable()] == ["03.png", "07.png"]
     assert re.search("train split: 2 images could not be read.*\n03.png: .*\n07.png: ", data.report())
 
 
@@ -669,9 +672,9 @@ def test_ranks_exchange_them(damaged):
     for rank, index in zip(ranks, indices, strict=True):
         sent: list[list[int]] = []
         with pytest.raises(ValueError, match="2 of .* images .*03.png: .*; 07.png: .*--data.max-unreadable"):
-            rank.sync_unreadable(lambda mine, sent=sent: sent.append(mine) or indices)
+            rank.reader.sync(lambda mine, sent=sent: sent.append(mine) or indices)
         assert sent == [[index]]
-        assert len(rank.unreadable) == 2
+        assert len(rank.reader.unreadable()) == 2
 
 
 def test_too_many_stop_the_run(damaged):

@@ -179,6 +179,6 @@ def test_a_shard_that_finds_no_room(
     (small.folder / "more").write_bytes(bytes(16384))
     with pytest.raises(ValueError, match=r"arrow could not be written \(.*No space left.*free some space"):
         [data[SampleKey(index, 0, 0)] for index in range(len(data))]
-    assert data.unreadable == []
+    assert data.reader.unreadable() == []
     small.grow()
     assert len([data[SampleKey(index, 0, 0)] for index in range(len(data))]) == len(data)

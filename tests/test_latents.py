@@ -101,7 +101,7 @@ def test_numbers_beyond_float16_are_refused(runs: Path, tmp_path: Path) -> None:
                 tmp_path / "train-000-000000.safetensors",
                 open_dataset(DataConfig(resolution=16), "train", seed=0),
                 0,
-                range(1),
+                torch.arange(1),
                 encode=lambda images, mean=mean: (mean, none),
                 tokenize=lambda texts: torch.zeros(len(texts), 4),
                 encode_text=lambda ids, states=states: (states, states),

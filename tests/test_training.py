@@ -32,7 +32,7 @@ from helpers import (
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldm.data.batch_sampler import SampleKey, sample_at_position
+from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
 from ldm.io.tensors import save_weights
 from ldm.rng import StepRNG
 from ldm.training import checkpoint, distributed
@@ -194,7 +194,7 @@ def test_a_loss_that_spikes_is_reported_with_its_samples(tmp_path: Path, capsys:
     toy(toy_config(tmp_path, steps=130, checkpoint_every=130, log_every=20), jump=120)
     notes = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if "spike" in line]
     assert [note["step"] for note in notes] == [120]
-    assert notes[0]["samples"] == [sample_at_position(119 * 12 + i, size=37, seed=0)[0] for i in range(12)]
+    assert notes[0]["samples"] == EpochBatchSampler(37, seed=0, batch_size=12).indices(119)
     assert "toy: loss spike: " in capsys.readouterr().out
 
 

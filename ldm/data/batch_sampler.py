@@ -2,10 +2,10 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NotRequired, TypedDict, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,33 +24,10 @@ class SampleKey:
     position: int  # in the step's global batch
 
 
-class SamplerOptions(TypedDict):
-    """What every batch sampler is given: see `EpochBatchSampler`."""
-
-    seed: int
-    batch_size: int
-    start: NotRequired[int]
-    grad_accum_steps: NotRequired[int]
-    rank: NotRequired[int]
-    world: NotRequired[int]
-
-
 @lru_cache(maxsize=4)
-def permutation(size: int, seed: int, epoch: int) -> Tensor:
-    """The order of `size` samples in one epoch, (size,) int64."""
-    return torch.randperm(size, generator=rng.generator(seed, "order", epoch))
-
-
-def sample_at_position(position: int, *, size: int, seed: int) -> tuple[int, int]:
-    """(index, epoch) of the sample at `position` in the endless sequence of shuffled epochs."""
-    epoch, offset = divmod(position, size)
-    return int(permutation(size, seed, epoch)[offset]), epoch
-
-
-@lru_cache(maxsize=4)
-def file_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order in which an epoch goes through `count` files."""
-    return torch.randperm(count, generator=rng.generator(seed, "files", epoch)).tolist()
+def permutation(size: int, seed: int, epoch: int, stream: str = "order") -> Tensor:
+    """The order of `size` samples in one epoch, (size,) int64; of files with `stream` "files"."""
+    return torch.randperm(size, generator=rng.generator(seed, stream, epoch))
 
 
 @lru_cache(maxsize=64)
@@ -64,18 +41,13 @@ def evenly_spaced(count: int, total: int) -> list[int]:
     return [i * total // min(count, total) for i in range(min(count, total))]
 
 
-def first_samples(dataset: Dataset[Any], count: int) -> list[Any]:
-    """The first `count` samples of a data set, the same at every call: for validation."""
-    return [dataset[SampleKey(index, 0, index)] for index in range(min(count, len(dataset)))]  # type: ignore[arg-type]
-
-
 def sample_batches(
-    dataset: Dataset[Any], indices: Sequence[int] | None = None, *, batch_size: int = 64
+    dataset: Dataset[Any], indices: Sequence[int] | None = None, *, epoch: int = 0, batch_size: int = 64
 ) -> Iterator[Batch]:
-    """The samples of a data set, all or those at `indices`, in collated batches."""
+    """The samples of a data set in an epoch, all or those at `indices`, in collated batches."""
     indices = range(len(dataset)) if indices is None else indices  # type: ignore[arg-type]
     for first in range(0, len(indices), batch_size):
-        yield collate([dataset[SampleKey(i, 0, i)] for i in indices[first : first + batch_size]])
+        yield collate([dataset[SampleKey(i, epoch, i)] for i in indices[first : first + batch_size]])
 
 
 def image_batches(
@@ -86,6 +58,7 @@ def image_batches(
         yield batch["image"]
 
 
+@dataclass(eq=False)
 class EpochBatchSampler(Sampler[list[SampleKey]]):
     """The micro-batches of one rank, endless, from optimizer step `start` on.
 
@@ -93,26 +66,22 @@ class EpochBatchSampler(Sampler[list[SampleKey]]):
     slices; this rank gets slice `rank` of each of the `grad_accum_steps` rounds.
     """
 
-    def __init__(
-        self,
-        size: int,
-        *,
-        seed: int,
-        batch_size: int,
-        start: int = 0,
-        grad_accum_steps: int = 1,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        if size < 1:
-            raise ValueError("the training set is empty: choose another --data.source")
-        if batch_size % (world * grad_accum_steps):
+    size: int
+    _: KW_ONLY
+    seed: int
+    batch_size: int
+    start: int = 0
+    grad_accum_steps: int = 1
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        slices = self.world * self.grad_accum_steps
+        if self.batch_size % slices:
             raise ValueError(
-                f"batch_size {batch_size} does not divide over {world} ranks x grad_accum_steps {grad_accum_steps}: "
-                f"choose a multiple of {world * grad_accum_steps}"
+                f"batch_size {self.batch_size} does not divide over {self.world} ranks x grad_accum_steps "
+                f"{self.grad_accum_steps}: choose a multiple of {slices}"
             )
-        self.size, self.seed, self.batch_size, self.start = size, seed, batch_size, start
-        self.grad_accum_steps, self.rank, self.world = grad_accum_steps, rank, world
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         micro = self.batch_size // (self.world * self.grad_accum_steps)
@@ -129,8 +98,8 @@ class EpochBatchSampler(Sampler[list[SampleKey]]):
 
     def key_at(self, step: int, position: int) -> SampleKey:
         """The sample at a position of the global batch of a step."""
-        index, epoch = sample_at_position(step * self.batch_size + position, size=self.size, seed=self.seed)
-        return SampleKey(index, epoch, position)
+        epoch, offset = divmod(step * self.batch_size + position, self.size)
+        return SampleKey(int(permutation(self.size, self.seed, epoch)[offset]), epoch, position)
 
 
 class BucketBatchSampler(EpochBatchSampler):
@@ -140,28 +109,25 @@ class BucketBatchSampler(EpochBatchSampler):
     and which group comes when, is drawn for each epoch.
     """
 
-    def __init__(self, groups: Tensor, **options: Unpack[SamplerOptions]) -> None:
-        """`groups`: the group of each sample, (size,) integers from 0."""
+    def __init__(self, groups: Tensor, **options: int) -> None:
+        """`groups`: the group of each sample, (size,) integers from 0; `options`: as of `EpochBatchSampler`."""
         super().__init__(len(groups), **options)
         self.groups = groups
         self.steps = sum(-(-count // self.batch_size) for count in groups.bincount().tolist())  # in an epoch
-        self._drawn: tuple[int, Tensor] = (-1, groups)  # the last epoch, and its steps
+        self._steps_of_epoch = lru_cache(maxsize=1)(self._draw_steps)
 
     def key_at(self, step: int, position: int) -> SampleKey:
         epoch, step_of_epoch = divmod(step, self.steps)
-        if self._drawn[0] != epoch:
-            self._drawn = epoch, self._draw_steps(epoch)
-        return SampleKey(int(self._drawn[1][step_of_epoch, position]), epoch, position)
+        return SampleKey(int(self._steps_of_epoch(epoch)[step_of_epoch, position]), epoch, position)
 
     def _draw_steps(self, epoch: int) -> Tensor:
         """The samples of each step of an epoch: (steps, batch_size)."""
         order = permutation(self.size, self.seed, epoch)
         groups, steps = self.groups[order], []
-        for group in range(int(groups.max()) + 1):
+        for group in groups.unique():
             members = order[groups == group]
-            if len(members):
-                filled = members[torch.arange(-(-len(members) // self.batch_size) * self.batch_size) % len(members)]
-                steps.append(filled.view(-1, self.batch_size))
+            filled = members[torch.arange(-(-len(members) // self.batch_size) * self.batch_size) % len(members)]
+            steps.append(filled.view(-1, self.batch_size))
         all_steps = torch.cat(steps)
         return all_steps[torch.randperm(len(all_steps), generator=rng.generator(self.seed, "groups", epoch))]
 
@@ -174,12 +140,12 @@ class ShardedBatchSampler(EpochBatchSampler):
     A stream has each of its rows once in an epoch; its next epoch begins when its own rows are through.
     """
 
-    def __init__(self, rows: Sequence[int], *, streams: int, **options: Unpack[SamplerOptions]) -> None:
+    def __init__(self, rows: Sequence[int], *, streams: int, **options: int) -> None:
         """`rows` of each file; `streams`, or the next smaller number that divides the batch."""
         super().__init__(sum(rows), **options)
         self.rows, self.starts = rows, [0, *accumulate(rows)]
         self.streams = next(n for n in range(min(streams, self.size), 0, -1) if self.batch_size % n == 0)
-        self._drawn: dict[int, tuple[list[int], list[int]]] = {}  # of an epoch: its files, and the last row of each
+        self._files_of_epoch = lru_cache(maxsize=2)(self._draw_files)  # streams are at most one epoch apart
 
     def key_at(self, step: int, position: int) -> SampleKey:
         run = self.batch_size // self.streams  # positions of a stream in a step
@@ -190,16 +156,17 @@ class ShardedBatchSampler(EpochBatchSampler):
 
     def _sample_in_epoch(self, epoch: int, row: int) -> int:
         """The sample at a row of the concatenated files of an epoch."""
-        if epoch not in self._drawn:  # streams are at most one epoch apart
-            files = file_order(len(self.rows), self.seed, epoch)
-            ends = list(accumulate(self.rows[file] for file in files))
-            self._drawn = {e: drawn for e, drawn in self._drawn.items() if e >= epoch - 1} | {epoch: (files, ends)}
-        files, ends = self._drawn[epoch]
+        files, ends = self._files_of_epoch(epoch)
         position = bisect_right(ends, row)
         file = files[position]
         return self.starts[file] + int(row_order(self.rows[file], self.seed, epoch, file)[row - ends[position]])
 
+    def _draw_files(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The files of an epoch, in order, and the row after the last one of each."""
+        files = permutation(len(self.rows), self.seed, epoch, "files").tolist()
+        return files, list(accumulate(self.rows[file] for file in files))
 
-def make_batch_sampler(size: int, groups: Tensor | None, **options: Unpack[SamplerOptions]) -> EpochBatchSampler:
+
+def make_batch_sampler(size: int, groups: Tensor | None, **options: int) -> EpochBatchSampler:
     """The batch sampler of `size` samples, whose steps are of one group where the samples have groups."""
     return EpochBatchSampler(size, **options) if groups is None else BucketBatchSampler(groups, **options)

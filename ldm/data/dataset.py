@@ -1,21 +1,15 @@
 """The data set of images and captions that every training reads: `ImageTextDataset`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
 from ldm import rng
-from ldm.data.batch_sampler import (
-    EpochBatchSampler,
-    SampleKey,
-    SamplerOptions,
-    ShardedBatchSampler,
-    make_batch_sampler,
-)
+from ldm.data.batch_sampler import EpochBatchSampler, SampleKey, ShardedBatchSampler, make_batch_sampler
 from ldm.data.buckets import assign_buckets, bucket_resolutions
 from ldm.data.config import DataConfig
 from ldm.data.failures import FallbackReader
@@ -38,8 +32,8 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
     def __init__(self, source: ImageTextSource, config: DataConfig, split: Split, *, seed: int) -> None:
         self.source, self.config, self.split, self.seed = source, config, split, seed
         self.training = split == "train"
+        self.reader = FallbackReader(source, config)
         self.sides, self.groups = [(config.resolution, config.resolution)], None
-        self._reader = FallbackReader(source, config)
         if config.bucket_step and self.is_sharded:
             raise ValueError("data.bucket_step: the sizes of images in shards are not known ahead; leave it at 0")
         if config.bucket_step and self.training:
@@ -52,7 +46,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         view = self._view(key)
-        index, image = self._reader.read(key.index, view)
+        index, image = self.reader.read(key.index, view)
         sizes = torch.tensor([*image.original_size, *image.corner, *view.sides])
         return {"image": image.pixels, "sizes": sizes, "caption": self._choose_caption(index, key)}
 
@@ -72,11 +66,11 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
 
     def caption(self, key: SampleKey) -> str:
         """The caption that belongs to the image that `self[key]` gives, without decoding it again."""
-        return self._choose_caption(self._reader.resolve(key.index), key)
+        return self._choose_caption(self.reader.resolve(key.index), key)
 
     def captions_of(self, key: SampleKey) -> list[str]:
         """All captions that `self[key]` can have; "" where there is none."""
-        return list(self.source.captions[self._reader.resolve(key.index)]) or [""]
+        return list(self.source.captions[self.reader.resolve(key.index)]) or [""]
 
     @property
     def captions(self) -> Iterator[str]:
@@ -89,7 +83,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         """Whether the set may be larger than the disk."""
         return isinstance(self.source, ShardedSource)
 
-    def make_batch_sampler(self, **options: Unpack[SamplerOptions]) -> EpochBatchSampler:
+    def make_batch_sampler(self, **options: int) -> EpochBatchSampler:
         """Which samples come when."""
         if isinstance(self.source, ShardedSource):
             rows = [span.rows for span in self.source.cache.ranges]
@@ -99,10 +93,6 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
     def prefetch(self, keys: Sequence[SampleKey]) -> None:
         """Prepare for these samples, which are read next."""
         self.source.prefetch(keys, self.seed)
-
-    def evenly_spaced(self, count: int) -> list[int]:
-        """`count` evenly spaced indices; of a sharded set from 16 shards, so that few files are downloaded."""
-        return self.source.evenly_spaced(count)
 
     def without_buckets(self) -> "ImageTextDataset":
         """The same images, cropped to squares: where a batch holds images of any shape."""
@@ -123,23 +113,11 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         listed = ", ".join(f"{w} x {h}: {n:,}" for (h, w), n in zip(self.sides, counts, strict=True))
         return f"{text}; width x height: images, {listed}"
 
-    @property
-    def unreadable(self) -> list[str]:
-        """`name: error` of every image that could not be read so far, by this process or its loading processes."""
-        return self._reader.unreadable()
-
     def report(self) -> str:
         """How many images could not be read, and which: for the end of a run."""
-        bad = self.unreadable
+        bad = self.reader.unreadable()
         failed = f"{len(bad)} images could not be read and were replaced by others:"
         return "\n".join([f"{self.split} split: {failed if bad else 'every image could be read'}", *bad])
-
-    def sync_unreadable(self, gather: Callable[[list[int]], list[int]]) -> None:
-        """Exchange with all ranks what could not be read; `gather` concatenates the lists of all of them.
-
-        ValueError, on every rank, when that is more than the configuration allows.
-        """
-        self._reader.sync(gather)
 
 
 def open_dataset(config: DataConfig, split: Split, *, seed: int) -> ImageTextDataset:

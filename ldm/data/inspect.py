@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 from PIL import Image
@@ -17,7 +17,7 @@ from tyro.conf import Positional
 from ldm.cli import ScriptConfig
 from ldm.data.config import DataConfig
 from ldm.data.dataset import open_user_data
-from ldm.data.sources.base import ImageTextSource
+from ldm.data.sources.base import ImageTextSource, Split
 from ldm.data.sources.folder import find_metadata
 from ldm.data.transforms import Sides, View
 from ldm.imaging import captioned_grid, save_image, tensor_to_pil
@@ -49,24 +49,19 @@ def check_data(config: CheckDataConfig, count_tokens: Callable[[str], int]) -> I
     if not config.source:
         raise ValueError("no images: pass a folder, as in `python scripts/check_data.py my_photos`")
     streams = DataConfig().shard_streams
-    sources = [open_user_data(config.source, "train", streams=streams)]
-    sources += [open_user_data(config.source, "test", streams=streams)]
-    yield sources[0].description
-    report, examples = inspect_dataset(
-        sources,
-        count_tokens,
-        max_tokens=config.max_tokens,
-        num_examples=config.sheet_images,
-        num_workers=config.num_workers,
-    )
-    yield from report.format(config.size, config.max_tokens)
-    if config.contact_sheet and examples:
-        thumbnails = [info.thumbnail for info in examples if info.thumbnail]
-        sheet = captioned_grid(thumbnails, [info.caption for info in examples], columns=8)
-        save_image(sheet, config.contact_sheet)
+    train, test = (open_user_data(config.source, split, streams=streams) for split in get_args(Split))
+    yield train.description
+    items = [(source, index) for source in (train, test) for index in range(len(source.names))]
+    enough = range(2 * config.sheet_images)  # to find that many readable ones
+    with ThreadPoolExecutor(config.num_workers) as pool:
+        images = list(pool.map(lambda i: inspect_image(*items[i], thumbnail=i in enough), range(len(items))))
+    yield from format_report(images, count_tokens, size=config.size, max_tokens=config.max_tokens)
+    shown = [(info.thumbnail, next(iter(info.captions), "")) for info in images if info.thumbnail]
+    if config.contact_sheet and shown:
+        save_image(captioned_grid(*zip(*shown[: config.sheet_images], strict=True), columns=8), config.contact_sheet)
         yield f"contact sheet: {config.contact_sheet}"
     if config.quarantine:
-        yield from _quarantine(Path(config.source), config.quarantine, list(report.unreadable))
+        yield from _quarantine(Path(config.source), config.quarantine, [info.name for info in images if info.error])
 
 
 def _quarantine(folder: Path, target: Path, names: list[str]) -> Iterator[str]:
@@ -87,89 +82,54 @@ class ImageInfo(NamedTuple):
     """What one image is like; an error in place of the rest."""
 
     name: str
-    error: str | None
+    captions: Sequence[str]
+    error: str | None = None
     size: Sides = (0, 0)
     dhash: int = 0  # equal for images that look the same
     thumbnail: Image.Image | None = None
-    caption: str = ""
 
 
-class DatasetReport(NamedTuple):
-    """What all images are like."""
-
-    total: int
-    unreadable: dict[str, str]  # name -> error
-    sizes: list[Sides]
-    duplicates: list[list[str]]  # names of images that look the same
-    uncaptioned: int
-    too_long: list[str]  # names of images with a caption over the limit of tokens
-
-    def format(self, size: int, max_tokens: int) -> Iterator[str]:
-        """The report for a training at `size` pixels under a text tower of `max_tokens`."""
-        yield f"{self.total:,} images, {len(self.unreadable):,} unreadable"
-        yield from (f"  {name}: {error}" for name, error in self.unreadable.items())
-        if self.sizes:
-            sides = [min(sides) for sides in self.sizes]
-            small = sum(side < size for side in sides)
-            yield (
-                f"shorter side from {min(sides):,} to {max(sides):,} pixels, median {median(sides):,.0f}; "
-                f"{small:,} below {size}, which would be enlarged"
-            )
-            ratios = [width / height for height, width in self.sizes]
-            yield f"width to height from {min(ratios):.2f} to {max(ratios):.2f}, median {median(ratios):.2f}"
-        yield f"{sum(len(names) - 1 for names in self.duplicates):,} images look like another one"
-        yield from (f"  {' = '.join(names[:5])}{' ...' if len(names) > 5 else ''}" for names in self.duplicates)
-        long = f"{len(self.too_long):,} with one of over {max_tokens} tokens"
-        yield f"{self.uncaptioned:,} images without a caption; {long}"
-        yield from (f"  {name}" for name in self.too_long[:20])
-
-
-def inspect_dataset(
-    sources: Sequence[ImageTextSource],
-    count_tokens: Callable[[str], int],
-    *,
-    max_tokens: int,
-    num_examples: int,
-    num_workers: int,
-) -> tuple[DatasetReport, list[ImageInfo]]:
-    """The report of all sources, and the first readable images, at most `num_examples`, with a thumbnail each."""
-    items = [(source, index) for source in sources for index in range(len(source.names))]
-    with ThreadPoolExecutor(num_workers) as pool:
-        images = list(pool.map(lambda i: inspect_image(*items[i], thumbnail=i < 2 * num_examples), range(len(items))))
-    captions = [source.captions[index] for source, index in items]
+def format_report(
+    images: Sequence[ImageInfo], count_tokens: Callable[[str], int], *, size: int, max_tokens: int
+) -> Iterator[str]:
+    """The lines on a training at `size` pixels under a text tower of `max_tokens`."""
+    unreadable = [info for info in images if info.error is not None]
+    yield f"{len(images):,} images, {len(unreadable):,} unreadable"
+    yield from (f"  {info.name}: {info.error}" for info in unreadable)
     readable = [info for info in images if info.error is None]
+    if readable:
+        sides = [min(info.size) for info in readable]
+        small = sum(side < size for side in sides)
+        yield (
+            f"shorter side from {min(sides):,} to {max(sides):,} pixels, median {median(sides):,.0f}; "
+            f"{small:,} below {size}, which would be enlarged"
+        )
+        ratios = [width / height for height, width in (info.size for info in readable)]
+        yield f"width to height from {min(ratios):.2f} to {max(ratios):.2f}, median {median(ratios):.2f}"
     by_hash: dict[int, list[str]] = defaultdict(list)
     for info in readable:
         by_hash[info.dhash].append(info.name)
-    report = DatasetReport(
-        total=len(images),
-        unreadable={info.name: info.error for info in images if info.error is not None},
-        sizes=[info.size for info in readable],
-        duplicates=[names for names in by_hash.values() if len(names) > 1],
-        uncaptioned=sum(not entry for entry in captions),
-        too_long=[
-            info.name
-            for info, entry in zip(images, captions, strict=True)
-            if any(count_tokens(caption) > max_tokens for caption in entry)
-        ],
-    )
-    pairs = [(info, entry) for info, entry in zip(images, captions, strict=True) if info.thumbnail]
-    return report, [info._replace(caption=next(iter(entry), "")) for info, entry in pairs[:num_examples]]
+    duplicates = [names for names in by_hash.values() if len(names) > 1]
+    yield f"{sum(len(names) - 1 for names in duplicates):,} images look like another one"
+    yield from (f"  {' = '.join(names[:5])}{' ...' if len(names) > 5 else ''}" for names in duplicates)
+    uncaptioned = sum(not info.captions for info in images)
+    too_long = [info.name for info in images if any(count_tokens(text) > max_tokens for text in info.captions)]
+    yield f"{uncaptioned:,} images without a caption; {len(too_long):,} with one of over {max_tokens} tokens"
+    yield from (f"  {name}" for name in too_long[:20])
 
 
 def inspect_image(source: ImageTextSource, index: int, *, thumbnail: bool) -> ImageInfo:
     """Decode one image, at no higher resolution than it takes to hash it and to show it."""
+    name, captions = source.names[index], source.captions[index]
     height, width = source.size(index)
     scale = THUMBNAIL_SIDE / max(height, width, THUMBNAIL_SIDE)
     view = View((max(1, round(height * scale)), max(1, round(width * scale))))
     try:
         image = source.read(index, view, channels=3, side=THUMBNAIL_SIDE // 2)
     except ValueError as error:
-        return ImageInfo(source.names[index], str(error))
+        return ImageInfo(name, captions, str(error))
     (small,) = tensor_to_pil(image.pixels[None])
-    return ImageInfo(
-        source.names[index], None, image.original_size, difference_hash(small), small if thumbnail else None
-    )
+    return ImageInfo(name, captions, None, image.original_size, difference_hash(small), small if thumbnail else None)
 
 
 def difference_hash(image: Image.Image) -> int:

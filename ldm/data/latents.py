@@ -1,19 +1,19 @@
 """Latents and token ids computed once, in files of a fixed number of rows that are read from the disk row by row.
 
 A folder holds index.json, vocab.txt and SPLIT-AUGMENTATION-NUMBER.safetensors. An augmentation is one crop and flip of
-every image: augmentation a of n is what epochs a, a + n, ... would have cropped. Each file has its name and what it was
-made with in its metadata, and each row a checksum: a row that is read is a row that was written, and no file need be
-read whole for it. Where images have buckets, a file holds images of one bucket, and buckets.safetensors has the bucket
-of each image.
+every image: augmentation a of n is what epochs a, a + n, ... would have cropped. A file's metadata name it and what it
+was made with, and each row has a checksum, so no file need be read whole to be trusted. Where images have buckets, a
+file holds images of one bucket, and buckets.safetensors has the bucket of each image.
 """
 
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt
@@ -24,8 +24,7 @@ from torch.utils.data import Dataset
 
 from ldm import rng
 from ldm.config import Config
-from ldm.data.batch import collate
-from ldm.data.batch_sampler import EpochBatchSampler, SampleKey, SamplerOptions, make_batch_sampler
+from ldm.data.batch_sampler import EpochBatchSampler, SampleKey, make_batch_sampler, sample_batches
 from ldm.data.dataset import ImageTextDataset
 from ldm.data.sources.base import Split
 from ldm.io.atomic import write_tensors
@@ -38,9 +37,7 @@ MAX_OPEN_FILES = 64  # by each process
 ENCODE_BATCH_SIZE = 64  # images, or captions, that are encoded at a time
 MIN_STD = 1e-7  # of a latent: one that float16 made 0 has a logarithm
 REMEDY = "run scripts/cache_latents.py again, which keeps valid files"
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # images -> mean and log-variance of their latents
-EncodeText = Callable[[Tensor], tuple[Tensor, Tensor]]  # ids -> hidden states and pooled vectors, of fixed sizes
-Tokenize = Callable[[list[str]], Tensor]  # captions -> (n, length) ids
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class LatentIndex(Config):
@@ -64,87 +61,68 @@ def content_key(fingerprint: dict[str, Any], images_per_file: int) -> str:
 
 
 class LatentFileLayout:
-    """Which rows are in which file: in their order, `images_per_file` in each, and no two groups in one."""
+    """Which rows of a split are in which file: in their order, `images_per_file` in each, and no two groups in one."""
 
-    def __init__(self, rows: int, images_per_file: int, groups: Tensor | None = None) -> None:
-        self.images_per_file = images_per_file
-        self._order: Tensor | None = None
-        self._first_files, counts = [0], [rows]  # of each group: its first file, its rows
-        if groups is not None:
-            self._order, self._groups, counts = groups.argsort(stable=True), groups, groups.bincount().tolist()
-            self._rank = torch.empty_like(self._order)  # of each row in its group
-            starts = torch.tensor([0, *itertools.accumulate(counts[:-1])])
-            self._rank[self._order] = torch.arange(rows) - starts[groups[self._order]]
-        for count in counts[:-1]:
-            self._first_files.append(self._first_files[-1] - (-count // images_per_file))
-        self._counts = counts
+    def __init__(
+        self, split: Split, rows: int, images_per_file: int, *, augmentations: int, groups: Tensor | None
+    ) -> None:
+        self.split, self.augmentations = split, augmentations if split == "train" else 1
+        self._order = torch.arange(rows) if groups is None else groups.argsort(stable=True)
+        self._position = torch.empty_like(self._order)  # of each row in that order
+        self._position[self._order] = torch.arange(rows)
+        ends = list(itertools.accumulate([rows] if groups is None else groups.bincount().tolist(), initial=0))
+        self._starts = [i for start, end in itertools.pairwise(ends) for i in range(start, end, images_per_file)]
 
-    def files(self) -> list[Sequence[int]]:
-        """The rows of each file."""
-        starts = itertools.accumulate(self._counts[:-1], initial=0)
-        spans = [
-            range(first, min(first + self.images_per_file, start + count))
-            for start, count in zip(starts, self._counts, strict=True)
-            for first in range(start, start + count, self.images_per_file)
+    def files(self) -> list[tuple[str, int, Tensor]]:
+        """Name, augmentation and rows, (n,) int64, of every file."""
+        spans = list(enumerate(itertools.pairwise([*self._starts, len(self._order)])))
+        return [
+            (self._name(augmentation, number), augmentation, self._order[start:end])
+            for augmentation in range(self.augmentations)
+            for number, (start, end) in spans
         ]
-        return [span if self._order is None else self._order[span.start : span.stop].tolist() for span in spans]
 
-    def locate(self, row: int) -> tuple[int, int]:
-        """The number of a row's file, and its row there."""
-        if self._order is None:
-            return divmod(row, self.images_per_file)
-        file, row_in_file = divmod(int(self._rank[row]), self.images_per_file)
-        return self._first_files[int(self._groups[row])] + file, row_in_file
+    def locate(self, row: int, epoch: int) -> tuple[str, int]:
+        """The name of the file that has a row in an epoch, and its row there."""
+        position = int(self._position[row])
+        number = bisect_right(self._starts, position) - 1
+        return self._name(epoch % self.augmentations, number), position - self._starts[number]
 
-
-def list_latent_files(
-    split: Split, layout: LatentFileLayout, *, augmentations: int
-) -> list[tuple[str, int, Sequence[int]]]:
-    """Name, augmentation and rows of every file of a split."""
-    return [
-        (_file_name(split, augmentation, number), augmentation, rows)
-        for augmentation in range(augmentations if split == "train" else 1)
-        for number, rows in enumerate(layout.files())
-    ]
-
-
-def _file_name(split: Split, augmentation: int, number: int) -> str:
-    return f"{split}-{augmentation:03}-{number:06}.safetensors"
+    def _name(self, augmentation: int, number: int) -> str:
+        return f"{self.split}-{augmentation:03}-{number:06}.safetensors"
 
 
 def write_latent_file(
     path: Path,
     data: ImageTextDataset,
     augmentation: int,
-    rows: Sequence[int],
+    rows: Tensor,
     *,
     encode: Encode,
-    tokenize: Tokenize,
-    encode_text: EncodeText | None,
+    tokenize: Callable[[list[str]], Tensor],
+    encode_text: Encode | None,
     key: str,
 ) -> None:
-    """Encode some rows and write them, with text embeddings where `encode_text` gives them; `key` is `content_key`.
+    """Encode the images at some rows, (n,) int64, and their captions, and write them; `key` is `content_key`.
 
-    ValueError: numbers beyond float16.
+    `encode` maps images (b, c, height, width) to mean and log-variance of their latents, `tokenize` captions to ids
+    (b, n), `encode_text` ids to hidden states and pooled vectors. ValueError: numbers beyond float16.
     """
-    columns: dict[str, list[Tensor]] = {"mean": [], "deviation": [], "sizes": [], "ids": []}
-    counts = []
-    for first in range(0, len(rows), ENCODE_BATCH_SIZE):
-        keys = [SampleKey(row, augmentation, row) for row in rows[first : first + ENCODE_BATCH_SIZE]]
-        batch = collate([data[sample] for sample in keys])
+    columns: dict[str, list[Tensor]] = {"mean": [], "deviation": [], "sizes": []}
+    for batch in sample_batches(data, rows.tolist(), epoch=augmentation, batch_size=ENCODE_BATCH_SIZE):
         mean, logvar = encode(batch["image"])
         columns["mean"].append(_to_float16(mean, "latents"))
         columns["deviation"].append(_to_float16((0.5 * logvar).exp(), "latents"))
         columns["sizes"].append(batch["sizes"].int())
-        captions = [data.captions_of(sample) for sample in keys]
-        columns["ids"] += [tokenize(texts).int() for texts in captions]
-        counts += [len(texts) for texts in captions]
+    captions = [data.captions_of(SampleKey(row, augmentation, row)) for row in rows.tolist()]
+    columns["ids"] = [tokenize(texts).int() for texts in captions]
     if encode_text is not None:
         for ids in torch.cat(columns["ids"]).split(ENCODE_BATCH_SIZE):
             for name, states in zip(TEXT_COLUMNS, encode_text(ids.long()), strict=True):
                 columns.setdefault(name, []).append(_to_float16(states, "text embeddings"))
     tensors = {name: torch.cat(parts) for name, parts in columns.items()}
-    tensors["last"] = torch.tensor(counts).cumsum(0)  # row of `ids` after the last caption of each row
+    counts = torch.tensor([len(texts) for texts in captions])
+    tensors["last"] = counts.cumsum(0)  # row of `ids` after the last caption of each row
     save_latent_file(path, tensors, key)
 
 
@@ -231,7 +209,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self.index = read_index(folder)
         self.key = content_key(self.index.fingerprint, self.index.images_per_file)
         self.groups = self._read_groups() if split == "train" and self.index.groups_sha256 else None
-        self._layout = LatentFileLayout(self.index.rows[split], self.index.images_per_file, self.groups)
+        rows, size, augmentations = self.index.rows[split], self.index.images_per_file, self.index.augmentations
+        self._layout = LatentFileLayout(split, rows, size, augmentations=augmentations, groups=self.groups)
 
     def _read_groups(self) -> Tensor:
         path = self.folder / BUCKETS_FILE
@@ -242,7 +221,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.index.rows[self.split]
 
-    def make_batch_sampler(self, **options: Unpack[SamplerOptions]) -> EpochBatchSampler:
+    def make_batch_sampler(self, **options: int) -> EpochBatchSampler:
         """Which samples come when."""
         return make_batch_sampler(len(self), self.groups, **options)
 
@@ -251,15 +230,14 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return {**self.index.fingerprint["data"], "items": self.index.fingerprint["items"][self.split]}
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        training = self.split == "train"
-        file, row_in_file = self._layout.locate(key.index)
-        path = self.folder / _file_name(self.split, key.epoch % self.index.augmentations if training else 0, file)
+        name, row_in_file = self._layout.locate(key.index, key.epoch)
+        path = self.folder / name
         try:
             row = read_row(open_columns(path, self.key), row_in_file)
         except (OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError, RuntimeError):
             raise ValueError(f"{path} is missing or damaged: remove it and {REMEDY}") from None
-        captions = len(row["ids"])
-        chosen = rng.fold_seed(self.seed, "caption", key.epoch, key.index) % captions if training else 0
+        draw = rng.fold_seed(self.seed, "caption", key.epoch, key.index) if self.split == "train" else 0
+        chosen = draw % len(row["ids"])
         return {
             "mean": row["mean"][0].float(),
             "logvar": 2 * row["deviation"][0].float().clamp_min(MIN_STD).log(),

@@ -24,18 +24,15 @@ class InMemoryLatents(Dataset[dict[str, Any]]):
         progress: bool,
     ) -> None:
         """`encode` maps images (b, c, height, width) to mean and log-variance, each (b, c, h, w)."""
-        means, logvars, sizes = [], [], []
+        parts = []
         with torch.no_grad():
             for batch in tqdm(sample_batches(data), desc="latents", unit="batch", disable=not progress):
                 mean, logvar = encode(batch["image"].to(device))
-                means.append(mean.cpu())
-                logvars.append(logvar.cpu())
-                sizes.append(batch["sizes"])
-        self.data, self.mean, self.logvar, self.sizes = data, torch.cat(means), torch.cat(logvars), torch.cat(sizes)
+                parts.append({"mean": mean.cpu(), "logvar": logvar.cpu(), "sizes": batch["sizes"]})
+        self.data, self.columns = data, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def __len__(self) -> int:
-        return len(self.mean)
+        return len(self.columns["mean"])
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        latents = {"mean": self.mean[key.index], "logvar": self.logvar[key.index]}
-        return {**latents, "sizes": self.sizes[key.index], "caption": self.data.caption(key)}
+        return {name: column[key.index] for name, column in self.columns.items()} | {"caption": self.data.caption(key)}

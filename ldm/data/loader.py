@@ -25,9 +25,9 @@ def load_batches(
     ValueError of a data set comes in one line, also from a loading process; one that dies is a ValueError, too.
     """
     loader = DataLoader(
-        IndexedDataset(data),
+        KeyedBatches(data),
         batch_sampler=batch_sampler,
-        collate_fn=_collate_with_keys,
+        collate_fn=tuple,  # which leaves a batch as it is
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=_detach_worker_signals,
@@ -51,20 +51,16 @@ def _with_short_errors(batches: Batches) -> Batches:
         ) from None
 
 
-class IndexedDataset(Dataset[tuple[SampleKey, Any]]):
-    """Hands each sample on together with its key; one that can prefetch is given the next keys first."""
+class KeyedBatches(Dataset[Any]):
+    """Hands each batch on together with its keys; data that can prefetch is given these first."""
 
     def __init__(self, data: Dataset[Any]) -> None:
         self.data = data
 
-    def __getitems__(self, keys: list[SampleKey]) -> list[tuple[SampleKey, Any]]:
+    def __getitems__(self, keys: list[SampleKey]) -> tuple[list[SampleKey], Batch]:
         if prefetch := getattr(self.data, "prefetch", None):
             prefetch(keys)
-        return [(key, self.data[key]) for key in keys]
-
-
-def _collate_with_keys(samples: list[tuple[SampleKey, Any]]) -> tuple[list[SampleKey], Batch]:
-    return [key for key, _ in samples], collate([sample for _, sample in samples])
+        return keys, collate([self.data[key] for key in keys])
 
 
 def _detach_worker_signals(worker: int) -> None:

@@ -16,32 +16,20 @@ class View(NamedTuple):
     `ImageTextDataset` draws it for training.
     """
 
-    sides: Sides
-    """of the sample"""
-    offset: int | None = None
-    """of the crop, along the side that is too long: any number, modulo the positions there are; None: the centre"""
-    flip: bool = False
-    """mirrored left to right"""
+    sides: Sides  # of the sample
+    offset: int | None = None  # of the crop, along the side that is too long, modulo the positions; None: the centre
+    flip: bool = False  # mirrored left to right
 
 
-class CropBox(NamedTuple):
-    """A rectangle in an image, in its pixels."""
-
-    left: int
-    top: int
-    width: float
-    height: float
-
-
-def crop_box(size: Sides, view: View) -> CropBox:
-    """The crop that a view takes of an image of this size."""
+def crop_box(size: Sides, view: View) -> tuple[int, int, float, float]:
+    """Left, top, width and height, in pixels, of the crop that a view takes of an image of this size."""
     (image_height, image_width), (height, width) = size, view.sides
     wide = image_width * height > image_height * width
     crop_width = image_height * width / height if wide else image_width
     crop_height = image_height if wide else image_width * height / width
     slack = int(image_width - crop_width if wide else image_height - crop_height)
     start = slack // 2 if view.offset is None else view.offset % (slack + 1)
-    return CropBox(start if wide else 0, 0 if wide else start, crop_width, crop_height)
+    return start if wide else 0, 0 if wide else start, crop_width, crop_height
 
 
 def crop_resize_to_tensor(image: Image.Image, view: View, *, channels: int) -> tuple[Tensor, tuple[int, int]]:
@@ -50,11 +38,11 @@ def crop_resize_to_tensor(image: Image.Image, view: View, *, channels: int) -> t
     Resized in 8 bits, with Pillow's antialiased Lanczos filter. The corner is that of SDXL (Podell et al. 2023, 2.2).
     """
     height, width = view.sides
-    box = crop_box((image.height, image.width), view)
-    left = float(image.width - box.width - box.left if view.flip else box.left)
-    corner = round(box.top * height / box.height), round(left * height / box.height)
+    left, top, crop_width, crop_height = crop_box((image.height, image.width), view)
+    shown_left = float(image.width - crop_width - left if view.flip else left)
+    corner = round(top * height / crop_height), round(shown_left * height / crop_height)
     if image.size != (width, height):
-        edges = (box.left, box.top, box.left + box.width, box.top + box.height)
+        edges = (left, top, left + crop_width, top + crop_height)
         image = image.resize((width, height), Image.Resampling.LANCZOS, box=edges)
     pixels = pil_to_tensor(image, channels)
     return (pixels.flip(-1) if view.flip else pixels), corner

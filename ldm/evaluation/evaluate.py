@@ -66,7 +66,7 @@ def vae_fidelity(pipeline: Pipeline, data: DataConfig, config: EvaluateConfig) -
     assert pipeline.vae is not None
     scores: dict[str, list[float]] = {"VAE PSNR, dB": [], "VAE SSIM": []}
     held_out = open_dataset(data, "test", seed=config.seed)
-    chosen = held_out.evenly_spaced(config.num_samples)
+    chosen = held_out.source.evenly_spaced(config.num_samples)
     for batch in image_batches(held_out, chosen, batch_size=config.batch_size):
         images = batch.to(pipeline.device)
         output = pipeline.vae.decode(pipeline.vae.encode(images).mean).clamp(-1, 1)

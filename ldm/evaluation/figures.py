@@ -163,7 +163,7 @@ def make_figures(config: FiguresConfig) -> None:
         save_image(labelled_rows(rows, width=160), config.out / "prompts.png")
         return
     held_out = open_dataset(DataConfig(**pipeline.metadata["data"]), "test", seed=0)
-    images = next(image_batches(held_out, held_out.evenly_spaced(3)))
+    images = next(image_batches(held_out, held_out.source.evenly_spaced(3)))
     samples = [pipeline(prompt, guidance_scale=scale, seed=seed)[0] for seed, prompt in enumerate(PROMPTS)]
     figures = {
         "samples": captioned_grid(samples, PROMPTS, columns=4),

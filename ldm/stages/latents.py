@@ -22,7 +22,6 @@ from ldm.data.latents import (
     LatentIndex,
     content_key,
     is_valid,
-    list_latent_files,
     save_groups,
     write_latent_file,
 )
@@ -110,7 +109,7 @@ class LatentWriter:
                 key=key,
             )
         accelerator.wait_for_everyone()
-        self.sets["train"].sync_unreadable(gather_object)
+        self.sets["train"].reader.sync(gather_object)
         if accelerator.is_main_process:
             self._write_index()
             size = sum((config.out / name).stat().st_size for _, name, _, _ in files)
@@ -120,9 +119,8 @@ class LatentWriter:
         return config.out
 
     def _files(self, split: Split) -> list[Any]:
-        data, config = self.sets[split], self.config
-        layout = LatentFileLayout(len(data), config.images_per_file, data.groups)
-        return list_latent_files(split, layout, augmentations=config.augmentations_per_image)
+        data, size, augmentations = self.sets[split], self.config.images_per_file, self.config.augmentations_per_image
+        return LatentFileLayout(split, len(data), size, augmentations=augmentations, groups=data.groups).files()
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:

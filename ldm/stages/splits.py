@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data import Batch, DataConfig, ImageTextDataset, collate, open_dataset
-from ldm.data.batch_sampler import EpochBatchSampler, first_samples, image_batches
+from ldm.data import Batch, DataConfig, ImageTextDataset, open_dataset
+from ldm.data.batch_sampler import EpochBatchSampler, image_batches, sample_batches
 from ldm.data.latents import LatentDataset
 
 
@@ -41,7 +41,7 @@ class Splits:
     def sync(self, gather: Callable[[list[int]], list[int]]) -> None:
         """Learn which images other ranks could not read. ValueError when there are more than allowed."""
         if isinstance(self.source, ImageTextDataset):
-            self.source.sync_unreadable(gather)
+            self.source.reader.sync(gather)
 
     def describe(self) -> str:
         """One line on what is trained on."""
@@ -59,12 +59,12 @@ class Splits:
 
     def first_held_out(self, count: int) -> Batch:
         """A batch of the first held-out samples, the same at every call."""
-        return collate(first_samples(self.held_out, count))
+        return next(sample_batches(self.held_out, batch_size=count))
 
     def spread_images(self, count: int) -> Iterator[Tensor]:
         """Batches (b, c, h, w) of `count` training images that are spread over the set, cut to squares."""
         squares = self.images.without_buckets()
-        return image_batches(squares, squares.evenly_spaced(count))
+        return image_batches(squares, squares.source.evenly_spaced(count))
 
 
 def example_images(config: DataConfig, count: int) -> Batch:

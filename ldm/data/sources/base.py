@@ -15,10 +15,9 @@ from ldm.data.batch_sampler import SampleKey, evenly_spaced
 from ldm.data.transforms import Sides, View
 
 Split = Literal["train", "test"]
-Captions = Sequence[Sequence[str]]  # of each item; none, one or several
 HELD_OUT_FRACTION = 0.05  # of the items of a set without a test split
 CAPTION_COLUMNS = ("caption", "text", "prompt")
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # not a character: from a JSON escape, or a file name that is not UTF-8
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, from a JSON escape
 
 
 class Decoded(NamedTuple):
@@ -34,7 +33,7 @@ class ImageTextSource(ABC):
     """The items of one split: an image and its captions each. A source decodes its images itself."""
 
     names: Sequence[str]
-    captions: Captions
+    captions: Sequence[Sequence[str]]  # of each item: none, one or several
     description: str
 
     @abstractmethod
@@ -70,8 +69,8 @@ class ImageTextSource(ABC):
 
 
 def short_hash(text: str) -> str:
-    """The first 16 hexadecimal digits of a text's SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """The first 16 hexadecimal digits of a text's SHA-256; it may hold file names that are not UTF-8."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def check_split(split: str) -> None:
@@ -95,18 +94,18 @@ def hash_split(names: Sequence[str], split: Split) -> list[int]:
 
 
 def parse_captions(cell: Any, where: str) -> list[str]:
-    """The captions of a cell, which holds one or a list, without empty ones; ValueError for what is not text."""
-    cells = cell if isinstance(cell, list) else [cell]
-    return [text for text in (_parse_caption(item, where) for item in cells) if text]
+    """The captions of a cell, which holds one or a list, each on one line, without empty ones. Numbers are text, too.
 
-
-def _parse_caption(value: Any, where: str) -> str:
-    """A caption on one line; "" for a missing one, which pandas writes as NaN. Numbers are text, too."""
-    if value is None or value != value:
-        return ""
-    if not isinstance(value, str | int | float) or LONE_SURROGATE.search(text := one_line(value)):
-        raise ValueError(f"{where}: the caption {reprlib.repr(value)} is not text; write text, or a list of texts")
-    return text
+    ValueError for what is not text.
+    """
+    captions = []
+    for value in cell if isinstance(cell, list) else [cell]:
+        if value is None or value != value:  # a missing one, which pandas writes as NaN
+            continue
+        if not isinstance(value, str | int | float) or LONE_SURROGATE.search(text := one_line(value)):
+            raise ValueError(f"{where}: the caption {reprlib.repr(value)} is not text; write text, or a list of texts")
+        captions.append(text)
+    return list(filter(None, captions))
 
 
 def one_line(value: Any) -> str:
@@ -117,9 +116,3 @@ def one_line(value: Any) -> str:
 def first_names(names: Sequence[str], count: int = 5) -> str:
     """The first of some names, for a message."""
     return ", ".join(map(one_line, names[:count])) + (", ..." if len(names) > count else "")
-
-
-def check_utf8_names(names: Sequence[str], where: str) -> None:
-    """ValueError unless all names of files are UTF-8."""
-    for name in filter(LONE_SURROGATE.search, names):
-        raise ValueError(f"{where}: the name {name!a} is not UTF-8; rename that file")

@@ -1,28 +1,17 @@
 """The emoji that this machine's colour font can draw, with their names in words as captions."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import datasets
 import emoji
 from PIL import Image, ImageDraw, ImageFont, features
 
 from ldm.data.sources.base import Split, hash_split
-from ldm.data.sources.drawn import drawn_source, png_cell
-from ldm.data.sources.encoded import EncodedSource
+from ldm.data.sources.encoded import EncodedSource, drawn_source, png_cell
 
-if TYPE_CHECKING:
-    import datasets
-
-FONT_NAMES = ("NotoColorEmoji*.ttf", "Apple Color Emoji.ttc", "seguiemj.ttf")
-FONT_FOLDERS = (
-    Path("/usr/share/fonts"),
-    Path("/usr/local/share/fonts"),
-    Path.home() / ".local/share/fonts",
-    Path.home() / ".fonts",
-    Path("/System/Library/Fonts"),
-    Path("C:/Windows/Fonts"),
-)
+FONT_NAMES = re.compile(r"NotoColorEmoji.*\.ttf|Apple Color Emoji\.ttc|seguiemj\.ttf")
 FONT_PIXEL_SIZES = (160, 109)  # of the largest bitmaps of Apple's font and of Noto's
 MISSING_GLYPH = "\U0010fffd"  # a private character, in no font: shows how the font draws what it lacks
 MAX_RELATIVE_WIDTH = 1.25  # to one emoji; a sequence that the font cannot join is drawn as several, side by side
@@ -39,11 +28,11 @@ def open_emoji(split: Split, *, size: int, channels: int, font: Path | None) -> 
 
 def find_font() -> Path:
     """The colour-emoji font of this machine; ValueError says how to get one."""
-    for folder in FONT_FOLDERS:
-        for name in FONT_NAMES:
-            fonts = sorted(folder.rglob(name)) if folder.is_dir() else []
-            if fonts:
-                return fonts[0]
+    from matplotlib import font_manager  # slow, and other sets do not need it
+
+    for path in map(Path, sorted(font_manager.findSystemFonts())):
+        if FONT_NAMES.fullmatch(path.name):
+            return path
     raise ValueError(
         "no colour-emoji font found: on Linux `apt install fonts-noto-color-emoji`; macOS and Windows ship one; "
         "else pass a font file with --data.emoji-font"
@@ -72,14 +61,10 @@ def draw(font: ImageFont.FreeTypeFont, text: str) -> Image.Image:
     return image
 
 
-def emoji_name(text: str) -> str:
-    """The name of an emoji in words: `man astronaut`."""
-    return _words(emoji.EMOJI_DATA[text]["en"])
-
-
 def captions(text: str) -> list[str]:
-    """The name, the aliases and some phrasings of an emoji; the name comes first."""
-    name, data = emoji_name(text), emoji.EMOJI_DATA[text]
+    """The name of an emoji in words, such as `man astronaut`, its aliases and some phrasings; the name comes first."""
+    data = emoji.EMOJI_DATA[text]
+    name = _words(data["en"])
     aliases = [words for words in map(_words, data.get("alias", [])) if len(words) > 2]  # two letters say too little
     phrases = [f"a drawing of {name}", f"an emoji of {name}", f"a picture of {name} on white"]
     return list(dict.fromkeys([name, *aliases, *phrases]))
@@ -102,23 +87,20 @@ def drawable(path: Path, split: Split) -> Iterator[tuple[str, Image.Image]]:
                 yield text, image
 
 
-def load(split: Split = "train", size: int = 64, *, font: Path | None = None) -> "datasets.Dataset":
+def load(split: Split = "train", size: int = 64, *, font: Path | None = None) -> datasets.Dataset:
     """All emoji of a split as a `datasets.Dataset`: image (size x size, on white), caption, captions and emoji.
 
     `caption` is the name, `captions` are the name and others, `emoji` the characters. How many there are depends on
     the font.
-    ValueError: no colour-emoji font, an unknown split, a size below 8.
+    ValueError: no colour-emoji font, an unknown split.
     """
-    import datasets  # a slow import that sampling from a prompt does not need
-
-    if size < 8:
-        raise ValueError(f"size {size} is too small to draw an emoji in: choose at least 8 pixels")
-    rows: dict[str, list] = {"image": [], "caption": [], "captions": [], "emoji": []}
-    for text, image in drawable(font or find_font(), split):
-        rows["image"].append(png_cell(image.resize((size, size), Image.Resampling.LANCZOS)))
-        rows["caption"].append(emoji_name(text))
-        rows["captions"].append(captions(text))
-        rows["emoji"].append(text)
-    string = datasets.Value("string")
-    features = {"image": datasets.Image(), "caption": string, "captions": datasets.List(string), "emoji": string}
-    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    rows = [
+        {
+            "image": png_cell(image.resize((size, size), Image.Resampling.LANCZOS)),
+            "caption": captions(text)[0],
+            "captions": captions(text),
+            "emoji": text,
+        }
+        for text, image in drawable(font or find_font(), split)
+    ]
+    return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())

@@ -1,15 +1,18 @@
 """Sources of 8-bit image files: PNG, JPEG and WEBP, decoded and resized in 8 bits."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import datasets
 from PIL import Image
 
 from ldm.data.sources.base import Decoded, ImageTextSource
 from ldm.data.transforms import Sides, View, crop_resize_to_tensor
-from ldm.imaging import Encoded, decode_reduced, image_size
+from ldm.imaging import Encoded, decode_image, decode_reduced, image_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+DECODED_CACHE_BYTES = 2**28  # of the decoded images of a set that is drawn here, in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +22,35 @@ class EncodedSource(ImageTextSource):
     images: Sequence[Encoded | Image.Image]
 
     def read(self, index: int, view: View, *, channels: int, side: int) -> Decoded:
-        """What a view shows of an image."""
         image, original_size = decode_reduced(self.images[index], channels=channels, side=side)
         pixels, corner = crop_resize_to_tensor(image, view, channels=channels)
         return Decoded(pixels, corner, original_size)
 
     def size(self, index: int) -> Sides:
-        """Height and width, from the header of a file."""
         try:
             return image_size(self.images[index])
         except ValueError:  # a row without an image
             return 1, 1
+
+
+def png_cell(image: Image.Image) -> dict[str, bytes | None]:
+    """An image as a cell of a `datasets.Image` column."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def drawn_source(
+    rows: datasets.Dataset,
+    names: Sequence[str],
+    captions: Sequence[Sequence[str]],
+    description: str,
+    *,
+    size: int,
+    channels: int,
+) -> EncodedSource:
+    """A set that is drawn here: images of `size` pixels in memory, decoded once for all where there is enough of it."""
+    encoded: list[Encoded] = [cell["bytes"] for cell in rows.data.column("image").to_pylist()]
+    fits = len(encoded) * channels * size**2 <= DECODED_CACHE_BYTES
+    images = [decode_image(data, channels=channels) for data in encoded] if fits else encoded
+    return EncodedSource(names=names, images=images, captions=captions, description=description)

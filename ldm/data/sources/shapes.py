@@ -7,18 +7,15 @@ that the training split never shows, so a model that generates them has learned 
 import itertools
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import datasets
 import numpy as np
 from PIL import Image
 
 from ldm.data.sources.base import Split, check_split
-from ldm.data.sources.drawn import drawn_source, png_cell
-from ldm.data.sources.encoded import EncodedSource
+from ldm.data.sources.encoded import EncodedSource, drawn_source, png_cell
 from ldm.rng import fold_seed
-
-if TYPE_CHECKING:
-    import datasets
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = {
@@ -65,8 +62,14 @@ class PairScene(NamedTuple):
     relation: str
 
 
-def captions(scene: Scene) -> tuple[str, ...]:
-    """The captions of a scene, each with all five attributes."""
+def captions(scene: Scene | PairScene) -> tuple[str, ...]:
+    """The captions of a scene, each with all its attributes."""
+    if isinstance(scene, PairScene):
+        shape, color, other_shape, other_color, background, relation = scene
+        return (
+            f"{_a(color)} {shape} {relation} {_a(other_color)} {other_shape} on {_a(background)} background",
+            f"on {background}: {_a(color)} {shape} is {relation} {_a(other_color)} {other_shape}",
+        )
     shape, color, background, position, size = scene
     where = "in the center" if position == "center" else f"in the {position} corner"
     short = "at the center" if position == "center" else f"at the {position}"
@@ -75,15 +78,6 @@ def captions(scene: Scene) -> tuple[str, ...]:
         f"a {size} {color} {shape} on {_a(background)} background, {position}",
         f"{short}, {_a(color)} {shape}, {size}, with {background} behind it",
         f"{_a(background)} picture with a {size} {color} {shape} {short}",
-    )
-
-
-def pair_captions(scene: PairScene) -> tuple[str, ...]:
-    """The captions of a pair, each with both objects, the relation and the background."""
-    shape, color, other_shape, other_color, background, relation = scene
-    return (
-        f"{_a(color)} {shape} {relation} {_a(other_color)} {other_shape} on {_a(background)} background",
-        f"on {background}: {_a(color)} {shape} is {relation} {_a(other_color)} {other_shape}",
     )
 
 
@@ -117,72 +111,52 @@ def open_shapes(split: Split, *, size: int, channels: int, pairs: bool = False) 
     """One split of the `shapes` or the `pairs` set, of images of `size` pixels."""
     rows = load_pairs(split, size) if pairs else load(split, size)
     names = [f"row {index}" for index in range(len(rows))]
-    captions = [[caption] for caption in rows["caption"]]
     description = "pairs: scenes of two objects" if pairs else "shapes: procedural scenes"
-    return drawn_source(rows, names, captions, description, size=size, channels=channels)
+    texts = [[caption] for caption in rows["caption"]]
+    return drawn_source(rows, names, texts, description, size=size, channels=channels)
 
 
-def load(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> "datasets.Dataset":
+def load(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> datasets.Dataset:
     """The `shapes` set as a `datasets.Dataset`: image (size x size, RGB), caption and the five attributes.
 
     Row i depends on (split, size, seed, i) alone. Without `count` there are three rows for each combination.
     """
-    return _dataset(scenes(split), captions, _draw_scene, split, size, count, seed)
+    return _dataset(scenes(split), split, size, 3 * len(scenes(split)) if count is None else count, seed)
 
 
-def load_pairs(
-    split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0
-) -> "datasets.Dataset":
+def load_pairs(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> datasets.Dataset:
     """The `pairs` set: two objects and a spatial relation. Columns image, caption and the fields of `PairScene`."""
     count = 20_000 if count is None and split == "train" else count or 1000
-    return _dataset(pair_scenes(split), pair_captions, _draw_pair, split, size, count, seed)
+    return _dataset(pair_scenes(split), split, size, count, seed)
+
+
+def _dataset(
+    combos: Sequence[Scene] | Sequence[PairScene], split: str, size: int, count: int, seed: int
+) -> datasets.Dataset:
+    rows = []
+    for index in range(count):
+        rng = np.random.Generator(np.random.PCG64(fold_seed(seed, type(combos[0]).__name__, split, index)))
+        scene = combos[index] if index < len(combos) else combos[int(rng.integers(len(combos)))]
+        caption = captions(scene)[rng.integers(len(captions(scene)))]
+        rows.append({"image": png_cell(_draw(scene, size, rng)), "caption": caption, **scene._asdict()})
+    return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
 
 
 def render(scene: Scene | PairScene, size: int, *, seed: int) -> Image.Image:
     """One scene as an image; `seed` moves its objects a little."""
-    rng = np.random.Generator(np.random.PCG64(seed))
-    return (_draw_scene if isinstance(scene, Scene) else _draw_pair)(scene, size, rng)  # type: ignore[arg-type]
+    return _draw(scene, size, np.random.Generator(np.random.PCG64(seed)))
 
 
-def _dataset(
-    combos: Sequence[NamedTuple],
-    captions_of: Callable[..., tuple[str, ...]],
-    draw: Callable[..., Image.Image],
-    split: str,
-    size: int,
-    count: int | None,
-    seed: int,
-) -> "datasets.Dataset":
-    import datasets  # a slow import that sampling from a prompt does not need
-
-    if size < 8:
-        raise ValueError(f"size {size} is too small to draw a shape in: choose at least 8 pixels")
-    rows: dict[str, list] = {"image": [], "caption": []}
-    rows |= {name: [] for name in combos[0]._fields}
-    for index in range(3 * len(combos) if count is None else count):
-        rng = np.random.Generator(np.random.PCG64(fold_seed(seed, type(combos[0]).__name__, split, index)))
-        scene = combos[index] if index < len(combos) else combos[int(rng.integers(len(combos)))]
-        rows["caption"].append(captions_of(scene)[rng.integers(len(captions_of(scene)))])
-        rows["image"].append(png_cell(draw(scene, size, rng)))
-        for name, value in zip(scene._fields, scene, strict=True):
-            rows[name].append(value)
-    features = {name: datasets.Value("string") for name in rows} | {"image": datasets.Image()}
-    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
-
-
-def _draw_scene(scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:
-    center = np.array(POSITIONS[scene.position]) + rng.uniform(-JITTER, JITTER, 2)
+def _draw(scene: Scene | PairScene, size: int, rng: np.random.Generator) -> Image.Image:
+    if isinstance(scene, Scene):
+        objects = [(scene.shape, scene.color, np.array(POSITIONS[scene.position]), SIZES[scene.size])]
+    else:
+        offset = 0.24 * np.array(RELATIONS[scene.relation])
+        objects = [(scene.shape, scene.color, 0.5 + offset, 0.19)]
+        objects += [(scene.other_shape, scene.other_color, 0.5 - offset, 0.19)]
     canvas = np.full((size, size, 3), COLORS[scene.background], np.float64)
-    _blend(canvas, scene.shape, COLORS[scene.color], center, SIZES[scene.size])
-    return Image.fromarray(canvas.round().astype(np.uint8))
-
-
-def _draw_pair(scene: PairScene, size: int, rng: np.random.Generator) -> Image.Image:
-    offset = 0.24 * np.array(RELATIONS[scene.relation])
-    canvas = np.full((size, size, 3), COLORS[scene.background], np.float64)
-    for shape, color, sign in ((scene.shape, scene.color, 1), (scene.other_shape, scene.other_color, -1)):
-        center = 0.5 + sign * offset + rng.uniform(-JITTER, JITTER, 2)
-        _blend(canvas, shape, COLORS[color], center, 0.19)
+    for shape, color, center, radius in objects:
+        _blend(canvas, shape, COLORS[color], center + rng.uniform(-JITTER, JITTER, 2), radius)
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 

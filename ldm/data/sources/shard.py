@@ -1,19 +1,23 @@
-"""A shard, its rows, and how its file is opened on any file system."""
+"""The rows of a shard, read from begin to end: of a tar file, as webdataset has them, or of a parquet file."""
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ldm.data.sources.base import one_line
+import datasets
+import pyarrow.parquet
+from datasets.utils.file_utils import xopen
+
+from ldm.data.sources.base import CAPTION_COLUMNS, one_line, parse_captions
+from ldm.data.sources.encoded import SUFFIXES
+from ldm.data.sources.table import image_column
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-
-
-class Shard(NamedTuple):
-    """A file of a data set."""
-
-    url: str
-    content_hash: str
+CAPTION_ENDINGS = ("txt", *CAPTION_COLUMNS)  # of the files in a tar that hold a caption
+ROWS_PER_BATCH = 32  # that are in memory at a time
 
 
 class ShardRow(NamedTuple):
@@ -33,27 +37,91 @@ def is_tar(url: str) -> bool:
     return url.lower().endswith(TAR_SUFFIXES)
 
 
-def open_url(url: str) -> Any:
-    """A file on any file system, to be read from begin to end."""
-    from datasets.utils.file_utils import xopen  # fsspec's open, which tries again where the network fails
+def count_shard_rows(url: str) -> int:
+    """How many rows a shard has; a tar is read whole for it. ShardReadError when it cannot be read, or is cut off."""
+    with _shard_errors(url):
+        if is_tar(url):
+            return sum(1 for _ in _tar_samples(url))
+        with _open_url(url) as file:
+            return pyarrow.parquet.read_metadata(file).num_rows
 
+
+def read_rows(url: str) -> Iterator[ShardRow]:
+    """The rows of a shard, in order. ShardReadError when it cannot be read, or is cut off."""
+    with _shard_errors(url):
+        for sample in _tar_samples(url) if is_tar(url) else _parquet_samples(url):
+            try:
+                if not isinstance(sample["image"], bytes):
+                    raise ValueError("holds no image")
+                yield ShardRow(sample["image"], _captions(sample), None)
+            except ValueError as error:
+                yield ShardRow(None, [], str(error))
+
+
+@contextlib.contextmanager
+def _shard_errors(url: str) -> Iterator[None]:
+    """Turn whatever reading a shard raises into a ShardReadError that names it."""
+    try:
+        yield
+    except Exception as error:  # file systems and formats raise errors of many types
+        text = one_line(error) or repr(error)
+        raise ShardReadError(f"{url} cannot be read ({text}); repair it, or remove it from --data.source") from None
+
+
+def _open_url(url: str) -> Any:
+    """A file on any file system. `xopen` is fsspec's open, but tries again where the network fails."""
     streamed = url.startswith(("http", "hf:")) and is_tar(url)
     return xopen(url, "rb", **({"block_size": 0} if streamed else {}))  # 0: in one request
 
 
-@contextlib.contextmanager
-def shard_errors(url: str) -> Iterator[None]:
-    """Turn whatever reading a shard raises into a ShardReadError that names it."""
+def _parquet_samples(url: str) -> Iterator[dict[str, Any]]:
+    """The `image` and the caption, by the name of its column, of each row of a parquet file."""
+    with _open_url(url) as file:
+        table = pyarrow.parquet.ParquetFile(file)
+        features = datasets.Features.from_arrow_schema(table.schema_arrow)
+        image = image_column(features, url)
+        captions = [name for name in CAPTION_COLUMNS if name in features]
+        for batch in table.iter_batches(ROWS_PER_BATCH, columns=[image, *captions[:1]]):
+            for row in batch.to_pylist():
+                cell = row.pop(image)
+                yield {**row, "image": cell["bytes"] if isinstance(cell, dict) else cell}  # no path is followed
+
+
+def _tar_samples(url: str) -> Iterator[dict[str, Any]]:
+    """The samples of a tar that have an image: each a run of files that have the same name up to the first dot."""
+    with _open_url(url) as file, tarfile.open(fileobj=file, mode="r|*", bufsize=2**17) as tar:
+        for _, files in itertools.groupby(_members(tar), key=lambda member: member[0]):
+            sample: dict[str, bytes] = {}
+            for _, ending, content in files:
+                sample.setdefault(ending, content)
+            if "image" in sample:
+                yield sample
+        # Two blocks of zeros end a tar. For tarfile a damaged header, or the end of the file, does as well.
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError("it is damaged, or cut off")
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
+    """Sample, ending ("image" for any of an image) and content of each image and caption; no links or hidden files."""
+    for member in tar:
+        folder, _, name = member.name.rpartition("/")
+        stem, _, ending = name.partition(".")
+        ending = "image" if f".{ending.lower()}".endswith(SUFFIXES) else ending.lower()
+        wanted = ending in ("image", "json", *CAPTION_ENDINGS) and not name.startswith((".", "__"))
+        if wanted and member.isfile() and (content := tar.extractfile(member)):
+            yield f"{folder}/{stem}", ending, content.read()
+        tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all
+
+
+def _captions(sample: dict[str, Any]) -> list[str]:
+    """The captions of a sample: of a text file or a column, or else of the JSON."""
+    values: Any = sample
+    names: Sequence[str] = CAPTION_ENDINGS
     try:
-        yield
-    except (GeneratorExit, ShardReadError):
-        raise
-    except Exception as error:  # file systems and formats raise errors of many types
-        raise ShardReadError(
-            f"{url} cannot be read ({reason(error)}); repair it, or remove it from --data.source"
-        ) from None
-
-
-def reason(error: Exception) -> str:
-    """An error's text on one line, or its type where it has none."""
-    return one_line(error) or type(error).__name__
+        if not any(name in sample for name in names):
+            values, names = json.loads(sample.get("json", b"{}")), CAPTION_COLUMNS
+        cell = next((values[name] for name in names if name in values), None)
+        cell = cell.decode("utf-8-sig") if isinstance(cell, bytes) else cell
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError("its caption is not UTF-8, or not JSON") from None
+    return parse_captions(cell, "its caption")

@@ -12,22 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
+import fsspec
 from filelock import FileLock
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
-from ldm.data.batch_sampler import SampleKey, evenly_spaced, file_order
-from ldm.data.sources.base import HELD_OUT_FRACTION, Split, check_split, check_utf8_names, short_hash
+from ldm.data.batch_sampler import SampleKey, evenly_spaced, permutation
+from ldm.data.sources.base import HELD_OUT_FRACTION, Split, one_line, short_hash
 from ldm.data.sources.encoded import SUFFIXES, EncodedSource
 from ldm.data.sources.folder import METADATA_FILES
-from ldm.data.sources.shard import TAR_SUFFIXES, Shard, is_tar, reason, shard_errors
+from ldm.data.sources.shard import TAR_SUFFIXES, count_shard_rows, is_tar
 from ldm.data.sources.shard_cache import ShardCache, ShardColumn, ShardRange
-from ldm.data.sources.table import count_parquet_rows
-from ldm.data.sources.webdataset import count_tar_rows
 from ldm.io.atomic import disk_errors
 
 RANGE_PATTERN = re.compile(r"\{(\d+)\.\.(\d+)\}")
-MAX_SHARD_URLS = 10**6  # addresses that ranges may stand for
 HELD_OUT_NAME = re.compile(r"(^|[^a-z])(test|val|valid|validation)([^a-z]|$)")  # in the name of a held-out shard
 VERSION_KEYS = ("ETag", "etag", "blob_id", "mtime", "created", "LastModified")  # of a file's content, by file system
 CACHED_SHARDS_PER_STREAM = 3  # its own, the next, and one that another process has not left yet
@@ -40,7 +39,7 @@ class ShardedSource(EncodedSource):
     """A source whose items are in shards."""
 
     cache: ShardCache
-    _epochs: dict[int, int] = field(default_factory=dict, init=False)  # the last one in which a range was needed
+    _prefetched: set[tuple[int, int]] = field(default_factory=set, init=False)  # ranges, each with an epoch
 
     def fallback_candidates(self, index: int) -> range:
         """The items of the same shard."""
@@ -49,8 +48,7 @@ class ShardedSource(EncodedSource):
 
     def is_local(self, index: int) -> bool:
         """Whether its shard is on this machine."""
-        part, _ = self.cache.locate(index)
-        return self.cache.path(self.cache.ranges[part].shard).exists()
+        return self.cache.path(self.cache.locate(index)[0]).exists()
 
     def evenly_spaced(self, count: int) -> list[int]:
         """`count` items of at most 16 shards, which are evenly spaced themselves: so few files are downloaded."""
@@ -60,19 +58,18 @@ class ShardedSource(EncodedSource):
 
     def fingerprint(self) -> str:
         """A hash of which shards there are, and which rows of each."""
-        return short_hash(json.dumps([(Path(shard.url).name, first, rows) for shard, first, rows in self.cache.ranges]))
+        return short_hash(json.dumps([(Path(url).name, first, rows) for url, _, first, rows in self.cache.ranges]))
 
     def prefetch(self, keys: Sequence[SampleKey], seed: int) -> None:
         """In a loading process, begin to download the shards of these samples, and those that come after them."""
         if get_worker_info() is None:
             return
-        for key in keys:
-            part, _ = self.cache.locate(key.index)
-            if self._epochs.get(part) != key.epoch:
-                self._epochs[part] = key.epoch
-                order = file_order(len(self.cache.ranges), seed, key.epoch)
-                position = order.index(part)
-                self.cache.prefetch(order[position : position + 2])
+        needed = {(self.cache.locate(key.index)[0], key.epoch) for key in keys} - self._prefetched
+        self._prefetched.update(needed)
+        for part, epoch in needed:
+            order = permutation(len(self.cache.ranges), seed, epoch, "files").tolist()
+            position = order.index(part)
+            self.cache.prefetch(order[position : position + 2])
 
 
 def is_sharded(source: str) -> bool:
@@ -91,12 +88,9 @@ def open_shards(source: str, split: Split, *, streams: int) -> ShardedSource:
     Shards that are named test or validation are held out; where there are none, the first 5 % of the rows of each.
     ValueError: no shard there, or one that cannot be read.
     """
-    import datasets  # slow, and other sets do not need it here
-
-    check_split(split)
     shards = list_shards(source)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "shards" / short_hash(source)
-    ranges = _ranges_of_split(list(zip(shards, count_rows(shards, folder), strict=True)), split)
+    ranges = _ranges_of_split(shards, count_rows(shards, folder), split)
     if not ranges:
         raise ValueError(
             f"data.source {source}: no row is left for the {split} split; write larger shards, or name one test"
@@ -111,27 +105,23 @@ def open_shards(source: str, split: Split, *, streams: int) -> ShardedSource:
     )
 
 
-def list_shards(source: str) -> list[Shard]:
-    """All shards that an address, a pattern with *, ? or {000..099}, a file or a folder names, in order.
+def list_shards(source: str) -> dict[str, str]:
+    """All shards that an address, a pattern with *, ? or {000..099}, a file or a folder names: URL -> content hash.
 
     Where there are tar files there are no other shards: a parquet file beside one describes its rows. ValueError: none.
     """
     if "::" in source:
         raise ValueError(f"data.source {source}: files inside other files are not read; unpack them first")
-    if math.prod(max(1, int(last) - int(first) + 1) for first, last in RANGE_PATTERN.findall(source)) > MAX_SHARD_URLS:
-        raise ValueError(
-            f"data.source {source} stands for more than {MAX_SHARD_URLS:,} addresses; write a shorter range, or *"
-        )
     with ThreadPoolExecutor(IO_THREADS) as pool:
         try:
             files = dict(itertools.chain.from_iterable(pool.map(_list_files, _expand_ranges(source))))
         except Exception as error:  # file systems raise errors of many types
-            raise ValueError(f"data.source {source} cannot be listed: {reason(error)}") from None
+            raise ValueError(f"data.source {source} cannot be listed: {one_line(error) or repr(error)}") from None
     urls = list(filter(is_tar, files)) or list(filter(_is_shard, files))
     if not urls:
         raise ValueError(f"data.source {source}: no tar or parquet file there; choose another --data.source")
-    check_utf8_names(urls, f"data.source {source}")
-    return [Shard(url, short_hash(f"{url} {_version(files[url])}")) for url in sorted(urls)]
+    versions = {url: next((files[url][key] for key in VERSION_KEYS if files[url].get(key)), "") for url in sorted(urls)}
+    return {url: short_hash(f"{url} {files[url].get('size', '')} {version}") for url, version in versions.items()}
 
 
 def _expand_ranges(source: str) -> list[str]:
@@ -146,8 +136,6 @@ def _expand_ranges(source: str) -> list[str]:
 
 def _list_files(address: str) -> list[tuple[str, dict[str, Any]]]:
     """The files at an address, each with what its file system knows of it."""
-    import fsspec
-
     system, path = fsspec.core.url_to_fs(os.path.expanduser(address))
     if set(path) & set("*?"):
         files = system.glob(path, detail=True)
@@ -159,64 +147,42 @@ def _list_files(address: str) -> list[tuple[str, dict[str, Any]]]:
     return [(name if local else system.unstrip_protocol(name), info) for name, info in files.items()]
 
 
-def _version(info: dict[str, Any]) -> str:
-    return f"{info.get('size', '')} {next((info[name] for name in VERSION_KEYS if info.get(name)), '')}"
-
-
 def _is_shard(name: str) -> bool:
     return name.lower().endswith((*TAR_SUFFIXES, ".parquet")) and Path(name).name not in METADATA_FILES
 
 
-def _ranges_of_split(counted: list[tuple[Shard, int]], split: Split) -> list[ShardRange]:
-    """The rows that are in a split."""
-    paths = [shard.url.lower().split("/") for shard, _ in counted]
+def _ranges_of_split(shards: dict[str, str], counts: Sequence[int], split: Split) -> list[ShardRange]:
+    """The rows that are in a split: of each shard the first ones are held out, or all or none where names say so."""
+    paths = [url.lower().split("/") for url in shards]
     common = len(list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))))
-    held_out = [any(map(HELD_OUT_NAME.search, path[common:])) for path in paths]
-    if any(held_out) and not all(held_out):
-        chosen = [pair for pair, test in zip(counted, held_out, strict=True) if test == (split == "test")]
-        ranges = [ShardRange(shard, 0, rows) for shard, rows in chosen]
-    else:
-        ranges = [_range_of_split(shard, rows, split) for shard, rows in counted]
+    is_test = [any(map(HELD_OUT_NAME.search, path[common:])) for path in paths]
+    ranges = []
+    for shard, rows, test in zip(shards.items(), counts, is_test, strict=True):
+        if any(is_test) and not all(is_test):
+            held_out = rows if test else 0
+        else:
+            held_out = math.ceil(HELD_OUT_FRACTION * rows) if rows > 1 else 0
+        span = (0, held_out) if split == "test" else (held_out, rows - held_out)
+        ranges.append(ShardRange(*shard, *span))
     return [span for span in ranges if span.rows]
 
 
-def _range_of_split(shard: Shard, rows: int, split: Split) -> ShardRange:
-    held_out = math.ceil(HELD_OUT_FRACTION * rows) if rows > 1 else 0
-    return ShardRange(shard, 0, held_out) if split == "test" else ShardRange(shard, held_out, rows - held_out)
-
-
-def count_rows(shards: Sequence[Shard], folder: Path) -> list[int]:
-    """The rows of each shard; each is counted once and noted in `folder`. A tar file must be read whole for it.
-
-    ShardReadError: one that cannot be read, or is cut off.
-    """
+def count_rows(shards: dict[str, str], folder: Path) -> list[int]:
+    """The rows of each shard; each is counted once and noted in `folder`. ShardReadError: see `count_shard_rows`."""
     path = folder / "rows.jsonl"
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(disk_errors(path))
+    with disk_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(FileLock(folder / ".lock-rows"))
-        file = stack.enter_context(open(path, "a+", encoding="utf-8"))
-        file.seek(0)
-        counts = dict(filter(None, map(_parse_count, file)))
-        missing = [shard for shard in shards if shard.content_hash not in counts]
-        with ThreadPoolExecutor(IO_THREADS) as pool:
+        with FileLock(folder / ".lock-rows"), path.open("a+", encoding="utf-8", buffering=1) as file:
+            file.seek(0)
+            counts = {}
+            for line in file:
+                with contextlib.suppress(ValueError):  # a line that was cut off
+                    noted = json.loads(line)
+                    counts[noted["shard"]] = noted["rows"]
+            missing = [url for url in shards if shards[url] not in counts]
             bar = tqdm(missing, desc="rows of shards", unit="shard", disable=None if missing else True)
-            for shard, rows in zip(bar, pool.map(_count, missing), strict=True):
-                counts[shard.content_hash] = rows
-                file.write(json.dumps({"shard": shard.content_hash, "rows": rows}) + "\n")
-                file.flush()
-    return [counts[shard.content_hash] for shard in shards]
-
-
-def _count(shard: Shard) -> int:
-    with shard_errors(shard.url):
-        return count_tar_rows(shard.url) if is_tar(shard.url) else count_parquet_rows(shard.url)
-
-
-def _parse_count(line: str) -> tuple[str, int] | None:
-    """A line of the counts; None for one that was cut off."""
-    try:
-        values = json.loads(line)
-        return str(values["shard"]), int(values["rows"])
-    except (ValueError, KeyError, TypeError):
-        return None
+            with ThreadPoolExecutor(IO_THREADS) as pool:
+                for url, rows in zip(bar, pool.map(count_shard_rows, missing), strict=True):
+                    counts[shards[url]] = rows
+                    file.write(json.dumps({"shard": shards[url], "rows": rows}) + "\n")
+    return [counts[content_hash] for content_hash in shards.values()]

@@ -1,33 +1,19 @@
-"""Tables with a column of images: a parquet file, a data set of the Hugging Face hub, and parquet shards."""
+"""Tables with a column of images: a parquet file or a data set of the Hugging Face hub."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ldm.data.sources.base import (
-    CAPTION_COLUMNS,
-    Captions,
-    Split,
-    first_names,
-    hash_split,
-    one_line,
-    parse_captions,
-)
+import datasets
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from ldm.data.sources.base import CAPTION_COLUMNS, Split, first_names, hash_split, one_line, parse_captions
 from ldm.data.sources.encoded import EncodedSource
-from ldm.data.sources.shard import ShardRow, open_url
 from ldm.imaging import Encoded
-
-if TYPE_CHECKING:
-    import datasets
-
-ROWS_PER_BATCH = 64  # of a parquet shard that are decoded at a time
 
 
 def open_parquet(path: Path, split: Split) -> EncodedSource:
     """One split of a parquet file; ValueError: not one, damaged, empty, or without images."""
-    import datasets  # slow, and drawn sets do not need it here
-
     try:
         rows = datasets.Dataset.from_parquet(str(path))
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError, TypeError, LookupError):
@@ -39,9 +25,6 @@ def open_parquet(path: Path, split: Split) -> EncodedSource:
 
 def open_hub(name: str, split: Split) -> EncodedSource:
     """One split of a data set of the hub; ValueError: not there, or without images."""
-    import datasets
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     try:
         splits = datasets.load_dataset(name)
     except (OSError, ValueError, RuntimeError) as error:
@@ -53,15 +36,12 @@ def open_hub(name: str, split: Split) -> EncodedSource:
         raise ValueError(f"data.source {name}: no split train, only {first_names(list(splits))}; choose another one")
     held_out = next((key for key in ("test", "validation") if key in splits), None)
     roots = [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
-    if held_out is None:
-        return _open_table(splits["train"], f"hub {name}", roots, split)
-    return _open_table(splits[held_out if split == "test" else "train"], f"hub {name}", roots, None)
+    rows = splits[held_out if held_out and split == "test" else "train"]
+    return _open_table(rows, f"hub {name}", roots, None if held_out else split)
 
 
-def _open_table(rows: "datasets.Dataset", where: str, roots: Sequence[Path], split: Split | None) -> EncodedSource:
+def _open_table(rows: datasets.Dataset, where: str, roots: Sequence[Path], split: Split | None) -> EncodedSource:
     """A split, or all, of the image and caption columns of a table. A row has no name, so its number is its name."""
-    import datasets
-
     image = image_column(rows.features, where)
     if not len(rows):
         raise ValueError(f"{where}: no rows; choose another --data.source")
@@ -78,7 +58,7 @@ def _open_table(rows: "datasets.Dataset", where: str, roots: Sequence[Path], spl
     )
 
 
-def _caption_column(rows: "datasets.Dataset", where: str) -> tuple[Captions, str]:
+def _caption_column(rows: datasets.Dataset, where: str) -> tuple[Sequence[Sequence[str]], str]:
     """The captions of all rows, and where they come from."""
     column = next((name for name in CAPTION_COLUMNS if name in rows.features), None)
     if column is None:
@@ -94,7 +74,7 @@ def _caption_column(rows: "datasets.Dataset", where: str) -> tuple[Captions, str
 class ImageColumn(Sequence[Encoded]):
     """The image column of a table, read row by row; a path in it must be below one of the `roots`."""
 
-    def __init__(self, rows: "datasets.Dataset", name: str, roots: Sequence[Path]) -> None:
+    def __init__(self, rows: datasets.Dataset, name: str, roots: Sequence[Path]) -> None:
         self.rows, self.name, self.roots = rows, name, roots
 
     def __len__(self) -> int:
@@ -105,21 +85,16 @@ class ImageColumn(Sequence[Encoded]):
         data, path = (cell["bytes"], cell["path"]) if isinstance(cell, dict) else (cell, None)
         if isinstance(data, bytes):
             return data
-        if data is None and path and isinstance(path, str):
-            return _check_within_roots(path, self.roots)
-        raise ValueError("holds no image")
+        if data is not None or not path or not isinstance(path, str):
+            raise ValueError("holds no image")
+        full = (self.roots[0] / path).resolve()
+        if not any(full.is_relative_to(root.resolve()) for root in self.roots):
+            raise ValueError(f"its path {path} leads out of {self.roots[0]}")
+        return full
 
 
-def _check_within_roots(path: str, roots: Sequence[Path]) -> Path:
-    full = (roots[0] / path).resolve()
-    if not any(full.is_relative_to(root.resolve()) for root in roots):
-        raise ValueError(f"its path {path} leads out of {roots[0]}")
-    return full
-
-
-def image_column(features: "datasets.Features", where: str) -> str:
+def image_column(features: datasets.Features, where: str) -> str:
     """The first column of a table that holds images; ValueError when there is none."""
-    import datasets
 
     def holds_bytes(feature: Any) -> bool:
         if isinstance(feature, dict):
@@ -132,51 +107,3 @@ def image_column(features: "datasets.Features", where: str) -> str:
         names = first_names(list(features), 12)
         raise ValueError(f"{where}: none of the columns {names} holds images; choose another --data.source")
     return columns[0]
-
-
-# Parquet shards, read from begin to end.
-
-
-def count_parquet_rows(url: str) -> int:
-    """How many rows a parquet file has, from its footer."""
-    import pyarrow.parquet
-
-    with open_url(url) as file:
-        footer = pyarrow.parquet.read_metadata(file)
-    groups = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
-    if min(groups, default=0) < 0 or sum(groups) != footer.num_rows:
-        raise ValueError("its counts of rows are damaged")
-    return footer.num_rows
-
-
-def parquet_rows(url: str) -> Iterator[ShardRow]:
-    """The rows of a parquet file, in order."""
-    import datasets
-    import pyarrow.parquet
-
-    with open_url(url) as file:
-        table = pyarrow.parquet.ParquetFile(file)
-        schema, features = table.schema_arrow, datasets.Features()
-        for column in schema:
-            with contextlib.suppress(ValueError, NotImplementedError):  # a type that it has no name for: not an image
-                features |= datasets.Features.from_arrow_schema(pyarrow.schema([column], metadata=schema.metadata))
-        image = image_column(features, url)
-        caption = next((name for name in CAPTION_COLUMNS if name in features), None)
-        columns = [image, *([caption] if caption else [])]
-        for batch in table.iter_batches(ROWS_PER_BATCH, columns=columns):
-            for row in range(batch.num_rows):
-                yield _parquet_row(*(batch[name][row] for name in columns))
-
-
-def _parquet_row(cell: Any, *caption: Any) -> ShardRow:
-    """A row from cells of arrow."""
-    try:
-        data = cell.as_py()
-        data = data["bytes"] if isinstance(data, dict) else data  # no path that a stranger wrote is followed
-        if not isinstance(data, bytes):
-            raise ValueError("holds no image")
-        return ShardRow(data, parse_captions(caption[0].as_py() if caption else None, "its row"), None)
-    except UnicodeDecodeError:
-        return ShardRow(None, [], "its caption is not UTF-8")
-    except (ValueError, OverflowError) as error:
-        return ShardRow(None, [], str(error))
