@@ -206,7 +206,7 @@ def write_set(folder: Path, *, tars: int = 6, rows: int = 20) -> Path:
 # A toy stage.
 
 
-class Numbers(Dataset[dict[str, Tensor]]):
+class ToyData(Dataset[dict[str, Tensor]]):
     """A toy regression set."""
 
     def __len__(self) -> int:
@@ -214,13 +214,6 @@ class Numbers(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
         return {"x": torch.tensor([key.index / 37, 1.0])}
-
-
-class ToyData:
-    """The toy set as the loop sees it."""
-
-    def __init__(self, train: Dataset[Any] | None = None) -> None:
-        self.train = train or Numbers()
 
     def make_batch_sampler(self, **cut: Any) -> EpochBatchSampler:
         return EpochBatchSampler(37, **cut)
@@ -237,7 +230,8 @@ class Toy(Stage):
 
     def __init__(self, *, poison: Sequence[int] = (), jump: int | None = None, data: ToyData | None = None) -> None:
         self.model, self.poison, self.jump = nn.Linear(2, 1), poison, jump
-        self.trainables, self.frozen, self.data = [Trainable("toy", self.model)], {}, data or ToyData()
+        self.trainables, self.frozen = [Trainable("toy", self.model)], {}
+        self.data = self.held_out = data or ToyData()
 
     def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
         x = batch["x"].to(rng.device)
@@ -274,7 +268,7 @@ class ToyGAN(Stage):
         self.generator = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
         self.discriminator = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
         self.trainables = [Trainable("generator", self.generator), Trainable("discriminator", self.discriminator)]
-        self.frozen, self.data = {}, ToyData()
+        self.frozen, self.data, self.held_out = {}, ToyData(), ToyData()
 
     def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
         x = batch["x"].to(rng.device)

@@ -65,7 +65,7 @@ class TwinData:
     """Data of rank 0 for all ranks, of which the others are slow."""
 
     def __init__(self, data: Any, rank: int) -> None:
-        self.data, self.train = data, self
+        self.data = data
         self.delay = 0.2 if rank else 0.0
 
     def __getattr__(self, name: str) -> Any:
@@ -73,7 +73,7 @@ class TwinData:
 
     def __getitem__(self, key: Any) -> Any:
         time.sleep(self.delay if key.position == 0 else 0)
-        return self.data.train[key]
+        return self.data[key]
 
     def make_batch_sampler(self, **cut: Any) -> EpochBatchSampler:
         """That of rank 0."""

@@ -15,7 +15,6 @@ from ldm.data.batch_sampler import (
     EpochBatchSampler,
     SampleKey,
     evenly_spaced,
-    image_batches,
     make_batch_sampler,
     permutation,
     sample_batches,
@@ -130,8 +129,8 @@ def test_the_first_samples_stop_at_the_end():
     assert next(sample_batches(Echo(3), batch_size=5))["key"].tolist() == [[0, 0, 0], [1, 0, 1], [2, 0, 2]]
 
 
-def test_image_batches_spread_over_the_set():
-    whole = [batch[:, 0, 0, 0].tolist() for batch in image_batches(Echo(5), batch_size=2)]
+def test_batches_of_samples_spread_over_the_set():
+    whole = [batch["key"][:, 0].tolist() for batch in sample_batches(Echo(5), batch_size=2)]
     assert whole == [[0, 1], [2, 3], [4]]
-    assert [batch[:, 0, 0, 0].tolist() for batch in image_batches(Echo(9), evenly_spaced(3, 9))] == [[0, 3, 6]]
+    assert [batch["key"][:, 0].tolist() for batch in sample_batches(Echo(9), evenly_spaced(3, 9))] == [[0, 3, 6]]
     assert evenly_spaced(10, 4) == [0, 1, 2, 3]

@@ -18,7 +18,6 @@ from ldm import rng
 from ldm.data import DataConfig, latents, open_dataset
 from ldm.data.batch_sampler import SampleKey
 from ldm.pipeline.load import load_vae
-from ldm.stages.splits import Splits
 from ldm.text.tower import TextTower
 
 SIZE = ["--data.resolution", "16"]
@@ -43,7 +42,7 @@ def runs(tiny_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_from_latents_equals_training_from_images(runs: Path, tiny_runs: Path) -> None:
     """Up to the float16 of the latents, in the losses of training and validation; it opens no image."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Splits, "open", None)
+        patch.setattr("ldm.stages.diffusion.open_splits", None)
         train("ldm", runs / "ldm", "--cached-latents", str(runs / "latents"))
     assert losses(runs / "ldm") == pytest.approx(losses(tiny_runs / "ldm"), rel=2e-3)
     words = [(run / "ldm/model/vocab.txt").read_text() for run in (runs, tiny_runs)]

@@ -348,7 +348,7 @@ def test_shards_are_downloaded_ahead(photos: Path, cache: Path) -> None:
     files = permutation(TARS, 0, 0, "files").tolist()
     ahead = {*needed, *(files[files.index(number) + 1] for number in needed)}
     loader = DataLoader(
-        KeyedBatches(data, list), batch_sampler=[keys], num_workers=1, collate_fn=tuple, persistent_workers=True
+        KeyedBatches(data), batch_sampler=[keys], num_workers=1, collate_fn=tuple, persistent_workers=True
     )
     batches = iter(loader)
     next(batches)

@@ -2,7 +2,7 @@
 
 from ldm.data.batch import Batch, collate
 from ldm.data.config import DataConfig
-from ldm.data.dataset import ImageTextDataset, open_dataset
+from ldm.data.dataset import ImageTextDataset, open_dataset, open_splits
 from ldm.data.sources.base import Split
 
-__all__ = ["Batch", "DataConfig", "ImageTextDataset", "Split", "collate", "open_dataset"]
+__all__ = ["Batch", "DataConfig", "ImageTextDataset", "Split", "collate", "open_dataset", "open_splits"]

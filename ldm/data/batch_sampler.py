@@ -50,14 +50,6 @@ def sample_batches(
         yield collate([dataset[SampleKey(i, epoch, i)] for i in indices[first : first + batch_size]])
 
 
-def image_batches(
-    dataset: Dataset[Any], indices: Sequence[int] | None = None, *, batch_size: int = 64
-) -> Iterator[Tensor]:
-    """The images of a data set, all or those at `indices`, in batches (b, c, h, w) in [-1, 1]."""
-    for batch in sample_batches(dataset, indices, batch_size=batch_size):
-        yield batch["image"]
-
-
 @dataclass(eq=False)
 class EpochBatchSampler(Sampler[list[SampleKey]]):
     """The micro-batches of one rank, endless, from optimizer step `start` on.

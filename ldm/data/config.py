@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from ldm.config import Config
+from ldm.data.batch import Batch
 
 
 class DataConfig(Config):
@@ -44,6 +46,12 @@ class DataConfig(Config):
                 f"data.channels is {self.channels}, the VAE expects {expected}: pass --data.channels {expected}, "
                 f"or a VAE that was trained with --vae.image-channels {self.channels}"
             )
+
+    def example_batch(self, count: int) -> Batch:
+        """A batch of random images, as the data set would give it."""
+        images = torch.rand(count, self.channels, self.resolution, self.resolution) * 2 - 1
+        sizes = torch.tensor([self.resolution, self.resolution, 0, 0, self.resolution, self.resolution])
+        return {"image": images, "sizes": sizes.expand(count, -1), "caption": ["an image"] * count}
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the samples, which a resumed run must not change."""

@@ -1,15 +1,16 @@
 """The data set of images and captions that every training reads: `ImageTextDataset`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm import rng
-from ldm.data.batch_sampler import EpochBatchSampler, SampleKey, ShardedBatchSampler, make_batch_sampler
+from ldm.data.batch_sampler import EpochBatchSampler, SampleKey, ShardedBatchSampler, make_batch_sampler, sample_batches
 from ldm.data.buckets import assign_buckets, bucket_resolutions
 from ldm.data.config import DataConfig
 from ldm.data.failures import FallbackReader
@@ -94,11 +95,16 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         """Prepare for these samples, which are read next."""
         self.source.prefetch(keys, self.seed)
 
-    def without_buckets(self) -> "ImageTextDataset":
-        """The same images, cropped to squares: where a batch holds images of any shape."""
+    def spread_images(self, count: int, *, batch_size: int = 64) -> Iterator[Tensor]:
+        """Batches (b, c, h, w) of `count` images that are evenly spread over the set, cropped to squares."""
         squares = copy(self)
         squares.sides, squares.groups = [(self.config.resolution, self.config.resolution)], None
-        return squares
+        for batch in sample_batches(squares, self.source.evenly_spaced(count), batch_size=batch_size):
+            yield batch["image"]
+
+    def sync(self, gather: Callable[[list[int]], list[int]]) -> None:
+        """See `FallbackReader.sync`."""
+        self.reader.sync(gather)
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the samples, which a resumed run must not change."""
@@ -130,6 +136,11 @@ def open_dataset(config: DataConfig, split: Split, *, seed: int) -> ImageTextDat
     if not len(source.names):
         raise ValueError(f"{config.source}: one image alone leaves none for the test split; add at least one more")
     return ImageTextDataset(source, config, split, seed=seed)
+
+
+def open_splits(config: DataConfig, *, seed: int) -> tuple[ImageTextDataset, ImageTextDataset]:
+    """The training and the held-out split; ValueError: see `open_dataset`."""
+    return open_dataset(config, "train", seed=seed), open_dataset(config, "test", seed=seed)
 
 
 def _open_source(config: DataConfig, split: Split) -> ImageTextSource:

@@ -229,6 +229,19 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """What decides the samples, which a resumed run must not change."""
         return {**self.index.fingerprint["data"], "items": self.index.fingerprint["items"][self.split]}
 
+    def describe(self) -> str:
+        """What was opened, on one line."""
+        rows, embeddings = self.index.rows, ", with text embeddings" if "text_sha256" in self.index.fingerprint else ""
+        counts = f"{rows['train']:,} with {self.index.augmentations} augmentations, {rows['test']:,} held out"
+        return f"latents: {counts}, in {self.folder}{embeddings}"
+
+    def sync(self, gather: Callable[[list[int]], list[int]]) -> None:
+        """All ranks read the same files."""
+
+    def report(self) -> str:
+        """Nothing: what cannot be read is an error."""
+        return ""
+
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         name, row_in_file = self._layout.locate(key.index, key.epoch)
         path = self.folder / name

@@ -30,9 +30,8 @@ class InMemoryLatents(Dataset[dict[str, Any]]):
                 mean, logvar = encode(batch["image"].to(device))
                 parts.append({"mean": mean.cpu(), "logvar": logvar.cpu(), "sizes": batch["sizes"]})
         self.data, self.columns = data, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def __len__(self) -> int:
-        return len(self.columns["mean"])
+        self.make_batch_sampler, self.fingerprint = data.make_batch_sampler, data.fingerprint
+        self.sync, self.report = data.sync, data.report
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         return {name: column[key.index] for name, column in self.columns.items()} | {"caption": self.data.caption(key)}

@@ -13,15 +13,16 @@ Batches = Iterator[tuple[list[SampleKey], Batch]]
 
 
 def load_batches(
-    data: Dataset[Any],
+    data: Any,
     batch_sampler: EpochBatchSampler,
     *,
     num_workers: int,
     timeout: int,
     pin_memory: bool,
 ) -> Batches:
-    """Endless micro-batches with the keys of their samples; `timeout` in seconds, for loading processes.
+    """Endless micro-batches of `data[SampleKey]`, with the keys of their samples.
 
+    `timeout` in seconds is for loading processes.
     ValueError of a data set comes in one line, also from a loading process; one that dies is a ValueError, too.
     """
     loader = DataLoader(
@@ -54,7 +55,7 @@ def _with_short_errors(batches: Batches) -> Batches:
 class KeyedBatches(Dataset[Any]):
     """Hands each batch on together with its keys; data that can prefetch is given these first."""
 
-    def __init__(self, data: Dataset[Any]) -> None:
+    def __init__(self, data: Any) -> None:
         self.data = data
 
     def __getitems__(self, keys: list[SampleKey]) -> tuple[list[SampleKey], Batch]:

@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from ldm.cli import ScriptConfig
 from ldm.data import DataConfig, open_dataset
-from ldm.data.batch_sampler import image_batches
 from ldm.data.sources import shapes
 from ldm.diffusion.samplers import get_sampler
 from ldm.evaluation.classifier import count_correct, load_classifier
@@ -66,8 +65,7 @@ def vae_fidelity(pipeline: Pipeline, data: DataConfig, config: EvaluateConfig) -
     assert pipeline.vae is not None
     scores: dict[str, list[float]] = {"VAE PSNR, dB": [], "VAE SSIM": []}
     held_out = open_dataset(data, "test", seed=config.seed)
-    chosen = held_out.source.evenly_spaced(config.num_samples)
-    for batch in image_batches(held_out, chosen, batch_size=config.batch_size):
+    for batch in held_out.spread_images(config.num_samples, batch_size=config.batch_size):
         images = batch.to(pipeline.device)
         output = pipeline.vae.decode(pipeline.vae.encode(images).mean).clamp(-1, 1)
         scores["VAE PSNR, dB"] += psnr(output, images).tolist()

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ldm.cli import ScriptConfig
 from ldm.data import DataConfig, open_dataset
-from ldm.data.batch_sampler import image_batches
 from ldm.diffusion.process import Diffusion
 from ldm.diffusion.samplers import SamplerStep
 from ldm.imaging import captioned_grid, image_grid, save_image, tensor_to_pil, wrap_text
@@ -163,7 +162,7 @@ def make_figures(config: FiguresConfig) -> None:
         save_image(labelled_rows(rows, width=160), config.out / "prompts.png")
         return
     held_out = open_dataset(DataConfig(**pipeline.metadata["data"]), "test", seed=0)
-    images = next(image_batches(held_out, held_out.source.evenly_spaced(3)))
+    images = next(held_out.spread_images(3))
     samples = [pipeline(prompt, guidance_scale=scale, seed=seed)[0] for seed, prompt in enumerate(PROMPTS)]
     figures = {
         "samples": captioned_grid(samples, PROMPTS, columns=4),

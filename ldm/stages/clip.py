@@ -9,10 +9,10 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 
 from ldm.config import CONFIGS
-from ldm.data import Batch, DataConfig
+from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
+from ldm.data.batch_sampler import sample_batches
 from ldm.io.model_dir import write_manifest
 from ldm.rng import StepRNG
-from ldm.stages.splits import Splits, example_images
 from ldm.text.clip import CLIP, CLIPConfig, retrieval_accuracy
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Networks, Stage, Trainable
@@ -30,7 +30,8 @@ class CLIPStage(Stage):
     """Trains open_clip's own model on the images and captions of a data set."""
 
     Config, default = TrainCLIPConfig, CONFIGS / "shapes/clip.yaml"
-    data: Splits
+    data: ImageTextDataset
+    held_out: ImageTextDataset
     device: torch.device
     validation: Batch  # held-out images and captions
 
@@ -48,9 +49,9 @@ class CLIPStage(Stage):
     def build(cls, config: TrainCLIPConfig, accelerator: Accelerator) -> "CLIPStage":
         """With data; ValueError as `open_dataset` and the networks raise it."""
         stage = cls(config, rank=accelerator.process_index, world=accelerator.num_processes)
-        stage.data = Splits.open(config.data, config.seed)
-        accelerator.print(stage.data.images.describe())
-        stage.device, stage.validation = accelerator.device, stage.data.first_held_out(128)
+        stage.data, stage.held_out = open_splits(config.data, seed=config.seed)
+        accelerator.print(stage.data.describe())
+        stage.device, stage.validation = accelerator.device, next(sample_batches(stage.held_out, batch_size=128))
         return stage
 
     def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
@@ -61,7 +62,7 @@ class CLIPStage(Stage):
 
     def example_batch(self, count: int) -> Batch:
         """Random images, one caption."""
-        return example_images(self.config.data, count)
+        return self.config.data.example_batch(count)
 
     def validate(self) -> dict[str, float]:
         """Share of held-out captions whose own image is the nearest."""
@@ -78,4 +79,4 @@ class CLIPStage(Stage):
 
     def fingerprint(self) -> dict[str, Any]:
         """Data and model."""
-        return {"data": self.data.images.fingerprint(), "clip": self.config.clip.to_dict()}
+        return {"data": self.data.fingerprint(), "clip": self.config.clip.to_dict()}

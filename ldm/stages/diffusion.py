@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ldm.cli import command_to_train
 from ldm.conditioning import Conditioning
 from ldm.config import CONFIGS, check_equal, differences
-from ldm.data import Batch, DataConfig
+from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
+from ldm.data.batch_sampler import sample_batches
 from ldm.data.latents import LatentDataset
 from ldm.data.latents_in_memory import InMemoryLatents
 from ldm.diffusion.process import Diffusion, DiffusionConfig
@@ -29,7 +30,6 @@ from ldm.pipeline.denoiser import text_conditioning
 from ldm.pipeline.load import load_components, load_vae
 from ldm.rng import StepRNG, generator
 from ldm.stages.latents import find_vae, open_latents, text_fingerprint
-from ldm.stages.splits import Splits, example_images
 from ldm.text import TextConditioner, TextConfig, TextEmbeddings, load_text_encoder
 from ldm.text.tokenizer import vocabulary
 from ldm.text.tower import to_device
@@ -77,7 +77,8 @@ class DiffusionStage(Stage):
     """Trains a U-Net under a frozen VAE and frozen text towers, where there are any."""
 
     Config, default = TrainLDMConfig, CONFIGS / "shapes/ldm.yaml"
-    data: Splits
+    data: ImageTextDataset | LatentDataset | InMemoryLatents
+    held_out: ImageTextDataset | LatentDataset
     vae_sha256: str | None
 
     def __init__(
@@ -109,15 +110,9 @@ class DiffusionStage(Stage):
         stage.vae_sha256 = sha256(vae_folder / "vae.safetensors") if vae_folder else None
         if config.init_from and not config.resume:
             stage.init_unet(load_components(config.init_from), config.init_from, accelerator)
-        if config.cached_latents is None:
-            data = Splits.open(config.data, config.seed)
-            words = vocabulary(data.images.captions)
-        else:
-            data, words = open_latents(config.cached_latents, config.data, config.seed, vae_folder, text)
-        accelerator.print(data.describe())
         for module in stage.frozen.values():
             module.to(accelerator.device)
-        stage.prepare(data, words, accelerator)
+        stage.open_data(vae_folder, accelerator)
         return stage
 
     def init_unet(self, source: ModelComponents, where: Path, accelerator: Accelerator) -> None:
@@ -131,25 +126,28 @@ class DiffusionStage(Stage):
         if other:
             accelerator.print(f"{where} has {'; '.join(other)}: its U-Net has to learn that anew")
 
-    def prepare(self, data: Splits, words: list[str], accelerator: Accelerator) -> None:
-        """What validation, samples and the model folder need; encodes the images if latents are cached in memory."""
-        self.data, self.validation = data, data.first_held_out(64)
-        if isinstance(data.held_out, LatentDataset):
-            self.sample_captions = data.held_out.index.sample_captions
+    def open_data(self, vae_folder: Path | None, accelerator: Accelerator) -> None:
+        """Images or cached latents, and the pipeline that validation, samples and `save` use."""
+        config = self.config
+        if config.cached_latents is None:
+            self.data, self.held_out = open_splits(config.data, seed=config.seed)
+            words = vocabulary(self.data.captions)
         else:
-            self.sample_captions = self.validation["caption"]
-        if self.config.in_memory and self.vae:
-            if data.images.is_sharded:
+            folder, data = config.cached_latents, config.data
+            self.data, self.held_out, words = open_latents(folder, data, config.seed, vae_folder, self.text)
+        accelerator.print(self.data.describe())
+        self.validation = next(sample_batches(self.held_out))
+        if config.in_memory and self.vae:
+            if not isinstance(self.data, ImageTextDataset) or self.data.is_sharded:
                 raise ValueError(
                     "data.source: shards are too large to be cached; add --no-cache-latents, or use cache_latents.py"
                 )
             accelerator.print("caching latents with one fixed crop per image (--no-cache-latents for random crops)")
             progress = accelerator.is_main_process
-            data.train = InMemoryLatents(data.images, self.vae.encode, device=self.device, progress=progress)
-        metadata = {"data": self.config.data.to_dict(), "guidance_scale": self.config.sample_guidance_scale}
-        resolution = self.config.data.resolution
-        components = ModelComponents(self.unet, self.diffusion, self.vae, self.text, resolution, words, metadata)
-        self.pipeline = Pipeline(components)
+            self.data = InMemoryLatents(self.data, self.vae.encode, device=self.device, progress=progress)
+        metadata = {"data": config.data.to_dict(), "guidance_scale": config.sample_guidance_scale}
+        networks = (self.unet, self.diffusion, self.vae, self.text)
+        self.pipeline = Pipeline(ModelComponents(*networks, config.data.resolution, words, metadata))
 
     # Loss.
 
@@ -210,7 +208,7 @@ class DiffusionStage(Stage):
 
     def example_batch(self, count: int) -> Batch:
         """Random images, or latents where the configuration caches them."""
-        batch = example_images(self.config.data, count)
+        batch = self.config.data.example_batch(count)
         if self.vae is None or not (self.config.cache_latents or self.config.cached_latents):
             return batch
         shape = (count, *self.vae.config.latent_shape(batch.pop("image")))
@@ -236,7 +234,7 @@ class DiffusionStage(Stage):
     def sample(self) -> Image.Image:
         """A grid of sampled images with their prompts."""
         config = self.config
-        prompts = list(config.sample_prompts or self.sample_captions[:16])
+        prompts = list(config.sample_prompts or self._held_out_captions()[:16])
         images = self.pipeline.sample(
             prompts,
             range(len(prompts)),
@@ -246,13 +244,18 @@ class DiffusionStage(Stage):
         )
         return captioned_grid(tensor_to_pil(images), prompts, columns=8)
 
+    def _held_out_captions(self) -> list[str]:
+        if isinstance(self.held_out, LatentDataset):
+            return self.held_out.index.sample_captions
+        return self.validation["caption"]
+
     def save(self, folder: Path) -> None:
         """Write the whole pipeline."""
         self.pipeline.save(folder)
 
     def fingerprint(self) -> dict[str, Any]:
         """Data, model, and the frozen networks."""
-        fingerprint: dict[str, Any] = {"data": self.data.source.fingerprint(), "unet": self.config.unet.to_dict()}
+        fingerprint: dict[str, Any] = {"data": self.data.fingerprint(), "unet": self.config.unet.to_dict()}
         fingerprint |= {"diffusion": self.config.diffusion.to_dict(), "vae_sha256": self.vae_sha256}
         return fingerprint | text_fingerprint(self.text)
 

@@ -30,7 +30,6 @@ from ldm.io.atomic import write_text
 from ldm.io.model_dir import latest_model, read_text
 from ldm.io.tensors import sha256
 from ldm.pipeline.load import load_vae
-from ldm.stages.splits import Splits
 from ldm.text import TextConditioner, TextConfig, load_text_encoder
 from ldm.text.tokenizer import tokenizer_hash, vocabulary
 from ldm.training.distributed import peer_errors, process_group_timeout
@@ -151,7 +150,7 @@ def find_vae(vae: str, runs_dir: Path, command: str) -> Path:
 
 def open_latents(
     folder: Path, data: DataConfig, seed: int, vae: Path | None, text: TextConditioner | None
-) -> tuple[Splits, list[str]]:
+) -> tuple[LatentDataset, LatentDataset, list[str]]:
     """Both splits of a folder of cached latents, and the words of its captions.
 
     ValueError when it was made from other data, with another VAE or another tokenizer.
@@ -165,7 +164,7 @@ def open_latents(
     if wrong := [key for key in expected if made_from.get(key) != expected[key]]:
         differences = "; ".join(f"{key} is {made_from.get(key)}, expected {expected[key]}" for key in wrong)
         raise ValueError(f"{folder}: {differences}; run scripts/cache_latents.py for this recipe")
-    return Splits(train, test), read_text(folder / VOCABULARY_FILE).split()
+    return train, test, read_text(folder / VOCABULARY_FILE).split()
 
 
 def latents_fingerprint(data: DataConfig, seed: int, vae: Path, text: TextConditioner) -> dict[str, Any]:

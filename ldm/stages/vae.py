@@ -9,13 +9,13 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.config import CONFIGS, check_equal
-from ldm.data import Batch, DataConfig
+from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
+from ldm.data.batch_sampler import sample_batches
 from ldm.imaging import image_grid, tensor_to_pil
 from ldm.io.model_dir import write_manifest
 from ldm.io.tensors import init_weights, save_weights
 from ldm.pipeline.load import load_vae
 from ldm.rng import StepRNG
-from ldm.stages.splits import Splits, example_images
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Networks, Stage, Trainable
 from ldm.vae import VAE, VAEConfig
@@ -38,7 +38,8 @@ class VAEStage(Stage):
     """Trains a VAE and measures the statistics of its latents."""
 
     Config, default = TrainVAEConfig, CONFIGS / "shapes/vae.yaml"
-    data: Splits
+    data: ImageTextDataset
+    held_out: ImageTextDataset
     device: torch.device
     validation: Tensor  # held-out images (b, c, h, w)
 
@@ -54,15 +55,15 @@ class VAEStage(Stage):
     def build(cls, config: TrainVAEConfig, accelerator: Accelerator) -> "VAEStage":
         """With data and initial weights; ValueError as `open_dataset` and the networks raise it."""
         stage = cls(config)
-        stage.data = Splits.open(config.data, config.seed)
-        accelerator.print(stage.data.images.describe())
+        stage.data, stage.held_out = open_splits(config.data, seed=config.seed)
+        accelerator.print(stage.data.describe())
         if config.init_from and not config.resume:
             source = load_vae(config.init_from)
             check_equal(config.vae, source.config, config.init_from)
             init_weights(stage.vae, source.state_dict(), config.init_from)
         elif stage.vae.linear is not None and not config.resume:
             stage.vae.linear.init_from_pca(torch.cat(list(stage.data.spread_images(2048))))
-        stage.device, stage.validation = accelerator.device, stage.data.first_held_out(64)["image"]
+        stage.device, stage.validation = accelerator.device, next(sample_batches(stage.held_out))["image"]
         return stage
 
     def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
@@ -74,7 +75,7 @@ class VAEStage(Stage):
 
     def example_batch(self, count: int) -> Batch:
         """Random images."""
-        return example_images(self.config.data, count)
+        return self.config.data.example_batch(count)
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images (b, c, h, w) through the mean of their posterior, in [-1, 1]."""
@@ -102,4 +103,4 @@ class VAEStage(Stage):
 
     def fingerprint(self) -> dict[str, Any]:
         """Data and model."""
-        return {"data": self.data.images.fingerprint(), "vae": self.config.vae.to_dict()}
+        return {"data": self.data.fingerprint(), "vae": self.config.vae.to_dict()}

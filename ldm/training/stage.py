@@ -8,10 +8,9 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ldm.data.batch import Batch
-from ldm.data.batch_sampler import EpochBatchSampler
+from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
 from ldm.rng import StepRNG
 from ldm.training.config import TrainingConfig
 from ldm.training.optimizer import adamw
@@ -33,9 +32,11 @@ class Trainable:
 
 
 class TrainingData(Protocol):
-    """The training set as the loop sees it."""
+    """A data set as the loop sees it."""
 
-    train: Dataset[Any]  # indexed by `SampleKey`
+    def __getitem__(self, key: SampleKey) -> Any:
+        """A sample; batches of them are collated."""
+        ...
 
     def make_batch_sampler(
         self, *, seed: int, batch_size: int, start: int, grad_accum_steps: int, rank: int, world: int
@@ -48,7 +49,7 @@ class TrainingData(Protocol):
         ...
 
     def report(self) -> str:
-        """What to print at the end of a run."""
+        """What to print at the end of a run, if there is something."""
         ...
 
 
@@ -61,6 +62,7 @@ class Stage(Protocol):
     trainables: Sequence[Trainable]  # updated in this order in each step
     frozen: Mapping[str, nn.Module]
     data: TrainingData
+    held_out: TrainingData  # for `validate` and `sample`
 
     def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
         """Scalar terms of the loss of trainable `name`; "loss" is minimized.

@@ -123,7 +123,7 @@ class Trainer:
         """The micro-batches of this rank from step `start` on."""
         config = self.config
         return load_batches(
-            self.stage.data.train,
+            self.stage.data,
             self._batch_sampler(start),
             num_workers=config.num_workers,
             timeout=config.timeout,
@@ -306,4 +306,6 @@ def train(
     try:
         return fit(config, accelerator, stage)
     finally:
-        accelerator.print(stage.data.report())
+        for data in (stage.data, stage.held_out):
+            if report := data.report():
+                accelerator.print(report)
