@@ -1,6 +1,7 @@
 """Loading: the batches of one rank, each with the keys of its samples."""
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,7 +43,8 @@ def _with_short_errors(batches: Batches) -> Batches:
     try:
         yield from batches
     except ValueError as error:  # torch wraps that of a loading process in a traceback
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+        last = str(error).strip().splitlines()[-1]
+        raise ValueError(re.sub(rf"^[\w.]*{type(error).__name__}: ", "", last)) from None
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
