@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 
 from ldm.config import Config
-from ldm.data.batch import Batch
+from ldm.data.loader import Batch
 
 
 class DataConfig(Config):
