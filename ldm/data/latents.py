@@ -211,7 +211,7 @@ def read_index(folder: Path) -> LatentIndex:
 
 
 class LatentDataset(Dataset[dict[str, Any]]):
-    """The samples of a split of such a folder: see `Batch`. Captions are drawn as `ImageTextDataset` draws them."""
+    """The samples of a split of a folder: see `Batch`. Captions are drawn as `ImageTextDataset` draws them."""
 
     def __init__(self, folder: Path, split: Split, *, seed: int) -> None:
         self.folder, self.split, self.seed = folder, split, seed
@@ -230,11 +230,9 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return self.index.rows[self.split]
 
     def make_batch_sampler(self, **options: int) -> EpochBatchSampler:
-        """Which samples come when."""
         return make_batch_sampler(len(self), self.groups, **options)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the samples, which a resumed run must not change."""
         return {**self.index.fingerprint["data"], "items": self.index.fingerprint["items"][self.split]}
 
     def describe(self) -> str:

@@ -94,10 +94,7 @@ def hash_split(names: Sequence[str], split: Split) -> list[int]:
 
 
 def parse_captions(cell: Any, where: str) -> list[str]:
-    """The captions of a cell, which holds one or a list, each on one line, without empty ones. Numbers are text, too.
-
-    ValueError for what is not text.
-    """
+    """The captions in a cell, one or a list, each on one line, without empty ones. ValueError: not text or a number."""
     captions = []
     for value in cell if isinstance(cell, list) else [cell]:
         if value is None or value != value:  # a missing one, which pandas writes as NaN

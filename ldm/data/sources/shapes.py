@@ -132,9 +132,7 @@ def load_pairs(split: Split = "train", size: int = 64, *, count: int | None = No
     return _dataset(pair_scenes(split), split, size, count, seed)
 
 
-def _dataset(
-    combos: Sequence[Scene] | Sequence[PairScene], split: str, size: int, count: int, seed: int
-) -> datasets.Dataset:
+def _dataset(combos: Sequence[Scene | PairScene], split: str, size: int, count: int, seed: int) -> datasets.Dataset:
     rows = []
     for index in range(count):
         rng = np.random.Generator(np.random.PCG64(fold_seed(seed, type(combos[0]).__name__, split, index)))
