@@ -1,6 +1,6 @@
 """The data set of images and captions that every training reads: `ImageTextDataset`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from typing import Any
@@ -35,6 +35,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         self.source, self.config, self.split, self.seed = source, config, split, seed
         self.training = split == "train"
         self.reader = FallbackReader(source, config)
+        self.sync = self.reader.sync
         self.sides, self.groups = [(config.resolution, config.resolution)], None
         if config.bucket_step and self.is_sharded:
             raise ValueError("data.bucket_step: the sizes of images in shards are not known ahead; leave it at 0")
@@ -102,10 +103,6 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         squares.sides, squares.groups = [(self.config.resolution, self.config.resolution)], None
         for batch in sample_batches(squares, self.source.evenly_spaced(count), batch_size=batch_size):
             yield batch["image"]
-
-    def sync(self, gather: Callable[[list[int]], list[int]]) -> None:
-        """See `FallbackReader.sync`."""
-        self.reader.sync(gather)
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the samples, which a resumed run must not change."""

@@ -92,12 +92,8 @@ class LatentFileLayout:
 
     def files(self) -> list[tuple[str, int, Tensor]]:
         """Name, augmentation and rows, (n,) int64, of every file."""
-        spans = list(enumerate(itertools.pairwise([*self._starts, len(self._order)])))
-        return [
-            (self._name(augmentation, number), augmentation, self._order[start:end])
-            for augmentation in range(self.augmentations)
-            for number, (start, end) in spans
-        ]
+        rows = list(enumerate(self._order.tensor_split(self._starts[1:])))
+        return [(self._name(a, number), a, part) for a in range(self.augmentations) for number, part in rows]
 
     def locate(self, row: int, epoch: int) -> tuple[str, int]:
         """The name of the file that has a row in an epoch, and its row there."""
@@ -145,8 +141,7 @@ def write_latent_file(
 def _to_float16(numbers: Tensor, name: str) -> Tensor:
     halves = numbers.half().cpu()
     if not halves.isfinite().all():
-        largest = numbers.abs().max().item()
-        raise ValueError(f"{name} overflow float16 (max {largest:g}, limit 65,504): do not cache them")
+        raise ValueError(f"{name} overflow float16 (max {numbers.abs().max():g}, limit 65,504): do not cache them")
     return halves
 
 

@@ -74,9 +74,8 @@ def _with_short_errors(batches: Batches) -> Batches:
         if "DataLoader" not in str(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"DataLoader worker failed ({reason}); if out of memory lower --num-workers; restart with --resume latest"
-        ) from None
+        remedy = "if out of memory lower --num-workers; restart with --resume latest"
+        raise ValueError(f"DataLoader worker failed ({reason}); {remedy}") from None
 
 
 class KeyedBatches(Dataset[Any]):
