@@ -40,8 +40,7 @@ class ImageTextSource(ABC):
     def read(self, index: int, view: View, *, channels: int, side: int) -> Decoded:
         """What a view shows of an image, as floats, in 1 (grey) or 3 channels. ValueError: it cannot be read.
 
-        Cropping and resizing are the source's, as it knows its values: 8 bits, or more. A large image may be decoded at
-        a lower resolution, but not below twice `side`.
+        A large image may be decoded at a lower resolution, but not below twice `side`.
         """
 
     @abstractmethod
