@@ -1,6 +1,7 @@
 """The command line of all scripts: parse, run, and end with a short message where a person must change something."""
 
 import argparse
+import io
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ def command(
     """The `main(argv=None)` of a script, which reads its configuration and acts on it, or exits with a message."""
 
     def main(argv: Sequence[str] | None = None) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # shows names of files that are not UTF-8, as errors are shown
+            sys.stdout.reconfigure(errors="backslashreplace")
         config = parse_cli(cls, argv, default=default, description=str(description))
         with exit_on_user_error():
             action(config)

@@ -17,8 +17,8 @@ from ldm.data.batch_sampler import (
     evenly_spaced,
     make_batch_sampler,
     permutation,
-    sample_batches,
 )
+from ldm.data.loader import sample_batches
 
 
 class Echo(Dataset):

@@ -192,7 +192,7 @@ def test_each_row_is_where_the_layout_says(groups: torch.Tensor | None) -> None:
 
 def test_steps_that_no_network_divides_by_are_refused(runs: Path, photos: Path, tmp_path: Path) -> None:
     for stage, step, message in (
-        ("vae", "2", "data.bucket_step 2 .*multiple of 4"),
+        ("vae", "2", "data.bucket_step 2: .*multiple of the networks' factor 4"),
         ("clip", "8", "data.bucket_step: .*squares; leave it at 0"),
         ("vae", "12", "data.resolution 16 .*multiple of data.bucket_step 12"),
     ):

@@ -8,7 +8,7 @@ from pathlib import Path
 import check_data
 import numpy as np
 import pytest
-from helpers import encoded
+from helpers import encoded, train
 from PIL import Image
 
 from ldm.data.inspect import difference_hash, inspect_image
@@ -64,6 +64,28 @@ def test_a_quarantine_is_filled_when_asked_for(
     assert (tmp_path / "bad/sub/broken.png").exists() and not (folder / "sub/broken.png").exists()
     assert len(list(folder.rglob("*.png"))) == 10
     assert re.search("metadata.csv may still name them: remove their lines", capsys.readouterr().out)
+
+
+def test_names_of_another_encoding_are_shown_with_escapes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the report, in what a training prints, and in errors."""
+    try:
+        (folder / "sub/broken.png").rename(folder / "caf\udce9.png")
+    except OSError:
+        pytest.skip("this file system takes Unicode alone")
+    photo(1).save(folder / "caf\udce9.tif")
+    photo(2).save(folder / "zoo\udce9.png")  # like 02.png
+    check_data.main([str(folder)])
+    report = capsys.readouterr().out
+    assert "JPEG or WEBP: caf\\udce9.tif" in report and "caf\\udce9.png: not a PNG" in report
+    assert "02.png = zoo\\udce9.png" in report
+    train("vae", tmp_path / "vae", "--data.source", str(folder), "--data.max-unreadable", "1")
+    assert "replaced by others:\ncaf\\udce9.png: not a PNG" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="caf.*data.max-unreadable"):
+        train("vae", tmp_path / "vae", "--data.source", str(folder))
+    check_data.main([str(folder), "--quarantine", str(tmp_path / "bad")])
+    assert (tmp_path / "bad/caf\udce9.png").exists()
 
 
 def test_a_folder_must_be_passed() -> None:

@@ -332,8 +332,8 @@ def test_no_cell_of_a_table_opens_a_file_elsewhere(tables: Path, cell: dict[str,
         ([b"x", b"y"], None, "row 0: the caption b'x' is not text; write text, or a list of texts"),
         ([[["x"]], [["y"]]], None, "row 0: the caption ['x'] is not text"),
         (pyarrow.array([2**62, 1], pyarrow.timestamp("us")), None, "column text is not text; write text, or lists"),
-        (["x", "y"], {"text": {"_type": "None"}}, "not a parquet file, or a damaged or empty one"),
-        (["x", "y"], [1], "not a parquet file, or a damaged or empty one"),
+        (["x", "y"], {"text": {"_type": "None"}}, "not a parquet file, or damaged or empty"),
+        (["x", "y"], [1], "not a parquet file, or damaged or empty"),
     ],
 )
 def test_captions_of_a_table_that_are_none(tables: Path, text: Any, features: Any, want: str) -> None:

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": BASE - {"conditioning"} | {"cli", "data", "diffusion", "pipeline", "planning", "vae"},
 }
 # Of data, the loop sees what a batch is, and the order and the loading of samples: it knows no data set and no model.
-OF_DATA_IN_TRAINING = {"ldm.data.batch", "ldm.data.batch_sampler", "ldm.data.loader"}
+OF_DATA_IN_TRAINING = {"ldm.data.batch_sampler", "ldm.data.loader"}
 
 
 def imports(path: Path) -> set[str]:

@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
+from ldm.data.sources.shard import ShardReadError
 from ldm.io.tensors import save_weights
 from ldm.rng import StepRNG
 from ldm.training import checkpoint, distributed
@@ -214,6 +215,17 @@ def test_a_loading_process_that_dies_is_reported(tmp_path: Path) -> None:
         ValueError, match=r"DataLoader worker failed \(DataLoader worker .*lower --num-workers; restart"
     ):
         toy(toy_config(tmp_path, num_workers=1), data=Dying())
+
+
+class Refusing(ToyData):
+    def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
+        raise ShardReadError("a.tar cannot be read (ValueError: cut off)")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_a_loading_process_is_that_of_the_data(tmp_path: Path, num_workers: int) -> None:
+    with pytest.raises(ValueError, match=r"^a\.tar cannot be read \(ValueError: cut off\)$"):
+        toy(toy_config(tmp_path, num_workers=num_workers), data=Refusing())
 
 
 def test_data_that_never_comes_is_reported(tmp_path: Path) -> None:

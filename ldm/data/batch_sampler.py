@@ -5,14 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from ldm import rng
-from ldm.data.batch import Batch, collate
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +37,6 @@ def row_order(size: int, seed: int, epoch: int, file: int) -> Tensor:
 def evenly_spaced(count: int, total: int) -> list[int]:
     """`count` of the numbers below `total`, or all of them if there are no more."""
     return [i * total // min(count, total) for i in range(min(count, total))]
-
-
-def sample_batches(
-    dataset: Dataset[Any], indices: Sequence[int] | None = None, *, epoch: int = 0, batch_size: int = 64
-) -> Iterator[Batch]:
-    """The samples of a data set in an epoch, all or those at `indices`, in collated batches."""
-    indices = range(len(dataset)) if indices is None else indices  # type: ignore[arg-type]
-    for first in range(0, len(indices), batch_size):
-        yield collate([dataset[SampleKey(i, epoch, i)] for i in indices[first : first + batch_size]])
 
 
 @dataclass(eq=False)

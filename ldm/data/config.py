@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 
 from ldm.config import Config
-from ldm.data.batch import Batch
+from ldm.data.loader import Batch
 
 
 class DataConfig(Config):
@@ -35,9 +35,7 @@ class DataConfig(Config):
     def check_buckets(self, factor: int) -> None:
         """ValueError unless networks that divide each side by `factor` accept all buckets."""
         if self.bucket_step % factor:
-            raise ValueError(
-                f"data.bucket_step {self.bucket_step} is not a multiple of {factor}, by which the networks divide sides"
-            )
+            raise ValueError(f"data.bucket_step {self.bucket_step}: choose a multiple of the networks' factor {factor}")
 
     def check_channels(self, expected: int) -> None:
         """ValueError unless images have the channels that a VAE expects."""

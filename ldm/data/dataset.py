@@ -1,6 +1,6 @@
 """The data set of images and captions that every training reads: `ImageTextDataset`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from typing import Any
@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm import rng
-from ldm.data.batch_sampler import EpochBatchSampler, SampleKey, ShardedBatchSampler, make_batch_sampler, sample_batches
+from ldm.data.batch_sampler import EpochBatchSampler, SampleKey, ShardedBatchSampler, make_batch_sampler
 from ldm.data.buckets import assign_buckets, bucket_resolutions
 from ldm.data.config import DataConfig
 from ldm.data.failures import FallbackReader
+from ldm.data.loader import sample_batches
 from ldm.data.sources.base import ImageTextSource, Split, check_split
 from ldm.data.sources.emoji import open_emoji
 from ldm.data.sources.folder import open_images
@@ -34,6 +35,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         self.source, self.config, self.split, self.seed = source, config, split, seed
         self.training = split == "train"
         self.reader = FallbackReader(source, config)
+        self.sync = self.reader.sync
         self.sides, self.groups = [(config.resolution, config.resolution)], None
         if config.bucket_step and self.is_sharded:
             raise ValueError("data.bucket_step: the sizes of images in shards are not known ahead; leave it at 0")
@@ -102,10 +104,6 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         for batch in sample_batches(squares, self.source.evenly_spaced(count), batch_size=batch_size):
             yield batch["image"]
 
-    def sync(self, gather: Callable[[list[int]], list[int]]) -> None:
-        """See `FallbackReader.sync`."""
-        self.reader.sync(gather)
-
     def fingerprint(self) -> dict[str, Any]:
         """What decides the samples, which a resumed run must not change."""
         return {**self.config.fingerprint(), "items": self.source.fingerprint()}
@@ -132,7 +130,7 @@ def open_dataset(config: DataConfig, split: Split, *, seed: int) -> ImageTextDat
     ValueError: the source is missing, empty, unreadable or has nothing for this split.
     """
     check_split(split)
-    source = _open_source(config, split)
+    source = open_source(config, split)
     if not len(source.names):
         raise ValueError(f"{config.source}: one image alone leaves none for the test split; add at least one more")
     return ImageTextDataset(source, config, split, seed=seed)
@@ -143,15 +141,13 @@ def open_splits(config: DataConfig, *, seed: int) -> tuple[ImageTextDataset, Ima
     return open_dataset(config, "train", seed=seed), open_dataset(config, "test", seed=seed)
 
 
-def _open_source(config: DataConfig, split: Split) -> ImageTextSource:
+def open_source(config: DataConfig, split: Split) -> ImageTextSource:
+    """One split of what `data.source` names. ValueError as in `open_dataset`."""
     size, channels = config.resolution, config.channels
     if config.source in ("shapes", "pairs"):
         return open_shapes(split, size=size, channels=channels, pairs=config.source == "pairs")
     if config.source == "emoji":
         return open_emoji(split, size=size, channels=channels, font=config.emoji_font)
-    return open_user_data(config.source, split, streams=config.shard_streams)
-
-
-def open_user_data(source: str, split: Split, *, streams: int) -> ImageTextSource:
-    """One split of a person's own data: images, a table of them, or shards. ValueError as in `open_dataset`."""
-    return open_shards(source, split, streams=streams) if is_sharded(source) else open_images(source, split)
+    if is_sharded(config.source):
+        return open_shards(config.source, split, streams=config.shard_streams)
+    return open_images(config.source, split)

@@ -41,10 +41,7 @@ class FallbackReader:
         return next(self._candidates(index), index)
 
     def unreadable(self, limit: int | None = None) -> list[str]:
-        """`name: error` of every image that could not be read so far, by this process or its loading processes.
-
-        The name alone of one that would have to be downloaded again.
-        """
+        """`name: error` of every image that could not be read so far; no error where it must be downloaded again."""
         lines = []
         for index in self._indices()[:limit]:
             lines.append(self.source.names[index])
@@ -54,10 +51,7 @@ class FallbackReader:
         return lines
 
     def sync(self, gather: Callable[[list[int]], list[int]]) -> None:
-        """Exchange with all ranks what could not be read; `gather` concatenates the lists of all of them.
-
-        ValueError, on every rank, when that is more than the configuration allows.
-        """
+        """Exchange what could not be read; `gather` joins lists of all ranks. ValueError on all of them: too many."""
         new = gather(sorted(set(self._indices()) - self._synced))
         self._synced |= set(new)
         self._unreadable[new] = True

@@ -16,7 +16,7 @@ from tyro.conf import Positional
 
 from ldm.cli import ScriptConfig
 from ldm.data.config import DataConfig
-from ldm.data.dataset import open_user_data
+from ldm.data.dataset import open_source
 from ldm.data.sources.base import ImageTextSource, Split
 from ldm.data.sources.folder import find_metadata
 from ldm.data.transforms import Sides, View
@@ -29,7 +29,7 @@ class CheckDataConfig(ScriptConfig):
     """Settings of check_data."""
 
     source: Positional[str] = ""
-    """folder, parquet file, hub id or shards, as in data.source"""
+    """as data.source: a folder, a parquet file, the id of a hub data set, or shards"""
     size: int = Field(256, ge=8)
     """resolution of the training that is planned"""
     max_tokens: int = Field(77, ge=3)
@@ -48,8 +48,8 @@ def check_data(config: CheckDataConfig, count_tokens: Callable[[str], int]) -> I
     """Inspect all images of both splits: the lines of the report. Writes the sheet and moves files as configured."""
     if not config.source:
         raise ValueError("no images: pass a folder, as in `python scripts/check_data.py my_photos`")
-    streams = DataConfig().shard_streams
-    train, test = (open_user_data(config.source, split, streams=streams) for split in get_args(Split))
+    data = DataConfig(source=config.source)
+    train, test = (open_source(data, split) for split in get_args(Split))
     yield train.description
     items = [(source, index) for source in (train, test) for index in range(len(source.names))]
     enough = range(2 * config.sheet_images)  # to find that many readable ones

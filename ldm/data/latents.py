@@ -1,4 +1,4 @@
-"""Latents and token ids computed once, in files of a fixed number of rows that are read from the disk row by row.
+"""Latents computed once: in memory, or with token ids in files that are read from the disk row by row.
 
 A folder holds index.json, vocab.txt and SPLIT-AUGMENTATION-NUMBER.safetensors. An augmentation is one crop and flip of
 every image: augmentation a of n is what epochs a, a + n, ... would have cropped. A file's metadata name it and what it
@@ -21,11 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from ldm import rng
 from ldm.config import Config
-from ldm.data.batch_sampler import EpochBatchSampler, SampleKey, make_batch_sampler, sample_batches
+from ldm.data.batch_sampler import EpochBatchSampler, SampleKey, make_batch_sampler
 from ldm.data.dataset import ImageTextDataset
+from ldm.data.loader import sample_batches
 from ldm.data.sources.base import Split
 from ldm.io.atomic import write_tensors
 from ldm.io.tensors import sha256
@@ -37,7 +39,24 @@ MAX_OPEN_FILES = 64  # by each process
 ENCODE_BATCH_SIZE = 64  # images, or captions, that are encoded at a time
 MIN_STD = 1e-7  # of a latent: one that float16 made 0 has a logarithm
 REMEDY = "run scripts/cache_latents.py again, which keeps valid files"
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # (b, c, height, width) to mean and log-variance (b, c, h, w)
+
+
+class InMemoryLatents(Dataset[dict[str, Any]]):
+    """The samples of a data set with the mean and log-variance of their latents in place of the image: see `Batch`."""
+
+    def __init__(self, data: ImageTextDataset, encode: Encode, *, device: torch.device, progress: bool) -> None:
+        parts = []
+        with torch.no_grad():
+            for batch in tqdm(sample_batches(data), desc="latents", unit="batch", disable=not progress):
+                mean, logvar = encode(batch["image"].to(device))
+                parts.append({"mean": mean.cpu(), "logvar": logvar.cpu(), "sizes": batch["sizes"]})
+        self.data, self.columns = data, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self.make_batch_sampler, self.fingerprint = data.make_batch_sampler, data.fingerprint
+        self.sync, self.report = data.sync, data.report
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        return {name: column[key.index] for name, column in self.columns.items()} | {"caption": self.data.caption(key)}
 
 
 class LatentIndex(Config):
@@ -61,26 +80,20 @@ def content_key(fingerprint: dict[str, Any], images_per_file: int) -> str:
 
 
 class LatentFileLayout:
-    """Which rows of a split are in which file: in their order, `images_per_file` in each, and no two groups in one."""
+    """Which rows of a split are in which file: in their order, `size` in each, and no two groups in one."""
 
-    def __init__(
-        self, split: Split, rows: int, images_per_file: int, *, augmentations: int, groups: Tensor | None
-    ) -> None:
+    def __init__(self, split: Split, rows: int, size: int, *, augmentations: int, groups: Tensor | None) -> None:
         self.split, self.augmentations = split, augmentations if split == "train" else 1
         self._order = torch.arange(rows) if groups is None else groups.argsort(stable=True)
         self._position = torch.empty_like(self._order)  # of each row in that order
         self._position[self._order] = torch.arange(rows)
         ends = list(itertools.accumulate([rows] if groups is None else groups.bincount().tolist(), initial=0))
-        self._starts = [i for start, end in itertools.pairwise(ends) for i in range(start, end, images_per_file)]
+        self._starts = [i for start, end in itertools.pairwise(ends) for i in range(start, end, size)]
 
     def files(self) -> list[tuple[str, int, Tensor]]:
         """Name, augmentation and rows, (n,) int64, of every file."""
-        spans = list(enumerate(itertools.pairwise([*self._starts, len(self._order)])))
-        return [
-            (self._name(augmentation, number), augmentation, self._order[start:end])
-            for augmentation in range(self.augmentations)
-            for number, (start, end) in spans
-        ]
+        rows = list(enumerate(self._order.tensor_split(self._starts[1:])))
+        return [(self._name(a, number), a, part) for a in range(self.augmentations) for number, part in rows]
 
     def locate(self, row: int, epoch: int) -> tuple[str, int]:
         """The name of the file that has a row in an epoch, and its row there."""
@@ -100,13 +113,12 @@ def write_latent_file(
     *,
     encode: Encode,
     tokenize: Callable[[list[str]], Tensor],
-    encode_text: Encode | None,
+    encode_text: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
     key: str,
 ) -> None:
     """Encode the images at some rows, (n,) int64, and their captions, and write them; `key` is `content_key`.
 
-    `encode` maps images (b, c, height, width) to mean and log-variance of their latents, `tokenize` captions to ids
-    (b, n), `encode_text` ids to hidden states and pooled vectors. ValueError: numbers beyond float16.
+    `tokenize` maps captions to ids (b, n), `encode_text` these to `TEXT_COLUMNS`. ValueError: numbers beyond float16.
     """
     columns: dict[str, list[Tensor]] = {"mean": [], "deviation": [], "sizes": []}
     for batch in sample_batches(data, rows.tolist(), epoch=augmentation, batch_size=ENCODE_BATCH_SIZE):
@@ -129,8 +141,7 @@ def write_latent_file(
 def _to_float16(numbers: Tensor, name: str) -> Tensor:
     halves = numbers.half().cpu()
     if not halves.isfinite().all():
-        largest = numbers.abs().max().item()
-        raise ValueError(f"{name} overflow float16 (max {largest:g}, limit 65,504): do not cache them")
+        raise ValueError(f"{name} overflow float16 (max {numbers.abs().max():g}, limit 65,504): do not cache them")
     return halves
 
 
@@ -157,7 +168,7 @@ def is_valid(path: Path, key: str) -> bool:
 
 
 def save_groups(folder: Path, groups: Tensor | None) -> str | None:
-    """Write the group of each row of the train split, where there are groups; returns the hash of the file."""
+    """Write the group of each training row, where there are groups; returns the hash of the file."""
     if groups is None:
         return None
     write_tensors(folder / BUCKETS_FILE, {"groups": groups.short()})
@@ -184,49 +195,39 @@ def read_index(folder: Path) -> LatentIndex:
     """ValueError when the folder is unfinished, damaged, or of another version."""
     path = folder / INDEX_FILE
     if not path.is_file():
-        raise ValueError(
-            f"{folder} holds no finished latents (no {INDEX_FILE}): make them with scripts/cache_latents.py"
-        )
+        raise ValueError(f"{folder} holds no finished latents (no {INDEX_FILE}): run scripts/cache_latents.py")
     try:
         values = dict(json.loads(path.read_text()))
     except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged: {REMEDY}") from None
-    if values.get("format") != LATENTS_FORMAT:
-        version = values.get("format")
+    if (version := values.get("format")) != LATENTS_FORMAT:
         raise ValueError(f"{folder} holds {version}, expected {LATENTS_FORMAT}: run scripts/cache_latents.py again")
     return LatentIndex.from_dict(values, source=str(path))
 
 
 class LatentDataset(Dataset[dict[str, Any]]):
-    """The samples of a split with mean and log-variance of their latents and the token ids of a caption: see `Batch`.
-
-    Where text embeddings were cached they are there, too. Captions are drawn as `ImageTextDataset` draws them, so a run
-    with the cache takes the captions of one without.
-    """
+    """The samples of a split of a folder: see `Batch`. Captions are drawn as `ImageTextDataset` draws them."""
 
     def __init__(self, folder: Path, split: Split, *, seed: int) -> None:
         self.folder, self.split, self.seed = folder, split, seed
         self.index = read_index(folder)
         self.key = content_key(self.index.fingerprint, self.index.images_per_file)
-        self.groups = self._read_groups() if split == "train" and self.index.groups_sha256 else None
+        self.groups = None
+        if split == "train" and self.index.groups_sha256:
+            path = folder / BUCKETS_FILE
+            if not path.is_file() or sha256(path) != self.index.groups_sha256:
+                raise ValueError(f"{path} is missing or damaged: {REMEDY}")
+            self.groups = load_file(path)["groups"].long()
         rows, size, augmentations = self.index.rows[split], self.index.images_per_file, self.index.augmentations
         self._layout = LatentFileLayout(split, rows, size, augmentations=augmentations, groups=self.groups)
-
-    def _read_groups(self) -> Tensor:
-        path = self.folder / BUCKETS_FILE
-        if not path.is_file() or sha256(path) != self.index.groups_sha256:
-            raise ValueError(f"{path} is missing or damaged: {REMEDY}")
-        return load_file(path)["groups"].long()
 
     def __len__(self) -> int:
         return self.index.rows[self.split]
 
     def make_batch_sampler(self, **options: int) -> EpochBatchSampler:
-        """Which samples come when."""
         return make_batch_sampler(len(self), self.groups, **options)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the samples, which a resumed run must not change."""
         return {**self.index.fingerprint["data"], "items": self.index.fingerprint["items"][self.split]}
 
     def describe(self) -> str:

@@ -11,10 +11,7 @@ Sides = tuple[int, int]  # height and width, in pixels
 
 
 class View(NamedTuple):
-    """What a sample shows of an image, whatever that image's size: its largest crop of some shape, resized.
-
-    `ImageTextDataset` draws it for training.
-    """
+    """What a sample shows of an image, whatever that image's size: its largest crop of some shape, resized."""
 
     sides: Sides  # of the sample
     offset: int | None = None  # of the crop, along the side that is too long, modulo the positions; None: the centre

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.config import CONFIGS
 from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
-from ldm.data.batch_sampler import sample_batches
+from ldm.data.loader import sample_batches
 from ldm.io.model_dir import write_manifest
 from ldm.rng import StepRNG
 from ldm.text.clip import CLIP, CLIPConfig, retrieval_accuracy

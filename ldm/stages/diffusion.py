@@ -19,9 +19,8 @@ from ldm.cli import command_to_train
 from ldm.conditioning import Conditioning
 from ldm.config import CONFIGS, check_equal, differences
 from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
-from ldm.data.batch_sampler import sample_batches
-from ldm.data.latents import LatentDataset
-from ldm.data.latents_in_memory import InMemoryLatents
+from ldm.data.latents import InMemoryLatents, LatentDataset
+from ldm.data.loader import sample_batches
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.imaging import captioned_grid, tensor_to_pil
 from ldm.io.tensors import init_weights, sha256

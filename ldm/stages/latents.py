@@ -108,7 +108,7 @@ class LatentWriter:
                 key=key,
             )
         accelerator.wait_for_everyone()
-        self.sets["train"].reader.sync(gather_object)
+        self.sets["train"].sync(gather_object)
         if accelerator.is_main_process:
             self._write_index()
             size = sum((config.out / name).stat().st_size for _, name, _, _ in files)

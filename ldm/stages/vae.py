@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.config import CONFIGS, check_equal
 from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
-from ldm.data.batch_sampler import sample_batches
+from ldm.data.loader import sample_batches
 from ldm.imaging import image_grid, tensor_to_pil
 from ldm.io.model_dir import write_manifest
 from ldm.io.tensors import init_weights, save_weights

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.data.batch import Batch
 from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
+from ldm.data.loader import Batch
 from ldm.rng import StepRNG
 from ldm.training.config import TrainingConfig
 from ldm.training.optimizer import adamw

@@ -40,8 +40,7 @@ class ImageTextSource(ABC):
     def read(self, index: int, view: View, *, channels: int, side: int) -> Decoded:
         """What a view shows of an image, as floats, in 1 (grey) or 3 channels. ValueError: it cannot be read.
 
-        Cropping and resizing are the source's, as it knows its values: 8 bits, or more. A large image may be decoded at
-        a lower resolution, but not below twice `side`.
+        A large image may be decoded at a lower resolution, but not below twice `side`.
         """
 
     @abstractmethod
@@ -94,10 +93,7 @@ def hash_split(names: Sequence[str], split: Split) -> list[int]:
 
 
 def parse_captions(cell: Any, where: str) -> list[str]:
-    """The captions of a cell, which holds one or a list, each on one line, without empty ones. Numbers are text, too.
-
-    ValueError for what is not text.
-    """
+    """The captions in a cell, one or a list, each on one line, without empty ones. ValueError: not text or a number."""
     captions = []
     for value in cell if isinstance(cell, list) else [cell]:
         if value is None or value != value:  # a missing one, which pandas writes as NaN

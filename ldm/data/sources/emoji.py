@@ -9,7 +9,7 @@ import emoji
 from PIL import Image, ImageDraw, ImageFont, features
 
 from ldm.data.sources.base import Split, hash_split
-from ldm.data.sources.encoded import EncodedSource, drawn_source, png_cell
+from ldm.data.sources.encoded import EncodedSource, drawn_images, png_cell
 
 FONT_NAMES = re.compile(r"NotoColorEmoji.*\.ttf|Apple Color Emoji\.ttc|seguiemj\.ttf")
 FONT_PIXEL_SIZES = (160, 109)  # of the largest bitmaps of Apple's font and of Noto's
@@ -22,8 +22,12 @@ def open_emoji(split: Split, *, size: int, channels: int, font: Path | None) -> 
     font = font or find_font()
     rows = load(split, size, font=font)
     limits = "" if features.check("raqm") else ", without flags and other joined ones, as Pillow has no libraqm"
-    description = f"emoji: drawn with {font}{limits}"
-    return drawn_source(rows, rows["emoji"][:], rows["captions"][:], description, size=size, channels=channels)
+    return EncodedSource(
+        names=rows["emoji"][:],
+        images=drawn_images(rows, size=size, channels=channels),
+        captions=rows["captions"][:],
+        description=f"emoji: drawn with {font}{limits}",
+    )
 
 
 def find_font() -> Path:
@@ -88,11 +92,9 @@ def drawable(path: Path, split: Split) -> Iterator[tuple[str, Image.Image]]:
 
 
 def load(split: Split = "train", size: int = 64, *, font: Path | None = None) -> datasets.Dataset:
-    """All emoji of a split as a `datasets.Dataset`: image (size x size, on white), caption, captions and emoji.
+    """All emoji that the font has of a split, as a `datasets.Dataset`. ValueError: no colour-emoji font, no such split.
 
-    `caption` is the name, `captions` are the name and others, `emoji` the characters. How many there are depends on
-    the font.
-    ValueError: no colour-emoji font, an unknown split.
+    `image` is on white, `caption` the name, `captions` are the name and others, `emoji` is the characters.
     """
     rows = [
         {

@@ -40,17 +40,8 @@ def png_cell(image: Image.Image) -> dict[str, bytes | None]:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def drawn_source(
-    rows: datasets.Dataset,
-    names: Sequence[str],
-    captions: Sequence[Sequence[str]],
-    description: str,
-    *,
-    size: int,
-    channels: int,
-) -> EncodedSource:
-    """A set that is drawn here: images of `size` pixels in memory, decoded once for all where there is enough of it."""
+def drawn_images(rows: datasets.Dataset, *, size: int, channels: int) -> Sequence[Encoded | Image.Image]:
+    """The images, of `size` pixels, of a set that is drawn here: decoded once for all where memory is enough for it."""
     encoded: list[Encoded] = [cell["bytes"] for cell in rows.data.column("image").to_pylist()]
     fits = len(encoded) * channels * size**2 <= DECODED_CACHE_BYTES
-    images = [decode_image(data, channels=channels) for data in encoded] if fits else encoded
-    return EncodedSource(names=names, images=images, captions=captions, description=description)
+    return [decode_image(data, channels=channels) for data in encoded] if fits else encoded

@@ -20,10 +20,7 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def open_images(source: str, split: Split) -> EncodedSource:
-    """One split of a folder, a parquet file or a hub data set.
-
-    ValueError: nothing there, no image, captions of files that are missing.
-    """
+    """One split of a folder, a parquet file or a hub data set. ValueError: no image, captions of missing files."""
     path = Path(os.path.expanduser(source))  # which leaves an unknown user as it is
     if path.is_dir():
         has_splits = (path / "train").is_dir() and (path / "test").is_dir() and find_metadata(path) is None
@@ -117,9 +114,8 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
         try:
             return list(rows)
         except csv.Error as error:
-            raise ValueError(
-                f"{path}: line {rows.reader.line_num} is not CSV ({error}); is a quote left open there?"
-            ) from None
+            where = f"{path}: line {rows.reader.line_num}"
+            raise ValueError(f"{where} is not CSV ({error}); is a quote left open there?") from None
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError):

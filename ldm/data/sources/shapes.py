@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.data.sources.base import Split, check_split
-from ldm.data.sources.encoded import EncodedSource, drawn_source, png_cell
+from ldm.data.sources.encoded import EncodedSource, drawn_images, png_cell
 from ldm.rng import fold_seed
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -110,10 +110,12 @@ def _split(name: str, combos: list, split: Split) -> tuple:
 def open_shapes(split: Split, *, size: int, channels: int, pairs: bool = False) -> EncodedSource:
     """One split of the `shapes` or the `pairs` set, of images of `size` pixels."""
     rows = load_pairs(split, size) if pairs else load(split, size)
-    names = [f"row {index}" for index in range(len(rows))]
-    description = "pairs: scenes of two objects" if pairs else "shapes: procedural scenes"
-    texts = [[caption] for caption in rows["caption"]]
-    return drawn_source(rows, names, texts, description, size=size, channels=channels)
+    return EncodedSource(
+        names=[f"row {index}" for index in range(len(rows))],
+        images=drawn_images(rows, size=size, channels=channels),
+        captions=[[caption] for caption in rows["caption"]],
+        description="pairs: scenes of two objects" if pairs else "shapes: procedural scenes",
+    )
 
 
 def load(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> datasets.Dataset:
@@ -130,9 +132,7 @@ def load_pairs(split: Split = "train", size: int = 64, *, count: int | None = No
     return _dataset(pair_scenes(split), split, size, count, seed)
 
 
-def _dataset(
-    combos: Sequence[Scene] | Sequence[PairScene], split: str, size: int, count: int, seed: int
-) -> datasets.Dataset:
+def _dataset(combos: Sequence[Scene | PairScene], split: str, size: int, count: int, seed: int) -> datasets.Dataset:
     rows = []
     for index in range(count):
         rng = np.random.Generator(np.random.PCG64(fold_seed(seed, type(combos[0]).__name__, split, index)))

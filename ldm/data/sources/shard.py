@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import datasets
@@ -115,12 +115,11 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
 
 def _captions(sample: dict[str, Any]) -> list[str]:
     """The captions of a sample: of a text file or a column, or else of the JSON."""
-    values: Any = sample
-    names: Sequence[str] = CAPTION_ENDINGS
     try:
-        if not any(name in sample for name in names):
-            values, names = json.loads(sample.get("json", b"{}")), CAPTION_COLUMNS
-        cell = next((values[name] for name in names if name in values), None)
+        cell = next((sample[name] for name in CAPTION_ENDINGS if name in sample), None)
+        if cell is None:
+            values = json.loads(sample.get("json", b"{}"))
+            cell = next((values[name] for name in CAPTION_COLUMNS if name in values), None)
         cell = cell.decode("utf-8-sig") if isinstance(cell, bytes) else cell
     except (ValueError, TypeError, RecursionError):
         raise ValueError("its caption is not UTF-8, or not JSON") from None

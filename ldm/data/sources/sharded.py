@@ -92,9 +92,7 @@ def open_shards(source: str, split: Split, *, streams: int) -> ShardedSource:
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "shards" / short_hash(source)
     ranges = _ranges_of_split(shards, count_rows(shards, folder), split)
     if not ranges:
-        raise ValueError(
-            f"data.source {source}: no row is left for the {split} split; write larger shards, or name one test"
-        )
+        raise ValueError(f"data.source {source}: no rows for the {split} split; write larger shards, or name one test")
     cache = ShardCache(ranges, folder, max_files=CACHED_SHARDS_PER_STREAM * streams)
     return ShardedSource(
         names=ShardColumn(cache, "name"),

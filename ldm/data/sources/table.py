@@ -17,9 +17,7 @@ def open_parquet(path: Path, split: Split) -> EncodedSource:
     try:
         rows = datasets.Dataset.from_parquet(str(path))
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError, TypeError, LookupError):
-        raise ValueError(
-            f"{path}: not a parquet file, or a damaged or empty one; choose another --data.source"
-        ) from None
+        raise ValueError(f"{path}: not a parquet file, or damaged or empty; choose another --data.source") from None
     return _open_table(rows, str(path), [path.parent], split)
 
 
