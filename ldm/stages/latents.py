@@ -12,19 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.cli import ScriptConfig
-from ldm.data import DataConfig, open_dataset
+from ldm.data import DataConfig, latents, open_dataset
 from ldm.data.batch_sampler import SampleKey
-from ldm.data.latents import (
-    INDEX_FILE,
-    VOCABULARY_FILE,
-    LatentDataset,
-    LatentFileLayout,
-    LatentIndex,
-    content_key,
-    is_valid,
-    save_groups,
-    write_latent_file,
-)
 from ldm.data.sources.shapes import Split
 from ldm.io.atomic import write_text
 from ldm.io.model_dir import latest_model, read_text
@@ -89,15 +78,15 @@ class LatentWriter:
         """Write the missing files, then the index."""
         config, accelerator = self.config, self.accelerator
         accelerator.print(self.sets["train"].describe())
-        key = content_key(self.fingerprint, config.images_per_file)
+        key = latents.content_key(self.fingerprint, config.images_per_file)
         config.out.mkdir(parents=True, exist_ok=True)
         files = [(split, *file) for split in SPLITS for file in self._files(split)]
-        missing = [file for file in files if not is_valid(config.out / file[1], key)]
+        missing = [file for file in files if not latents.is_valid(config.out / file[1], key)]
         accelerator.wait_for_everyone()  # all have seen the same files
         accelerator.print(f"{len(files) - len(missing)} of {len(files)} files are there")
         share = missing[accelerator.process_index :: accelerator.num_processes]
         for split, name, augmentation, rows in tqdm(share, unit="file", disable=not accelerator.is_main_process):
-            write_latent_file(
+            latents.write_latent_file(
                 config.out / name,
                 self.sets[split],
                 augmentation,
@@ -119,7 +108,7 @@ class LatentWriter:
 
     def _files(self, split: Split) -> list[Any]:
         data, size, augmentations = self.sets[split], self.config.images_per_file, self.config.augmentations_per_image
-        return LatentFileLayout(split, len(data), size, augmentations=augmentations, groups=data.groups).files()
+        return latents.LatentFileLayout(split, len(data), size, augmentations=augmentations, groups=data.groups).files()
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,16 +116,16 @@ class LatentWriter:
 
     def _write_index(self) -> None:
         config, train, test = self.config, self.sets["train"], self.sets["test"]
-        index = LatentIndex(
+        index = latents.LatentIndex(
             fingerprint=self.fingerprint,
             images_per_file=config.images_per_file,
             augmentations=config.augmentations_per_image,
             rows={split: len(self.sets[split]) for split in SPLITS},
-            groups_sha256=save_groups(config.out, train.groups),
+            groups_sha256=latents.save_groups(config.out, train.groups),
             sample_captions=[test.caption(SampleKey(i, 0, i)) for i in range(min(SAMPLE_CAPTIONS, len(test)))],
         )
-        write_text(config.out / VOCABULARY_FILE, "\n".join(vocabulary(train.captions)))
-        write_text(config.out / INDEX_FILE, json.dumps(index.to_dict()))
+        write_text(config.out / latents.VOCABULARY_FILE, "\n".join(vocabulary(train.captions)))
+        write_text(config.out / latents.INDEX_FILE, json.dumps(index.to_dict()))
 
 
 def find_vae(vae: str, runs_dir: Path, command: str) -> Path:
@@ -150,21 +139,21 @@ def find_vae(vae: str, runs_dir: Path, command: str) -> Path:
 
 def open_latents(
     folder: Path, data: DataConfig, seed: int, vae: Path | None, text: TextConditioner | None
-) -> tuple[LatentDataset, LatentDataset, list[str]]:
+) -> tuple[latents.LatentDataset, latents.LatentDataset, list[str]]:
     """Both splits of a folder of cached latents, and the words of its captions.
 
     ValueError when it was made from other data, with another VAE or another tokenizer.
     """
     if vae is None or text is None:
         raise ValueError("cached_latents: they were made with a VAE and a text tower; leave out `none` for both")
-    train, test = (LatentDataset(folder, split, seed=seed) for split in SPLITS)
+    train, test = (latents.LatentDataset(folder, split, seed=seed) for split in SPLITS)
     made_from = train.index.fingerprint
     expected = latents_fingerprint(data, seed, vae, text)
     expected |= text_fingerprint(text) if "text_sha256" in made_from else {}
     if wrong := [key for key in expected if made_from.get(key) != expected[key]]:
         differences = "; ".join(f"{key} is {made_from.get(key)}, expected {expected[key]}" for key in wrong)
         raise ValueError(f"{folder}: {differences}; run scripts/cache_latents.py for this recipe")
-    return train, test, read_text(folder / VOCABULARY_FILE).split()
+    return train, test, read_text(folder / latents.VOCABULARY_FILE).split()
 
 
 def latents_fingerprint(data: DataConfig, seed: int, vae: Path, text: TextConditioner) -> dict[str, Any]:
