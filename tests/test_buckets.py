@@ -198,5 +198,5 @@ def test_steps_that_no_network_divides_by_are_refused(runs: Path, photos: Path, 
     ):
         with pytest.raises(SystemExit, match=message):
             train(stage, tmp_path / stage, "--data.source", str(photos), "--data.bucket-step", step)
-    with pytest.raises(SystemExit, match="cached latents are of one shape; .*--no-cache-latents"):
+    with pytest.raises(SystemExit, match="cached latents have one shape; .*cache_latents.py, or --no-cache-latents"):
         train("ldm", runs / "other", *flags(photos), "--cache-latents")

@@ -138,9 +138,7 @@ class DiffusionStage(Stage):
         self.validation = next(sample_batches(self.held_out))
         if config.in_memory and self.vae:
             if not isinstance(self.data, ImageTextDataset) or self.data.is_sharded:
-                raise ValueError(
-                    "data.source: shards are too large to be cached; add --no-cache-latents, or use cache_latents.py"
-                )
+                raise ValueError("data.source: shards exceed the memory; use cache_latents.py, or --no-cache-latents")
             accelerator.print("caching latents with one fixed crop per image (--no-cache-latents for random crops)")
             progress = accelerator.is_main_process
             self.data = InMemoryLatents(self.data, self.vae.encode, device=self.device, progress=progress)
@@ -286,13 +284,9 @@ def same_weights(one: nn.Module | None, other: nn.Module | None) -> bool:
 def check_in_memory(config: TrainLDMConfig) -> None:
     """ValueError where latents cannot be cached in memory as the configuration says."""
     if config.in_memory and config.data.random_flip:
-        raise ValueError(
-            "data.random_flip: cached latents cannot be mirrored; add --no-cache-latents or --data.no-random-flip"
-        )
+        raise ValueError("data.random_flip: cached latents cannot be mirrored; leave it off, or add --no-cache-latents")
     if config.in_memory and config.data.bucket_step:
-        raise ValueError(
-            "data.bucket_step: cached latents are of one shape; add --no-cache-latents, or use cache_latents.py"
-        )
+        raise ValueError("data.bucket_step: cached latents have one shape; use cache_latents.py, or --no-cache-latents")
 
 
 def check_unet_dims(config: TrainLDMConfig, vae: VAE | None, text: TextConditioner | None) -> None:

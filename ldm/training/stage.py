@@ -16,7 +16,6 @@ from ldm.training.config import TrainingConfig
 from ldm.training.optimizer import adamw
 
 Networks = Mapping[str, nn.Module]
-MakeOptimizer = Callable[[list[nn.Parameter], TrainingConfig], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Trainable:
 
     name: str
     module: nn.Module
-    make_optimizer: MakeOptimizer = adamw
+    make_optimizer: Callable[[list[nn.Parameter], TrainingConfig], torch.optim.Optimizer] = adamw
 
 
 class TrainingData(Protocol):
@@ -36,21 +35,17 @@ class TrainingData(Protocol):
 
     def __getitem__(self, key: SampleKey) -> Any:
         """A sample; batches of them are collated."""
-        ...
 
     def make_batch_sampler(
         self, *, seed: int, batch_size: int, start: int, grad_accum_steps: int, rank: int, world: int
     ) -> EpochBatchSampler:
         """Which samples a rank takes from step `start` on."""
-        ...
 
     def sync(self, gather: Callable[[list[int]], list[int]]) -> None:
         """Called on every rank at each log line; `gather` joins lists of all ranks. A ValueError stops the run."""
-        ...
 
     def report(self) -> str:
         """What to print at the end of a run, if there is something."""
-        ...
 
 
 class Stage(Protocol):
@@ -70,24 +65,18 @@ class Stage(Protocol):
         `networks` are all trainables as they are prepared for this machine (DDP, FSDP2), by name: call them through
         their forward. `batch` is on the CPU, `rng.device` is where the networks are.
         """
-        ...
 
     def validate(self) -> dict[str, float]:
         """Scalars on held-out data."""
-        ...
 
     def sample(self) -> Image.Image | None:
         """An image to look at, if there is one."""
-        ...
 
     def save(self, folder: Path) -> None:
         """Write the finished model."""
-        ...
 
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be resumed: whatever decides the data, their order and the model."""
-        ...
 
     def example_batch(self, count: int) -> Batch:
         """A random batch as the loader gives it, for measurements: no data set is opened for it."""
-        ...

@@ -58,18 +58,15 @@ class StopRequest:
         own = self.signal or (int(signal.SIGTERM) if orphaned else 0)
         if self._group is None:
             return own
-        requested = self._arrived()
+        requested = self.last_answer()
         flag = torch.tensor([own])
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
         self._pending = flag, work
         return requested
 
-    def close(self) -> int:
-        """The answer to the last poll of all: the signal, or 0."""
-        return self._arrived()
-
-    def _arrived(self) -> int:
+    def last_answer(self) -> int:
+        """The answer to the last poll with several ranks, which had not arrived then."""
         if self._pending is None:
             return 0
         flag, work = self._pending

@@ -64,7 +64,7 @@ class Trainer:
                     self._log_validate_save()
                     if signal := stop.poll():
                         return self._stopped(signal)
-            if signal := stop.close():
+            if signal := stop.last_answer():
                 return self._stopped(signal)
             return self._finished()
 
