@@ -173,12 +173,8 @@ def remap_state_dict(
 
 def replace_in_names(tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
     """Tensors with each key of the table in their names replaced by its value."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        for old, new in table.items():
-            name = name.replace(old, new)
-        renamed[name] = tensor
-    return renamed
+    patterns = {re.escape(old): new for old, new in table.items()}
+    return {_substitute(name, patterns): tensor for name, tensor in tensors.items()}
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:
