@@ -276,7 +276,7 @@ def test_text_states_are_those_of_transformers(act: str, projected: bool) -> Non
     for padding in (49407, 0):
         for layer, index in (("last", -1), ("penultimate", -2)):
             text_config = TextConfig(layer=layer, pad_token_id=padding)  # type: ignore[arg-type]
-            own = TextEncoder(tower, Tokenizer(16), text_config, model_id="random", weights=Path())
+            own = TextEncoder(tower, text_config, model_id="random", weights=Path())
             encoder = TextConditioner(own)
             prompts = ["a red circle", ""]
             ids = encoder.tokenizer(prompts)

@@ -1,7 +1,4 @@
-"""Single files of CompVis and Stability, Stable Diffusion 1, 2 and XL: read and written.
-
-They have no configuration: what they hold is detected from keys and shapes.
-"""
+"""Single files of Stable Diffusion 1, 2 and XL as CompVis and Stability have them: read by keys and shapes, written."""
 
 import re
 from collections.abc import Sequence
@@ -25,7 +22,6 @@ UNET, EMA, VAE_PREFIX = "model.diffusion_model.", "model_ema.diffusion_model", "
 V_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_BIAS_STD = 0.09  # of the bias above: a network over it predicts v, as ComfyUI detects it; nothing else shows that
 V_XL, ZERO_XL = "v_pred", "ztsnr"  # empty tensors in files of XL: prediction v, zero terminal SNR
-
 ZERO_EMPTY = {"zero_empty_prompt": True}
 
 Tensors = dict[str, Tensor]
@@ -59,14 +55,12 @@ CONV_1X1 = {"1": rf"{VAE_CONV_1X1}|\.proj_(in|out)\.weight$", "2": VAE_CONV_1X1,
 def read(file: Path, *, ema: bool = False, pickles: bool = False) -> ModelComponents:
     """The components of a Stable Diffusion 1, 2 or XL file, with the averaged weights of the U-Net if asked.
 
-    With `pickles` a .ckpt file is read too, its tensors and nothing that runs. ValueError: not a safetensors file, not
-    Stable Diffusion, tensors that are missing, extra, misshapen or not finite.
+    With `pickles` also a .ckpt, without its code. ValueError: damaged, not Stable Diffusion, see `remap_state_dict`.
     """
-    if file.suffix != ".ckpt":
-        return components_from_tensors(read_tensors(file), file, ema=ema)
-    if not pickles:
+    is_pickle = file.suffix == ".ckpt"
+    if is_pickle and not pickles:
         raise ValueError(f"{file} is a pickle, which can hold code: convert it with `python scripts/convert.py`")
-    return components_from_tensors(_read_pickle(file), file, ema=ema)
+    return components_from_tensors(_read_pickle(file) if is_pickle else read_tensors(file), file, ema=ema)
 
 
 def components_from_tensors(tensors: Tensors, file: Path, *, ema: bool = False) -> ModelComponents:

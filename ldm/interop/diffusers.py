@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -61,7 +60,7 @@ def read(folder: Path) -> ModelComponents:
         raise ValueError(f"{folder} holds a {index.get('_class_name')}: {supported}")
     unet, vae = _read_unet(folder / "unet"), _read_vae(folder / "vae")
     diffusion = _read_diffusion(folder / "scheduler/scheduler_config.json")
-    with _open_config(folder / "unet/config.json") as values:
+    with _open_config(folder / "unet/config.json", {}) as values:
         resolution = int(values["sample_size"]) * vae.config.factor
     empty = {"zero_empty_prompt": index.get("force_zeros_for_empty_prompt", True)}
     towers = {"": family.SDXL_TEXT_1 | empty, "_2": family.SDXL_TEXT_2 | empty} if kind[1] else {"": {}}
@@ -134,7 +133,7 @@ def _read_text(folder: Path, suffix: str, settings: dict[str, Any]) -> TextEncod
     """The frozen tower of text_encoder{suffix}/, which pads prompts as tokenizer{suffix}/ does."""
     where, tokenizer = folder / f"text_encoder{suffix}", folder / f"tokenizer{suffix}"
     special = tokenizer / "special_tokens_map.json"  # as in transformers, it has the last word
-    with _open_config(tokenizer / "tokenizer_config.json") as values:
+    with _open_config(tokenizer / "tokenizer_config.json", {}) as values:
         pad = (values | (read_json(special) if special.is_file() else {})).get("pad_token", "<|endoftext|>")
         pad_token_id = _translate("pad_token", pad.get("content") if isinstance(pad, dict) else pad, PADDING)
     with _open_config(where / "config.json", TEXT_FIXED) as values:
@@ -158,7 +157,7 @@ def _read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _open_config(path: Path, fixed: Mapping[str, Any] = MappingProxyType({})) -> Iterator[dict[str, Any]]:
+def _open_config(path: Path, fixed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The settings of a JSON file, of which `fixed` can only have one value; errors of the body name the file, too."""
     values = read_json(path)
     with family.config_errors(path):

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ldm.interop import key_map
 from ldm.text import TextConfig, TextEncoder
-from ldm.text.tokenizer import Tokenizer
 from ldm.text.tower import TextTower
 from ldm.text.weights import CONVERTED
 
@@ -62,10 +61,7 @@ def build_frozen(
     where: object,
     **buffers: float,
 ) -> Network:
-    """A frozen network in float32 with these tensors, and with buffers of our own that hold one number each.
-
-    ValueError: see `remap_state_dict`.
-    """
+    """A frozen float32 network with these tensors, and buffers of one number each; ValueError: `remap_state_dict`."""
     with config_errors(where), torch.device("meta"):
         network = cls(config)
     ours = network.state_dict()
@@ -95,4 +91,4 @@ def text_encoder(
         }
         cfg = {"embed_dim": tensors["text_projection"].shape[1], "quick_gelu": quick_gelu, "text_cfg": text_cfg}
     tower = build_frozen(TextTower, cfg, tensors, str, where)
-    return TextEncoder(tower, Tokenizer(tower.length), config, model_id=CONVERTED, weights=Path(config.model))
+    return TextEncoder(tower, config, model_id=CONVERTED, weights=Path(config.model))
