@@ -55,11 +55,8 @@ def parse_cli(cls: type[Script], argv: Sequence[str] | None, *, default: Path | 
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a ValueError, which says what is wrong and what to do, or a failing disk into a short message, status 1.
-
-    A thread that writes, as tensorboard has one, hands its error to the main thread, so it is not shown twice.
-    """
-    original = threading.excepthook
+    """Turn a ValueError, which says what is wrong and what to do, or a failing disk into a short message, status 1."""
+    original = threading.excepthook  # tensorboard's thread hands its error to the main one, which shows it
     threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else original(args)
     try:
         yield

@@ -276,7 +276,7 @@ def test_text_states_are_those_of_transformers(act: str, projected: bool) -> Non
     for padding in (49407, 0):
         for layer, index in (("last", -1), ("penultimate", -2)):
             text_config = TextConfig(layer=layer, pad_token_id=padding)  # type: ignore[arg-type]
-            own = TextEncoder(tower, Tokenizer(16), text_config, model_id="random", weights=Path())
+            own = TextEncoder(tower, text_config, model_id="random", weights=Path())
             encoder = TextConditioner(own)
             prompts = ["a red circle", ""]
             ids = encoder.tokenizer(prompts)
@@ -304,9 +304,7 @@ def test_networks_of_full_width_are_those_of_diffusers() -> None:
         theirs = randomized(theirs.to_empty(device="cpu"))
         config = UNetConfig(**read_yaml(ROOT / "configs/sd15/ldm.yaml")["unet"])
         assert sum(p.numel() for p in theirs.parameters()) == 859_520_964
-        ours = build_frozen(
-            lambda: UNet(config), theirs.state_dict(), lambda _: key_map.unet_key_to_diffusers, "theirs"
-        )
+        ours = build_frozen(UNet, config, theirs.state_dict(), key_map.unet_key_to_diffusers, "theirs")
         generator = torch.Generator().manual_seed(1)
         z, context = torch.randn(1, 4, 16, 16, generator=generator), torch.randn(1, 77, 768, generator=generator)
         with torch.no_grad():
@@ -315,7 +313,7 @@ def test_networks_of_full_width_are_those_of_diffusers() -> None:
         theirs = their_vae(128, 256, 512, 512, layers_per_block=2)
         vae_config = VAEConfig(**read_yaml(ROOT / "configs/sd15/vae.yaml")["vae"])
         rename, buffers = key_map.vae_key_to_diffusers, {"latent_mean": 0.0, "latent_std": 1 / 0.18215}
-        ours = build_frozen(lambda: VAE(vae_config), theirs.state_dict(), lambda _: rename, "theirs", **buffers)
+        ours = build_frozen(VAE, vae_config, theirs.state_dict(), rename, "theirs", **buffers)
         pixels = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
         with torch.no_grad():
             close(ours.encode(pixels).mean, theirs.encode(pixels).latent_dist.mean)

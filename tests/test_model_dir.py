@@ -14,7 +14,6 @@ from ldm.io.model_dir import latest_model, read_manifest, read_vocabulary
 from ldm.pipeline import Pipeline
 from ldm.pipeline.load import PipelineManifest, VAEManifest, load_components, load_vae, save_components
 from ldm.text import TextConditioner, TextConfig, TextEncoder
-from ldm.text.tokenizer import Tokenizer
 from ldm.text.tower import TextTower
 from ldm.text.weights import CONVERTED
 from ldm.unet import UNet, UNetConfig
@@ -72,7 +71,7 @@ def components() -> ModelComponents:
     for parameter in (*tower.parameters(), *(p for p in unet.parameters() if not p.any())):
         torch.nn.init.normal_(parameter, std=0.1)
     config = TextConfig(layer="penultimate", final_layer_norm=False, use_pooled=True, zero_empty_prompt=True)
-    text = TextConditioner(TextEncoder(tower, Tokenizer(8), config, model_id=CONVERTED, weights=Path()))
+    text = TextConditioner(TextEncoder(tower, config, model_id=CONVERTED, weights=Path()))
     diffusion = DiffusionConfig(
         noise_schedule="flow",
         prediction="x0",

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from ldm.cli import parse_cli
 from ldm.conditioning import Conditioning
 from ldm.config import CONFIGS
-from ldm.planning import planner, report
+from ldm.planning import planner
 from ldm.planning.cost import STATE_BYTES_PER_PARAMETER, Cost, dry_run, time_step
 from ldm.planning.device import GIB
 from ldm.planning.planner import MachineSpec, StagePlan, detect_machine, fit_to_memory, recipe_stages
@@ -189,10 +189,10 @@ def test_no_rate_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="no recipe of configs/ is near"):
         planner.recipes(4096, HERE, 1)
     assert list(planner.recipes(40, HERE, 1)) == ["emoji-cpu", "shapes"], "patches of emoji do not divide it"
-    with pytest.raises(ValueError, match="--size 100: configs/emoji: .* is not a multiple of .*; 32, 64"):
+    with pytest.raises(ValueError, match="--size 100: configs/emoji: .* must divide .*; 32, 64"):
         planner.recipes(100, HERE, 1)
     shapes = {"shapes": list(stages("shapes", 32).values())}
-    monkeypatch.setattr(report, "recipes", lambda size, machine, images: shapes)
+    monkeypatch.setattr(planner, "recipes", lambda size, machine, images: shapes)
     lines = make_plan(PlanConfig(gpus=1, memory_gib=24, size=32))
     assert "pass --tflops" in lines[-1] and "TFLOP/s a GPU needed" in lines[2]
     assert not any(line.startswith("accelerate") for line in lines)

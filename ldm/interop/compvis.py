@@ -1,11 +1,7 @@
-"""Single files of CompVis and Stability, Stable Diffusion 1, 2 and XL: read and written.
-
-They have no configuration: what they hold is detected from keys and shapes.
-"""
+"""Single files of Stable Diffusion 1, 2 and XL as CompVis and Stability have them: read by keys and shapes, written."""
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +22,6 @@ UNET, EMA, VAE_PREFIX = "model.diffusion_model.", "model_ema.diffusion_model", "
 V_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_BIAS_STD = 0.09  # of the bias above: a network over it predicts v, as ComfyUI detects it; nothing else shows that
 V_XL, ZERO_XL = "v_pred", "ztsnr"  # empty tensors in files of XL: prediction v, zero terminal SNR
-
 ZERO_EMPTY = {"zero_empty_prompt": True}
 
 Tensors = dict[str, Tensor]
@@ -49,6 +44,9 @@ TOWERS = {  # by version
     ),
 }
 LATENT_SCALES = {"1": 0.18215, "2": 0.18215, "XL": 0.13025}  # from the published configurations
+# Matrices here that are 1x1 convolutions there: in the VAE's attention, and in version 1 around the transformers.
+VAE_CONV_1X1 = r"mid\.attn_1\.(q|k|v|proj_out)\.weight$"
+CONV_1X1 = {"1": rf"{VAE_CONV_1X1}|\.proj_(in|out)\.weight$", "2": VAE_CONV_1X1, "XL": VAE_CONV_1X1}
 
 
 # Reading.
@@ -57,14 +55,12 @@ LATENT_SCALES = {"1": 0.18215, "2": 0.18215, "XL": 0.13025}  # from the publishe
 def read(file: Path, *, ema: bool = False, pickles: bool = False) -> ModelComponents:
     """The components of a Stable Diffusion 1, 2 or XL file, with the averaged weights of the U-Net if asked.
 
-    With `pickles` a .ckpt file is read too, its tensors and nothing that runs. ValueError: not a safetensors file, not
-    Stable Diffusion, tensors that are missing, extra, misshapen or not finite.
+    With `pickles` also a .ckpt, without its code. ValueError: damaged, not Stable Diffusion, see `remap_state_dict`.
     """
-    if file.suffix != ".ckpt":
-        return components_from_tensors(read_tensors(file), file, ema=ema)
-    if not pickles:
+    is_pickle = file.suffix == ".ckpt"
+    if is_pickle and not pickles:
         raise ValueError(f"{file} is a pickle, which can hold code: convert it with `python scripts/convert.py`")
-    return components_from_tensors(_read_pickle(file), file, ema=ema)
+    return components_from_tensors(_read_pickle(file) if is_pickle else read_tensors(file), file, ema=ema)
 
 
 def components_from_tensors(tensors: Tensors, file: Path, *, ema: bool = False) -> ModelComponents:
@@ -85,7 +81,7 @@ def _text_from_tensors(tensors: Tensors, file: Path) -> tuple[str, TextCondition
     for version, towers in TOWERS.items():
         theirs = [_strip_prefix(tensors, tower.prefix) for tower in towers]
         if all(theirs):
-            return version, TextConditioner(*map(partial(_read_tower, file), towers, theirs))
+            return version, TextConditioner(*(_read_tower(file, *both) for both in zip(towers, theirs, strict=True)))
     expected = " or ".join(" and ".join(f"{tower.prefix}*" for tower in towers) for towers in TOWERS.values())
     raise ValueError(f"{file} has no text tower: expected {expected}")
 
@@ -103,24 +99,28 @@ def _unet_from_tensors(tensors: Tensors, file: Path, version: str, pooled_dim: i
         if missing := [name for name, averaged in names.items() if averaged not in tensors]:
             raise ValueError(f"{file} has no averaged weights of {len(missing)} tensors, such as {missing[0]}")
         theirs = {name: tensors[averaged] for name, averaged in names.items()}
-    return family.build_frozen(
-        lambda: UNet(_unet_config(theirs, version, pooled_dim)),
-        theirs,
-        lambda unet: key_map.unet_key_to_compvis(unet.config),
-        f"{file}: {UNET}",
-    )
+    where = f"{file}: {UNET}"
+    with family.config_errors(where):
+        config = _unet_config(theirs, version, pooled_dim)
+    return family.build_frozen(UNet, config, theirs, key_map.unet_key_to_compvis(config), where)
 
 
 def _vae_from_tensors(tensors: Tensors, file: Path, version: str) -> VAE:
-    theirs = _strip_prefix(tensors, VAE_PREFIX)
-    return family.build_frozen(
-        lambda: VAE(_vae_config(theirs)),
-        theirs,
-        lambda vae: key_map.vae_key_to_compvis(vae.config),
-        f"{file}: {VAE_PREFIX}",
-        latent_mean=0.0,
-        latent_std=1 / LATENT_SCALES[version],
-    )
+    theirs, where = _strip_prefix(tensors, VAE_PREFIX), f"{file}: {VAE_PREFIX}"
+    with family.config_errors(where):
+        channels, image_channels = theirs["encoder.conv_in.weight"].shape[:2]
+        levels = range(family.count_blocks(theirs, "encoder.down"))
+        widths = [theirs[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in levels]
+        config = VAEConfig(
+            image_channels=image_channels,
+            base_channels=channels,
+            channel_mult=family.channel_mult([channels, *widths])[1:],
+            num_res_blocks=family.count_blocks(theirs, "encoder.down.0.block"),
+            mid_attention="encoder.mid.attn_1.q.weight" in theirs,
+            latent_channels=theirs["post_quant_conv.weight"].shape[0],
+        )
+    buffers = {"latent_mean": 0.0, "latent_std": 1 / LATENT_SCALES[version]}
+    return family.build_frozen(VAE, config, theirs, key_map.vae_key_to_compvis(config), where, **buffers)
 
 
 def _unet_config(tensors: Tensors, version: str, pooled_dim: int) -> UNetConfig:
@@ -149,21 +149,6 @@ def _unet_config(tensors: Tensors, version: str, pooled_dim: int) -> UNetConfig:
         context_dim=contexts[0] if contexts else 0,
         pooled_dim=pooled_dim,
         size_embed_dim=max(vector_dim - pooled_dim, 0) // NUM_SIZE_CONDS,
-    )
-
-
-def _vae_config(tensors: Tensors) -> VAEConfig:
-    """Our configuration of a VAE, from its shapes."""
-    channels, image_channels = tensors["encoder.conv_in.weight"].shape[:2]
-    levels = range(family.count_blocks(tensors, "encoder.down"))
-    widths = [tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in levels]
-    return VAEConfig(
-        image_channels=image_channels,
-        base_channels=channels,
-        channel_mult=family.channel_mult([channels, *widths])[1:],
-        num_res_blocks=family.count_blocks(tensors, "encoder.down.0.block"),
-        mid_attention="encoder.mid.attn_1.q.weight" in tensors,
-        latent_channels=tensors["post_quant_conv.weight"].shape[0],
     )
 
 
@@ -204,29 +189,17 @@ def write(components: ModelComponents, file: Path) -> None:
     """Write one file; ValueError when the format cannot hold the model."""
     parts = components.to_export("a CompVis file")
     flags = {V_XL: parts.diffusion.config.prediction == "v", ZERO_XL: parts.diffusion.config.zero_terminal_snr}
-    state = _unet_tensors(parts) | _vae_tensors(parts) | _text_tensors(parts)
+    unet_name, vae_name = key_map.unet_key_to_compvis(parts.unet.config), key_map.vae_key_to_compvis(parts.vae.config)
+    state = {UNET + unet_name(name): tensor for name, tensor in parts.unet.state_dict().items()}
+    vae = parts.folded_vae(scale=LATENT_SCALES[parts.version])
+    state |= {VAE_PREFIX + vae_name(name): tensor for name, tensor in vae.items()}
+    for name in filter(re.compile(CONV_1X1[parts.version]).search, state):
+        state[name] = state[name][:, :, None, None]
+    state |= _text_tensors(parts)
     state |= {name: torch.tensor([]) for name, is_set in flags.items() if parts.version == "XL" and is_set}
     _check_exportable(parts, state)
     state["alphas_cumprod"] = parts.diffusion.alpha(torch.arange(1, 1001, dtype=torch.float64) / 1000).square().float()
     write_tensors(file, state)
-
-
-def _unet_tensors(parts: ExportComponents) -> Tensors:
-    """In version 1 the matrices around the transformers are 1x1 convolutions."""
-    rename, state = key_map.unet_key_to_compvis(parts.unet.config), {}
-    for name, tensor in parts.unet.state_dict().items():
-        square = parts.version == "1" and re.search(r"\.proj_(in|out)\.weight$", name)
-        state[UNET + rename(name)] = tensor[:, :, None, None] if square else tensor
-    return state
-
-
-def _vae_tensors(parts: ExportComponents) -> Tensors:
-    """The matrices of the attention are 1x1 convolutions."""
-    rename, state = key_map.vae_key_to_compvis(parts.vae.config), {}
-    for name, tensor in parts.folded_vae(scale=LATENT_SCALES[parts.version]).items():
-        square = re.search(r"middle\.1\.to_\w+\.weight$", name)
-        state[VAE_PREFIX + rename(name)] = tensor[:, :, None, None] if square else tensor
-    return state
 
 
 def _text_tensors(parts: ExportComponents) -> Tensors:

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +28,7 @@ BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 PADDING = {"<|endoftext|>": 49407, "!": 0}
 UNET_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # and whether they have transformers
+EMBEDS_SIZES = {None: False, "text_time": True}
 ACTIVATIONS = {"quick_gelu": True, "gelu": False}  # of text towers, and whether it is the quick one
 # Settings that no tensor shows and our networks have no other value of, which is also the default of a file.
 UNET_FIXED: dict[str, Any] = {
@@ -48,11 +48,6 @@ SCHEDULER_FIXED: dict[str, Any] = {"num_train_timesteps": 1000, "trained_betas":
 TEXT_FIXED: dict[str, Any] = {"layer_norm_eps": 1e-5}
 
 
-def is_folder(path: Path) -> bool:
-    """Whether diffusers wrote this folder."""
-    return (path / "model_index.json").is_file()
-
-
 # Reading.
 
 
@@ -61,13 +56,11 @@ def read(folder: Path) -> ModelComponents:
     index = read_json(folder / "model_index.json")
     kind = KINDS.fullmatch(str(index.get("_class_name")))
     if not kind:
-        raise ValueError(
-            f"{folder} holds a {index.get('_class_name')}: only StableDiffusionPipeline and "
-            "StableDiffusionXLPipeline, also for inpainting, are supported"
-        )
+        supported = "only StableDiffusionPipeline and StableDiffusionXLPipeline, also for inpainting, are supported"
+        raise ValueError(f"{folder} holds a {index.get('_class_name')}: {supported}")
     unet, vae = _read_unet(folder / "unet"), _read_vae(folder / "vae")
     diffusion = _read_diffusion(folder / "scheduler/scheduler_config.json")
-    with _open_config(folder / "unet/config.json") as values:
+    with _open_config(folder / "unet/config.json", {}) as values:
         resolution = int(values["sample_size"]) * vae.config.factor
     empty = {"zero_empty_prompt": index.get("force_zeros_for_empty_prompt", True)}
     towers = {"": family.SDXL_TEXT_1 | empty, "_2": family.SDXL_TEXT_2 | empty} if kind[1] else {"": {}}
@@ -81,9 +74,7 @@ def _read_unet(folder: Path) -> UNet:
         depths = _per_level(values.get("transformer_layers_per_block", 1), len(widths))
         crossed = [_translate("down_block_types", name, UNET_BLOCKS) for name in values["down_block_types"]]
         heads = values.get("num_attention_heads") or values["attention_head_dim"]  # the latter is a misnomer there
-        has_sizes = _translate(
-            "addition_embed_type", values.get("addition_embed_type"), {None: False, "text_time": True}
-        )
+        has_sizes = _translate("addition_embed_type", values.get("addition_embed_type"), EMBEDS_SIZES)
         size_embed_dim = values["addition_time_embed_dim"] if has_sizes else 0
         config = UNetConfig(
             in_channels=values["out_channels"],
@@ -101,7 +92,7 @@ def _read_unet(folder: Path) -> UNet:
             norm_num_groups=values.get("norm_num_groups", family.NUM_GROUPS),
         )
     tensors = _read_tensors(folder, WEIGHTS)
-    return family.build_frozen(lambda: UNet(config), tensors, lambda _: key_map.unet_key_to_diffusers, folder)
+    return family.build_frozen(UNet, config, tensors, key_map.unet_key_to_diffusers, folder)
 
 
 def _read_vae(folder: Path) -> VAE:
@@ -122,7 +113,7 @@ def _read_vae(folder: Path) -> VAE:
             raise ValueError(f"scaling_factor is {scale}, expected a number above 0")
     tensors = key_map.replace_in_names(_read_tensors(folder, WEIGHTS), key_map.VAE_LEGACY)
     buffers = {"latent_mean": shift, "latent_std": 1 / scale}
-    return family.build_frozen(lambda: VAE(config), tensors, lambda _: key_map.vae_key_to_diffusers, folder, **buffers)
+    return family.build_frozen(VAE, config, tensors, key_map.vae_key_to_diffusers, folder, **buffers)
 
 
 def _read_diffusion(path: Path) -> Diffusion:
@@ -142,7 +133,7 @@ def _read_text(folder: Path, suffix: str, settings: dict[str, Any]) -> TextEncod
     """The frozen tower of text_encoder{suffix}/, which pads prompts as tokenizer{suffix}/ does."""
     where, tokenizer = folder / f"text_encoder{suffix}", folder / f"tokenizer{suffix}"
     special = tokenizer / "special_tokens_map.json"  # as in transformers, it has the last word
-    with _open_config(tokenizer / "tokenizer_config.json") as values:
+    with _open_config(tokenizer / "tokenizer_config.json", {}) as values:
         pad = (values | (read_json(special) if special.is_file() else {})).get("pad_token", "<|endoftext|>")
         pad_token_id = _translate("pad_token", pad.get("content") if isinstance(pad, dict) else pad, PADDING)
     with _open_config(where / "config.json", TEXT_FIXED) as values:
@@ -166,7 +157,7 @@ def _read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _open_config(path: Path, fixed: Mapping[str, Any] = MappingProxyType({})) -> Iterator[dict[str, Any]]:
+def _open_config(path: Path, fixed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The settings of a JSON file, of which `fixed` can only have one value; errors of the body name the file, too."""
     values = read_json(path)
     with family.config_errors(path):
@@ -277,7 +268,6 @@ def _write_vae(parts: ExportComponents, folder: Path) -> None:
     """The scaling factor is 1, with all statistics in the weights, where the channels have their own."""
     mean, std, config = parts.vae.latent_mean, parts.vae.latent_std, parts.vae.config
     scale = 1 / std[0].item() if (std == std[0]).all() and not mean.any() else 1.0
-    levels = len(config.widths)
     values = {
         "_class_name": "AutoencoderKL",
         "in_channels": config.image_channels,
@@ -285,8 +275,8 @@ def _write_vae(parts: ExportComponents, folder: Path) -> None:
         "latent_channels": config.latent_channels,
         "block_out_channels": config.widths,
         "layers_per_block": config.num_res_blocks,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "down_block_types": ["DownEncoderBlock2D"] * len(config.widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(config.widths),
         "mid_block_add_attention": config.mid_attention,
         "norm_num_groups": config.norm_num_groups,
         "scaling_factor": scale,

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ldm.interop import key_map
 from ldm.text import TextConfig, TextEncoder
-from ldm.text.tokenizer import Tokenizer
 from ldm.text.tower import TextTower
 from ldm.text.weights import CONVERTED
 
@@ -55,22 +54,19 @@ def num_heads(width: int) -> int:
 
 
 def build_frozen(
-    make: Callable[[], Network],
+    cls: Callable[[Any], Network],
+    config: Any,
     tensors: Mapping[str, Tensor],
-    rename: Callable[[Network], key_map.Rename],
+    rename: key_map.Rename,
     where: object,
     **buffers: float,
 ) -> Network:
-    """A frozen network in float32 with these tensors, and with buffers of our own that hold one number each.
-
-    `rename` has the names of the tensors for the network's. ValueError: tensors that are missing, extra, misshapen or
-    not finite.
-    """
+    """A frozen float32 network with these tensors, and buffers of one number each; ValueError: `remap_state_dict`."""
     with config_errors(where), torch.device("meta"):
-        network = make()
+        network = cls(config)
     ours = network.state_dict()
     filled = {name: torch.full(ours.pop(name).shape, value) for name, value in buffers.items()}
-    tensors = filled | key_map.remap_state_dict(tensors, ours, rename(network), where)
+    tensors = filled | key_map.remap_state_dict(tensors, ours, rename, where)
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return network.requires_grad_(False).eval()
 
@@ -78,10 +74,7 @@ def build_frozen(
 def text_encoder(
     tensors: Mapping[str, Tensor], config: TextConfig, where: object, *, quick_gelu: bool, heads: int | None = None
 ) -> TextEncoder:
-    """A frozen tower of tensors under our names or those of transformers; its sizes come from shapes.
-
-    ValueError: see `build_frozen`; another vocabulary than CLIP's.
-    """
+    """A frozen tower of tensors under our names or those of transformers; its sizes come from shapes."""
     with config_errors(where):
         if "token_embedding.weight" not in tensors:
             tensors = key_map.text_from_transformers(tensors)
@@ -97,5 +90,5 @@ def text_encoder(
             "mlp_ratio": tensors["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
         }
         cfg = {"embed_dim": tensors["text_projection"].shape[1], "quick_gelu": quick_gelu, "text_cfg": text_cfg}
-    tower = build_frozen(lambda: TextTower(cfg), tensors, lambda _: str, where)
-    return TextEncoder(tower, Tokenizer(tower.length), config, model_id=CONVERTED, weights=Path(config.model))
+    tower = build_frozen(TextTower, cfg, tensors, str, where)
+    return TextEncoder(tower, config, model_id=CONVERTED, weights=Path(config.model))

@@ -1,8 +1,7 @@
 """What the tensors of a pipeline are called in CompVis files and in diffusers folders.
 
 The networks are the same, so tensors are only renamed; a 1x1 convolution there may be a matrix here. Each table has
-patterns of our names and what they become, in the order in which they are replaced: first the layers in a block, then
-the blocks.
+patterns of our names and what they become, in order: first the layers in a block, then the blocks.
 """
 
 import re
@@ -124,8 +123,8 @@ def unet_key_to_compvis(config: UNetConfig) -> Rename:
 
 def vae_key_to_compvis(config: VAEConfig) -> Rename:
     """Names below `first_stage_model.`, where the levels of the decoder are numbered from the highest resolution on."""
-    last = len(config.channel_mult) - 1
-    levels = {rf"^decoder\.levels\.{level}\.": f"decoder.up.{last - level}." for level in range(last + 1)}
+    count = len(config.channel_mult)
+    levels = {rf"^decoder\.levels\.{level}\.": f"decoder.up.{count - 1 - level}." for level in range(count)}
     return partial(_substitute, table=levels | VAE_COMPVIS)
 
 
@@ -173,12 +172,8 @@ def remap_state_dict(
 
 def replace_in_names(tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
     """Tensors with each key of the table in their names replaced by its value."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        for old, new in table.items():
-            name = name.replace(old, new)
-        renamed[name] = tensor
-    return renamed
+    patterns = {re.escape(old): new for old, new in table.items()}
+    return {_substitute(name, patterns): tensor for name, tensor in tensors.items()}
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

@@ -25,10 +25,7 @@ def disk_errors(path: Path, remedy: str = "try again") -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path` to write to, which then replaces `path`.
-
-    ValueError when writing fails, for example on a full disk; an older file at `path` is then unchanged.
-    """
+    """A temporary path to write to, which then replaces `path`; ValueError when it fails, with `path` unchanged."""
     tmp_path = path.with_name(f".{path.name}")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -57,10 +57,7 @@ def write_manifest(folder: Path, kind: str, values: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path, kind: str, parse: Callable[..., Manifest]) -> Manifest:
-    """What `parse`, the `from_dict` of a manifest's class, makes of a folder's model.json, also of ldm-model-1.
-
-    ValueError: missing, or of another kind or format.
-    """
+    """What the `from_dict` of a manifest makes of model.json; ValueError: missing, or another kind or format."""
     path = folder / "model.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a model folder (it has no model.json): pass RUN/model of a finished run")

@@ -38,10 +38,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: Path, *, assign: bool = False) -> None:
-    """Fill a module with exactly these tensors; with `assign` they become its own instead of being copied.
-
-    ValueError: see `check_shapes`.
-    """
+    """Fill a module with copies of exactly these tensors, or with themselves; ValueError: see `check_shapes`."""
     expected = module.state_dict()
     check_shapes(tensors, expected, where)
     tensors = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
@@ -82,5 +79,4 @@ def sha256(path: Path) -> str:
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
-    """The shape of a tensor in words."""
     return str(tuple(tensors[name].shape)) if name in tensors else "none"

@@ -55,7 +55,7 @@ def load_components(path: Path) -> ModelComponents:
         raise ValueError(f"{path} does not exist: pass a model folder, a diffusers folder or a single file")
     if path.is_file():
         return compvis.read(path)
-    return diffusers.read(path) if diffusers.is_folder(path) else _read_folder(path)
+    return diffusers.read(path) if (path / "model_index.json").is_file() else _read_folder(path)
 
 
 def weights_file(path: Path) -> Path:

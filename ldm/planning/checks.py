@@ -15,7 +15,7 @@ MAX_DATA_FRACTION = 0.5  # of a step, waiting for data
 MAX_OVERHEAD_FRACTION = 0.5  # of a run, for validation, samples and saving
 MAX_LOSS_GROWTH = 2  # after some steps
 GRADIENT_TOLERANCE = 1e-6  # relative
-RESUME_TOLERANCE = 0.02  # of the learning rate: how far a GPU's kernels may round weights apart in one step
+RESUME_TOLERANCE = 0.02  # of the learning rate, in one step
 
 
 class DoctorCheck(NamedTuple):
@@ -82,11 +82,8 @@ def schedule(config: TrainingConfig) -> DoctorCheck:
 
 
 def resume_exact(difference: float, *, on_gpu: bool) -> DoctorCheck:
-    """`difference`: root mean square between a step and the same after save and load, in learning rates.
-
-    It must be 0 except on a GPU, some kernels of which add in any order.
-    """
-    allowed = RESUME_TOLERANCE if on_gpu else 0.0
+    """`difference`: root mean square between a step and the same after save and load, in learning rates."""
+    allowed = RESUME_TOLERANCE if on_gpu else 0.0  # some kernels of a GPU add in any order
     value = f"weights or averages differ by {difference:.1e} of a step (allowed: {allowed})"
     if difference == 0:
         value = "bit-equal: weights and averages"
@@ -95,10 +92,7 @@ def resume_exact(difference: float, *, on_gpu: bool) -> DoctorCheck:
 
 
 def loss_decreases(first: float, losses: Sequence[float], config: TrainingConfig, *, step: int) -> DoctorCheck:
-    """`losses`: of one step that is repeated, with the same samples, noise and learning rate.
-
-    `first` is that of step 1, with other samples: a loss that more than doubles from there diverges.
-    """
+    """`losses`: of one step, repeated with the same samples and noise; `first`: of step 1, with other ones."""
     begin, end = losses[0], losses[-1]
     value = f"{first:.5g} at step 1; {begin:.5g} -> {end:.5g} when step {step} is repeated {len(losses)} times"
     fix = "lower --learning-rate, and inspect the data with scripts/check_data.py"

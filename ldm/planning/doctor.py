@@ -31,17 +31,13 @@ from ldm.training.trainer import Buildable, Config, Trainer, train
 
 DOCTOR_STEPS, MIN_DOCTOR_STEPS = 20, 4  # real steps, and how many a run must have
 UNTIMED_STEPS, OVERFIT_STEPS = 5, 10  # left out of the rate; how often the last step is repeated at the end
-PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def examine(stage_class: Buildable[Config], config: Config) -> list[DoctorCheck]:
-    """Take a few steps of a run, in a folder next to its own, where `latest` finds the stages before it.
-
-    ValueError: what `fit` raises, fewer than four steps, and a step that does not fit in the memory.
-    """
+    """Take a few steps of a run; ValueError: what `fit` raises, too few steps, and one too large for the memory."""
     if config.steps < MIN_DOCTOR_STEPS:
         raise ValueError(f"--steps must be at least {MIN_DOCTOR_STEPS} for the doctor, not {config.steps}")
-    run = config.run.resolve()
+    run = config.run.resolve()  # next to it `latest` finds the stages before it
     values = {"run": run.with_name(f".{run.name}-doctor"), "trackers": (), "resume": None}
     return train(stage_class, config.model_copy(update=values), fit=run_doctor)
 
@@ -56,10 +52,8 @@ def run_doctor(config: TrainingConfig, accelerator: Accelerator, stage: Stage) -
             found: list[DoctorCheck] = broadcast_object_list(doctor.checks())  # each rank has clocks of its own
             return found
     except torch.OutOfMemoryError:
-        raise ValueError(
-            f"memory: a step of {config.batch_size} images does not fit: try --grad-accum-steps "
-            f"{2 * config.grad_accum_steps}, --gradient-checkpointing, or --fsdp on several GPUs"
-        ) from None
+        remedy = f"--grad-accum-steps {2 * config.grad_accum_steps}, --gradient-checkpointing, --fsdp on several GPUs"
+        raise ValueError(f"memory: a step of {config.batch_size} images does not fit: try {remedy}") from None
     finally:
         if accelerator.is_main_process:
             remove()
@@ -126,10 +120,7 @@ class DoctorRun:
         return fmean(gather_object([self.trainer.losses["loss"].item()]))
 
     def _take_steps(self) -> tuple[float, float, float]:
-        """All steps but the last; returns the loss of the first, the seconds of one, and the fraction spent on data.
-
-        That is of the rank that waited longest: the others wait for it, and not for data.
-        """
+        """All steps but the last: the loss of the first, the seconds of one, and the largest fraction for data."""
         batches = self._timed_batches(self.trainer.batches(start=0))
         start, stop = min(UNTIMED_STEPS, self.steps // 4), self.steps - 1
         self._step(batches)
@@ -143,10 +134,7 @@ class DoctorRun:
         return first, spent / (stop - start), max(gather_object([self.waited / spent]))
 
     def _check_resume(self) -> float:
-        """The last step, back to the checkpoint before it, and the same step again.
-
-        Returns the root mean square between both, in learning rates; 0 where all bits are equal.
-        """
+        """The last step twice from the same checkpoint: the root mean square between both, in learning rates."""
         saved = checkpoint.latest(self.state.folder)
         assert saved is not None
         self._step(self._timed_batches(self.trainer.batches(start=self.state.step)))
@@ -179,10 +167,10 @@ class DoctorRun:
     # Measurements.
 
     def _devices(self) -> DoctorCheck:
-        precision = PRECISIONS.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
-        name = f"{self.device.type} of {torch.get_num_threads()} threads each"
-        if self.on_gpu:
-            name = torch.cuda.get_device_name(self.device)
+        mixed = self.accelerator.mixed_precision
+        precision = "float32" if mixed == "no" else mixed
+        threads = f"{self.device.type} of {torch.get_num_threads()} threads each"
+        name = torch.cuda.get_device_name(self.device) if self.on_gpu else threads
         places, gpus = gather_object([self.place]), torch.cuda.device_count()
         return checks.devices(places, name, precision, on_gpu=self.on_gpu, gpus=gpus)
 

@@ -37,18 +37,9 @@ class MachineSpec(NamedTuple):
         """One for each GPU, or one on the CPU."""
         return max(self.gpus, 1)
 
-    @property
-    def bf16(self) -> bool:
-        """Whether training runs in bf16."""
-        return self.gpus > 0
-
 
 def detect_machine(gpus: int | None, memory_gib: float | None, tflops: float | None) -> MachineSpec:
-    """What is planned for; None: as on this machine.
-
-    Steps are measured here where this machine has what the other has, unless TFLOP/s are given. ValueError when its
-    memory is not known.
-    """
+    """What is planned for; None: as on this machine. ValueError when the memory of another one is not given."""
     gpus = torch.cuda.device_count() if gpus is None else gpus
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     same = (gpus > 0) == (here.type == "cuda")
@@ -86,7 +77,7 @@ class StagePlan:
 
     def cost(self, images: int) -> Cost:
         """Of a step of some images on one rank."""
-        return dry_run(self.build, images, self.config.gradient_checkpointing, bf16=self.machine.bf16)
+        return dry_run(self.build, images, self.config.gradient_checkpointing, bf16=self.machine.gpus > 0)
 
     @property
     def memory(self) -> int:
@@ -101,7 +92,7 @@ class StagePlan:
             seconds = self.cost(images).flop / (1e12 * (machine.tflops or math.nan))
         else:
             recompute = self.config.gradient_checkpointing
-            seconds = time_step(self.build, images, recompute, machine.device, bf16=machine.bf16)
+            seconds = time_step(self.build, images, recompute, machine.device, bf16=machine.gpus > 0)
         return machine.ranks * images / seconds
 
     @property
@@ -188,13 +179,9 @@ def recipe_stages(folder: Path, resolution: int, machine: MachineSpec, num_image
 
 
 def fit_to_memory(plan: StagePlan) -> StagePlan:
-    """The largest micro-batch that fits, with gradient checkpointing, then FSDP, where not one image fits without.
-
-    The contrastive loss of CLIP compares a whole batch: its batch gets smaller, and nothing else can be done for it.
-    ValueError where nothing fits.
-    """
-    machine, unsplittable = plan.machine, plan.file.stem == "clip"
-    own = max(1, round(plan.config.batch_size / machine.ranks))
+    """The largest micro-batch that fits, with gradient checkpointing, then FSDP, if needed; ValueError: none does."""
+    machine, own = plan.machine, max(1, round(plan.config.batch_size / plan.machine.ranks))
+    unsplittable = plan.file.stem == "clip"  # its loss compares a whole batch, so the batch gets smaller
     divisors = [images for images in range(own, 0, -1) if own % images == 0]
     savers = [(plan.config.gradient_checkpointing, False), (True, False), (True, True)]
     for gradient_checkpointing, fsdp in savers[: 1 if unsplittable else 3 if machine.ranks > 1 else 2]:
@@ -211,10 +198,7 @@ def fit_to_memory(plan: StagePlan) -> StagePlan:
 
 
 def choose_recipe(found: dict[str, Recipe], hours: float) -> Recipe:
-    """The largest recipe, by its FLOP, whose own steps fit in the hours; the smallest, where none does.
-
-    ValueError when not even that one fits in the memory.
-    """
+    """The largest recipe, by its FLOP, that fits in the hours, else the smallest; ValueError: see `fit_to_memory`."""
     smallest, *larger = sorted(found.values(), key=recipe_flop)
     flop, best = recipe_flop(smallest), [fit_to_memory(plan) for plan in smallest]
     for recipe in larger:

@@ -9,21 +9,11 @@ from pydantic import Field
 
 from ldm.cli import ScriptConfig
 from ldm.config import CONFIGS, flatten
+from ldm.planning import planner
 from ldm.planning.cost import TIMED_STEPS
 from ldm.planning.device import format_bytes, format_duration
 from ldm.planning.doctor import MIN_DOCTOR_STEPS
-from ldm.planning.planner import (
-    LATENT_CACHE_FRACTION,
-    RUNTIME_OVERHEAD_BYTES,
-    Recipe,
-    StagePlan,
-    choose_recipe,
-    detect_machine,
-    read_recipe,
-    recipe_flop,
-    recipe_hours,
-    recipes,
-)
+from ldm.planning.planner import RUNTIME_OVERHEAD_BYTES, Recipe, StagePlan
 
 
 class PlanConfig(ScriptConfig):
@@ -48,16 +38,16 @@ class PlanConfig(ScriptConfig):
 
 def make_plan(config: PlanConfig) -> list[str]:
     """The report, line by line. ValueError: no recipe for this resolution, or none that fits in the memory."""
-    machine = detect_machine(config.gpus, config.memory_gib, config.tflops)
-    found = recipes(config.size, machine, config.num_images)
+    machine = planner.detect_machine(config.gpus, config.memory_gib, config.tflops)
+    found = planner.recipes(config.size, machine, config.num_images)
     gpus = f"{machine.gpus} GPU" + "s" * (machine.gpus > 1) if machine.gpus else "no GPU"
     request = f"{config.num_images:,} images of {config.size} pixels, {gpus}, {config.hours:g} h"
     if machine.device is None and machine.tflops is None:
         note = "the speed of the machine is unknown: run this on it, or pass --tflops, what training reaches there"
         return [request, "", *requirements_table(found, config.hours), "", note]
 
-    recipe = choose_recipe(found, config.hours)
-    hours = recipe_hours(recipe)
+    recipe = planner.choose_recipe(found, config.hours)
+    hours = planner.recipe_hours(recipe)
     fraction = min(1.0, config.hours / hours)
     needs = f"recipe needs {format_duration(3600 * hours)}"
     if fraction < 1:
@@ -68,6 +58,12 @@ def make_plan(config: PlanConfig) -> list[str]:
     if ldm.config.steps >= MIN_DOCTOR_STEPS:
         commands.append(commands[-1].replace("train_ldm.py", "doctor.py ldm"))
     rate = f"{machine.tflops:g} TFLOP/s a GPU, as given" if machine.tflops else f"{TIMED_STEPS} real steps here"
+    latents = []
+    if ldm.latent_bytes:
+        needed = config.num_images * ldm.latent_bytes
+        fits = needed <= planner.LATENT_CACHE_FRACTION * machine.usable_bytes
+        encoded = "" if fits else "encoded in each step, since "
+        latents = [f"latents: {encoded}all of them need {format_bytes(needed)} of memory on each rank"]
     return [
         request,
         f"configs/{ldm.file.parent.name}, of {', '.join(found)}: {needs}",
@@ -76,20 +72,11 @@ def make_plan(config: PlanConfig) -> list[str]:
         "",
         "batch = micro-batches x images in each, over all ranks",
         f"memory: of each rank, from a dry run, and {format_bytes(RUNTIME_OVERHEAD_BYTES)} for Python or CUDA itself",
-        *_latents_note(ldm, config.num_images),
+        *latents,
         f"images/s: {rate}, without loading data and traffic between GPUs; the doctor measures all of it",
         "",
         *commands,
     ]
-
-
-def _latents_note(plan: StagePlan, images: int) -> list[str]:
-    if not plan.latent_bytes:
-        return []
-    needed = images * plan.latent_bytes
-    fits = needed <= LATENT_CACHE_FRACTION * plan.machine.usable_bytes
-    encoded = "" if fits else "encoded in each step, since "
-    return [f"latents: {encoded}all of them need {format_bytes(needed)} of memory on each rank"]
 
 
 def requirements_table(found: dict[str, Recipe], hours: float) -> list[str]:
@@ -97,7 +84,7 @@ def requirements_table(found: dict[str, Recipe], hours: float) -> list[str]:
     rows = [("recipe", "GFLOP/image", "memory from", "TFLOP/s a GPU needed")]
     for name, recipe in found.items():
         cost = recipe[-1].cost(1)
-        tflops = recipe_flop(recipe) / (hours * 3600 * recipe[-1].machine.ranks) / 1e12
+        tflops = planner.recipe_flop(recipe) / (hours * 3600 * recipe[-1].machine.ranks) / 1e12
         memory = format_bytes(cost.memory() + RUNTIME_OVERHEAD_BYTES)
         rows.append((name, f"{cost.flop / 1e9:,.1f}", memory, f"{tflops:.3g}"))
     return _aligned(rows)
@@ -128,14 +115,12 @@ def training_command(plan: StagePlan, config: PlanConfig) -> str:
     if gpus > 1:
         words.append(f"--multi_gpu --num_processes {gpus}")
     words.append(f"scripts/train_{stage}.py --config {Path('configs') / plan.file.relative_to(CONFIGS)}")
-    recipe, planned = flatten(read_recipe(plan.file).to_dict()), flatten(plan.config.to_dict())
+    recipe, planned = flatten(planner.read_recipe(plan.file).to_dict()), flatten(plan.config.to_dict())
     planned |= {"run": str(config.run / stage), "data.source": config.source}
     for key, value in planned.items():
         flag = key.replace("_", "-")
-        if value == recipe[key]:
-            continue
-        if isinstance(value, bool):
+        if value != recipe[key] and isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
+        elif value != recipe[key]:
             words.append(f"--{flag} {shlex.quote(str(value))}")
     return " ".join(words)

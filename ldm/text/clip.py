@@ -37,9 +37,7 @@ class CLIPConfig(Config):
         if self.width % self.num_heads:
             raise ValueError(f"clip.num_heads {self.num_heads} does not divide clip.width {self.width}: change one")
         if image_size % self.patch_size:
-            raise ValueError(
-                f"data.resolution {image_size} is not a multiple of clip.patch_size {self.patch_size}: change one"
-            )
+            raise ValueError(f"clip.patch_size {self.patch_size} must divide data.resolution {image_size}: change one")
         vision = {"image_size": image_size, "patch_size": self.patch_size, "head_width": self.width // self.num_heads}
         both = {"width": self.width, "layers": self.num_layers}
         text = {"context_length": self.context_length, "vocab_size": 49408, "heads": self.num_heads}

@@ -52,20 +52,14 @@ class TextConditioner(nn.Module):
         return self._concatenate([encoder.encode_prompts(prompts) for encoder in self.encoders])
 
     def encode_for_cache(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids (b, context_length) on the CPU -> hidden states (b, context_length, width), pooled (b, embed_dim).
-
-        The hidden states are zero after the end of each prompt, unless prompts are padded.
-        """
+        """Ids (b, context_length) on the CPU -> hidden states (b, context_length, width), pooled (b, embed_dim)."""
         hidden_states, mask, pooled = self.encode_ids(ids)
         if mask is not None:
-            hidden_states = hidden_states * mask[..., None]
+            hidden_states = hidden_states * mask[..., None]  # zero after the end of each prompt
         return F.pad(hidden_states, (0, 0, 0, ids.shape[1] - hidden_states.shape[1])), pooled
 
     def states_from_cache(self, ids: Tensor, hidden_states: Tensor, pooled: Tensor) -> TextEmbeddings:
-        """What `encode_ids` would give for ids (b, context_length) on the CPU, from what `encode_for_cache` gave.
-
-        `hidden_states` and `pooled` may be on any device; nothing waits for it.
-        """
+        """What `encode_ids` would give for ids (b, context_length) on the CPU, from what `encode_for_cache` gave."""
         if self.encoders[0].config.pad_token_id is not None:
             return TextEmbeddings(hidden_states, None, pooled)
         end = ids.argmax(dim=1, keepdim=True)
@@ -86,10 +80,7 @@ def combine_encoders(encoders: Sequence[TextEncoder]) -> TextConditioner | None:
 
 
 def load_text_encoder(towers: Sequence[TextConfig], runs_dir: Path, command: str) -> TextConditioner | None:
-    """The frozen towers; None where all are `none`. `latest` is the newest finished one below `runs_dir`.
-
-    ValueError: see `TextEncoder.load`; no finished tower there, with the `command` that trains one.
-    """
+    """The frozen towers, if any; `latest` is the newest in `runs_dir`, ValueError: none, run the `command` first."""
     encoders = []
     for config in towers:
         model_id = config.model

@@ -48,11 +48,10 @@ class TextConfig(Config):
 class TextEncoder(nn.Module):
     """One tower, without gradients."""
 
-    def __init__(
-        self, tower: TextTower, tokenizer: Tokenizer, config: TextConfig, *, model_id: str, weights: Path
-    ) -> None:
+    def __init__(self, tower: TextTower, config: TextConfig, *, model_id: str, weights: Path) -> None:
         super().__init__()
-        self.tower, self.tokenizer, self.config = tower, tokenizer, config
+        self.tower, self.config = tower, config
+        self.tokenizer = Tokenizer(tower.length, **(tower.cfg["text_cfg"].get("tokenizer_kwargs") or {}))
         self.model_id, self.weights = model_id, weights  # as `TextConfig.model` names it, and the file it came from
         self.trim = True  # the ids of a batch after the end of its longest prompt
         self.width = tower.positional_embedding.shape[1]
@@ -64,15 +63,11 @@ class TextEncoder(nn.Module):
         """The tower of `config.model`, or of `model_id` in its place; ValueError: see `load_tower`."""
         model_id = model_id or config.model
         tower, weights = load_tower(model_id, config.pretrained)
-        tokenizer = Tokenizer(tower.length, **(tower.cfg["text_cfg"].get("tokenizer_kwargs") or {}))
-        return cls(tower, tokenizer, config, model_id=model_id, weights=weights)
+        return cls(tower, config, model_id=model_id, weights=weights)
 
     @classmethod
     def random(cls, config: TextConfig, cfg: dict[str, Any] | None = None) -> "TextEncoder":
-        """A tower of open_clip's `model_cfg`, by default that of `config.model`, with random weights, to measure.
-
-        Its prompts are not trimmed, so that no shape depends on a number: a dry run has none.
-        """
+        """A tower of open_clip's `model_cfg`, by default that of `config.model`, with random weights, to measure."""
         if cfg is None:
             import open_clip  # slow to import
 
@@ -80,15 +75,12 @@ class TextEncoder(nn.Module):
         tower = TextTower(cfg)
         for parameter in tower.parameters():
             nn.init.normal_(parameter, std=0.02)
-        encoder = cls(tower, Tokenizer(tower.length), config, model_id="random", weights=Path())
-        encoder.trim = False
+        encoder = cls(tower, config, model_id="random", weights=Path())
+        encoder.trim = False  # so that no shape depends on a number: a dry run has none
         return encoder
 
     def save(self, folder: Path) -> str:
-        """Write a local or converted tower to `folder`; returns the `TextConfig.model` that names it.
-
-        A public tower is not written: its name is enough.
-        """
+        """Write the tower to `folder`, unless it is a public one; returns the `TextConfig.model` that names it."""
         if self.model_id == CONVERTED:
             write_text(folder / CONFIG_NAME, json.dumps({"model_cfg": self.tower.cfg}, indent=2))
             write_tensors(folder / WEIGHTS_NAME, self.tower.state_dict())
@@ -104,11 +96,7 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_ids(self, ids: Tensor) -> TextEmbeddings:
-        """Encode ids (b, context_length) on the CPU, as training does, up to the end of the longest prompt.
-
-        What follows an end token is masked and changes nothing. With `pad_token_id` prompts are padded to the context
-        length instead, and there is no mask.
-        """
+        """Encode ids (b, context_length) on the CPU, as training does: trimmed and masked, or with `pad_token_id`."""
         end = ids.argmax(dim=1, keepdim=True)  # of ids on the CPU, so the length is known without the device
         if self.config.pad_token_id is None:
             ids = ids[:, : int(end.max()) + 1] if self.trim else ids

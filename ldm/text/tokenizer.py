@@ -17,11 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Tokenizer:
-    """Prompts -> ids of a fixed context length; `settings` are those of open_clip's SimpleTokenizer.
-
-    It caches the ids of prompts, since training sees each caption many times, so a prompt that must be truncated is
-    logged once. Prompts that a person writes are not truncated but encoded in chunks: `TextEncoder.encode_prompts`.
-    """
+    """Prompts -> ids of a fixed context length; `settings` are those of open_clip's SimpleTokenizer."""
 
     def __init__(self, context_length: int, **settings: Any) -> None:
         self._bpe = _load_bpe(json.dumps(settings, sort_keys=True))
@@ -31,7 +27,7 @@ class Tokenizer:
         self.encoder: dict[str, int] = self._bpe.encoder
         self.decoder: dict[int, str] = self._bpe.decoder
         self.bpe_ranks: dict[tuple[str, str], int] = self._bpe.bpe_ranks
-        self._encode_truncated = lru_cache(2**16)(self._truncate)
+        self._encode_truncated = lru_cache(2**16)(self._truncate)  # training sees each caption many times
 
     def encode(self, prompt: str) -> list[int]:
         """All tokens of a prompt, without start and end token."""
@@ -69,12 +65,9 @@ def vocabulary(captions: Iterable[str]) -> list[str]:
     return sorted({word for caption in captions for word in split_words(caption)})
 
 
-@lru_cache(4)
+@lru_cache(4)  # it takes a quarter of a second, and all context lengths can share it
 def _load_bpe(settings: str) -> Any:
-    """A SimpleTokenizer; it takes a quarter of a second, and all context lengths can share it.
-
-    It is run from its file: `import open_clip` would import its models and torchvision, too.
-    """
+    """A SimpleTokenizer, run from its file: `import open_clip` would import its models and torchvision, too."""
     package = importlib.util.find_spec("open_clip")
     assert package is not None and package.origin is not None
     module = runpy.run_path(str(Path(package.origin).with_name("tokenizer.py")))

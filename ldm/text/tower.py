@@ -40,10 +40,7 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class TextTower(nn.Module):
-    """CLIP's text transformer from open_clip's `model_cfg`; parameters have open_clip's names, so its weights load.
-
-    It is written here so that a prompt needs neither the image half nor the seconds that importing open_clip takes.
-    """
+    """CLIP's text transformer by open_clip's `model_cfg`, with its parameter names and without its slow import."""
 
     def __init__(self, cfg: dict[str, Any]) -> None:
         super().__init__()

@@ -30,10 +30,8 @@ def load_tower(model_id: str, pretrained: str | None = None) -> tuple[TextTower,
     try:
         cfg, path = _find(model_id, pretrained)
     except OSError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"text tower {model_id}: download failed ({reason}): check the network or pass `local-dir:FOLDER`"
-        ) from None
+        reason = f"download failed ({' '.join(str(error).split())})"
+        raise ValueError(f"text tower {model_id}: {reason}: check the network or pass `local-dir:FOLDER`") from None
     _check_supported(cfg, model_id)
     with torch.device("meta"):
         tower = TextTower(cfg)
@@ -45,21 +43,23 @@ def load_tower(model_id: str, pretrained: str | None = None) -> tuple[TextTower,
 
 def _find(model_id: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
     """open_clip's `model_cfg` and the weights file; OSError when a download fails."""
+    names = (CONFIG_NAME, WEIGHTS_NAME)
     if model_id.startswith(LOCAL):
-        folder = Path(model_id.removeprefix(LOCAL))
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if not (folder / name).is_file():
-                raise ValueError(
-                    f"text tower {model_id} has no {name}: train one with `accelerate launch scripts/train_clip.py`, "
-                    "or pass a folder that open_clip saved"
-                )
-        return _read_cfg(folder / CONFIG_NAME), folder / WEIGHTS_NAME
-    if model_id.startswith(HUB):
+        config, weights = (Path(model_id.removeprefix(LOCAL)) / name for name in names)
+        if missing := [file.name for file in (config, weights) if not file.is_file()]:
+            remedy = "train one with `accelerate launch scripts/train_clip.py`, or pass a folder that open_clip saved"
+            raise ValueError(f"text tower {model_id} has no {missing[0]}: {remedy}")
+    elif model_id.startswith(HUB):
         from huggingface_hub import hf_hub_download
 
-        config, weights = (hf_hub_download(model_id.removeprefix(HUB), name) for name in (CONFIG_NAME, WEIGHTS_NAME))
-        return _read_cfg(Path(config)), Path(weights)
-    return _find_public(model_id, pretrained)
+        config, weights = (Path(hf_hub_download(model_id.removeprefix(HUB), name)) for name in names)
+    else:
+        return _find_public(model_id, pretrained)
+    try:
+        cfg = dict(json.loads(config.read_text())["model_cfg"])
+        return cfg | {"embed_dim": cfg["embed_dim"], "text_cfg": dict(cfg["text_cfg"])}, weights
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{config} has no model_cfg of a text tower: save or download it again") from None
 
 
 def _find_public(name: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
@@ -67,26 +67,13 @@ def _find_public(name: str, pretrained: str | None) -> tuple[dict[str, Any], Pat
 
     cfg = open_clip.get_model_config(name)
     if cfg is None:
-        raise ValueError(
-            f"text.model {name!r} is not an open_clip model: pass one, `local-dir:FOLDER` or `hf-hub:ORG/NAME`"
-        )
+        raise ValueError(f"text.model {name!r} is not in open_clip: pass one, `local-dir:FOLDER` or `hf-hub:ORG/NAME`")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in tags:
-        raise ValueError(
-            f"text.model {name} needs weights: set text.pretrained to one of {', '.join(tags)}, not {pretrained}"
-        )
+        raise ValueError(f"text.model {name}: set text.pretrained to one of {', '.join(tags)}, not {pretrained}")
     entry = open_clip.get_pretrained_cfg(name, pretrained)
     cfg = cfg | {"quick_gelu": entry.get("quick_gelu", cfg.get("quick_gelu", False))}
     return cfg, Path(open_clip.download_pretrained(entry, prefer_hf_hub=True))
-
-
-def _read_cfg(path: Path) -> dict[str, Any]:
-    """The `model_cfg` in open_clip's configuration file; ValueError when it has none."""
-    try:
-        cfg = dict(json.loads(path.read_text())["model_cfg"])
-        return cfg | {"embed_dim": cfg["embed_dim"], "text_cfg": dict(cfg["text_cfg"])}
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} has no model_cfg of a text tower: save or download it again") from None
 
 
 def _check_supported(cfg: dict[str, Any], model_id: str) -> None:
