@@ -77,13 +77,9 @@ class Diffusion:
         self.config = config
         self.discrete = config.noise_schedule not in ("flow", "edm")
         self._alpha_bar = _alpha_bar(config) if self.discrete else torch.empty(0)
-
-    @property
-    def t_min(self) -> float:
-        """The t of the least noise that training is meant for."""
-        if self.config.noise_schedule == "edm":
-            return (EDM_SIGMA_MIN / EDM_SIGMA_MAX) ** (1 / EDM_RHO)
-        return 1 / NUM_TRAIN_TIMESTEPS
+        self.t_min = 1 / NUM_TRAIN_TIMESTEPS  # of the least noise that training is meant for
+        if config.noise_schedule == "edm":
+            self.t_min = (EDM_SIGMA_MIN / EDM_SIGMA_MAX) ** (1 / EDM_RHO)
 
     def alpha(self, t: Tensor) -> Tensor:
         """Factor of the signal, 1 at t = 0; shaped as t."""

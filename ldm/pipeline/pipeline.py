@@ -15,6 +15,7 @@ from ldm.diffusion.samplers import SamplerStep, ddim_invert, final_latents, get_
 from ldm.diffusion.timesteps import make_timesteps
 from ldm.imaging import pil_to_tensor, tensor_to_pil
 from ldm.interop.components import ModelComponents
+from ldm.io.tensors import same_weights
 from ldm.pipeline.denoiser import PromptDenoiser
 from ldm.pipeline.inputs import InitImage, consecutive_seeds, initial_noise, slerp
 from ldm.pipeline.load import load_components, save_components
@@ -81,7 +82,7 @@ class Pipeline:
         """
         settings, guide_settings = _inference_settings(self), _inference_settings(guide)
         for name, value in settings.items():
-            if value != guide_settings[name] or not _has_same_weights(getattr(self, name), getattr(guide, name)):
+            if value != guide_settings[name] or not same_weights(getattr(self, name), getattr(guide, name)):
                 raise ValueError(f"guide model {guide.path}: its {name} differs from {self.path}; pass another one")
         self.guide_unet = guide.unet
         return self.to(self.device)
@@ -95,15 +96,14 @@ class Pipeline:
     def decode(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
         """Standardized latents (b, c, h, w) -> pixels in [-1, 1]; the identity without a VAE.
 
-        With `tile`, latents larger than that on a side are decoded in tiles, a quarter of which overlaps.
+        With `tile`, latents larger than that on a side are decoded in tiles.
         """
         if self.vae is None:
             return latents.clamp(-1, 1)
-        latents, decode = self.vae.unstandardize(latents), self.vae.decode
+        latents = self.vae.unstandardize(latents)
         if tile is None or max(latents.shape[-2:]) <= tile:
-            return decode(latents).clamp(-1, 1)
-        overlap = max(tile // 4, 1)
-        return tiled_decode(decode, latents, factor=self.vae_factor, tile=tile, overlap=overlap).clamp(-1, 1)
+            return self.vae.decode(latents).clamp(-1, 1)
+        return tiled_decode(self.vae.decode, latents, factor=self.vae_factor, tile=tile).clamp(-1, 1)
 
     def preview(self, latents: Tensor) -> list[Image.Image]:
         """Small images (h x w) of standardized latents (b, c, h, w) while sampling: linear in the latents, so cheap.
@@ -345,8 +345,3 @@ def _inference_settings(pipeline: Pipeline) -> dict[str, Any]:
         "text": [encoder.config.fingerprint() for encoder in pipeline.text.encoders] if pipeline.text else None,
         "vae": pipeline.vae.config if pipeline.vae else None,
     }
-
-
-def _has_same_weights(one: object, other: object) -> bool:
-    ours, theirs = (part.state_dict() if isinstance(part, torch.nn.Module) else {} for part in (one, other))
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in ours)

@@ -71,10 +71,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context | None = None, mask: Tensor | None = None) -> Tensor:
         """`mask` (b, m) is True where the context may be attended to."""
-        if isinstance(context, CachedContext):
-            k, v = context.kv_for(self)
-        else:
-            k, v = self.project_kv(x if context is None else context)
+        context = x if context is None else context
+        k, v = context.kv(self.project_kv) if isinstance(context, CachedContext) else self.project_kv(context)
         mask = None if mask is None else mask[:, None, None, :]
         h = F.scaled_dot_product_attention(self._by_head(self.to_q(x)), k, v, attn_mask=mask)
         return self.to_out(rearrange(h, "b heads n d -> b n (heads d)"))
