@@ -1,7 +1,4 @@
-"""What conditions a network: text context, pooled vector, sizes, spatial channels. Tensors only.
-
-Prompts become conditions in pipeline/denoiser.py; captions, and their dropout, in stages/diffusion.py.
-"""
+"""What conditions a network: text context, pooled vector, sizes, spatial channels. Tensors only."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -22,10 +22,9 @@ def generator(*parts: int | str) -> torch.Generator:
 
 
 class StepRNG:
-    """The random numbers of some samples of one training step.
+    """The random numbers of some samples of one training step, each keyed by its position in the global batch.
 
-    Each sample has its own stream, keyed by its position in the global batch. So the draws do not depend on how the
-    batch is divided among ranks and micro-batches, nor on where the run was stopped and resumed.
+    So the draws do not depend on how a batch is divided among ranks and micro-batches, nor on where a run was resumed.
     """
 
     def __init__(self, seed: int, step: int, positions: Sequence[int], batch_size: int, device: torch.device) -> None:

@@ -1,6 +1,5 @@
 """Figures that explain: noising, denoising, latents, guidance, edited images, and the curves of a run."""
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,7 +79,7 @@ def edits(pipeline: Pipeline, described: str, wanted: str, edits: Sequence[str])
 
 def labelled_rows(rows: Mapping[str, Sequence[Image.Image]], *, width: int = 70) -> Image.Image:
     """A grid of rows of images, each with its label to the left, `width` pixels wide."""
-    images = list(itertools.chain.from_iterable(rows.values()))
+    images = [image for row in rows.values() for image in row]
     grid = image_grid(images, columns=len(images) // len(rows), scale=SCALE)
     wide = Image.new("RGB", (grid.width + width, grid.height), "white")
     wide.paste(grid, (width, 0))

@@ -85,10 +85,7 @@ def save_components(components: ModelComponents, folder: Path) -> None:
 
 
 def load_vae(path: Path) -> VAE:
-    """The frozen VAE of a finished train_vae run, or of a whole model in any format, in float32 on the CPU.
-
-    ValueError: see `load_components`; a model without a VAE.
-    """
+    """The frozen VAE of a train_vae run, or of a whole model in any format, on the CPU; ValueError: there is none."""
     if model_kind(path) == "vae":
         return _build_frozen(VAE, read_manifest(path, "vae", VAEManifest.from_dict).vae, path / VAE_FILE)
     vae = load_components(path).vae

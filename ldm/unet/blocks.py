@@ -29,8 +29,7 @@ def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
 class ResidualBlock(nn.Module):
     """Two GroupNorm -> SiLU -> 3x3 convolutions, with the time embedding between them: (b, in, h, w) -> (b, out, h, w).
 
-    The embedding is added, or with `scale_shift` it scales and shifts the output of the second norm (Dhariwal and
-    Nichol 2021, section 3).
+    The embedding is added, or scales and shifts the second norm (`scale_shift`; Dhariwal and Nichol 2021, section 3).
     """
 
     def __init__(

@@ -169,8 +169,7 @@ class UNet(nn.Module):
     def forward(self, z: Tensor, timestep: Tensor, cond: Conditioning = UNCONDITIONAL) -> Tensor:
         """z (b, in_channels, h, w) at the network's timestep (b,) or (1,) -> prediction (b, in_channels, h, w).
 
-        ValueError: sides that `UNetConfig.factor` does not divide, or channels and conditions of other widths than
-        the configuration has.
+        ValueError: sides that the factor does not divide, and channels or conditions of other widths than configured.
         """
         self._check_inputs(z, cond)
         t_embed = self._embed(timestep, cond, z)

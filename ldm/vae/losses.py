@@ -58,10 +58,7 @@ def psnr(x: Tensor, y: Tensor, *, data_range: float = 2.0) -> Tensor:
 
 
 def _blur(x: Tensor) -> Tensor:
-    """Gaussian window of SSIM: (b, c, h, w) -> (b, c, h - 10, w - 10).
-
-    Two products with band matrices are far faster than depthwise convolutions.
-    """
+    """Gaussian window of SSIM, by fast products with band matrices: (b, c, h, w) -> (b, c, h - 10, w - 10)."""
     height, width = x.shape[-2:]
     rows = _window_matrix(height, x.device)
     columns = rows if width == height else _window_matrix(width, x.device)
