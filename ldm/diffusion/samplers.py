@@ -29,10 +29,7 @@ class SamplerStep(NamedTuple):
 
 
 class Sampler(Protocol):
-    """The one signature of all samplers, once `get_sampler` has bound eta.
-
-    `z` (b, ...) is the noisy latent at ts[0]; `ts` (steps + 1,) falls to 0, float64 on the CPU.
-    """
+    """All samplers, with eta bound: from `z` (b, ...) at ts[0]; `ts` (steps + 1,) falls to 0, float64 on the CPU."""
 
     def __call__(
         self, denoiser: Denoiser, diffusion: Diffusion, z: Tensor, ts: Tensor, *, noise_sampler: NoiseSampler
@@ -270,8 +267,6 @@ def ddim_invert(denoiser: Denoiser, diffusion: Diffusion, denoised: Tensor, ts: 
         z = diffusion.alpha(s) * denoised + diffusion.sigma(s) / diffusion.sigma(t) * noise
         yield SamplerStep(z, denoised)
 
-
-# By name.
 
 SAMPLERS: dict[str, tuple[Callable[..., Iterator[SamplerStep]], float | None]] = {
     "ddpm": (ddim, 1.0),

@@ -53,10 +53,8 @@ def latents(pipeline: Pipeline, images: Tensor) -> Image.Image:
 
 def guidance(pipeline: Pipeline, prompt: str, scales: Sequence[float], *, seeds: int = 6) -> Image.Image:
     """Each row has the prompt with the same seeds under another guidance scale."""
-    prompts, rows = [prompt] * seeds, {}
-    for scale in scales:
-        rows[f"scale {scale:g}"] = tensor_to_pil(pipeline.sample(prompts, range(seeds), guidance_scale=scale))
-    return labelled_rows(rows)
+    images = {scale: pipeline.sample([prompt] * seeds, range(seeds), guidance_scale=scale) for scale in scales}
+    return labelled_rows({f"scale {scale:g}": tensor_to_pil(row) for scale, row in images.items()})
 
 
 def edits(pipeline: Pipeline, described: str, wanted: str, edits: Sequence[str]) -> Image.Image:

@@ -23,8 +23,6 @@ from ldm.pipeline.load import weights_file
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.record import GenerationRecord, InitImageRecord, read_png, save_png
 
-REPRODUCE_FLAGS = {"reproduce", "model", "out", "device", "config"}  # which go together
-
 
 class Txt2ImgConfig(ScriptConfig):
     """Settings of txt2img."""
@@ -144,7 +142,7 @@ def reproduce(config: Txt2ImgConfig, path: Path) -> tuple[Image.Image, Generatio
     """
     defaults = type(config)()
     for name, value in config:
-        if name not in REPRODUCE_FLAGS and value != getattr(defaults, name):
+        if name not in ("reproduce", "model", "out", "device", "config") and value != getattr(defaults, name):
             raise ValueError(f"--reproduce reads all settings from {path}: leave out {name}")
     record = read_png(path)
     pipeline, models = load_models(config.model or Path(record.model), record.guide_model, config.device)

@@ -259,17 +259,13 @@ class Pipeline:
         literal: bool = False,
     ) -> Tensor:
         """Images (b, c, h, w) in [-1, 1] of the training resolution, each with its prompt and seed; see `stream`."""
-        steps_taken = self.stream(
-            initial_noise(self.latent_shape(self.resolution, self.resolution), seeds).to(self.device),
-            prompts,
-            [""] * len(prompts),
-            seeds=seeds,
-            steps=steps,
-            guidance_scale=self.default_guidance_scale if guidance_scale is None else guidance_scale,
-            sampler=sampler,
-            literal=literal,
+        noise = initial_noise(self.latent_shape(self.resolution, self.resolution), seeds).to(self.device)
+        scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
+        negative = [""] * len(prompts)
+        sampling = self.stream(
+            noise, prompts, negative, seeds=seeds, steps=steps, guidance_scale=scale, sampler=sampler, literal=literal
         )
-        return self.decode(final_latents(steps_taken))
+        return self.decode(final_latents(sampling))
 
     @torch.no_grad()
     def stream(

@@ -7,10 +7,9 @@ from torch import Tensor
 
 
 def tiled_decode(decode: Callable[[Tensor], Tensor], latents: Tensor, *, factor: int, tile: int) -> Tensor:
-    """`decode` on tiles of `tile` x `tile` latents, a quarter of which overlaps and is blended.
+    """Decode (b, c, h, w) -> (b, c, factor h, factor w) in tiles of this side, blended where a quarter overlaps.
 
-    (b, c, h, w) -> (b, c, factor h, factor w). A decoder whose receptive field exceeds the overlap, or with norms
-    over the whole image, gives slightly different tiles; blending leaves no seam. ValueError: a tile below 2.
+    Norms over the whole image make tiles slightly different; blending leaves no seam. ValueError: a tile below 2.
     """
     if tile < 2:
         raise ValueError(f"vae_tile must be at least 2 latents, not {tile}")
