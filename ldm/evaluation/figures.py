@@ -97,8 +97,7 @@ def loss_curves(runs: Sequence[Path], path: Path) -> None:
     for left, run in zip(axes[0], runs, strict=True):
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         for name in ("loss", "validation_loss", "validation_psnr", "validation_retrieval"):
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            if points:
+            if points := [(line["step"], line[name]) for line in lines if name in line]:
                 axis = left if name.endswith("loss") else left.twinx()
                 label, color = name.replace("_", " "), "C0" if name == "loss" else "C1"
                 axis.plot(*zip(*points, strict=True), label=label, color=color)

@@ -116,9 +116,8 @@ def generate_all(config: Txt2ImgConfig) -> Iterator[tuple[Image.Image, Generatio
     }
     if config.guidance_scale is None:
         settings["guidance_scale"] = pipeline.default_guidance_scale
-    steps = config.steps
-    if init_image and init_image.inversion_prompt is None:
-        steps = img2img_steps(init_image.strength, steps)
+    strength = init_image.strength if init_image and init_image.inversion_prompt is None else 1.0
+    steps = img2img_steps(strength, config.steps)
 
     firsts = range(0, config.num_images, config.batch_size)
     with tqdm(total=len(prompts) * len(firsts) * steps, unit="step", desc="sampling") as bar:

@@ -16,7 +16,7 @@ NumGroups = Callable[[int], int]  # from the width of a layer to its number of n
 
 
 def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
-    """Cosines, then sines, at frequencies 1 to 1/10000 (Vaswani et al. 2017, section 3.5): (b,) -> (b, width) float32."""
+    """Cosines, then sines, at frequencies 1 to 1e-4 (Vaswani et al. 2017, section 3.5): (b,) -> (b, width) float32."""
     half = width // 2
     frequency = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
     angle = timestep.float()[:, None] * frequency

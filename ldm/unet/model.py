@@ -130,8 +130,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()
-        self.config = config
-        self.gradient_checkpointing = gradient_checkpointing
+        self.config, self.gradient_checkpointing = config, gradient_checkpointing
         widths, depths, time_width = config.widths, config.transformer_depth, 4 * config.model_channels
         last = len(widths) - 1
 
