@@ -1,16 +1,11 @@
-"""What conditions a network: text context, pooled vector, sizes, spatial channels. Tensors only.
+"""What conditions a network: text context, pooled vector, sizes, spatial channels. Tensors only."""
 
-Prompts become conditions in pipeline/denoiser.py; captions, and their dropout, in stages/diffusion.py.
-"""
-
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 from torch import Tensor
 
-
-class _ProjectsKV(Protocol):
-    def project_kv(self, context: Tensor) -> tuple[Tensor, Tensor]: ...
+KV = tuple[Tensor, Tensor]  # keys and values
 
 
 class CachedContext:
@@ -18,13 +13,13 @@ class CachedContext:
 
     def __init__(self, hidden_states: Tensor) -> None:
         self.hidden_states, self.shape = hidden_states, hidden_states.shape
-        self._kv: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._kv: dict[Callable[[Tensor], KV], KV] = {}
 
-    def kv_for(self, attention: _ProjectsKV) -> tuple[Tensor, Tensor]:
-        """Keys and values of one attention module, (b, heads, n, d) each."""
-        if attention not in self._kv:
-            self._kv[attention] = attention.project_kv(self.hidden_states)
-        return self._kv[attention]
+    def kv(self, project: Callable[[Tensor], KV]) -> KV:
+        """Keys and values, (b, heads, n, d) each, by the projection of one attention."""
+        if project not in self._kv:
+            self._kv[project] = project(self.hidden_states)
+        return self._kv[project]
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,8 @@ def decode_image(data: Encoded, *, channels: int = 3) -> Image.Image:
 def decode_reduced(
     data: Encoded | Image.Image, *, channels: int, side: int | None = None
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """`decode_image`, but a large JPEG at a lower resolution, not below twice `side`; and its full height and width.
-
-    An image that is decoded already is returned as it is.
-    """
-    if isinstance(data, Image.Image):
+    """`decode_image`, but a large JPEG at a lower resolution, not below twice `side`; and its full height and width."""
+    if isinstance(data, Image.Image):  # decoded already
         return data, (data.height, data.width)
     try:
         with _open(data) as image:

@@ -18,16 +18,11 @@ def zero_init_(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
 
 
 def check_group_norm(groups: dict[int, int], *, widths: str) -> None:
-    """ValueError unless `groups`, from the width of a layer to its number of norm groups, divide the widths.
-
-    `widths` names the settings that they come from.
-    """
+    """ValueError unless `groups`, from width to number of norm groups, divide the widths, the settings `widths`."""
     for width, count in groups.items():
         if count < 1 or width % count:
-            raise ValueError(
-                f"norm_num_groups: {count} groups do not divide a width of {width} ({widths}); set other widths, or "
-                f"norm_num_groups to a divisor of {math.gcd(*groups)}"
-            )
+            fits = f"set other widths, or a divisor of {math.gcd(*groups)}"
+            raise ValueError(f"norm_num_groups: {count} groups do not divide a width of {width} ({widths}); {fits}")
 
 
 def checkpointed(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.io.tensors import to_device
+
 
 def fold_seed(*parts: int | str) -> int:
     """A 63-bit seed from a tuple such as (seed, "noise", step, position)."""
@@ -20,10 +22,9 @@ def generator(*parts: int | str) -> torch.Generator:
 
 
 class StepRNG:
-    """The random numbers of some samples of one training step.
+    """The random numbers of some samples of one training step, each keyed by its position in the global batch.
 
-    Each sample has its own stream, keyed by its position in the global batch. So the draws do not depend on how the
-    batch is divided among ranks and micro-batches, nor on where the run was stopped and resumed.
+    So the draws do not depend on how a batch is divided among ranks and micro-batches, nor on where a run was resumed.
     """
 
     def __init__(self, seed: int, step: int, positions: Sequence[int], batch_size: int, device: torch.device) -> None:
@@ -39,9 +40,8 @@ class StepRNG:
         return self._draw(Tensor.uniform_, stream, (), device or self.device)
 
     def _draw(self, fill: Callable[..., Any], stream: str, shape: Sequence[int], device: torch.device) -> Tensor:
-        cuda = device.type == "cuda"
-        numbers = torch.empty(len(self.positions), *shape, pin_memory=cuda)
+        numbers = torch.empty(len(self.positions), *shape)
         stream_generator = torch.Generator("cpu")  # reseeded for each sample, which is cheaper than a new one
         for row, position in zip(numbers, self.positions, strict=True):
             fill(row, generator=stream_generator.manual_seed(fold_seed(self.seed, stream, self.step, position)))
-        return numbers.to(device, non_blocking=cuda)  # from pinned memory, so nothing waits for the device
+        return to_device(numbers, device)

@@ -6,13 +6,7 @@ Memory comes from a dry run of each stage; times from a few real steps on this m
 from ldm.cli import command
 from ldm.planning.report import PlanConfig, make_plan
 
-
-def show(config: PlanConfig) -> None:
-    """Print the plan."""
-    print("\n".join(make_plan(config)))
-
-
-main = command(PlanConfig, show, __doc__)
+main = command(PlanConfig, lambda config: print("\n".join(make_plan(config))), __doc__)
 
 if __name__ == "__main__":
     main()

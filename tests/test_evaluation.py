@@ -9,7 +9,6 @@ import torch
 
 from ldm.data.sources import shapes
 from ldm.evaluation import classifier as module
-from ldm.evaluation import intervals
 from ldm.evaluation.classifier import (
     ATTRIBUTES,
     CLASSIFIER_VERSION,
@@ -19,22 +18,23 @@ from ldm.evaluation.classifier import (
     render_batch,
     train_classifier,
 )
+from ldm.evaluation.evaluate import mean_ci, proportion_ci
 from ldm.imaging import pil_to_tensor
 
 
 def test_wilsons_interval() -> None:
-    found = intervals.proportion_ci(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
+    found = proportion_ci(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
     assert found.value == pytest.approx(81 / 263)
     assert (found.low, found.high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
-    assert intervals.proportion_ci(10, 10).high == 1.0 and intervals.proportion_ci(10, 10).low < 1.0
+    assert proportion_ci(10, 10).high == 1.0 and proportion_ci(10, 10).low < 1.0
 
 
 def test_interval_of_a_mean() -> None:
-    found = intervals.mean_ci([1.0, 2.0, 3.0, 4.0])
+    found = mean_ci([1.0, 2.0, 3.0, 4.0])
     half = 1.959964 * (5 / 3) ** 0.5 / 2
     assert found == (2.5, pytest.approx(2.5 - half), pytest.approx(2.5 + half), 4)
     with pytest.raises(ValueError, match="at least two samples"):
-        intervals.mean_ci([1.0])
+        mean_ci([1.0])
 
 
 def test_an_untrained_classifier_refuses_to_judge() -> None:

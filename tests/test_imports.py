@@ -13,7 +13,7 @@ ALLOWED: dict[str, set[str]] = {
     "io": set(),
     "config": {"io"},
     "cli": {"config"},
-    "rng": set(),
+    "rng": {"io"},
     "layers": set(),
     "imaging": {"io"},
     "conditioning": set(),

@@ -1,7 +1,6 @@
 """Guidance: combine a conditional and a reference prediction into one denoiser.
 
-A `CondUncondFn` gives both predictions, a `GuidanceFn` combines them; `guided_denoiser` puts the two together and
-`guidance_interval` limits guidance to an interval of t. All predictions are of x0, so guidance composes with every
+A `CondUncondFn` gives both predictions, a `GuidanceFn` combines them. All are of x0, so guidance composes with every
 sampler, whatever the network predicts. Shapes: z_t and predictions are (b, ...), t is (b,).
 """
 
@@ -116,9 +115,8 @@ def guidance_rescale(guidance: GuidanceFn, phi: float) -> GuidanceFn:
 class APG:
     """Adaptive projected guidance (Sadat et al. 2024, algorithm 1): a GuidanceFn that keeps colours from saturating.
 
-    `eta` weighs the part of the update cond - uncond that is parallel to cond and only makes it larger;
-    `norm_threshold` limits the update's norm in each image; `momentum` (negative in the paper) weighs the previous
-    updates. With momentum the instance holds them, so it serves one run of a sampler.
+    `eta` weighs the part of the update cond - uncond that is parallel to cond; `norm_threshold` limits its norm in each
+    image; `momentum` weighs the previous updates, which the instance holds: it serves one run of a sampler.
     """
 
     def __init__(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ldm.config import Config
 
-Prediction = Literal["epsilon", "v", "x0", "flow"]
 NUM_TRAIN_TIMESTEPS = 1000  # of the discrete schedules
 EDM_SIGMA_MAX, EDM_SIGMA_MIN, EDM_RHO = 80.0, 0.002, 7  # Karras et al. 2022, table 1, for data of standard deviation 1
 
@@ -27,7 +26,7 @@ class DiffusionConfig(Config):
     shift: float = Field(1.0, gt=0)
     """shift the flow schedule towards noise, as high resolutions need (Esser et al. 2024, equation 23); 3 for 1024
     pixels there"""
-    prediction: Prediction = "epsilon"
+    prediction: Literal["epsilon", "v", "x0", "flow"] = "epsilon"
     """what the network predicts: the noise, v (Salimans and Ho 2022), x0, or the flow velocity noise - x0"""
     loss_weighting: Literal["uniform", "min_snr", "soft_min_snr", "p2"] = "uniform"
     """weight of the error: 1; by the SNR between snr_floor and gamma (Hang et al. 2023; Salimans and Ho 2022); by
@@ -77,13 +76,9 @@ class Diffusion:
         self.config = config
         self.discrete = config.noise_schedule not in ("flow", "edm")
         self._alpha_bar = _alpha_bar(config) if self.discrete else torch.empty(0)
-
-    @property
-    def t_min(self) -> float:
-        """The t of the least noise that training is meant for."""
-        if self.config.noise_schedule == "edm":
-            return (EDM_SIGMA_MIN / EDM_SIGMA_MAX) ** (1 / EDM_RHO)
-        return 1 / NUM_TRAIN_TIMESTEPS
+        self.t_min = 1 / NUM_TRAIN_TIMESTEPS  # of the least noise that training is meant for
+        if config.noise_schedule == "edm":
+            self.t_min = (EDM_SIGMA_MIN / EDM_SIGMA_MAX) ** (1 / EDM_RHO)
 
     def alpha(self, t: Tensor) -> Tensor:
         """Factor of the signal, 1 at t = 0; shaped as t."""
@@ -111,11 +106,8 @@ class Diffusion:
         return ((low + fraction) / NUM_TRAIN_TIMESTEPS).clamp(0, 1)
 
     def network_timestep(self, t: Tensor) -> Tensor:
-        """The timestep that the network's embedding gets: the index 0...999 of a discrete schedule, 1000 sigma of flow.
-
-        For edm it is 1000 c_noise = 250 ln(sigma), since the embedding expects numbers of that size. Shaped as t.
-        """
-        if self.config.noise_schedule == "edm":
+        """The number that the network embeds, shaped as t: the index 0...999 if discrete, 1000 sigma of flow."""
+        if self.config.noise_schedule == "edm":  # 1000 c_noise, as the embedding expects numbers of that size
             return (250 * self._edm_sigma(t).log()).to(t.dtype)
         if self.config.noise_schedule == "flow":
             return (self._flow_sigma(t) * NUM_TRAIN_TIMESTEPS).to(t.dtype)
@@ -149,8 +141,7 @@ class Diffusion:
     def loss_weight(self, t: Tensor) -> Tensor:
         """Factor of the target's squared error at t, shaped as t: 1, or so that x0's error has the weight w(SNR).
 
-        Sources: `DiffusionConfig.loss_weighting`; min-SNR is equation 5 of Hang et al. 2023, its floor the truncated
-        SNR of Salimans and Ho 2022, section 4.
+        Sources: see `DiffusionConfig.loss_weighting`; Hang et al. 2023, equation 5; Salimans and Ho 2022, section 4.
         """
         config = self.config
         if config.loss_weighting == "uniform":
@@ -173,10 +164,7 @@ class Diffusion:
         return x0_weight * sigma**2 / (alpha**2 + sigma**2) ** 2
 
     def sample_t(self, uniform: Tensor, positions: Tensor, batch_size: int) -> Tensor:
-        """t in (0, 1], (b,), from one uniform number for each sample and its position in the whole batch.
-
-        On the discrete schedules they are whole steps, k / 1000.
-        """
+        """t (b,) in (0, 1], k / 1000 where discrete, from a uniform number and the batch position of each sample."""
         t = uniform
         if self.config.t_distribution == "stratified":
             t = (positions + uniform) / batch_size

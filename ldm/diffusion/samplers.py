@@ -1,8 +1,7 @@
 """Samplers: each is a generator of steps from noise to x0 over a Denoiser; the caller owns the loop.
 
-All are written in alpha and sigma, so they run on every noise schedule. Their coefficients are float64 numbers on the
-CPU. `_step` solves the ODE or SDE exactly for a constant x0; samplers differ in the x0 they plug in and in the noise
-they add.
+All are written in alpha and sigma, float64 on the CPU, so they run on every noise schedule. `_step` solves the ODE or
+SDE exactly for a constant x0; samplers differ in the x0 that they plug in and in the noise that they add.
 """
 
 import itertools
@@ -30,10 +29,7 @@ class SamplerStep(NamedTuple):
 
 
 class Sampler(Protocol):
-    """The one signature of all samplers, once `get_sampler` has bound eta.
-
-    `z` (b, ...) is the noisy latent at ts[0]; `ts` (steps + 1,) falls to 0, float64 on the CPU.
-    """
+    """All samplers, with eta bound: from `z` (b, ...) at ts[0]; `ts` (steps + 1,) falls to 0, float64 on the CPU."""
 
     def __call__(
         self, denoiser: Denoiser, diffusion: Diffusion, z: Tensor, ts: Tensor, *, noise_sampler: NoiseSampler
@@ -74,8 +70,7 @@ def ddim(
 ) -> Iterator[SamplerStep]:
     """DDIM (Song et al. 2021, equation 12): eta 0 is deterministic, eta 1 has DDPM's variance. One call a step.
 
-    With eta 1 it is ancestral sampling with the posterior's variance (DDPM, Ho et al. 2020, equation 7), and also what
-    is called Euler ancestral: there in terms of sigma / alpha, here of alpha and sigma.
+    With eta 1 it is ancestral sampling: DDPM (Ho et al. 2020, equation 7), and also what is called Euler ancestral.
     """
     for i, (t, s) in enumerate(itertools.pairwise(ts)):
         denoised = denoiser(z, t.expand(len(z)))
@@ -186,8 +181,7 @@ def dpmpp_sde(
 ) -> Iterator[SamplerStep]:
     """DPM-Solver++ with a second stage at the midpoint of each step, and noise. 2 N - 1 calls for N steps.
 
-    Source: the single-step solver of Lu et al. 2022 (algorithm 1, r = 1/2), for the SDE. Both stages see one Brownian
-    path: the noise from t to the midpoint is used again for the whole step.
+    Source: Lu et al. 2022, algorithm 1 with r = 1/2, for the SDE. Both stages see the same noise up to the midpoint.
     """
     for i, (t, s) in enumerate(itertools.pairwise(ts)):
         denoised = denoiser(z, t.expand(len(z)))
@@ -251,10 +245,7 @@ def _corrector(denoised: Tensor, history: list[Tensor], hs: list[Tensor]) -> Ten
 def lcm(
     denoiser: Denoiser, diffusion: Diffusion, z: Tensor, ts: Tensor, *, noise_sampler: NoiseSampler
 ) -> Iterator[SamplerStep]:
-    """Multistep consistency sampling (Song et al. 2023, algorithm 1; Luo et al. 2023): x0, noised anew.
-
-    For networks distilled to predict x0 in one call. One call a step.
-    """
+    """For distilled networks: x0, noised anew (Song et al. 2023, algorithm 1; Luo et al. 2023). One call a step."""
     for i, (t, s) in enumerate(itertools.pairwise(ts)):
         denoised = denoiser(z, t.expand(len(z)))
         z = diffusion.alpha(s) * denoised
@@ -264,21 +255,15 @@ def lcm(
 
 
 def ddim_invert(denoiser: Denoiser, diffusion: Diffusion, denoised: Tensor, ts: Tensor) -> Iterator[SamplerStep]:
-    """From x0 = `denoised` (b, ...) up to the noise from which `euler` makes it over the same falling `ts`.
-
-    DDIM inversion (Song et al. 2021, section 4.3), N - 1 calls: each step takes its slope at the end that is known, so
-    the way up is as exact as an Euler step is. The first one, to the least noise, adds none.
-    """
-    z = diffusion.alpha(ts[-2]) * denoised
+    """DDIM inversion (Song et al. 2021, section 4.3): x0 (b, ...) to the noise `euler` makes it of. N - 1 calls."""
+    z = diffusion.alpha(ts[-2]) * denoised  # to the least noise, without any
     yield SamplerStep(z, denoised)
     for t, s in itertools.pairwise(ts[:-1].flip(0)):
         denoised = denoiser(z, t.expand(len(z)))
-        noise = z - diffusion.alpha(t) * denoised  # times sigma(t)
+        noise = z - diffusion.alpha(t) * denoised  # times sigma(t), at the end of the step that is known
         z = diffusion.alpha(s) * denoised + diffusion.sigma(s) / diffusion.sigma(t) * noise
         yield SamplerStep(z, denoised)
 
-
-# By name.
 
 SAMPLERS: dict[str, tuple[Callable[..., Iterator[SamplerStep]], float | None]] = {
     "ddpm": (ddim, 1.0),

@@ -63,6 +63,5 @@ class GaussianMixture:
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2
 
-    def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weights, means, stds = (like.new_tensor(values) for values in (self.weights, self.means, self.stds))
-        return weights, means, stds
+    def _tensors(self, like: Tensor) -> list[Tensor]:
+        return [like.new_tensor(values) for values in (self.weights, self.means, self.stds)]

@@ -74,10 +74,8 @@ def check_classifier(model: AttributeClassifier, size: int) -> float:
     scenes = shapes.scenes("test") * 3
     correct = count_correct(model, render_batch(scenes, size, seed=rng.fold_seed("held-out renders")), scenes)["all"]
     if correct < MIN_ACCURACY * len(scenes):
-        raise ValueError(
-            f"the classifier reads only {correct} of {len(scenes)} real renders at {size} pixels, "
-            f"{MIN_ACCURACY:.1%} are needed to score generated ones: delete its file to train it again"
-        )
+        found = f"{correct} of {len(scenes)} real renders at {size} pixels, {MIN_ACCURACY:.1%} are needed"
+        raise ValueError(f"the classifier reads only {found}: delete its file to train it again")
     return correct / len(scenes)
 
 

@@ -17,8 +17,6 @@ from ldm.io.atomic import write_text
 from ldm.io.tensors import sha256
 from ldm.planning.device import GIB, peak_rss
 
-SCRIPTS = CONFIGS.with_name("scripts")
-
 
 class DemoConfig(ScriptConfig):
     """Settings of the demo."""
@@ -54,7 +52,7 @@ def run_script(script: str, *arguments: str) -> float:
     """Run a script as a person would; returns the seconds it took. ValueError where it fails or is stopped."""
     print("\n$", " ".join(["python", f"scripts/{script}", *arguments]), flush=True)
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, str(SCRIPTS / script), *arguments])
+    process = subprocess.Popen([sys.executable, str(CONFIGS.with_name("scripts") / script), *arguments])
     signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
     try:
         status = process.wait()

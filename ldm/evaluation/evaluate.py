@@ -1,7 +1,10 @@
 """Measuring a trained model: the VAE's fidelity on held-out images, and whether held-out prompts are followed."""
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
@@ -12,13 +15,14 @@ from ldm.data import DataConfig, open_dataset
 from ldm.data.sources import shapes
 from ldm.diffusion.samplers import get_sampler
 from ldm.evaluation.classifier import count_correct, load_classifier
-from ldm.evaluation.intervals import Estimate, mean_ci, proportion_ci
 from ldm.imaging import pil_to_tensor, tensor_to_pil
 from ldm.io.atomic import write_text
 from ldm.io.model_dir import latest_model
 from ldm.pipeline import Pipeline
 from ldm.pipeline.generate import resolve_device
 from ldm.vae.losses import psnr, ssim
+
+Z95 = 1.959964  # of the standard normal
 
 
 class EvaluateConfig(ScriptConfig):
@@ -36,6 +40,15 @@ class EvaluateConfig(ScriptConfig):
     seed: int = 0
     device: str | None = None
     """cpu, cuda, mps; the best there is when left out"""
+
+
+class Estimate(NamedTuple):
+    """A value with its 95 % confidence interval and the number of samples behind it."""
+
+    value: float
+    low: float
+    high: float
+    samples: int
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -97,3 +110,22 @@ def table(report: dict[str, Estimate]) -> str:
     return "\n".join(
         f"{name:{width}}  {e.value:8.3f}  [{e.low:.3f}, {e.high:.3f}]  n = {e.samples}" for name, e in report.items()
     )
+
+
+def proportion_ci(successes: int, count: int) -> Estimate:
+    """Share of successes with Wilson's score interval (Wilson 1927)."""
+    share, z2 = successes / count, Z95**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+    return Estimate(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)), count)
+
+
+def mean_ci(values: Sequence[float]) -> Estimate:
+    """Mean with its normal interval; the values are independent samples."""
+    count = len(values)
+    if count < 2:
+        raise ValueError(f"a confidence interval needs at least two samples, not {count}")
+    average = sum(values) / count
+    deviation = math.sqrt(sum((v - average) ** 2 for v in values) / (count - 1))
+    half = Z95 * deviation / math.sqrt(count)
+    return Estimate(average, average - half, average + half, count)

@@ -1,6 +1,5 @@
 """Figures that explain: noising, denoising, latents, guidance, edited images, and the curves of a run."""
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,10 +53,8 @@ def latents(pipeline: Pipeline, images: Tensor) -> Image.Image:
 
 def guidance(pipeline: Pipeline, prompt: str, scales: Sequence[float], *, seeds: int = 6) -> Image.Image:
     """Each row has the prompt with the same seeds under another guidance scale."""
-    prompts, rows = [prompt] * seeds, {}
-    for scale in scales:
-        rows[f"scale {scale:g}"] = tensor_to_pil(pipeline.sample(prompts, range(seeds), guidance_scale=scale))
-    return labelled_rows(rows)
+    images = {scale: pipeline.sample([prompt] * seeds, range(seeds), guidance_scale=scale) for scale in scales}
+    return labelled_rows({f"scale {scale:g}": tensor_to_pil(row) for scale, row in images.items()})
 
 
 def edits(pipeline: Pipeline, described: str, wanted: str, edits: Sequence[str]) -> Image.Image:
@@ -80,7 +77,7 @@ def edits(pipeline: Pipeline, described: str, wanted: str, edits: Sequence[str])
 
 def labelled_rows(rows: Mapping[str, Sequence[Image.Image]], *, width: int = 70) -> Image.Image:
     """A grid of rows of images, each with its label to the left, `width` pixels wide."""
-    images = list(itertools.chain.from_iterable(rows.values()))
+    images = [image for row in rows.values() for image in row]
     grid = image_grid(images, columns=len(images) // len(rows), scale=SCALE)
     wide = Image.new("RGB", (grid.width + width, grid.height), "white")
     wide.paste(grid, (width, 0))
@@ -100,8 +97,7 @@ def loss_curves(runs: Sequence[Path], path: Path) -> None:
     for left, run in zip(axes[0], runs, strict=True):
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         for name in ("loss", "validation_loss", "validation_psnr", "validation_retrieval"):
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            if points:
+            if points := [(line["step"], line[name]) for line in lines if name in line]:
                 axis = left if name.endswith("loss") else left.twinx()
                 label, color = name.replace("_", " "), "C0" if name == "loss" else "C1"
                 axis.plot(*zip(*points, strict=True), label=label, color=color)

@@ -1,9 +1,10 @@
-"""A module's tensors and files of them: written, hashed, read back and checked."""
+"""A module's tensors and files of them: written, hashed, read back, checked, compared and copied to a device."""
 
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -70,6 +71,19 @@ def init_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) 
     if conv is not None and source is not None and source.ndim == 4 and (new := conv.shape[1] - source.shape[1]) > 0:
         tensors = {**tensors, INPUT_CONV: F.pad(source, (0, 0, 0, 0, 0, new))}
     load_strict(module, tensors, where)
+
+
+def same_weights(one: object, other: object) -> bool:
+    """Whether two networks, on whatever devices, have equal tensors; what is no network has none."""
+    ours, theirs = (part.state_dict() if isinstance(part, nn.Module) else {} for part in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in ours)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device; from the CPU to CUDA through pinned memory, so that nothing waits for the device."""
+    if tensor.is_cpu and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def sha256(path: Path) -> str:

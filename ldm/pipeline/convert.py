@@ -46,10 +46,8 @@ def convert(config: ConvertConfig) -> None:
         WRITERS[config.format](components, written)
         difference = compare(Pipeline(components).to("cpu"), Pipeline.load(written))
         if difference > MAX_PIXEL_DIFFERENCE:
-            raise ValueError(
-                f"{config.source} generates another image when it is read back as {config.format}: pixels differ by "
-                f"{difference:g} of 255, so nothing was written"
-            )
+            reason = f"read back as {config.format}, its pixels differ by {difference:g} of 255"
+            raise ValueError(f"{config.source} generates another image: {reason}, so nothing was written")
         written.rename(config.target)
     print(f"{config.target}: written as {config.format}, read back; the same image differs by {difference:g} of 255")
 

@@ -23,8 +23,6 @@ from ldm.pipeline.load import weights_file
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.record import GenerationRecord, InitImageRecord, read_png, save_png
 
-REPRODUCE_FLAGS = {"reproduce", "model", "out", "device", "config"}  # which go together
-
 
 class Txt2ImgConfig(ScriptConfig):
     """Settings of txt2img."""
@@ -118,9 +116,8 @@ def generate_all(config: Txt2ImgConfig) -> Iterator[tuple[Image.Image, Generatio
     }
     if config.guidance_scale is None:
         settings["guidance_scale"] = pipeline.default_guidance_scale
-    steps = config.steps
-    if init_image and init_image.inversion_prompt is None:
-        steps = img2img_steps(init_image.strength, steps)
+    strength = init_image.strength if init_image and init_image.inversion_prompt is None else 1.0
+    steps = img2img_steps(strength, config.steps)
 
     firsts = range(0, config.num_images, config.batch_size)
     with tqdm(total=len(prompts) * len(firsts) * steps, unit="step", desc="sampling") as bar:
@@ -144,7 +141,7 @@ def reproduce(config: Txt2ImgConfig, path: Path) -> tuple[Image.Image, Generatio
     """
     defaults = type(config)()
     for name, value in config:
-        if name not in REPRODUCE_FLAGS and value != getattr(defaults, name):
+        if name not in ("reproduce", "model", "out", "device", "config") and value != getattr(defaults, name):
             raise ValueError(f"--reproduce reads all settings from {path}: leave out {name}")
     record = read_png(path)
     pipeline, models = load_models(config.model or Path(record.model), record.guide_model, config.device)

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from ldm.diffusion.process import Diffusion
 
-MAX_SEED = 2**62  # exclusive
-
 
 class InitImage(NamedTuple):
     """An image that sampling starts from, instead of noise alone."""
@@ -20,10 +18,7 @@ class InitImage(NamedTuple):
     spatial: Tensor | None = None  # (1, 1 + c, h, w), mask and masked-image latents, for inpainting networks
 
     def start(self, noise: Tensor, ts: Tensor, diffusion: Diffusion) -> tuple[Tensor, Tensor]:
-        """The noised latents that sampling starts from, (b, c, h, w), and the last of `ts` (steps + 1,) from there on.
-
-        At strength 1 under a mask nothing of the image is left in them.
-        """
+        """What sampling starts from, noised latents or noise (b, c, h, w), and the last of `ts` (steps + 1,)."""
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength must be between 0 and 1, not {self.strength}")
         ts = ts[len(ts) - 1 - img2img_steps(self.strength, len(ts) - 1) :]
@@ -46,7 +41,7 @@ def consecutive_seeds(seed: int, count: int) -> range:
     """seed, seed + 1, ... of `count` images; ValueError: no image, or a seed out of range."""
     if count < 1:
         raise ValueError(f"num_images must be at least 1, not {count}")
-    if not 0 <= seed < MAX_SEED:
+    if not 0 <= seed < 2**62:
         raise ValueError(f"seed must be between 0 and 2 ** 62, not {seed}")
     return range(seed, seed + count)
 

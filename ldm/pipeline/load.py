@@ -47,10 +47,7 @@ class VAEManifest(Config):
 
 
 def load_components(path: Path) -> ModelComponents:
-    """Read a model: a folder, ours or one of diffusers, or a single CompVis file.
-
-    ValueError: not a model, incomplete, or with another VAE than the one that the U-Net was trained on.
-    """
+    """Read a model: a folder, ours or of diffusers, or a CompVis file; ValueError: none, incomplete, or a wrong VAE."""
     if not path.exists():
         raise ValueError(f"{path} does not exist: pass a model folder, a diffusers folder or a single file")
     if path.is_file():
@@ -85,10 +82,7 @@ def save_components(components: ModelComponents, folder: Path) -> None:
 
 
 def load_vae(path: Path) -> VAE:
-    """The frozen VAE of a finished train_vae run, or of a whole model in any format, in float32 on the CPU.
-
-    ValueError: see `load_components`; a model without a VAE.
-    """
+    """The frozen VAE of a train_vae run, or of a whole model in any format, on the CPU; ValueError: there is none."""
     if model_kind(path) == "vae":
         return _build_frozen(VAE, read_manifest(path, "vae", VAEManifest.from_dict).vae, path / VAE_FILE)
     vae = load_components(path).vae
@@ -102,15 +96,9 @@ def _read_folder(folder: Path) -> ModelComponents:
     vae = _build_frozen(VAE, manifest.vae, folder / VAE_FILE) if manifest.vae else None
     if vae is not None and sha256(folder / VAE_FILE) != manifest.vae_sha256:
         raise ValueError(f"{folder / VAE_FILE} is not the VAE that this U-Net was trained on: put that one back")
-    return ModelComponents(
-        _build_frozen(UNet, manifest.unet, folder / UNET_FILE),
-        Diffusion(manifest.diffusion),
-        vae,
-        _load_text(manifest, folder),
-        manifest.resolution,
-        tuple(read_vocabulary(folder)),
-        manifest.metadata,
-    )
+    unet, text = _build_frozen(UNet, manifest.unet, folder / UNET_FILE), _load_text(manifest, folder)
+    diffusion, vocabulary = Diffusion(manifest.diffusion), tuple(read_vocabulary(folder))
+    return ModelComponents(unet, diffusion, vae, text, manifest.resolution, vocabulary, manifest.metadata)
 
 
 def _build_frozen(network: type[Network], config: Config, weights: Path) -> Network:

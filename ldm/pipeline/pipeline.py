@@ -15,6 +15,7 @@ from ldm.diffusion.samplers import SamplerStep, ddim_invert, final_latents, get_
 from ldm.diffusion.timesteps import make_timesteps
 from ldm.imaging import pil_to_tensor, tensor_to_pil
 from ldm.interop.components import ModelComponents
+from ldm.io.tensors import same_weights
 from ldm.pipeline.denoiser import PromptDenoiser
 from ldm.pipeline.inputs import InitImage, consecutive_seeds, initial_noise, slerp
 from ldm.pipeline.load import load_components, save_components
@@ -56,9 +57,8 @@ class Pipeline:
 
     def unseen_words(self, prompt: str) -> list[str]:
         """Words of a prompt that no training caption had; none where the captions are unknown."""
-        if not self.vocabulary:
-            return []
-        return [word for word in split_words(strip_weights(prompt)) if word not in self.vocabulary]
+        known = self.vocabulary
+        return [word for word in split_words(strip_weights(prompt)) if known and word not in known]
 
     # Networks.
 
@@ -75,13 +75,10 @@ class Pipeline:
         return self.unet.conv_in.weight.device
 
     def set_guide_model(self, guide: "Pipeline") -> "Pipeline":
-        """Guide away from a weaker model of the same kind (autoguidance, Karras et al. 2024); returns self.
-
-        ValueError: it has another diffusion configuration, text tower or VAE.
-        """
+        """Guide away from a weaker model (Karras et al. 2024); ValueError where its diffusion, text or VAE differ."""
         settings, guide_settings = _inference_settings(self), _inference_settings(guide)
         for name, value in settings.items():
-            if value != guide_settings[name] or not _has_same_weights(getattr(self, name), getattr(guide, name)):
+            if value != guide_settings[name] or not same_weights(getattr(self, name), getattr(guide, name)):
                 raise ValueError(f"guide model {guide.path}: its {name} differs from {self.path}; pass another one")
         self.guide_unet = guide.unet
         return self.to(self.device)
@@ -93,23 +90,16 @@ class Pipeline:
         return pixels if self.vae is None else self.vae.standardize(self.vae.encode(pixels).mean)
 
     def decode(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
-        """Standardized latents (b, c, h, w) -> pixels in [-1, 1]; the identity without a VAE.
-
-        With `tile`, latents larger than that on a side are decoded in tiles, a quarter of which overlaps.
-        """
+        """Standardized latents (b, c, h, w) -> pixels in [-1, 1], by tiles of this side; the identity without a VAE."""
         if self.vae is None:
             return latents.clamp(-1, 1)
-        latents, decode = self.vae.unstandardize(latents), self.vae.decode
+        latents = self.vae.unstandardize(latents)
         if tile is None or max(latents.shape[-2:]) <= tile:
-            return decode(latents).clamp(-1, 1)
-        overlap = max(tile // 4, 1)
-        return tiled_decode(decode, latents, factor=self.vae_factor, tile=tile, overlap=overlap).clamp(-1, 1)
+            return self.vae.decode(latents).clamp(-1, 1)
+        return tiled_decode(self.vae.decode, latents, factor=self.vae_factor, tile=tile).clamp(-1, 1)
 
     def preview(self, latents: Tensor) -> list[Image.Image]:
-        """Small images (h x w) of standardized latents (b, c, h, w) while sampling: linear in the latents, so cheap.
-
-        The map is fitted once, to decoded smooth noise; 27 dB on the demo's model.
-        """
+        """Small images (h x w) of standardized latents (b, c, h, w): linear in them, so cheap; 27 dB for the demo."""
         if self.vae is None:
             return tensor_to_pil(latents)
         if self._preview_map is None:
@@ -167,19 +157,15 @@ class Pipeline:
             eta: fresh noise in each step, from 0 (none) to 1; the sampler's own when left out.
             timesteps: the schedule of the steps, by name or as a list of `steps` falling t in (0, 1].
             width, height: in pixels; those of `image`, or of the training images, when left out.
-            image: an image to start from, instead of noise alone.
-            strength: how much of `image` is generated anew, from 0 to 1.
+            image, strength: an image to start from, and how much of it is generated anew, from 0 to 1.
             mask: an image of the same size: what is white there is generated, what is black stays.
-            inversion_prompt: a prompt that describes `image`: start from the noise of which it is made, instead of the
-                seed's. Euler, and ddim with eta 0, make the image again under that prompt without guidance, and change
-                it under another; strength is not used.
-            variation_seed: a second seed; `variation_strength` is how far, from 0 to 1, the initial noise is moved
-                towards its own (slerp).
+            inversion_prompt: a prompt that describes `image`: start from the noise of which it is made, not the seed's.
+                Euler, and ddim with eta 0, make the image again under that prompt without guidance, and change it under
+                another; strength is not used.
+            variation_seed, variation_strength: move the initial noise so far, from 0 to 1, towards that of this seed.
             vae_tile: decode latents larger than this side in tiles.
             on_step: called after each step with its index, from 1, and the `SamplerStep`.
-        ValueError: an unknown sampler or schedule, one that the diffusion configuration does not support, no step, a
-        size that the networks do not support or that differs between the images, a strength outside 0 to 1, settings
-        that exclude each other.
+        ValueError: a setting that is unknown, out of range, not supported by this model, or excluded by another.
         """
         shape = self.latent_shape(*self._image_size(width, height, image, mask))
         seeds = consecutive_seeds(seed, num_images)
@@ -253,8 +239,7 @@ class Pipeline:
     ) -> Tensor:
         """The noise (1, c, h, w) of which euler makes the image again, with this prompt and no guidance.
 
-        The demo's model misses its own reconstruction by 34 dB, whatever the steps. Few are better: the network is
-        unsure where there is little noise, and each step there adds to the error of the noise.
+        Few steps are better: where there is little noise the network is unsure, and each step adds to the error.
         """
         if self.unet.config.cond_channels:
             raise ValueError("an inpainting model cannot invert an image: use one without cond_channels")
@@ -273,21 +258,14 @@ class Pipeline:
         sampler: str = "dpmpp_2m",
         literal: bool = False,
     ) -> Tensor:
-        """Images (b, c, h, w) in [-1, 1] of the training resolution, each with its own prompt and seed; see `stream`.
-
-        Without a `guidance_scale` it is that of the sample images of the training.
-        """
-        steps_taken = self.stream(
-            initial_noise(self.latent_shape(self.resolution, self.resolution), seeds).to(self.device),
-            prompts,
-            [""] * len(prompts),
-            seeds=seeds,
-            steps=steps,
-            guidance_scale=self.default_guidance_scale if guidance_scale is None else guidance_scale,
-            sampler=sampler,
-            literal=literal,
+        """Images (b, c, h, w) in [-1, 1] of the training resolution, each with its prompt and seed; see `stream`."""
+        noise = initial_noise(self.latent_shape(self.resolution, self.resolution), seeds).to(self.device)
+        scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
+        negative = [""] * len(prompts)
+        sampling = self.stream(
+            noise, prompts, negative, seeds=seeds, steps=steps, guidance_scale=scale, sampler=sampler, literal=literal
         )
-        return self.decode(final_latents(steps_taken))
+        return self.decode(final_latents(sampling))
 
     @torch.no_grad()
     def stream(
@@ -308,9 +286,9 @@ class Pipeline:
     ) -> Iterator[SamplerStep]:
         """Denoise a batch (b, c, h, w) of standard normal noise, each item under its own prompt; yields every step.
 
-        The last step's `z` are the standardized latents. The caller may stop at any step. An `init_image` of strength s
-        takes the last s of the steps; strength 0 takes none. With `literal` the prompts are captions: they are read as
-        in training, brackets, AND and length included. ValueError, before the first step: see `__call__`.
+        The last step's `z` are the standardized latents. An `init_image` of strength s takes the last s of the steps.
+        With `literal` the prompts are read as captions in training, brackets, AND and length included. ValueError,
+        before the first step: see `__call__`.
         """
         run_sampler = get_sampler(sampler, eta)
         ts = make_timesteps(self.diffusion, steps, timesteps)
@@ -345,8 +323,3 @@ def _inference_settings(pipeline: Pipeline) -> dict[str, Any]:
         "text": [encoder.config.fingerprint() for encoder in pipeline.text.encoders] if pipeline.text else None,
         "vae": pipeline.vae.config if pipeline.vae else None,
     }
-
-
-def _has_same_weights(one: object, other: object) -> bool:
-    ours, theirs = (part.state_dict() if isinstance(part, torch.nn.Module) else {} for part in (one, other))
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in ours)

@@ -23,7 +23,7 @@ from ldm.data.latents import InMemoryLatents, LatentDataset
 from ldm.data.loader import sample_batches
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.imaging import captioned_grid, tensor_to_pil
-from ldm.io.tensors import init_weights, sha256
+from ldm.io.tensors import init_weights, same_weights, sha256, to_device
 from ldm.pipeline import ModelComponents, Pipeline
 from ldm.pipeline.denoiser import text_conditioning
 from ldm.pipeline.load import load_components, load_vae
@@ -31,7 +31,6 @@ from ldm.rng import StepRNG, generator
 from ldm.stages.latents import find_vae, open_latents, text_fingerprint
 from ldm.text import TextConditioner, TextConfig, TextEmbeddings, load_text_encoder
 from ldm.text.tokenizer import vocabulary
-from ldm.text.tower import to_device
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Networks, Stage, Trainable
 from ldm.unet import UNet, UNetConfig
@@ -268,14 +267,6 @@ def drop_captions(values: Tensor, dropped: Tensor | None, empty: Tensor) -> Tens
         return values
     where = dropped.to(values.device, non_blocking=True).view(-1, *[1] * (values.ndim - 1))
     return torch.where(where, empty.to(values.device), values)
-
-
-def same_weights(one: nn.Module | None, other: nn.Module | None) -> bool:
-    """Whether two networks are the same, or there is none."""
-    if one is None or other is None:
-        return one is other
-    weights, others = one.state_dict(), other.state_dict()
-    return weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
 
 
 # Checks of the configuration.

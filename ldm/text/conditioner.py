@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.io.model_dir import latest_model
+from ldm.io.tensors import to_device
 from ldm.text.encoder import TextConfig, TextEncoder
-from ldm.text.tower import TextEmbeddings, to_device
+from ldm.text.tower import TextEmbeddings
 from ldm.text.weights import LOCAL
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ldm.config import Config
 from ldm.io.atomic import atomic_write, write_tensors, write_text
+from ldm.io.tensors import to_device
 from ldm.text.prompt_weights import parse_weights
 from ldm.text.tokenizer import Tokenizer
-from ldm.text.tower import TextEmbeddings, TextTower, to_device
+from ldm.text.tower import TextEmbeddings, TextTower
 from ldm.text.weights import CONFIG_NAME, CONVERTED, LOCAL, WEIGHTS_NAME, load_tower
 
 MAX_PROMPT_CHUNKS = 20

@@ -72,10 +72,3 @@ class TextTower(nn.Module):
         pooled = self.ln_final(last)[torch.arange(len(ids), device=ids.device), end] @ self.text_projection
         hidden_states = last if layer == "last" else x
         return TextEmbeddings(self.ln_final(hidden_states) if final_layer_norm else hidden_states, mask, pooled)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device; from the CPU to CUDA through pinned memory, so that nothing waits for the device."""
-    if tensor.is_cpu and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

@@ -16,10 +16,7 @@ NumGroups = Callable[[int], int]  # from the width of a layer to its number of n
 
 
 def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
-    """Cosines, then sines, of the timestep at frequencies from 1 to 1/10000: (b,) -> (b, width), float32.
-
-    Source: Vaswani et al. 2017, section 3.5, as used by Ho et al. 2020 (appendix B).
-    """
+    """Cosines, then sines, at frequencies 1 to 1e-4 (Vaswani et al. 2017, section 3.5): (b,) -> (b, width) float32."""
     half = width // 2
     frequency = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
     angle = timestep.float()[:, None] * frequency
@@ -29,8 +26,7 @@ def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
 class ResidualBlock(nn.Module):
     """Two GroupNorm -> SiLU -> 3x3 convolutions, with the time embedding between them: (b, in, h, w) -> (b, out, h, w).
 
-    The embedding is added, or with `scale_shift` it scales and shifts the output of the second norm (Dhariwal and
-    Nichol 2021, section 3).
+    The embedding is added, or scales and shifts the second norm (`scale_shift`; Dhariwal and Nichol 2021, section 3).
     """
 
     def __init__(
@@ -71,10 +67,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context | None = None, mask: Tensor | None = None) -> Tensor:
         """`mask` (b, m) is True where the context may be attended to."""
-        if isinstance(context, CachedContext):
-            k, v = context.kv_for(self)
-        else:
-            k, v = self.project_kv(x if context is None else context)
+        context = x if context is None else context
+        k, v = context.kv(self.project_kv) if isinstance(context, CachedContext) else self.project_kv(context)
         mask = None if mask is None else mask[:, None, None, :]
         h = F.scaled_dot_product_attention(self._by_head(self.to_q(x)), k, v, attn_mask=mask)
         return self.to_out(rearrange(h, "b heads n d -> b n (heads d)"))

@@ -130,8 +130,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()
-        self.config = config
-        self.gradient_checkpointing = gradient_checkpointing
+        self.config, self.gradient_checkpointing = config, gradient_checkpointing
         widths, depths, time_width = config.widths, config.transformer_depth, 4 * config.model_channels
         last = len(widths) - 1
 
@@ -169,8 +168,7 @@ class UNet(nn.Module):
     def forward(self, z: Tensor, timestep: Tensor, cond: Conditioning = UNCONDITIONAL) -> Tensor:
         """z (b, in_channels, h, w) at the network's timestep (b,) or (1,) -> prediction (b, in_channels, h, w).
 
-        ValueError: sides that `UNetConfig.factor` does not divide, or channels and conditions of other widths than
-        the configuration has.
+        ValueError: sides that the factor does not divide, and channels or conditions of other widths than configured.
         """
         self._check_inputs(z, cond)
         t_embed = self._embed(timestep, cond, z)

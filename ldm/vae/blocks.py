@@ -46,10 +46,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2, padded at the right and below only as in the Stable Diffusion VAE.
-
-    (b, c, h, w) -> (b, c, h / 2, w / 2).
-    """
+    """3x3 convolution of stride 2, padded right and below only, as Stable Diffusion's: (b, c, h / 2, w / 2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

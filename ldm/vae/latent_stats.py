@@ -10,10 +10,7 @@ from ldm.vae.model import VAE
 
 @torch.no_grad()
 def fit_latent_stats(vae: VAE, batches: Iterable[Tensor]) -> None:
-    """Set `latent_mean` and `latent_std`: mean and standard deviation of sampled latents in each channel.
-
-    `batches` are images (b, c, h, w) on the VAE's device. The variance is that of the means plus the mean variance.
-    """
+    """Set `latent_mean` and `latent_std` to those of sampled latents of images (b, c, h, w) on the VAE's device."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for images in batches:
         posterior = vae.encode(images)
@@ -21,7 +18,7 @@ def fit_latent_stats(vae: VAE, batches: Iterable[Tensor]) -> None:
         variance = posterior.logvar.double().exp().transpose(0, 1).flatten(1)
         count += mean.shape[1]
         total = total.to(mean) + mean.sum(1)
-        squares = squares.to(mean) + (mean**2 + variance).sum(1)
+        squares = squares.to(mean) + (mean**2 + variance).sum(1)  # the means vary, and the samples around them
     average = total / count
     vae.latent_mean.copy_(average)
     vae.latent_std.copy_((squares / count - average**2).clamp_min(1e-12).sqrt())

@@ -21,8 +21,7 @@ class VAELossConfig(Config):
 def vae_loss(images: Tensor, output: Tensor, posterior: Posterior, config: VAELossConfig) -> dict[str, Tensor]:
     """Scalar terms by name, of images and output (b, c, h, w); "loss" is the one to minimize.
 
-    All are means over pixels, so that they compare between sizes. With sums over pixels this is the objective of
-    Rombach et al. 2022 (appendix G), with SSIM instead of LPIPS, whose weights would have to be downloaded.
+    It is the objective of Rombach et al. 2022 (appendix G) as means over pixels, with SSIM instead of LPIPS.
     """
     error = F.l1_loss(output, images)
     kl = posterior.kl().mean() / images[0].numel()
@@ -42,8 +41,7 @@ def ssim(x: Tensor, y: Tensor, *, data_range: float = 2.0) -> Tensor:
     if min(x.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs sides of at least 11 pixels, got {tuple(x.shape[-2:])}: set ssim_weight to 0")
     x, y = x.float(), y.float()
-    moments = _blur(torch.cat([x, y, x * x, y * y, x * y], 1))
-    mean_x, mean_y, xx, yy, xy = moments.chunk(5, 1)
+    mean_x, mean_y, xx, yy, xy = _blur(torch.cat([x, y, x * x, y * y, x * y], 1)).chunk(5, 1)
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     variance = xx - mean_x**2 + yy - mean_y**2
@@ -58,13 +56,8 @@ def psnr(x: Tensor, y: Tensor, *, data_range: float = 2.0) -> Tensor:
 
 
 def _blur(x: Tensor) -> Tensor:
-    """Gaussian window of SSIM: (b, c, h, w) -> (b, c, h - 10, w - 10).
-
-    Two products with band matrices are far faster than depthwise convolutions.
-    """
-    height, width = x.shape[-2:]
-    rows = _window_matrix(height, x.device)
-    columns = rows if width == height else _window_matrix(width, x.device)
+    """Gaussian window of SSIM, by fast products with band matrices: (b, c, h, w) -> (b, c, h - 10, w - 10)."""
+    rows, columns = (_window_matrix(side, x.device) for side in x.shape[-2:])
     return rows @ x @ columns.mT
 
 

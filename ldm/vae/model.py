@@ -154,11 +154,7 @@ class PCASkip(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder, with the measured statistics of the latents.
-
-    `encode` and `decode` work on raw latents, diffusion on standardized ones: `standardize` and `unstandardize` use the
-    mean and standard deviation of each channel that training measured, so no scale is set by hand.
-    """
+    """Encoder to raw latents and decoder, with the measured statistics by which diffusion standardizes the latents."""
 
     latent_mean: Tensor
     latent_std: Tensor
@@ -177,10 +173,7 @@ class VAE(nn.Module):
         self.register_buffer("latent_std", torch.ones(latents))
 
     def encode(self, images: Tensor) -> Posterior:
-        """(b, c, h, w) pixels in [-1, 1] -> the posterior over raw latents (b, latent_channels, h / f, w / f).
-
-        ValueError: sides that the factor f does not divide.
-        """
+        """Pixels (b, c, h, w) in [-1, 1] -> the posterior, (b, *latent_shape); ValueError: see `latent_size`."""
         self.config.latent_shape(images)  # checks the sides
         mean, logvar = self.quant_conv(self.encoder(images)).float().chunk(2, dim=1)
         if self.linear is not None:
