@@ -18,11 +18,11 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from analytic import GaussianMixture
 
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.diffusion.samplers import SAMPLERS, final_latents, get_sampler
 from ldm.diffusion.timesteps import SCHEDULES, make_timesteps
-from ldm.evaluation.analytic import GaussianMixture
 
 ROOT = Path(__file__).parents[1]
 STEPS = (8, 16, 32, 64, 128, 256)

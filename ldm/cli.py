@@ -26,16 +26,18 @@ Script = TypeVar("Script", bound=ScriptConfig)
 
 
 def command(
-    cls: type[Script], action: Callable[[Script], object], description: str | None, *, default: Path | None = None
+    cls: type[Script], action: Callable[[Script], int | None], description: str | None, *, default: Path | None = None
 ) -> Callable[..., None]:
-    """The `main(argv=None)` of a script, which reads its configuration and acts on it, or exits with a message."""
+    """The `main(argv=None)` of a script: reads its configuration, acts on it and exits with the status or a message."""
 
     def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(sys.stdout, io.TextIOWrapper):  # shows names of files that are not UTF-8, as errors are shown
             sys.stdout.reconfigure(errors="backslashreplace")
         config = parse_cli(cls, argv, default=default, description=str(description))
         with exit_on_user_error():
-            action(config)
+            status = action(config)
+        if status:
+            raise SystemExit(status)
 
     return main
 

@@ -1,8 +1,16 @@
 """Train a small OpenCLIP from nothing on the images and captions of a data set."""
 
-from ldm.stages import train_command
+from ldm.cli import command
+from ldm.stages.clip import CLIPStage, TrainCLIPConfig
+from ldm.training.trainer import train
 
-main = train_command("clip", __doc__)
+
+def run(config: TrainCLIPConfig) -> int:
+    """Exit status: 0, or 128 + the signal that stopped the run."""
+    return train(CLIPStage, config).exit_status
+
+
+main = command(TrainCLIPConfig, run, __doc__, default=CLIPStage.default)
 
 if __name__ == "__main__":
     main()

@@ -1,8 +1,16 @@
 """Train the U-Net on noised latents (or pixels) under frozen text embeddings."""
 
-from ldm.stages import train_command
+from ldm.cli import command
+from ldm.stages.diffusion import DiffusionStage, TrainLDMConfig
+from ldm.training.trainer import train
 
-main = train_command("ldm", __doc__)
+
+def run(config: TrainLDMConfig) -> int:
+    """Exit status: 0, or 128 + the signal that stopped the run."""
+    return train(DiffusionStage, config).exit_status
+
+
+main = command(TrainLDMConfig, run, __doc__, default=DiffusionStage.default)
 
 if __name__ == "__main__":
     main()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from analytic import GaussianMixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,7 +15,6 @@ from ldm.diffusion.guidance import Denoiser
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.diffusion.samplers import SAMPLERS, NoiseSampler, ddim_invert, final_latents, get_sampler
 from ldm.diffusion.timesteps import SCHEDULES, make_timesteps
-from ldm.evaluation.analytic import GaussianMixture
 
 NOISE_SCHEDULES = ["linear", "scaled_linear", "cosine", "flow", "edm"]
 DATA = GaussianMixture()

@@ -106,8 +106,11 @@ class Diffusion:
         return ((low + fraction) / NUM_TRAIN_TIMESTEPS).clamp(0, 1)
 
     def network_timestep(self, t: Tensor) -> Tensor:
-        """The number that the network embeds, shaped as t: the index 0...999 if discrete, 1000 sigma of flow."""
-        if self.config.noise_schedule == "edm":  # 1000 c_noise, as the embedding expects numbers of that size
+        """The number that the network embeds, shaped as t: the index 0...999 of a discrete schedule, 1000 sigma of flow.
+
+        For edm it is 1000 c_noise = 250 ln(sigma), since the embedding expects numbers of that size.
+        """
+        if self.config.noise_schedule == "edm":
             return (250 * self._edm_sigma(t).log()).to(t.dtype)
         if self.config.noise_schedule == "flow":
             return (self._flow_sigma(t) * NUM_TRAIN_TIMESTEPS).to(t.dtype)

@@ -255,12 +255,16 @@ def lcm(
 
 
 def ddim_invert(denoiser: Denoiser, diffusion: Diffusion, denoised: Tensor, ts: Tensor) -> Iterator[SamplerStep]:
-    """DDIM inversion (Song et al. 2021, section 4.3): x0 (b, ...) to the noise `euler` makes it of. N - 1 calls."""
-    z = diffusion.alpha(ts[-2]) * denoised  # to the least noise, without any
+    """From x0 = `denoised` (b, ...) up to the noise from which `euler` makes it over the same falling `ts`.
+
+    DDIM inversion (Song et al. 2021, section 4.3), N - 1 calls: each step takes its slope at the end that is known, so
+    the way up is as exact as an Euler step is. The first one, to the least noise, adds none.
+    """
+    z = diffusion.alpha(ts[-2]) * denoised
     yield SamplerStep(z, denoised)
     for t, s in itertools.pairwise(ts[:-1].flip(0)):
         denoised = denoiser(z, t.expand(len(z)))
-        noise = z - diffusion.alpha(t) * denoised  # times sigma(t), at the end of the step that is known
+        noise = z - diffusion.alpha(t) * denoised  # times sigma(t)
         z = diffusion.alpha(s) * denoised + diffusion.sigma(s) / diffusion.sigma(t) * noise
         yield SamplerStep(z, denoised)
 

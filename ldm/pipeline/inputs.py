@@ -18,7 +18,10 @@ class InitImage(NamedTuple):
     spatial: Tensor | None = None  # (1, 1 + c, h, w), mask and masked-image latents, for inpainting networks
 
     def start(self, noise: Tensor, ts: Tensor, diffusion: Diffusion) -> tuple[Tensor, Tensor]:
-        """What sampling starts from, noised latents or noise (b, c, h, w), and the last of `ts` (steps + 1,)."""
+        """The noised latents that sampling starts from, (b, c, h, w), and the last of `ts` (steps + 1,) from there on.
+
+        At strength 1 under a mask nothing of the image is left in them.
+        """
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength must be between 0 and 1, not {self.strength}")
         ts = ts[len(ts) - 1 - img2img_steps(self.strength, len(ts) - 1) :]

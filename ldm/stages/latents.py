@@ -50,11 +50,11 @@ class CacheLatentsConfig(ScriptConfig):
     """seconds after which a rank that waits for the others to finish gives up"""
 
 
-def cache_latents(config: CacheLatentsConfig) -> Path:
-    """Write what is not there yet, over all ranks, then the index; returns the folder."""
+def cache_latents(config: CacheLatentsConfig) -> None:
+    """Write what is not there yet, over all ranks, then the index."""
     accelerator = Accelerator(kwargs_handlers=[process_group_timeout(config.timeout)])
     with peer_errors(accelerator, config.timeout, "start cache_latents.py again"):
-        return LatentWriter(config, accelerator).run()
+        LatentWriter(config, accelerator).run()
 
 
 class LatentWriter:
@@ -74,7 +74,7 @@ class LatentWriter:
         self.fingerprint |= {"items": {split: data.source.fingerprint() for split, data in self.sets.items()}}
         self.fingerprint |= text_fingerprint(self.text) if config.text_embeddings else {}
 
-    def run(self) -> Path:
+    def run(self) -> None:
         """Write the missing files, then the index."""
         config, accelerator = self.config, self.accelerator
         accelerator.print(self.sets["train"].describe())
@@ -104,7 +104,6 @@ class LatentWriter:
             accelerator.print(f"{config.out}: {len(files)} files, {size / 2**20:,.1f} MiB")
             accelerator.print(self.sets["train"].report())
         accelerator.wait_for_everyone()
-        return config.out
 
     def _files(self, split: Split) -> list[Any]:
         data, size, augmentations = self.sets[split], self.config.images_per_file, self.config.augmentations_per_image

@@ -21,7 +21,8 @@ class VAELossConfig(Config):
 def vae_loss(images: Tensor, output: Tensor, posterior: Posterior, config: VAELossConfig) -> dict[str, Tensor]:
     """Scalar terms by name, of images and output (b, c, h, w); "loss" is the one to minimize.
 
-    It is the objective of Rombach et al. 2022 (appendix G) as means over pixels, with SSIM instead of LPIPS.
+    It is the objective of Rombach et al. 2022 (appendix G) as means over pixels, which compare between sizes, and with
+    SSIM instead of LPIPS, whose weights would have to be downloaded.
     """
     error = F.l1_loss(output, images)
     kl = posterior.kl().mean() / images[0].numel()

@@ -154,7 +154,11 @@ class PCASkip(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder to raw latents and decoder, with the measured statistics by which diffusion standardizes the latents."""
+    """Encoder and decoder, with the measured statistics of the latents.
+
+    `encode` and `decode` work on raw latents, diffusion on standardized ones: `standardize` and `unstandardize` use the
+    mean and standard deviation of each channel that training measured, so no scale is set by hand.
+    """
 
     latent_mean: Tensor
     latent_std: Tensor
