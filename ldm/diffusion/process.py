@@ -106,7 +106,7 @@ class Diffusion:
         return ((low + fraction) / NUM_TRAIN_TIMESTEPS).clamp(0, 1)
 
     def network_timestep(self, t: Tensor) -> Tensor:
-        """The number that the network embeds, shaped as t: the index 0...999 of a discrete schedule, 1000 sigma of flow.
+        """What the network embeds, shaped as t: the index 0...999 of a discrete schedule, 1000 sigma of flow.
 
         For edm it is 1000 c_noise = 250 ln(sigma), since the embedding expects numbers of that size.
         """
