@@ -1,4 +1,4 @@
-"""Model folders: a model.json that explains its weights, and how the newest finished one is found."""
+"""Model folders: their model.json, whose fields ldm/pipeline/load.py has, and how the newest finished one is found."""
 
 import json
 from collections.abc import Callable

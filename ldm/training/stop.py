@@ -1,4 +1,4 @@
-"""Stopping a run from outside, by a signal or a launcher that is gone: `Trainer.run` polls, saves and ends."""
+"""Stopping a run from outside, by a signal or a launcher that is gone: `Trainer.run` (trainer.py) polls and saves."""
 
 import os
 import signal

@@ -1,1 +1,1 @@
-"""Where images and captions come from: one module for each kind of source."""
+"""One module for each kind of source: a subclass of `ImageTextSource` (base.py), chosen in ldm/data/dataset.py."""
