@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Tokenizer:
-    """Prompts -> ids of a fixed context length; `settings` are those of open_clip's SimpleTokenizer."""
+    """Prompts -> ids of the tower's context length; `settings` are those of open_clip's SimpleTokenizer."""
 
     def __init__(self, context_length: int, **settings: Any) -> None:
         self._bpe = _load_bpe(json.dumps(settings, sort_keys=True))
