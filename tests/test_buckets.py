@@ -180,7 +180,7 @@ def test_latents_with_buckets_train_as_images_do(runs: Path, photos: Path, tmp_p
 def test_each_row_is_where_the_layout_says(groups: torch.Tensor | None) -> None:
     for split, augmentations in (("train", 2), ("test", 1)):
         layout = LatentFileLayout(split, 8, 3, augmentations=2, groups=groups)  # type: ignore[arg-type]
-        files = {name: rows.tolist() for name, _, rows in layout.files()}
+        files = {name: list(rows) for name, _, rows in layout.files()}
         rows_in_files = [row for rows in files.values() for row in rows]
         assert sorted(rows_in_files) == sorted([*range(8)] * augmentations) and max(map(len, files.values())) <= 3
         for row, epoch in itertools.product(range(8), range(3)):

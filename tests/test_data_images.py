@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import struct
 import zlib
@@ -430,6 +431,10 @@ def test_damaged_files(tmp_path):
     assert decode_image(tmp_path / "a.png").size == (64, 64)
     with pytest.raises(ValueError, match="No such file"):
         decode_image(tmp_path / "b.png")
+    os.mkfifo(tmp_path / "c.png")  # which would be waited for, for ever
+    with pytest.raises(ValueError, match="not a regular file"):
+        decode_image(tmp_path / "c.png")
+    assert image_size(tmp_path / "c.png") == (1, 1)
     assert image_size(tmp_path / "b.png") == (1, 1)
 
 

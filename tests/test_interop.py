@@ -926,6 +926,33 @@ def test_another_vocabulary_than_clips_is_refused(clip_files: tuple[str, str], t
     pipeline.save_pretrained(tmp_path / "text")
     with pytest.raises(ValueError, match="text/text_encoder: .*a vocabulary of 1,000 tokens: use CLIP's tokenizer"):
         load_components(tmp_path / "text")
+    words = [
+        "l",
+        "o",
+        "w",
+        "e",
+        "r",
+        "lo",
+        "w</w>",
+        "r</w>",
+        "er</w>",
+        "low</w>",
+        "<unk>",
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nl o\nlo w</w>\ne r</w>\n")
+    files = (str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    tokenizer = pytest.importorskip("transformers").CLIPTokenizer(*files, unk_token="<unk>")
+    shutil.copytree(tmp_path / "text", tmp_path / "tokens")
+    shutil.rmtree(tmp_path / "tokens/tokenizer")
+    tokenizer.save_pretrained(tmp_path / "tokens/tokenizer")
+    with pytest.raises(
+        ValueError,
+        match="tokens/tokenizer: unsupported configuration .13 tokens of another vocabulary: use CLIP's tokenizer",
+    ):
+        load_components(tmp_path / "tokens")
 
 
 def test_models_without_vae_or_text_are_not_exported(loaded: Any, tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 import gzip
 import os
 import pickle
+import random
 import tarfile
 import time
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 from ldm.data import DataConfig, open_dataset
 from ldm.data.batch_sampler import SampleKey, ShardedBatchSampler, permutation
 from ldm.data.loader import KeyedBatches
-from ldm.data.sources.shard import ROWS_PER_BATCH, ShardReadError, ShardRow, read_rows
+from ldm.data.sources import shard, shard_cache
+from ldm.data.sources.shard import ShardReadError, read_rows
 from ldm.data.sources.shard_cache import open_rows, write_rows
 from ldm.data.sources.sharded import ShardedSource, is_sharded, list_shards, open_shards
 
@@ -135,26 +136,50 @@ def test_removed_files_are_closed(photos: Path, cache: Path) -> None:
     assert len({name for name in open_files if str(cache) in name}) <= 3
 
 
-def test_the_cache_heals_itself(photos: Path, cache: Path) -> None:
-    """Files that were cut off, left by a killed process or removed while they were in use; a copy for a new process."""
+def test_the_cache_heals_itself(photos: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that were cut off, left by a killed process or removed while they were open; a copy for a new process."""
     source = open_shards(str(photos), "train", streams=1)
     assert source.images[0] == numbered_png(1)
     path = next(cache.rglob("*.arrow"))
     copied = pickle.dumps(source)
     path.with_name(f".{path.name}").touch()
     whole = path.read_bytes()
-    for end in (0, 3, 100, len(whole) // 2, len(whole) - 1):
+    for end in (0, 3, 100, len(whole) // 2, len(whole) - 1, len(whole)):
         path.write_bytes(whole[:end])
-        for again in (source, open_shards(str(photos), "train", streams=1)):
-            assert again.images[0] == numbered_png(1) and list(cache.rglob("*.arrow")) == [path]
-            assert path.read_bytes() == whole
+        source = open_shards(str(photos), "train", streams=1)
+        assert source.images[0] == numbered_png(1) and len(list(cache.rglob("*.arrow"))) == 1
     path.unlink()
     assert source.images[0] == numbered_png(1) and source.images[ROWS] == numbered_png(ROWS + 2)
     assert pickle.loads(copied).images[0] == numbered_png(1)
+    monkeypatch.setattr(shard_cache, "write_rows", lambda path, rows: path.write_bytes(b"") or ROWS)
+    with pytest.raises(ShardReadError, match=r"005\.tar was downloaded twice, and .*arrow is damaged: check that disk"):
+        source.images[len(source.images) - 1]
+
+
+def test_a_changed_file_is_never_read(tmp_path: Path, cache: Path) -> None:
+    """Bits flipped, bytes cut off or changed: the shard is downloaded again, or an error where it is gone."""
+    photos = write_set(tmp_path / "photos", tars=1, rows=5)
+    source = open_shards(str(photos), "train", streams=1)
+    want, draw = list(zip(source.images, source.captions, strict=True)), random.Random(0)
+    path = next(cache.rglob("*.arrow"))
+    whole = path.read_bytes()
+    assert open_rows(path) is not None
+    for number in range(200):
+        position = draw.randrange(len(whole))
+        changed = (
+            whole[:position] + bytes([whole[position] ^ (1 << draw.randrange(8))]) + whole[position + 1 :],
+            whole[:position],
+            whole[:position] + draw.randbytes(8) + whole[position + 8 :],
+        )[number % 3]
+        path.unlink()  # an open one is mapped into memory
+        path.write_bytes(changed)
+        assert changed == whole or open_rows(path) is None
+    again: ShardedSource = pickle.loads(pickle.dumps(source))  # as another process has it: no file is open
+    assert list(zip(again.images, again.captions, strict=True)) == want and path.read_bytes() == whole
     path.write_bytes(whole[:-1])
     (photos / "000.tar").unlink()
     with pytest.raises(ShardReadError, match="000.tar cannot be read .*; repair it, or remove it from --data.source"):
-        source.images[0]
+        pickle.loads(pickle.dumps(source)).images[0]
 
 
 def test_a_file_in_use_is_not_evicted(photos: Path, cache: Path) -> None:
@@ -230,16 +255,17 @@ def test_parquet_shards_on_any_file_system(tmp_path: Path) -> None:
 
 def test_cells_of_any_kind(tmp_path: Path) -> None:
     """What is wrong in one cell is an error of its row alone, and other columns do not matter."""
-    texts = [["a"], ["b", ""], [], None]
+    texts = pyarrow.array([b"a", b"\xff", b"", None]).cast(pyarrow.binary()).view(pyarrow.string())
     images = pyarrow.array([numbered_png(0), numbered_png(1), numbered_png(2), None])
+    pairs = pyarrow.array([[("a", 1)]] * 4, pyarrow.map_(pyarrow.string(), pyarrow.int64()))
     (tmp_path / "set").mkdir()
-    table = pyarrow.table({"pairs": [{"a": 1}] * 4, "image": images, "caption": texts})
+    table = pyarrow.table({"pairs": pairs, "image": images, "caption": texts})
     pyarrow.parquet.write_table(table, tmp_path / "set/1.parquet")
-    times = pyarrow.array([0, 0, 0, 0], pyarrow.timestamp("us"))
+    times = pyarrow.array([2**62, 0, 0, 0], pyarrow.timestamp("us"))
     pyarrow.parquet.write_table(table.set_column(2, "caption", times), tmp_path / "set/2.parquet")
     rows = list(read_rows(str(tmp_path / "set/1.parquet")))
-    assert [row.captions for row in rows] == [["a"], ["b"], [], []]
-    assert [row.error for row in rows] == [None, None, None, "holds no image"]
+    assert [row.captions for row in rows] == [["a"], [], [], []]
+    assert [row.error for row in rows] == [None, "its caption is not UTF-8, or not JSON", None, "holds no image"]
     assert all(row.error for row in read_rows(str(tmp_path / "set/2.parquet")))
     for number in range(3):
         pyarrow.parquet.write_table(table[:1], tmp_path / f"set/{number}.parquet")
@@ -247,17 +273,18 @@ def test_cells_of_any_kind(tmp_path: Path) -> None:
         open_shards(str(tmp_path / "set"), "test", streams=1)
 
 
-def test_few_rows_are_in_the_memory_at_a_time(tmp_path: Path) -> None:
-    taken = []
-
-    def rows(count: int) -> Iterator[ShardRow]:
-        for number in range(count):
-            taken.append(number)
-            yield ShardRow(b"%d" % number, [], None)
-
-    assert write_rows(tmp_path / "rows.arrow", rows(2 * ROWS_PER_BATCH + 5)) == 2 * ROWS_PER_BATCH + 5 == len(taken)
-    file = open_rows(tmp_path / "rows.arrow")
-    assert [len(file.get_batch(i)) for i in range(file.num_record_batches)] == [ROWS_PER_BATCH, ROWS_PER_BATCH, 5]
+def test_large_files_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of an image or a text so much is read, and so many rows are in memory while a shard is downloaded."""
+    monkeypatch.setattr(shard, "MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr(shard, "MAX_TEXT_BYTES", 10)
+    monkeypatch.setattr(shard_cache, "MAX_BATCH_BYTES", 1000)
+    files = [(f"{i}.png", bytes(600)) for i in range(5)] + [("6.png", bytes(5000)), ("6.txt", b"x" * 5000)]
+    write_tar(tmp_path / "x.tar", files)
+    rows = list(read_rows(str(tmp_path / "x.tar")))
+    assert [len(row.image or b"") for row in rows] == [600] * 5 + [1000] and rows[-1].captions == ["x" * 10]
+    write_rows(tmp_path / "rows.arrow", iter(rows))
+    table = open_rows(tmp_path / "rows.arrow")
+    assert table is not None and [len(batch) for batch in table.to_batches()] == [2, 2, 2]
 
 
 def test_what_names_shards(photos: Path, tmp_path: Path) -> None:
@@ -272,6 +299,7 @@ def test_what_names_shards(photos: Path, tmp_path: Path) -> None:
         (str(tmp_path / "none.tar"), "none.tar cannot be listed"),
         ("nothing://x", "cannot be listed: Protocol not known: nothing"),
         ("zip://*.tar::memory://a.zip", "files inside other files .*; unpack them"),
+        ("memory://{000..99999999999}/{9..0}.tar", "more than 1,000,000 addresses; .*shorter range"),
     ):
         with pytest.raises(ValueError, match=error):
             open_shards(source, "train", streams=1)

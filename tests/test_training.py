@@ -260,8 +260,8 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
             json.dumps({**manifest, "format": "ldm-checkpoint-2"}),
             "written as ldm-checkpoint-2 by another version of ldm",
         ),
-        ("{", "manifest.json is corrupt"),
-        ("[]", "manifest.json is corrupt"),
+        ("{", "manifest.json or sha256.json is corrupt"),
+        ("[]", "manifest.json or sha256.json is corrupt"),
         (json.dumps({**manifest, "bytes": {}}), "its files are not those of its manifest.json"),
     ):
         (saved / "manifest.json").write_text(text)
@@ -337,12 +337,14 @@ def test_two_thousand_changed_checkpoints_are_never_taken_for_whole(tmp_path: Pa
     assert checkpoint.find_corruption(folder) == "its files are not those of its manifest.json"
 
 
-@pytest.mark.parametrize("text", ["", '{"toy.safe', "[]"])
-def test_hashes_that_were_cut_off_do_not_condemn_a_checkpoint(text: str, tmp_path: Path) -> None:
-    """They are written last, and not synced: the power may go between."""
+@pytest.mark.parametrize(("text", "corrupt"), [("", False), ('{"toy.safe', True), ("[]", False), ("[1]", True)])
+def test_a_checkpoint_is_whole_without_hashes(text: str, corrupt: bool, tmp_path: Path) -> None:
+    """But not with damaged ones."""
     toy(toy_config(tmp_path))
     (tmp_path / "checkpoints/step-000008/sha256.json").write_text(text)
-    assert checkpoint.find_corruption(tmp_path / "checkpoints/step-000008") is None
+    assert bool(checkpoint.find_corruption(tmp_path / "checkpoints/step-000008")) == corrupt
+    with pytest.raises(ValueError, match="no manifest.json: pass a folder"):
+        toy(toy_config(tmp_path / "other", resume=str(tmp_path / "checkpoints/step-000008/toy.safetensors")))
 
 
 def sgd(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:

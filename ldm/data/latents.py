@@ -10,7 +10,7 @@ import itertools
 import json
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -84,20 +84,21 @@ class LatentFileLayout:
 
     def __init__(self, split: Split, rows: int, size: int, *, augmentations: int, groups: Tensor | None) -> None:
         self.split, self.augmentations = split, augmentations if split == "train" else 1
-        self._order = torch.arange(rows) if groups is None else groups.argsort(stable=True)
-        self._position = torch.empty_like(self._order)  # of each row in that order
-        self._position[self._order] = torch.arange(rows)
+        self._order = None if groups is None else groups.argsort(stable=True)
+        self._position = None if self._order is None else self._order.argsort()  # of each row in that order
         ends = list(itertools.accumulate([rows] if groups is None else groups.bincount().tolist(), initial=0))
         self._starts = [i for start, end in itertools.pairwise(ends) for i in range(start, end, size)]
+        self._spans = [range(*span) for span in itertools.pairwise([*self._starts, rows])]
 
-    def files(self) -> list[tuple[str, int, Tensor]]:
-        """Name, augmentation and rows, (n,) int64, of every file."""
-        rows = list(enumerate(self._order.tensor_split(self._starts[1:])))
-        return [(self._name(a, number), a, part) for a in range(self.augmentations) for number, part in rows]
+    def files(self) -> list[tuple[str, int, Sequence[int]]]:
+        """Name, augmentation and rows of every file."""
+        order = self._order
+        rows = [span if order is None else order[span.start : span.stop].tolist() for span in self._spans]
+        return [(self._name(a, number), a, part) for a in range(self.augmentations) for number, part in enumerate(rows)]
 
     def locate(self, row: int, epoch: int) -> tuple[str, int]:
         """The name of the file that has a row in an epoch, and its row there."""
-        position = int(self._position[row])
+        position = row if self._position is None else int(self._position[row])
         number = bisect_right(self._starts, position) - 1
         return self._name(epoch % self.augmentations, number), position - self._starts[number]
 
@@ -109,24 +110,24 @@ def write_latent_file(
     path: Path,
     data: ImageTextDataset,
     augmentation: int,
-    rows: Tensor,
+    rows: Sequence[int],
     *,
     encode: Encode,
     tokenize: Callable[[list[str]], Tensor],
     encode_text: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
     key: str,
 ) -> None:
-    """Encode the images at some rows, (n,) int64, and their captions, and write them; `key` is `content_key`.
+    """Encode the images at some rows and their captions, and write them; `key` is `content_key`.
 
     `tokenize` maps captions to ids (b, n), `encode_text` these to `TEXT_COLUMNS`. ValueError: numbers beyond float16.
     """
     columns: dict[str, list[Tensor]] = {"mean": [], "deviation": [], "sizes": []}
-    for batch in sample_batches(data, rows.tolist(), epoch=augmentation, batch_size=ENCODE_BATCH_SIZE):
+    for batch in sample_batches(data, rows, epoch=augmentation, batch_size=ENCODE_BATCH_SIZE):
         mean, logvar = encode(batch["image"])
         columns["mean"].append(_to_float16(mean, "latents"))
         columns["deviation"].append(_to_float16((0.5 * logvar).exp(), "latents"))
         columns["sizes"].append(batch["sizes"].int())
-    captions = [data.captions_of(SampleKey(row, augmentation, row)) for row in rows.tolist()]
+    captions = [data.captions_of(SampleKey(row, augmentation, row)) for row in rows]
     columns["ids"] = [tokenize(texts).int() for texts in captions]
     if encode_text is not None:
         for ids in torch.cat(columns["ids"]).split(ENCODE_BATCH_SIZE):

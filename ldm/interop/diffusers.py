@@ -1,6 +1,7 @@
 """Folders of diffusers' pipelines of the Stable Diffusion family: read and written."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ldm.io.atomic import write_tensors, write_text
 from ldm.io.model_dir import read_json
 from ldm.io.tensors import read_tensors
 from ldm.text import TextConditioner, TextConfig, TextEncoder
+from ldm.text.tokenizer import Tokenizer
 from ldm.unet import UNet, UNetConfig
 from ldm.unet.model import NUM_SIZE_CONDS
 from ldm.vae import VAE, VAEConfig
@@ -109,8 +111,8 @@ def _read_vae(folder: Path) -> VAE:
             norm_num_groups=values.get("norm_num_groups", family.NUM_GROUPS),
         )
         scale, shift = float(values.get("scaling_factor", 0.18215)), float(values.get("shift_factor") or 0.0)
-        if not scale > 0:
-            raise ValueError(f"scaling_factor is {scale}, expected a number above 0")
+        if not (0 < scale < math.inf and math.isfinite(shift)):
+            raise ValueError(f"scaling_factor is {scale}, expected a number above 0; shift_factor is {shift}")
     tensors = key_map.replace_in_names(_read_tensors(folder, WEIGHTS), key_map.VAE_LEGACY)
     buffers = {"latent_mean": shift, "latent_std": 1 / scale}
     return family.build_frozen(VAE, config, tensors, key_map.vae_key_to_diffusers, folder, **buffers)
@@ -136,12 +138,31 @@ def _read_text(folder: Path, suffix: str, settings: dict[str, Any]) -> TextEncod
     with _open_config(tokenizer / "tokenizer_config.json", {}) as values:
         pad = (values | (read_json(special) if special.is_file() else {})).get("pad_token", "<|endoftext|>")
         pad_token_id = _translate("pad_token", pad.get("content") if isinstance(pad, dict) else pad, PADDING)
+    _check_vocabulary(tokenizer)
     with _open_config(where / "config.json", TEXT_FIXED) as values:
         heads = values["num_attention_heads"]
         quick_gelu = _translate("hidden_act", values.get("hidden_act", "quick_gelu"), ACTIVATIONS)
     config = TextConfig(model=str(folder), pad_token_id=pad_token_id, **settings)
     tensors = _read_tensors(where, "model")
     return family.text_encoder(tensors, config, where, quick_gelu=quick_gelu, heads=heads)
+
+
+def _check_vocabulary(folder: Path) -> None:
+    """ValueError unless a tokenizer has CLIP's tokens, if it lists them; it may have more."""
+    with family.config_errors(folder):
+        if (folder / "vocab.json").is_file():
+            tokens = read_json(folder / "vocab.json")
+        elif (folder / "tokenizer.json").is_file():
+            tokens = dict(read_json(folder / "tokenizer.json")["model"]["vocab"])
+        else:
+            return
+        if not _clip_vocabulary(Tokenizer(77)).items() <= tokens.items():
+            raise ValueError(f"{len(tokens):,} tokens of another vocabulary: use CLIP's tokenizer")
+
+
+def _clip_vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of all tokens as transformers names them."""
+    return {SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()}
 
 
 def _read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
@@ -328,7 +349,7 @@ def _write_text_encoder(folder: Path, text: TextEncoder, version: str) -> None:
 def _write_tokenizer(folder: Path, text: TextEncoder) -> None:
     """CLIP's vocabulary and merges as transformers reads them."""
     tokenizer = text.tokenizer
-    _write_json(folder / "vocab.json", {SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()})
+    _write_json(folder / "vocab.json", _clip_vocabulary(tokenizer))
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
     write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
     special = {

@@ -42,6 +42,8 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: Path, *
     """Fill a module with copies of exactly these tensors, or with themselves; ValueError: see `check_shapes`."""
     expected = module.state_dict()
     check_shapes(tensors, expected, where)
+    if bad := [n for n, t in tensors.items() if t.is_floating_point() != expected[n].is_floating_point()]:
+        raise ValueError(f"{where}: {len(bad)} tensors have another kind of number, such as {bad[0]}: convert the file")
     tensors = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
     module.load_state_dict(tensors, assign=assign)
 

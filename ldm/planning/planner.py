@@ -183,8 +183,10 @@ def fit_to_memory(plan: StagePlan) -> StagePlan:
     machine, own = plan.machine, max(1, round(plan.config.batch_size / plan.machine.ranks))
     unsplittable = plan.file.stem == "clip"  # its loss compares a whole batch, so the batch gets smaller
     divisors = [images for images in range(own, 0, -1) if own % images == 0]
-    savers = [(plan.config.gradient_checkpointing, False), (True, False), (True, True)]
-    for gradient_checkpointing, fsdp in savers[: 1 if unsplittable else 3 if machine.ranks > 1 else 2]:
+    savers = [(plan.config.gradient_checkpointing, False)]
+    if not unsplittable:
+        savers += [(True, False), (True, True)] if machine.ranks > 1 else [(True, False)]
+    for gradient_checkpointing, fsdp in savers:
         saver = plan.update(gradient_checkpointing=gradient_checkpointing, fsdp=fsdp)
         if unsplittable:
             plans = [saver.update(batch_size=images * machine.ranks) for images in divisors]

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
-from ldm.io.atomic import disk_errors, write_text
+from ldm.io.atomic import disk_errors
 from ldm.io.tensors import sha256
 from ldm.training.distributed import on_rank0
 from ldm.training.fsdp import empty_shard, shard_tensor
@@ -97,7 +97,10 @@ def hash_in_background(path: Path) -> threading.Thread:
     def add_hashes() -> None:
         with contextlib.suppress(OSError, ValueError):  # pruned meanwhile, or a full disk: it is whole without them
             files = json.loads((path / MANIFEST).read_text())["bytes"]
-            write_text(path / HASHES, json.dumps({name: sha256(path / name) for name in [*files, MANIFEST]}, indent=2))
+            hashes, temporary = {name: sha256(path / name) for name in [*files, MANIFEST]}, path / f".{HASHES}"
+            temporary.write_text(json.dumps(hashes, indent=2))
+            _sync(temporary)
+            temporary.rename(path / HASHES)
 
     thread = threading.Thread(target=add_hashes, daemon=True)
     thread.start()
@@ -157,23 +160,16 @@ def find_corruption(path: Path, *, rank: int = 0, world: int = 1) -> str | None:
             return f"its files are not those of its {MANIFEST}"
         if wrong := [name for name, size in sizes.items() if files[name].stat().st_size != size]:
             return f"{wrong[0]}: size mismatch with {MANIFEST}"
-        hashes = _read_hashes(path)
-        wrong = [name for name in sorted(files)[rank::world] if name in hashes and sha256(files[name]) != hashes[name]]
+        has_hashes = (path / HASHES).is_file() and (path / HASHES).stat().st_size  # else whole without them
+        hashes = _json(path / HASHES) if has_hashes else {}
+        wrong = [name for name in sorted(hashes)[rank::world] if sha256(files[name]) != hashes[name]]
         return f"{wrong[0]}: SHA-256 mismatch with {HASHES}" if wrong else None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return f"no {MANIFEST}: pass a folder such as RUN/checkpoints/step-000500"
     except OSError as error:  # of a disk that fails
         return f"cannot be read ({error})"
     except (ValueError, TypeError, KeyError):
-        return f"{MANIFEST} is corrupt"
-
-
-def _read_hashes(path: Path) -> dict[str, str]:
-    """SHA-256 by file; none where they were not written to the end: the checkpoint is whole without them."""
-    try:
-        return {name: str(digest) for name, digest in _json(path / HASHES).items()}
-    except (FileNotFoundError, ValueError, TypeError):
-        return {}
+        return f"{MANIFEST} or {HASHES} is corrupt"
 
 
 def latest(folder: Path) -> Path | None:

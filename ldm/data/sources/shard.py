@@ -17,7 +17,9 @@ from ldm.data.sources.table import image_column
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 CAPTION_ENDINGS = ("txt", *CAPTION_COLUMNS)  # of the files in a tar that hold a caption
-ROWS_PER_BATCH = 32  # that are in memory at a time
+IMAGE = ".image"  # the ending of an image in a sample, whatever its format
+MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 2**28, 2**20  # of a file in a tar that are read
+ROWS_PER_BATCH = 32  # of a parquet file that are in memory at a time
 
 
 class ShardRow(NamedTuple):
@@ -51,10 +53,11 @@ def read_rows(url: str) -> Iterator[ShardRow]:
     with _shard_errors(url):
         for sample in _tar_samples(url) if is_tar(url) else _parquet_samples(url):
             try:
-                if not isinstance(sample["image"], bytes):
+                image = _value(sample[IMAGE])
+                if not isinstance(image, bytes):
                     raise ValueError("holds no image")
-                yield ShardRow(sample["image"], _captions(sample), None)
-            except ValueError as error:
+                yield ShardRow(image, _captions(sample), None)
+            except (ValueError, OverflowError) as error:
                 yield ShardRow(None, [], str(error))
 
 
@@ -75,16 +78,24 @@ def _open_url(url: str) -> Any:
 
 
 def _parquet_samples(url: str) -> Iterator[dict[str, Any]]:
-    """The `image` and the caption, by the name of its column, of each row of a parquet file."""
+    """The cells of the image and the caption, by the name of its column, of each row of a parquet file."""
     with _open_url(url) as file:
         table = pyarrow.parquet.ParquetFile(file)
-        features = datasets.Features.from_arrow_schema(table.schema_arrow)
+        schema, features = table.schema_arrow, datasets.Features()
+        for column in schema:
+            with contextlib.suppress(ValueError, NotImplementedError):  # a type that it has no name for: not an image
+                features |= datasets.Features.from_arrow_schema(pyarrow.schema([column], metadata=schema.metadata))
         image = image_column(features, url)
-        captions = [name for name in CAPTION_COLUMNS if name in features]
-        for batch in table.iter_batches(ROWS_PER_BATCH, columns=[image, *captions[:1]]):
-            for row in batch.to_pylist():
-                cell = row.pop(image)
-                yield {**row, "image": cell["bytes"] if isinstance(cell, dict) else cell}  # no path is followed
+        captions = [name for name in CAPTION_COLUMNS if name in features][:1]
+        for batch in table.iter_batches(ROWS_PER_BATCH, columns=[image, *captions]):
+            for row in range(batch.num_rows):
+                yield {IMAGE: batch[image][row], **{name: batch[name][row] for name in captions}}
+
+
+def _value(cell: Any) -> Any:
+    """What a cell of arrow holds; of an image its bytes, since no path that a stranger wrote is followed."""
+    value = cell.as_py() if isinstance(cell, pyarrow.Scalar) else cell
+    return value.get("bytes") if isinstance(value, dict) else value
 
 
 def _tar_samples(url: str) -> Iterator[dict[str, Any]]:
@@ -94,7 +105,7 @@ def _tar_samples(url: str) -> Iterator[dict[str, Any]]:
             sample: dict[str, bytes] = {}
             for _, ending, content in files:
                 sample.setdefault(ending, content)
-            if "image" in sample:
+            if IMAGE in sample:
                 yield sample
         # Two blocks of zeros end a tar. For tarfile a damaged header, or the end of the file, does as well.
         if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -102,21 +113,21 @@ def _tar_samples(url: str) -> Iterator[dict[str, Any]]:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
-    """Sample, ending ("image" for any of an image) and content of each image and caption; no links or hidden files."""
+    """Sample, ending and content of each image and caption, of large ones the first bytes; no links or hidden files."""
     for member in tar:
         folder, _, name = member.name.rpartition("/")
         stem, _, ending = name.partition(".")
-        ending = "image" if f".{ending.lower()}".endswith(SUFFIXES) else ending.lower()
-        wanted = ending in ("image", "json", *CAPTION_ENDINGS) and not name.startswith((".", "__"))
+        ending = IMAGE if f".{ending.lower()}".endswith(SUFFIXES) else ending.lower()
+        wanted = ending in (IMAGE, "json", *CAPTION_ENDINGS) and not name.startswith((".", "__"))
         if wanted and member.isfile() and (content := tar.extractfile(member)):
-            yield f"{folder}/{stem}", ending, content.read()
+            yield f"{folder}/{stem}", ending, content.read(MAX_IMAGE_BYTES if ending == IMAGE else MAX_TEXT_BYTES)
         tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all
 
 
 def _captions(sample: dict[str, Any]) -> list[str]:
     """The captions of a sample: of a text file or a column, or else of the JSON."""
     try:
-        cell = next((sample[name] for name in CAPTION_ENDINGS if name in sample), None)
+        cell = next((_value(sample[name]) for name in CAPTION_ENDINGS if name in sample), None)
         if cell is None:
             values = json.loads(sample.get("json", b"{}"))
             cell = next((values[name] for name in CAPTION_COLUMNS if name in values), None)

@@ -32,6 +32,7 @@ VERSION_KEYS = ("ETag", "etag", "blob_id", "mtime", "created", "LastModified")  
 CACHED_SHARDS_PER_STREAM = 3  # its own, the next, and one that another process has not left yet
 MAX_SPACED_SHARDS = 16  # from which evenly spaced items are taken
 IO_THREADS = 16
+MAX_SHARD_URLS = 10**6  # that ranges may stand for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class ShardedSource(EncodedSource):
     """A source whose items are in shards."""
 
     cache: ShardCache
-    _prefetched: set[tuple[int, int]] = field(default_factory=set, init=False)  # ranges, each with an epoch
+    _epochs: dict[int, int] = field(default_factory=dict, init=False)  # the last one in which a range was needed
 
     def fallback_candidates(self, index: int) -> range:
         """The items of the same shard."""
@@ -64,12 +65,13 @@ class ShardedSource(EncodedSource):
         """In a loading process, begin to download the shards of these samples, and those that come after them."""
         if get_worker_info() is None:
             return
-        needed = {(self.cache.locate(key.index)[0], key.epoch) for key in keys} - self._prefetched
-        self._prefetched.update(needed)
-        for part, epoch in needed:
-            order = permutation(len(self.cache.ranges), seed, epoch, "files").tolist()
-            position = order.index(part)
-            self.cache.prefetch(order[position : position + 2])
+        for key in keys:
+            part, _ = self.cache.locate(key.index)
+            if self._epochs.get(part) != key.epoch:
+                self._epochs[part] = key.epoch
+                order = permutation(len(self.cache.ranges), seed, key.epoch, "files").tolist()
+                position = order.index(part)
+                self.cache.prefetch(order[position : position + 2])
 
 
 def is_sharded(source: str) -> bool:
@@ -110,6 +112,8 @@ def list_shards(source: str) -> dict[str, str]:
     """
     if "::" in source:
         raise ValueError(f"data.source {source}: files inside other files are not read; unpack them first")
+    if math.prod(max(1, int(last) - int(first) + 1) for first, last in RANGE_PATTERN.findall(source)) > MAX_SHARD_URLS:
+        raise ValueError(f"data.source {source}: more than {MAX_SHARD_URLS:,} addresses; write a shorter range, or *")
     with ThreadPoolExecutor(IO_THREADS) as pool:
         try:
             files = dict(itertools.chain.from_iterable(pool.map(_list_files, _expand_ranges(source))))
