@@ -493,7 +493,7 @@ def test_draws_do_not_depend_on_how_a_batch_is_cut() -> None:
 
 
 def test_wandb_is_asked_for_only_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "is_wandb_available", lambda: False)
+    monkeypatch.setattr(distributed.utils, "is_wandb_available", lambda: False)
     with pytest.raises(ValueError, match="wandb is not installed"):
         make_accelerator(toy_config(tmp_path, trackers=("wandb",)))
 

@@ -8,7 +8,6 @@ from pydantic import ValidationError
 
 from ldm.config import read_yaml
 from ldm.vae import VAE, Posterior, VAEConfig
-from ldm.vae.latent_stats import fit_latent_stats
 from ldm.vae.losses import VAELossConfig, psnr, ssim, vae_loss
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -106,7 +105,7 @@ def test_latent_statistics_standardize() -> None:
     assert vae.linear is not None
     images = torch.rand(64, 3, 16, 16)
     vae.linear.init_from_pca(images)
-    fit_latent_stats(vae, images.split(16))
+    vae.fit_latent_stats(images.split(16))
     with torch.no_grad():
         posterior = vae.encode(images)
         standard = vae.standardize(posterior.sample(torch.randn_like(posterior.mean)))

@@ -61,7 +61,6 @@ class CLIPStage(Stage):
         return {"loss": self.contrastive_loss(**networks["clip"](images, ids))}
 
     def example_batch(self, count: int) -> Batch:
-        """Random images, one caption."""
         return self.config.data.example_batch(count)
 
     def validate(self) -> dict[str, float]:
@@ -78,5 +77,4 @@ class CLIPStage(Stage):
         write_manifest(folder, "text tower", {"data": self.config.data.source})
 
     def fingerprint(self) -> dict[str, Any]:
-        """Data and model."""
         return {"data": self.data.fingerprint(), "clip": self.config.clip.to_dict()}

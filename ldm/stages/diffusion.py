@@ -230,7 +230,9 @@ class DiffusionStage(Stage):
     def sample(self) -> Image.Image:
         """A grid of sampled images with their prompts."""
         config = self.config
-        prompts = list(config.sample_prompts or self._held_out_captions()[:16])
+        data = self.held_out
+        captions = data.index.sample_captions if isinstance(data, LatentDataset) else self.validation["caption"]
+        prompts = list(config.sample_prompts or captions[:16])
         images = self.pipeline.sample(
             prompts,
             range(len(prompts)),
@@ -240,17 +242,10 @@ class DiffusionStage(Stage):
         )
         return captioned_grid(tensor_to_pil(images), prompts, columns=8)
 
-    def _held_out_captions(self) -> list[str]:
-        if isinstance(self.held_out, LatentDataset):
-            return self.held_out.index.sample_captions
-        return self.validation["caption"]
-
     def save(self, folder: Path) -> None:
-        """Write the whole pipeline."""
         self.pipeline.save(folder)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Data, model, and the frozen networks."""
         fingerprint: dict[str, Any] = {"data": self.data.fingerprint(), "unet": self.config.unet.to_dict()}
         fingerprint |= {"diffusion": self.config.diffusion.to_dict(), "vae_sha256": self.vae_sha256}
         return fingerprint | text_fingerprint(self.text)

@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from pydantic import Field
-from torch import Tensor
 from tqdm import tqdm
 
 from ldm.cli import ScriptConfig
@@ -74,6 +73,7 @@ class LatentWriter:
         self.fingerprint |= {"items": {split: data.source.fingerprint() for split, data in self.sets.items()}}
         self.fingerprint |= text_fingerprint(self.text) if config.text_embeddings else {}
 
+    @torch.no_grad()
     def run(self) -> None:
         """Write the missing files, then the index."""
         config, accelerator = self.config, self.accelerator
@@ -91,7 +91,7 @@ class LatentWriter:
                 self.sets[split],
                 augmentation,
                 rows,
-                encode=self._encode,
+                encode=lambda images: self.vae.encode(images.to(accelerator.device)),
                 tokenize=self.text.tokenizer,
                 encode_text=self.text.encode_for_cache if config.text_embeddings else None,
                 key=key,
@@ -108,10 +108,6 @@ class LatentWriter:
     def _files(self, split: Split) -> list[Any]:
         data, size, augmentations = self.sets[split], self.config.images_per_file, self.config.augmentations_per_image
         return latents.LatentFileLayout(split, len(data), size, augmentations=augmentations, groups=data.groups).files()
-
-    @torch.no_grad()
-    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.vae.encode(images.to(self.accelerator.device))
 
     def _write_index(self) -> None:
         config, train, test = self.config, self.sets["train"], self.sets["test"]

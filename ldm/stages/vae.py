@@ -19,7 +19,6 @@ from ldm.rng import StepRNG
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Networks, Stage, Trainable
 from ldm.vae import VAE, VAEConfig
-from ldm.vae.latent_stats import fit_latent_stats
 from ldm.vae.losses import VAELossConfig, psnr, ssim, vae_loss
 
 
@@ -74,7 +73,6 @@ class VAEStage(Stage):
         return vae_loss(images, output, posterior, self.config.loss)
 
     def example_batch(self, count: int) -> Batch:
-        """Random images."""
         return self.config.data.example_batch(count)
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -96,11 +94,10 @@ class VAEStage(Stage):
 
     def save(self, folder: Path) -> None:
         """Measure the latents, then write weights and model.json."""
-        fit_latent_stats(self.vae, (images.to(self.device) for images in self.data.spread_images(4096)))
+        self.vae.fit_latent_stats(images.to(self.device) for images in self.data.spread_images(4096))
         digest = save_weights(self.vae, folder / "vae.safetensors")
         values = {"data": self.config.data.to_dict(), "vae": self.config.vae.to_dict(), "vae_sha256": digest}
         write_manifest(folder, "vae", values)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Data and model."""
         return {"data": self.data.fingerprint(), "vae": self.config.vae.to_dict()}

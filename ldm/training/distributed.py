@@ -8,14 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-    is_wandb_available,
-    set_seed,
-)
+from accelerate import Accelerator, utils
 
 from ldm.training.config import TrainingConfig
 
@@ -24,23 +17,23 @@ PEER_FAILURE = re.compile("timed? ?out|connection (closed|reset)|peer", re.IGNOR
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """accelerate's engine, with the precision and devices of `accelerate launch`."""
-    if "wandb" in config.trackers and not is_wandb_available():
+    if "wandb" in config.trackers and not utils.is_wandb_available():
         raise ValueError("trackers: wandb is not installed; `pip install wandb` or leave it out")
-    folders = ProjectConfiguration(str(config.run), logging_dir=str(config.run / "tensorboard"))
+    folders = utils.ProjectConfiguration(str(config.run), logging_dir=str(config.run / "tensorboard"))
     accelerator = Accelerator(
         log_with=list(config.trackers) or None,
         project_config=folders,
         kwargs_handlers=[process_group_timeout(config.timeout)],
     )
-    set_seed(config.seed)  # initial weights; every later draw is keyed
+    utils.set_seed(config.seed)  # initial weights; every later draw is keyed
     if accelerator.device.type == "cpu":
         restore_num_threads()
     return accelerator
 
 
-def process_group_timeout(seconds: int) -> InitProcessGroupKwargs:
+def process_group_timeout(seconds: int) -> utils.InitProcessGroupKwargs:
     """How long collectives wait, for an `Accelerator`."""
-    return InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
+    return utils.InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
 
 
 def on_rank0(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
@@ -51,7 +44,7 @@ def on_rank0(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
             result = action()
         except Exception as error:
             result = error
-    [result] = broadcast_object_list([result])
+    [result] = utils.broadcast_object_list([result])
     if isinstance(result, Exception):
         raise result
     return result

@@ -27,15 +27,11 @@ class EMA:
     def swapped_in(self) -> Iterator[None]:
         """The module holds the averages inside the `with`, and its own weights again afterwards."""
         weights = {name: p.detach().clone() for name, p in trained_parameters(self.module).items()}
-        _copy_params(self.shadow, self.module)
+        copy_params(self.shadow, self.module)
         try:
             yield
         finally:
-            _copy_params(weights, self.module)
-
-    def copy_to(self, module: nn.Module) -> None:
-        """Gather sharded averages into an unsharded copy of the module; a collective, so all ranks must call this."""
-        _copy_params(self.shadow, module)
+            copy_params(weights, self.module)
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -44,7 +40,8 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def _copy_params(weights: dict[str, Tensor], module: nn.Module) -> None:
+def copy_params(weights: dict[str, Tensor], module: nn.Module) -> None:
+    """Copy tensors into the parameters of their names; sharded ones are gathered, so all ranks must call this."""
     for name, parameter in module.named_parameters():
         if name in weights:
             parameter.copy_(full_tensor(weights[name]))

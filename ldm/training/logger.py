@@ -51,9 +51,9 @@ class RunLogger:
             with disk_errors(self.file, REMEDY), self.file.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def image(self, step: int, image: Image.Image) -> None:
-        """Save the sample image of this step."""
-        if self.is_rank0:
+    def image(self, step: int, image: Image.Image | None) -> None:
+        """Save the sample image of this step, if there is one."""
+        if self.is_rank0 and image is not None:
             save_image(image, self.run / f"samples/step-{step:06d}.png")
 
     def print(self, message: str) -> None:

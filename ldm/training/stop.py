@@ -20,11 +20,11 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(sig
 class StopRequest:
     """Whether any rank was asked to stop; all ranks see it after the same step.
 
-    `accelerate launch` hands no signal on to a single process, which sees that its launcher is gone.
+    `accelerate launch` hands no signal on to a single process, which sees that its launcher is gone. A rank that does
+    not answer within `timeout` seconds is an error.
     """
 
     def __init__(self, *, timeout: int) -> None:
-        """`timeout` in seconds, after which a rank that does not answer is an error."""
         self.signal = 0  # that this rank got
         self._launcher = os.getppid() if has_launcher() else None
         self._pending: tuple[torch.Tensor, dist.Work] | None = None

@@ -19,6 +19,7 @@ from ldm.rng import StepRNG
 from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
 from ldm.training.distributed import make_accelerator, on_rank0, peer_errors
+from ldm.training.ema import copy_params
 from ldm.training.fsdp import full_tensor, reshard
 from ldm.training.logger import RunLogger
 from ldm.training.optimizer import learning_rate, step_if_finite
@@ -162,7 +163,7 @@ class Trainer:
         if step % config.validate_every == 0 or last:
             self.with_ema_weights(lambda: self.logs.write(step, self.stage.validate()))
         if step % config.sample_every == 0 or last:
-            self.with_ema_weights(self._sample)
+            self.with_ema_weights(lambda: self.logs.image(step, self.stage.sample()))
         if step % config.checkpoint_every == 0 or last:
             self.save()
 
@@ -195,7 +196,7 @@ class Trainer:
                 ema = self.state.ema[trainable.name]
                 if self.state.mesh:  # gather into the original module, which waited on the CPU
                     trainable.module.to(self.accelerator.device if rank0 else "meta")
-                    ema.copy_to(trainable.module)
+                    copy_params(ema.shadow, trainable.module)
                 elif rank0:
                     stack.enter_context(ema.swapped_in())
                 trainable.module.eval()
@@ -208,11 +209,6 @@ class Trainer:
                 trainable.module.to("cpu")
         self.accelerator.wait_for_everyone()
         self.logs.restart_clock(self.state.step)
-
-    def _sample(self) -> None:
-        image = self.stage.sample()
-        if image is not None:
-            self.logs.image(self.state.step, image)
 
     def _mean(self, value: Tensor) -> float:
         return self.accelerator.reduce(value.detach().float().clone(), "mean").item()

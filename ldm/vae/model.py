@@ -1,5 +1,6 @@
 """The convolutional KL autoencoder (Rombach et al. 2022, section 3.1), down to the exact Stable Diffusion one."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -206,6 +207,21 @@ class VAE(nn.Module):
     def standardize(self, latents: Tensor) -> Tensor:
         """Raw latents (b, c, h, w) -> zero mean and unit variance in each channel."""
         return (latents - self.latent_mean.view(-1, 1, 1)) / self.latent_std.view(-1, 1, 1)
+
+    @torch.no_grad()
+    def fit_latent_stats(self, batches: Iterable[Tensor]) -> None:
+        """Set `latent_mean` and `latent_std` to those of sampled latents of images (b, c, h, w) on this device."""
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for images in batches:
+            posterior = self.encode(images)
+            mean = posterior.mean.double().transpose(0, 1).flatten(1)  # (c, b h w)
+            variance = posterior.logvar.double().exp().transpose(0, 1).flatten(1)
+            count += mean.shape[1]
+            total = total.to(mean) + mean.sum(1)
+            squares = squares.to(mean) + (mean**2 + variance).sum(1)  # the means vary, and the samples around them
+        average = total / count
+        self.latent_mean.copy_(average)
+        self.latent_std.copy_((squares / count - average**2).clamp_min(1e-12).sqrt())
 
     def unstandardize(self, latents: Tensor) -> Tensor:
         """The inverse of `standardize`."""
