@@ -10,13 +10,12 @@ from typing import Any
 
 from ldm.cli import command
 from ldm.planning.doctor import examine
-from ldm.stages import STAGES, split_stage
+from ldm.stages import split_stage
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line; the exit status is 1 when a check fails."""
-    name, flags = split_stage(sys.argv[1:] if argv is None else argv)
-    stage = STAGES[name]
+    stage, flags = split_stage(sys.argv[1:] if argv is None else argv)
 
     def check(config: Any) -> int:
         checks = examine(stage, config)

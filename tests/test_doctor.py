@@ -13,7 +13,7 @@ from ranks import FSDP, Harm, launch, rank_environment
 from ldm.data.batch_sampler import SampleKey
 from ldm.planning import checks
 from ldm.planning.checks import DoctorCheck
-from ldm.stages import split_stage
+from ldm.stages import CLIPStage, DiffusionStage, VAEStage, split_stage
 from ldm.training.config import TrainingConfig
 from ldm.training.optimizer import learning_rate
 from ldm.training.state import TrainingState
@@ -183,9 +183,9 @@ def test_what_numbers_say(well: DoctorCheck, wrong: DoctorCheck, remedy: str) ->
 
 
 def test_the_stage_is_named_or_follows_from_the_file() -> None:
-    assert split_stage(["vae", "--steps", "9"]) == ("vae", ["--steps", "9"])
-    assert split_stage(["--config", "configs/emoji/clip.yaml"])[0] == "clip"
-    assert split_stage(["--config=configs/shapes/ddpm_pixels.yaml"])[0] == "ldm"
+    assert split_stage(["vae", "--steps", "9"]) == (VAEStage, ["--steps", "9"])
+    assert split_stage(["--config", "configs/emoji/clip.yaml"])[0] == CLIPStage
+    assert split_stage(["--config=configs/shapes/ddpm_pixels.yaml"])[0] == DiffusionStage
 
 
 def test_too_few_steps_are_refused(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from ldm.stages.vae import VAEStage
 STAGES: dict[str, Any] = {"clip": CLIPStage, "vae": VAEStage, "ldm": DiffusionStage}
 
 
-def split_stage(args: list[str]) -> tuple[str, list[str]]:
+def split_stage(args: list[str]) -> tuple[Any, list[str]]:
     """The stage that a command line names in its first word or by its configuration file, else ldm; and its flags."""
     if args and args[0] in STAGES:
-        return args[0], args[1:]
+        return STAGES[args[0]], args[1:]
     file = config_flag(args)
-    return (file.stem if file and file.stem in STAGES else "ldm"), args
+    return STAGES.get(file.stem if file else "ldm", DiffusionStage), args
 
 
 __all__ = ["STAGES", "CLIPStage", "DiffusionStage", "VAEStage", "split_stage"]

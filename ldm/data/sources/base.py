@@ -1,4 +1,7 @@
-"""What every source of images and captions offers, `ImageTextSource`; and how splits are made and captions read."""
+"""What a source of images and captions offers, and how splits are made and captions read.
+
+A new kind of source is a file here with a subclass of `ImageTextSource`, and a line in `open_source` (data/dataset.py).
+"""
 
 import hashlib
 import re
