@@ -76,7 +76,7 @@ def save_image(image: Image.Image, path: Path, **options: Any) -> None:
 
 
 def _open(data: Encoded) -> Image.Image:
-    if isinstance(data, Path) and data.exists() and not data.is_file():  # such as a pipe, which would never end
+    if isinstance(data, Path) and not data.is_file() and data.exists():  # such as a pipe, which would never end
         raise OSError("not a regular file")
     return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS)
 

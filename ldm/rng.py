@@ -40,7 +40,7 @@ class StepRNG:
         return self._draw(Tensor.uniform_, stream, (), device or self.device)
 
     def _draw(self, fill: Callable[..., Any], stream: str, shape: Sequence[int], device: torch.device) -> Tensor:
-        numbers = torch.empty(len(self.positions), *shape)
+        numbers = torch.empty(len(self.positions), *shape, pin_memory=device.type == "cuda")
         stream_generator = torch.Generator("cpu")  # reseeded for each sample, which is cheaper than a new one
         for row, position in zip(numbers, self.positions, strict=True):
             fill(row, generator=stream_generator.manual_seed(fold_seed(self.seed, stream, self.step, position)))

@@ -267,6 +267,8 @@ def test_cells_of_any_kind(tmp_path: Path) -> None:
     assert [row.captions for row in rows] == [["a"], [], [], []]
     assert [row.error for row in rows] == [None, "its caption is not UTF-8, or not JSON", None, "holds no image"]
     assert all(row.error for row in read_rows(str(tmp_path / "set/2.parquet")))
+    pyarrow.parquet.write_table(table.set_column(2, "caption", [[{"a": "x"}] * 4]), tmp_path / "set/2.parquet")
+    assert "is not text" in str(next(read_rows(str(tmp_path / "set/2.parquet"))).error)
     for number in range(3):
         pyarrow.parquet.write_table(table[:1], tmp_path / f"set/{number}.parquet")
     with pytest.raises(ValueError, match="no rows for the test split; write larger shards, or name one test"):

@@ -47,6 +47,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     write_tensors(path, layer.state_dict() | {"weight": torch.full((3, 2), torch.nan)})
     with pytest.raises(ValueError, match="1 tensors hold NaN or infinite numbers: weight"):
         load_weights(layer, path)
+    write_tensors(path, layer.state_dict() | {"weight": torch.zeros(3, 2, dtype=torch.long)})
+    with pytest.raises(ValueError, match="1 tensors have another kind of number, such as weight: convert the file"):
+        load_weights(layer, path)
 
 
 @pytest.mark.parametrize("fill", [load_strict, init_weights])

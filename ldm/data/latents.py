@@ -83,17 +83,16 @@ class LatentFileLayout:
     """Which rows of a split are in which file: in their order, `size` in each, and no two groups in one."""
 
     def __init__(self, split: Split, rows: int, size: int, *, augmentations: int, groups: Tensor | None) -> None:
-        self.split, self.augmentations = split, augmentations if split == "train" else 1
+        self.split, self._rows, self.augmentations = split, rows, augmentations if split == "train" else 1
         self._order = None if groups is None else groups.argsort(stable=True)
         self._position = None if self._order is None else self._order.argsort()  # of each row in that order
         ends = list(itertools.accumulate([rows] if groups is None else groups.bincount().tolist(), initial=0))
         self._starts = [i for start, end in itertools.pairwise(ends) for i in range(start, end, size)]
-        self._spans = [range(*span) for span in itertools.pairwise([*self._starts, rows])]
 
     def files(self) -> list[tuple[str, int, Sequence[int]]]:
         """Name, augmentation and rows of every file."""
-        order = self._order
-        rows = [span if order is None else order[span.start : span.stop].tolist() for span in self._spans]
+        order, spans = self._order, itertools.pairwise([*self._starts, self._rows])
+        rows = [range(first, end) if order is None else order[first:end].tolist() for first, end in spans]
         return [(self._name(a, number), a, part) for a in range(self.augmentations) for number, part in enumerate(rows)]
 
     def locate(self, row: int, epoch: int) -> tuple[str, int]:

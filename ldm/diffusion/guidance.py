@@ -16,7 +16,7 @@ from ldm.config import Config
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(z_t, t) -> the prediction of x0."""
 CondUncondFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(z_t, t) -> the prediction under the prompt, and the reference: unconditional, negative, or of a weaker model."""
+"""(z_t, t) -> the prediction under the prompt, and the reference: unconditional, negative, or of a guide model."""
 GuidanceFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(cond, uncond, z_t, t) -> the guided prediction."""
 

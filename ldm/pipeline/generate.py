@@ -59,7 +59,7 @@ class Txt2ImgConfig(ScriptConfig):
     variation_strength: float = Field(0.1, ge=0, le=1)
     """how far: 0 is the noise of `seed`, 1 that of `variation_seed`"""
     guide_model: Path | None = None
-    """autoguidance: a weaker model of the same kind, whose prediction replaces the unconditional one"""
+    """autoguidance: a smaller or less trained model, whose prediction replaces the unconditional one"""
     vae_tile: int | None = Field(None, ge=8)
     """decode latents larger than this side in tiles: less memory for large images"""
     preview: bool = False

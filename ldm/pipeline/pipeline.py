@@ -75,7 +75,7 @@ class Pipeline:
         return self.unet.conv_in.weight.device
 
     def set_guide_model(self, guide: "Pipeline") -> "Pipeline":
-        """Guide away from a weaker model (Karras et al. 2024); ValueError where its diffusion, text or VAE differ."""
+        """Turn on autoguidance (Karras et al. 2024); ValueError where the guide's diffusion, text or VAE differ."""
         settings, guide_settings = _inference_settings(self), _inference_settings(guide)
         for name, value in settings.items():
             if value != guide_settings[name] or not same_weights(getattr(self, name), getattr(guide, name)):

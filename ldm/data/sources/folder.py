@@ -72,7 +72,7 @@ def _list_files(root: Path) -> list[str]:
 
 
 def _sidecar_captions(root: Path, images: list[str], files: set[str]) -> tuple[dict[str, list[str]], str]:
-    """Captions by the name of their image, from text files beside them, and the kinds of these."""
+    """Captions by the name of their image, from text files of the same names, and their kinds."""
     captions, used = {}, set()
     for name in images:
         stem = name.rsplit(".", 1)[0]

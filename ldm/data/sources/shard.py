@@ -54,6 +54,7 @@ def read_rows(url: str) -> Iterator[ShardRow]:
         for sample in _tar_samples(url) if is_tar(url) else _parquet_samples(url):
             try:
                 image = _value(sample[IMAGE])
+                image = image["bytes"] if isinstance(image, dict) else image  # no path in it is followed
                 if not isinstance(image, bytes):
                     raise ValueError("holds no image")
                 yield ShardRow(image, _captions(sample), None)
@@ -93,9 +94,8 @@ def _parquet_samples(url: str) -> Iterator[dict[str, Any]]:
 
 
 def _value(cell: Any) -> Any:
-    """What a cell of arrow holds; of an image its bytes, since no path that a stranger wrote is followed."""
-    value = cell.as_py() if isinstance(cell, pyarrow.Scalar) else cell
-    return value.get("bytes") if isinstance(value, dict) else value
+    """What a cell of arrow holds."""
+    return cell.as_py() if isinstance(cell, pyarrow.Scalar) else cell
 
 
 def _tar_samples(url: str) -> Iterator[dict[str, Any]]:

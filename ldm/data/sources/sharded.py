@@ -108,7 +108,7 @@ def open_shards(source: str, split: Split, *, streams: int) -> ShardedSource:
 def list_shards(source: str) -> dict[str, str]:
     """All shards that an address, a pattern with *, ? or {000..099}, a file or a folder names: URL -> content hash.
 
-    Where there are tar files there are no other shards: a parquet file beside one describes its rows. ValueError: none.
+    Where there are tar files no other one is a shard: a parquet file there describes rows. ValueError: none.
     """
     if "::" in source:
         raise ValueError(f"data.source {source}: files inside other files are not read; unpack them first")
