@@ -50,7 +50,7 @@ def check_data(config: CheckDataConfig, count_tokens: Callable[[str], int]) -> I
         raise ValueError("no images: pass a folder, as in `python scripts/check_data.py my_photos`")
     data = DataConfig(source=config.source)
     train, test = (open_source(data, split) for split in get_args(Split))
-    yield train.description
+    yield from [train.description, *train.notes]
     items = [(source, index) for source in (train, test) for index in range(len(source.names))]
     enough = range(2 * config.sheet_images)  # to find that many readable ones
     with ThreadPoolExecutor(config.num_workers) as pool:

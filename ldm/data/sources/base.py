@@ -19,6 +19,11 @@ from ldm.data.transforms import Sides, View
 
 Split = Literal["train", "test"]
 HELD_OUT_FRACTION = 0.05  # of the items of a set without a test split
+HELD_OUT_SPLITS = ("test", "validation")  # of those that a set brings, the first is held out
+SPLIT_NAME = re.compile(
+    r"(?<![a-z])(?:(?P<train>train|training)|(?P<test>test|testing|eval|evaluation)"
+    r"|(?P<validation>validation|valid|val|dev))(?![a-z])"
+)
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, from a JSON escape
 
@@ -38,6 +43,7 @@ class ImageTextSource(ABC):
     names: Sequence[str]
     captions: Sequence[Sequence[str]]  # of each item: none, one or several
     description: str
+    notes: Sequence[str] = ()  # a line for each thing that was left out, or not as it should be
 
     @abstractmethod
     def read(self, index: int, view: View, *, channels: int, side: int) -> Decoded:
@@ -79,6 +85,12 @@ def check_split(split: str) -> None:
     """ValueError unless `split` is train or test."""
     if split not in get_args(Split):
         raise ValueError(f"split {split!r} is unknown: choose train or test")
+
+
+def named_split(name: str) -> str | None:
+    """Which split the name of a folder, a file or a split says: train, test or validation, or none, as `datasets`."""
+    found = SPLIT_NAME.search(name.lower())
+    return found and found.lastgroup
 
 
 def hash_split(names: Sequence[str], split: Split) -> list[int]:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from ldm.data.sources.table import image_column
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 CAPTION_ENDINGS = ("txt", *CAPTION_COLUMNS)  # of the files in a tar that hold a caption
+IMAGE_SUFFIX = re.compile(rf"^({'|'.join(suffix[1:] for suffix in SUFFIXES)})\.")  # of a caption in `a.png.txt`
 IMAGE = ".image"  # the ending of an image in a sample, whatever its format
 MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 2**28, 2**20  # of a file in a tar that are read
 ROWS_PER_BATCH = 32  # of a parquet file that are in memory at a time
@@ -117,7 +119,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
     for member in tar:
         folder, _, name = member.name.rpartition("/")
         stem, _, ending = name.partition(".")
-        ending = IMAGE if f".{ending.lower()}".endswith(SUFFIXES) else ending.lower()
+        ending = IMAGE if f".{ending.lower()}".endswith(SUFFIXES) else IMAGE_SUFFIX.sub("", ending.lower())
         wanted = ending in (IMAGE, "json", *CAPTION_ENDINGS) and not name.startswith((".", "__"))
         if wanted and member.isfile() and (content := tar.extractfile(member)):
             yield f"{folder}/{stem}", ending, content.read(MAX_IMAGE_BYTES if ending == IMAGE else MAX_TEXT_BYTES)
