@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from helpers import encoded, plain, write_tar
 
@@ -171,8 +173,10 @@ def test_text_files_are_found_however_they_are_named(tmp_path: Path) -> None:
     assert f"{tmp_path}/0.jpg.txt: line 2 is not UTF-8 text; save it as UTF-8" in refused(tmp_path)
 
 
-def test_a_caption_of_a_tar_is_found_however_it_is_named(tmp_path: Path) -> None:
+def test_a_caption_of_a_shard_is_found_however_it_is_named(tmp_path: Path) -> None:
     image = encoded(plain())
+    pyarrow.parquet.write_table(pyarrow.table({"image": [image], "Caption": ["a"]}), tmp_path / "a.parquet")
+    assert [row.captions for row in read_rows(str(tmp_path / "a.parquet"))] == [["a"]]
     write_tar(tmp_path / "a.tar", [("0.png", image), ("0.png.txt", b"a"), ("1.JFIF", image), ("1.TXT", b"b")])
     assert [row.captions for row in read_rows(str(tmp_path / "a.tar"))] == [["a"], ["b"]]
 

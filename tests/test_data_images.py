@@ -262,7 +262,7 @@ def test_parquet_with_an_image_column(tmp_path):
 def test_parquet_of_other_tools(tmp_path, kind):
     data = [encoded(plain(RED)), encoded(plain(RED), "JPEG", quality=95), encoded(plain(RED), "WEBP", lossless=True)]
     cells = data if kind == "bytes" else [{"bytes": item, "path": "x.png"} for item in data]
-    path = table(tmp_path / "a.parquet", {"image": cells, "text": [["one", "two"], [], None]})
+    path = table(tmp_path / "a.parquet", {"image": cells, "Text": [["one", "two"], [], None]})
     parts = [opened(path, split) for split in ("train", "test")]
     for part in parts:
         for i in range(len(part)):

@@ -7,7 +7,7 @@ import hashlib
 import re
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -105,6 +105,12 @@ def hash_split(names: Sequence[str], split: Split) -> list[int]:
         held_out = held_out or {hashes.index(min(hashes))}
         held_out -= {hashes.index(max(hashes))} if len(held_out) == len(names) else set()
     return [i for i in range(len(names)) if (i in held_out) == (split == "test")]
+
+
+def caption_column(names: Iterable[str]) -> str | None:
+    """The column of a table that holds captions, whatever its case; None when none does."""
+    lower = {name.lower(): name for name in names}
+    return next((lower[name] for name in CAPTION_COLUMNS if name in lower), None)
 
 
 def parse_captions(cell: Any, where: str) -> list[str]:

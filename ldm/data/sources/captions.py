@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet
 
-from ldm.data.sources.base import CAPTION_COLUMNS, first_names, one_line, parse_captions
+from ldm.data.sources.base import CAPTION_COLUMNS, caption_column, first_names, one_line, parse_captions
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of several in a folder the first is read
 FILE_COLUMNS = ("file_name", "filename", "image", "file")  # the paths of images; as all columns in any case
 SIDECAR_SUFFIXES = (".txt", ".caption")
-DELIMITERS = ",;\t"
+DELIMITERS = ",;\t|"
 
 
 class FolderCaptions(NamedTuple):
@@ -36,7 +36,7 @@ def read_captions(root: Path, files: Sequence[str], images: Sequence[str]) -> Fo
     ValueError: a file that cannot be read, or a table that names files that are no images of this folder.
     """
     paths, captions, notes = PathIndex(images), defaultdict[str, list[str]](list), []
-    tables = _find_tables(files)
+    tables = find_tables(files)
     columns = []
     for table in tables:
         column, joined = _add_table(root / table, PurePosixPath(table).parent, paths, captions)
@@ -103,7 +103,7 @@ def _match_names(images: Sequence[str], texts: dict[str, str], key: Callable[[st
 # Tables.
 
 
-def _find_tables(files: Sequence[str]) -> list[str]:
+def find_tables(files: Sequence[str]) -> list[str]:
     """The table of each folder that has one."""
     tables: dict[PurePosixPath, str] = {}
     for kind in METADATA_FILES:
@@ -130,7 +130,7 @@ def _add_table(
         raise ValueError(
             f"{path}: no column file_name, or no row, but {found}; write each image's path in the folder there"
         )
-    caption = next((name for name in CAPTION_COLUMNS if name in columns), None)
+    caption = caption_column(columns)
     if caption is None:
         raise ValueError(f"{path}: no caption column; call it caption, text or prompt")
     missing = set()

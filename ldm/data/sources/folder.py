@@ -15,7 +15,7 @@ from ldm.data.sources.base import (
     hash_split,
     named_split,
 )
-from ldm.data.sources.captions import METADATA_FILES, SIDECAR_SUFFIXES, read_captions
+from ldm.data.sources.captions import METADATA_FILES, SIDECAR_SUFFIXES, find_tables, read_captions
 from ldm.data.sources.encoded import SUFFIXES, EncodedSource
 from ldm.data.sources.table import open_hub, open_parquet
 
@@ -28,7 +28,7 @@ TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".xlsx", ".xls"
 SKIPPED = {  # what files that are not read are, by their suffixes
     OTHER_IMAGE_SUFFIXES: "that are not PNG, JPEG or WEBP",
     SIDECAR_SUFFIXES: "texts that belong to no image without a caption",
-    TABLE_SUFFIXES: f"tables that are not the first of {', '.join(METADATA_FILES)} in their folder",
+    TABLE_SUFFIXES: f"tables that are not named {', '.join(METADATA_FILES)}, or stand beside one that is",
     ("",): "other files",
 }
 
@@ -50,7 +50,7 @@ def open_images(source: str, split: Split) -> EncodedSource:
 
 def find_metadata(root: Path) -> Path | None:
     """The table of captions in a folder, if there is one."""
-    return next((root / name for name in METADATA_FILES if (root / name).is_file()), None)
+    return next((root / name for name in find_tables([path.name for path in root.iterdir() if path.is_file()])), None)
 
 
 def _open_folder(root: Path, split: Split) -> EncodedSource:
@@ -101,12 +101,13 @@ def _list_files(root: Path) -> tuple[list[str], list[str]]:
             loops.append(os.path.relpath(tree, root))
             continue
         for folder, folders, names in os.walk(tree, onerror=_refuse):
-            real = os.path.realpath(folder)
-            folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
-            if real not in seen:
-                relative = Path(folder).relative_to(root)
-                files += [(relative / name).as_posix() for name in names if not name.startswith(".")]
+            real, relative = os.path.realpath(folder), Path(folder).relative_to(root)
+            if real in seen:
+                folders.clear()
+                continue
             seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            files += [(relative / name).as_posix() for name in names if not name.startswith(".")]
             trees += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
     return sorted(files), loops
 

@@ -12,7 +12,7 @@ import datasets
 import pyarrow.parquet
 from datasets.utils.file_utils import xopen
 
-from ldm.data.sources.base import CAPTION_COLUMNS, one_line, parse_captions
+from ldm.data.sources.base import CAPTION_COLUMNS, caption_column, one_line, parse_captions
 from ldm.data.sources.encoded import SUFFIXES
 from ldm.data.sources.table import image_column
 
@@ -89,10 +89,10 @@ def _parquet_samples(url: str) -> Iterator[dict[str, Any]]:
             with contextlib.suppress(ValueError, NotImplementedError):  # a type that it has no name for: not an image
                 features |= datasets.Features.from_arrow_schema(pyarrow.schema([column], metadata=schema.metadata))
         image = image_column(features, url)
-        captions = [name for name in CAPTION_COLUMNS if name in features][:1]
+        captions = list(filter(None, [caption_column(features)]))
         for batch in table.iter_batches(ROWS_PER_BATCH, columns=[image, *captions]):
             for row in range(batch.num_rows):
-                yield {IMAGE: batch[image][row], **{name: batch[name][row] for name in captions}}
+                yield {IMAGE: batch[image][row], **{name.lower(): batch[name][row] for name in captions}}
 
 
 def _value(cell: Any) -> Any:

@@ -8,9 +8,9 @@ import datasets
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ldm.data.sources.base import (
-    CAPTION_COLUMNS,
     HELD_OUT_SPLITS,
     Split,
+    caption_column,
     first_names,
     hash_split,
     named_split,
@@ -79,7 +79,7 @@ def _open_table(
 
 def _caption_column(rows: datasets.Dataset, where: str) -> tuple[Sequence[Sequence[str]], str]:
     """The captions of all rows, and where they come from."""
-    column = next((name for name in CAPTION_COLUMNS if name in rows.features), None)
+    column = caption_column(rows.features)
     if column is None:
         return [[]] * len(rows), "no captions"
     try:  # as it was written: what looks like an image in it is not decoded, and no path in it is followed
