@@ -220,6 +220,13 @@ def test_of_several_held_out_splits_one_is_used_and_no_other_is_trained_on(tmp_p
     assert said(opened, "held out", "test") and said(opened, "2 images skipped", "val/2.png", "4.png")
 
 
+def test_names_that_all_say_a_split_are_splits(tmp_path: Path) -> None:
+    opened = read(fill(tmp_path, "train_0.png", "train_1.png", "a/val-2.png"))
+    assert [*opened.train] == ["train_0.png", "train_1.png"] and [*opened.test] == ["a/val-2.png"]
+    opened = read(fill(tmp_path, "b.png"))
+    assert len(opened.train) + len(opened.test) == 4 and not opened.notes
+
+
 def test_a_folder_without_both_is_divided_and_that_is_told(tmp_path: Path) -> None:
     for number, (names, told) in enumerate({("train/0.png", "train/1.png"): 0, ("0.png", "test/1.png"): 1}.items()):
         opened = read(fill(tmp_path / str(number), *names))

@@ -73,7 +73,7 @@ def _open_folder(root: Path, split: Split) -> EncodedSource:
         described += f" by {total:,} captions" if total > count else ""
         notes += [f"{len(without):,} images without a caption: {first_names(without)}"] if without else []
     if loops:
-        notes.append(f"{len(loops):,} linked folders skipped, which lead to what is read already: {first_names(loops)}")
+        notes.append(f"{len(loops):,} linked folders skipped, whose images are read already: {first_names(loops)}")
     notes += _describe_skipped(sorted(set(files) - set(images) - captions.files))
     return EncodedSource(
         names=names,
@@ -136,22 +136,28 @@ def _count_suffixes(names: Iterable[str]) -> str:
 
 def _choose_split(images: Sequence[str], split: Split) -> tuple[list[str], list[str]]:
     """The images of a split, and what to say of it: the folder's own splits, or else a part that is held out."""
-    parts = defaultdict[str | None, list[str]](list)
-    for name in images:
-        parts[_split_of(name)].append(name)
+    parts = _own_splits(images)
     own = next((kind for kind in HELD_OUT_SPLITS if kind in parts), None)
-    if own is None:
-        return [images[i] for i in hash_split(images, split)], []
-    if "train" not in parts:
-        note = f"{len(parts[own]):,} images are in folders named for a {own} split, but none in train/: "
-        note += f"{HELD_OUT_FRACTION:.0%} of all are held out"
-        return [images[i] for i in hash_split(images, split)], [note]
-    notes = [f"held out: the {len(parts[own]):,} images of the {own} split of this folder"]
-    if others := [name for kind, names in parts.items() if kind not in ("train", own) for name in names]:
-        notes.append(f"{len(others):,} images skipped that are neither in train/ nor held out: {first_names(others)}")
-    return parts[own if split == "test" else "train"], notes
+    if own and "train" in parts:
+        notes = [f"held out: the {len(parts[own]):,} images of the {own} split of this folder"]
+        others = sorted(name for kind, names in parts.items() if kind not in ("train", own) for name in names)
+        notes += [f"{len(others):,} images skipped, in neither split: {first_names(others)}"] if others else []
+        return parts[own if split == "test" else "train"], notes
+    notes = []
+    if own:
+        notes.append(
+            f"{len(parts[own]):,} images are in folders named for a {own} split, but none in train/: "
+            f"{HELD_OUT_FRACTION:.0%} of all are held out"
+        )
+    return [images[i] for i in hash_split(images, split)], notes
 
 
-def _split_of(name: str) -> str | None:
-    """The split that the outermost of an image's folders says, if one does."""
-    return next(filter(None, map(named_split, name.split("/")[:-1])), None)
+def _own_splits(images: Sequence[str]) -> dict[str | None, list[str]]:
+    """Images by the split that the outermost of their folders says, if one does; or that all of their names say."""
+    by_folder, by_name = (defaultdict[str | None, list[str]](list) for _ in range(2))
+    for name in images:
+        *folders, file = name.split("/")
+        by_folder[next(filter(None, map(named_split, folders)), None)].append(name)
+        by_name[named_split(file)].append(name)
+    names_say = set(by_folder) == {None} and "train" in by_name and None not in by_name
+    return by_name if names_say else by_folder
