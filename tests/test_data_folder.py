@@ -68,7 +68,7 @@ def test_commas_outside_of_quotes_are_the_captions(tmp_path: Path) -> None:
     rows = 'file_name,text\n0.png,"a cat, asleep"\n1.png,a cat, red, big\n2.png,a "big, red" cat\n'
     opened = read(fill(tmp_path, *THREE, metadata__csv=rows))
     assert opened.captions == {"0.png": ["a cat, asleep"], "1.png": ["a cat, red, big"], "2.png": ['a "big, red" cat']}
-    assert said(opened, "metadata.csv: 2 captions", "line 3", "quotes")
+    assert said(opened, "2 captions hold the delimiter outside of quotes", "line 3 of metadata.csv")
 
 
 @pytest.mark.parametrize(

@@ -35,21 +35,23 @@ def read_captions(root: Path, files: Sequence[str], images: Sequence[str]) -> Fo
 
     ValueError: a file that cannot be read, or a table that names files that are no images of this folder.
     """
-    paths, captions, notes = PathIndex(images), defaultdict[str, list[str]](list), []
+    paths, captions = PathIndex(images), defaultdict[str, list[str]](list)
     tables = find_tables(files)
-    columns = []
+    columns, joined = [], []
     for table in tables:
-        column, joined = _add_table(root / table, PurePosixPath(table).parent, paths, captions)
+        column, lines = _add_table(root / table, PurePosixPath(table).parent, paths, captions)
         columns.append(f"{table} column `{column}`")
-        if joined:
-            notes.append(
-                f"{table}: {len(joined):,} captions hold the delimiter outside of quotes and are read up to the end of "
-                f"their line, as in line {joined[0]}; put them in quotes to be sure"
-            )
+        joined += [f"line {line} of {table}" for line in lines]
     sidecars = _find_sidecars([name for name in images if not captions.get(name)], files)
     for name, text in sidecars.items():
         captions[name] = parse_captions(_read_text(root / text), name)
     origins = columns if len(columns) < 3 else [columns[0], f"{len(columns) - 1:,} more tables"]
+    notes = []
+    if joined:
+        notes.append(
+            f"{len(joined):,} captions hold the delimiter outside of quotes and are read up to the end of their line, "
+            f"as in {joined[0]}; put them in quotes to be sure"
+        )
     kinds = sorted({f"*{PurePosixPath(text).suffix.lower()}" for text in sidecars.values()})
     return FolderCaptions(captions, {*tables, *sidecars.values()}, " and ".join([*origins, *kinds]), notes)
 
