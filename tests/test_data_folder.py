@@ -109,7 +109,7 @@ def test_tables_of_other_tools(tmp_path: Path, rows: str) -> None:
 
 
 def test_json_lines_of_other_tools(tmp_path: Path) -> None:
-    rows = '\ufeff{"Image": "0.png", "Text": "a"}\r\n\r\n{"Image": "0.png", "Text": "b"}'
+    rows = '\ufeff{"Image": "0.png", "Text": "a"}\r\n\r\n{"image": "0.png", "text": "b", "Text": "x"}'
     opened = read(fill(tmp_path, *THREE, METADATA__JSONL=rows))
     assert opened.captions == {"0.png": ["a", "b"]} and "1 captioned by 2 captions" in opened.summary
     (tmp_path / "METADATA.JSONL").write_text('[{"file_name": "0.png", "text": "a"}]')

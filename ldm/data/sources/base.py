@@ -109,7 +109,7 @@ def hash_split(names: Sequence[str], split: Split) -> list[int]:
 
 def caption_column(names: Iterable[str]) -> str | None:
     """The column of a table that holds captions, whatever its case; None when none does."""
-    lower = {name.lower(): name for name in names}
+    lower = {name.lower(): name for name in sorted(names, key=lambda name: name in CAPTION_COLUMNS)}
     return next((lower[name] for name in CAPTION_COLUMNS if name in lower), None)
 
 

@@ -7,13 +7,13 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import pyarrow.parquet
 
-from ldm.data.sources.base import CAPTION_COLUMNS, caption_column, first_names, one_line, parse_captions
+from ldm.data.sources.base import CAPTION_COLUMNS, first_names, one_line, parse_captions
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of several in a folder the first is read
 FILE_COLUMNS = ("file_name", "filename", "image", "file")  # the paths of images; as all columns in any case
@@ -124,7 +124,7 @@ def _add_table(
     Returns their column, and the lines that were joined: see `_read_csv`.
     """
     rows, joined = _read_rows(path)
-    rows = [{_column(name): cell for name, cell in row.items()} | row for row in rows]
+    rows = [{_column(name): row[name] for name in sorted(row, key=lambda name: name == _column(name))} for row in rows]
     columns = {column for row in rows for column in row}
     image = next((name for name in FILE_COLUMNS if name in columns), None)
     if image is None:
@@ -132,7 +132,7 @@ def _add_table(
         raise ValueError(
             f"{path}: no column file_name, or no row, but {found}; write each image's path in the folder there"
         )
-    caption = caption_column(columns)
+    caption = next((name for name in CAPTION_COLUMNS if name in columns), None)
     if caption is None:
         raise ValueError(f"{path}: no caption column; call it caption, text or prompt")
     missing = set()
@@ -151,6 +151,7 @@ def _add_table(
     return caption, joined
 
 
+@cache
 def _column(name: str) -> str:
     """The name of a column in lower case, with underscores."""
     return re.sub(r"[\s-]+", "_", name.strip().casefold())
@@ -179,26 +180,28 @@ def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     rows, joined = [], []
     try:
         delimiter = _find_delimiter(text)
-        reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
-        for cells in reader:
+        for cells in (reader := csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)):
             while len(cells) > len(header) and not cells[-1].strip():
                 cells.pop()
-            if not header:
-                header = cells
-            elif len(cells) > len(header):
-                if len(header) != 2 or _column(header[1]) not in CAPTION_COLUMNS:
-                    raise ValueError(
-                        f"{path}: line {line} has {len(cells)} columns, the header {len(header)}; "
-                        f"write captions that hold a `{delimiter}` in quotes"
-                    )
-                cells[1:] = [delimiter.join(cells[1:])]
+            if header and len(cells) > len(header):
+                cells = _join_caption(cells, header, delimiter, f"{path}: line {line}")
                 joined.append(line)
-            if any(map(str.strip, cells)) and cells is not header:
+            if header and any(map(str.strip, cells)):
                 rows.append(dict(zip(header, cells, strict=False)))
-            line = reader.line_num + 1
+            header, line = header or cells, reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}: line {line} is not CSV ({error}); is a quote left open there?") from None
     return rows, joined
+
+
+def _join_caption(cells: list[str], header: list[str], delimiter: str, where: str) -> list[str]:
+    """The two cells of a line that has more: all but the path are the caption. ValueError where they may not be."""
+    if len(header) != 2 or _column(header[1]) not in CAPTION_COLUMNS:
+        raise ValueError(
+            f"{where} has {len(cells)} columns, the header {len(header)}; "
+            f"write captions that hold a `{delimiter}` in quotes"
+        )
+    return [cells[0], delimiter.join(cells[1:])]
 
 
 def _find_delimiter(text: str) -> str:
