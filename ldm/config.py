@@ -78,6 +78,12 @@ def check_equal(config: Config, other: Config, where: object) -> None:
         raise ValueError(f"{where} has {'; '.join(wrong)}: they must be equal")
 
 
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one, in which values `above` replace those below."""
+    nested = {key: merge(below[key], value) for key, value in above.items() if isinstance(below.get(key), dict)}
+    return {**below, **above, **nested}
+
+
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, whose keys are dotted paths."""
     flat: dict[str, Any] = {}
