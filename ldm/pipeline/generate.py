@@ -108,10 +108,7 @@ def generate_all(config: Txt2ImgConfig) -> Iterator[tuple[Image.Image, Generatio
     warn_of_prompts(pipeline, prompts, [config.negative_prompt, inversion_prompt or ""])
     inputs = open_init_image(pipeline, init_image, config.width, config.height)
     width, height = inputs["image"].size if inputs else pipeline.image_size(config.width, config.height)
-    if not pipeline.is_near_training_size(width, height):
-        own = pipeline.resolution
-        far = f"{width}x{height} is far from the size of the training images"
-        print(f"warning: {far}: --width {own} --height {own} is that", file=sys.stderr)
+    warn_of_size(pipeline, width, height)
     settings: dict[str, Any] = {  # the other fields of a record have flags of the same names
         **{name: value for name, value in config if name in GenerationRecord.model_fields},
         **models,
@@ -231,6 +228,13 @@ def warn_of_prompts(pipeline: Pipeline, prompts: list[str], others: list[str]) -
         print(f"warning: prompt syntax that is not known here and is read as words: {shown}", file=sys.stderr)
 
 
+def warn_of_size(pipeline: Pipeline, width: int, height: int) -> None:
+    """Report on standard error a size that the model has not learned."""
+    if not pipeline.is_near_training_size(width, height):
+        own = f"--width {pipeline.resolution} --height {pipeline.resolution}"
+        print(f"warning: {width}x{height} is far from the size of the training images, {own}", file=sys.stderr)
+
+
 def parse_schedule(text: str) -> str | tuple[float, ...]:
     """The name of a schedule, or a list of t."""
     if "," not in text:
@@ -255,7 +259,8 @@ def open_init_image(
     image, mask = pipeline.fit_init_image(opened, mask, width, height)
     if image.size != opened.size:
         before, after = (f"{width}x{height}" for width, height in (opened.size, image.size))
-        print(f"{record.image}: {before} resized and cropped to {after}; --width and --height set it", file=sys.stderr)
+        cropped = " and cropped" * (opened.width * image.height != opened.height * image.width)
+        print(f"{record.image}: {before} resized{cropped} to {after}; --width and --height set it", file=sys.stderr)
     if any(record.outpaint):
         image, mask = pad_for_outpainting(image, mask, record.outpaint)
     return {"image": image, "mask": mask, "strength": record.strength, "inversion_prompt": record.inversion_prompt}
@@ -271,7 +276,9 @@ def _open_unchanged(path: Path, digest: str | None, background: str) -> Image.Im
         raise ValueError(f"{path}: {error}") from None
     if white != black:
         print(f"{path} is transparent in part: clear counts as {background}", file=sys.stderr)
-    return white if background == "white" else black
+    image = white if background == "white" else black
+    image.info.clear()  # such as the orientation: it is upright now
+    return image
 
 
 def save_images(images: Iterable[tuple[Image.Image, GenerationRecord]], out: Path) -> list[Path]:

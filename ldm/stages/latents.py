@@ -51,9 +51,9 @@ class CacheLatentsConfig(ScriptConfig):
 
 def cache_latents(config: CacheLatentsConfig) -> None:
     """Write what is not there yet, over all ranks, then the index."""
-    check_folder(config.out, "--out")
     accelerator = Accelerator(kwargs_handlers=[process_group_timeout(config.timeout)])
     with peer_errors(accelerator, config.timeout, "start cache_latents.py again"):
+        check_folder(config.out, "--out")
         LatentWriter(config, accelerator).run()
 
 

@@ -12,7 +12,7 @@ AND_WEIGHT_PATTERN = re.compile(rf":\s*{NUMBER}\s*$")
 OTHER_SYNTAX = re.compile(  # of web interfaces and their extensions, which is not read here
     r"""<[\w-]+:[^<>]*>                               # <lora:name:0.8>, <hypernet:name:1>, <lyco:name>
     | \b(?:BREAK|AND_[A-Z]+|ADD(?:BASE|COMM|COL|ROW))\b
-    | (?<!\\)\[[^\[\]]*:\s*\d*\.?\d+\s*\]          # [from:to:0.5], [to:0.5], [from::10]
+    | (?<!\\)\[[^\[\]]*:\s*[\d.]+\s*\]               # [from:to:0.5], [to:0.5], [from::10]
     | (?<!\\)\[[^\[\]]*\|[^\[\]]*\]                 # [a|b]
     | (?<!\\)\{[^{}]*\}                              # {a|b}, {a}
     | __[\w*/.-]+__                                 # __wildcard__
