@@ -176,19 +176,19 @@ def read_prompt_file(name: str) -> list[str]:
 
     `#` begins a comment, and `\#` a prompt that begins with `#`. ValueError: there is no file, no prompt or no text.
     """
-    path = Path(name)
+    path, where = Path(name), "standard input" if name == "-" else f"prompt file {name}"
     if name != "-" and (path.is_dir() or not path.exists()):
-        raise ValueError(f"prompt file {path} does not exist: pass a text file with a prompt on each line")
+        raise ValueError(f"{where} does not exist: pass a text file with a prompt on each line")
     try:
         text = sys.stdin.read() if name == "-" else read_text(path)
     except UnicodeDecodeError:
-        raise ValueError("standard input is not UTF-8 text: write it in UTF-8") from None
+        raise ValueError(f"{where} is not UTF-8 text: write it in UTF-8") from None
     lines = [line.strip() for line in text.removeprefix("\ufeff").split("\n")]
     prompts = [line.removeprefix("\\") if line.startswith(r"\#") else line for line in lines if line and line[0] != "#"]
     if not prompts:
-        raise ValueError(f"prompt file {path} is empty: write a prompt on each line")
+        raise ValueError(f"{where} is empty: write a prompt on each line")
     if comments := sum(line.startswith("#") for line in lines):
-        print(f"prompt file {path}: {len(prompts):,} prompts, {comments:,} lines of comment", file=sys.stderr)
+        print(f"{where}: {len(prompts):,} prompts, {comments:,} lines of comment", file=sys.stderr)
     return prompts
 
 
