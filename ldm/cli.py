@@ -7,12 +7,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 from pydantic import ValidationError
 
-from ldm.config import Config, explain_errors, read_yaml
+from ldm.config import Config, explain_errors, merge, read_yaml
 
 
 class ScriptConfig(Config):
@@ -20,6 +20,10 @@ class ScriptConfig(Config):
 
     config: Path | None = None
     """YAML file of values; flags on the command line override it"""
+
+    def values_below(self) -> dict[str, Any]:
+        """Values of what neither the file nor the command line sets, where they follow from what these do set."""
+        return {}
 
 
 Script = TypeVar("Script", bound=ScriptConfig)
@@ -47,10 +51,12 @@ def parse_cli(cls: type[Script], argv: Sequence[str] | None, *, default: Path | 
     args = list(sys.argv[1:] if argv is None else argv)
     with exit_on_user_error():
         path = config_flag(args) or default
-        values = read_yaml(path) if path else {}
-        config = cls.from_dict({**values, "config": path}, source=str(path))
+        values = {**(read_yaml(path) if path else {}), "config": path}
         try:
-            return tyro.cli(cls, args=args, default=config, description=description)
+            config = tyro.cli(cls, args=args, default=cls.from_dict(values, source=str(path)), description=description)
+            if not (below := config.values_below()):
+                return config
+            return tyro.cli(cls, args=args, default=cls.from_dict(merge(below, values), source=str(path)))
         except ValidationError as error:
             raise ValueError("\n".join(explain_errors(cls, error, "command line"))) from None
 

@@ -59,6 +59,12 @@ def write_yaml(path: Path, config: Config) -> None:
     write_text(path, yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100))
 
 
+def merge(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one, in which those of `over` count."""
+    nested = {key: merge(values[key], v) for key, v in over.items() if isinstance(v, dict) and values.get(key)}
+    return {**values, **over, **nested}
+
+
 def config_diff(path: Path, config: Config) -> list[str]:
     """`key: before -> now` for each value that is another one than in the configuration written to `path`."""
     before = flatten(read_yaml(path))

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ldm.io.atomic import atomic_write
-from ldm.io.image_file import TRANSPOSES, open_image
+from ldm.io.atomic import atomic_write, check_folder
+from ldm.io.image_file import open_image, turn_upright
 
 MAX_MEGAPIXELS = 64
 Encoded = bytes | Path  # the content of an image file, or where it is
@@ -21,16 +21,16 @@ Encoded = bytes | Path  # the content of an image file, or where it is
 # Files.
 
 
-def decode_image(data: Encoded, *, channels: int = 3) -> Image.Image:
-    """The first frame of a PNG, JPEG or WEBP file, upright, on white, in 8 bits: mode RGB, or L for one channel.
+def decode_image(data: Encoded, *, channels: int = 3, background: str = "white") -> Image.Image:
+    """The first frame of a PNG, JPEG or WEBP file, upright, opaque, in 8 bits: mode RGB, or L for one channel.
 
     ValueError: not such an image, damaged, or above 64 megapixels, which is known before any pixel is decoded.
     """
-    return decode_reduced(data, channels=channels)[0]
+    return decode_reduced(data, channels=channels, background=background)[0]
 
 
 def decode_reduced(
-    data: Encoded | Image.Image, *, channels: int, side: int | None = None
+    data: Encoded | Image.Image, *, channels: int, side: int | None = None, background: str = "white"
 ) -> tuple[Image.Image, tuple[int, int]]:
     """`decode_image`, but a large JPEG at a lower resolution, not below twice `side`; and its full height and width."""
     if isinstance(data, Image.Image):  # decoded already
@@ -44,8 +44,7 @@ def decode_reduced(
         if side is not None:
             image.draft(None, (2 * side, 2 * side))
         image.load()
-        method = TRANSPOSES[orientation]
-        upright = _flatten_alpha(image if method is None else image.transpose(method))
+        upright = flatten_alpha(turn_upright(image, orientation), background)
     except Image.DecompressionBombError:
         raise ValueError(f"larger than the limit of {MAX_MEGAPIXELS} megapixels; shrink it") from None
     except Image.UnidentifiedImageError:
@@ -68,6 +67,13 @@ def image_size(data: Encoded | Image.Image) -> tuple[int, int]:
         return 1, 1
 
 
+def check_image_file(path: Path, flag: str) -> None:
+    """ValueError unless an image can be saved there; see `check_folder`."""
+    if path.is_dir() or path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{flag} {path} names no image file: pass one such as sheet.png")
+    check_folder(path.parent, flag)
+
+
 def save_image(image: Image.Image, path: Path, **options: Any) -> None:
     """Write an image whole; `options` are Pillow's."""
     with atomic_write(path) as partial:
@@ -87,15 +93,15 @@ def _upright(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     return size[::-1] if orientation > 4 else size
 
 
-def _flatten_alpha(image: Image.Image) -> Image.Image:
-    """On white, and 16-bit grey scaled to 8 bits (Pillow's own conversion would clip it)."""
+def flatten_alpha(image: Image.Image, background: str = "white") -> Image.Image:
+    """On white or black, and 16-bit grey scaled to 8 bits (Pillow's own conversion would clip it)."""
     if image.mode.startswith("I"):
         grey = np.asarray(image, np.float32)
         clear = image.info.get("transparency")  # a value that is transparent everywhere
-        grey = np.where(grey == clear, 65535, grey) if isinstance(clear, int) else grey
+        grey = np.where(grey == clear, 65535 * (background == "white"), grey) if isinstance(clear, int) else grey
         return Image.fromarray((grey / 257).round().astype(np.uint8))
     if image.has_transparency_data:
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
     return image
 
 

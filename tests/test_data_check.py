@@ -56,6 +56,9 @@ def test_the_report_and_the_sheet(folder: Path, tmp_path: Path, capsys: pytest.C
 def test_a_quarantine_is_filled_when_asked_for(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for sheet in ("sheet", "sheet.xyz", "sub"):
+        with pytest.raises(SystemExit, match=f"--contact-sheet .*{sheet} names no image file: .*sheet.png"):
+            check_data.main([str(folder), "--contact-sheet", str(folder / sheet)])
     with pytest.raises(SystemExit, match="--quarantine .*/bad is inside of .*: pass a folder elsewhere"):
         check_data.main([str(folder), "--quarantine", str(folder / "bad")])
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.png")]

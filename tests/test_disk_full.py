@@ -5,9 +5,15 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import cache_latents
+import check_data
+import convert
 import datasets
+import evaluate
+import img2img
+import make_figures
 import pytest
 import torch
 import txt2img
@@ -41,6 +47,41 @@ class Disk:
         done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.folder)], capture_output=True)
         if done.returncode:
             pytest.skip("mounting is not allowed here")
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (txt2img, ["a star", "--model", "{model}", "--out"]),
+        (img2img, ["a star", "--image", "none.png", "--model", "{model}", "--out"]),
+        (evaluate, ["--model", "{model}", "--out"]),
+        (make_figures, ["--model", "{model}", "--out"]),
+        (cache_latents, ["--vae", "{model}", "--out"]),
+        (convert, ["{model}"]),
+        (check_data, ["{folder}", "--contact-sheet"]),
+        (check_data, ["{folder}", "--quarantine"]),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_found_first(
+    script: ModuleType, flags: list[str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is loaded: a file in the place of a folder, and a folder that nobody can make."""
+
+    def load(*_: object) -> None:
+        raise AssertionError("nothing may be loaded")
+
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", load)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "file").write_text("")
+    argv = [flag.format(model=tiny_model, folder=tmp_path / "images") for flag in flags]
+    name = flags[-1] if flags[-1].startswith("--") else "OUT"
+    for out, reason in {
+        tmp_path / "file/sub/a.png": ".*file is a file",
+        Path("/proc/nowhere/a.png"): r"/proc/nowhere.* cannot be written \(",
+    }.items():
+        with pytest.raises(SystemExit, match=f"^error: {name} {reason}.*: pass a folder that can be written"):
+            script.main([*argv, str(out)])
+    assert (tmp_path / "file").read_text() == ""
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ import evaluate
 import pytest
 import torch
 
+from ldm.cli import parse_cli
+from ldm.data import DataConfig
 from ldm.data.sources import shapes
 from ldm.evaluation import classifier as module
 from ldm.evaluation.classifier import (
@@ -18,8 +20,9 @@ from ldm.evaluation.classifier import (
     render_batch,
     train_classifier,
 )
-from ldm.evaluation.evaluate import mean_ci, proportion_ci
+from ldm.evaluation.evaluate import EvaluateConfig, mean_ci, proportion_ci
 from ldm.imaging import pil_to_tensor
+from ldm.pipeline import Pipeline
 
 
 def test_wilsons_interval() -> None:
@@ -77,6 +80,59 @@ def test_evaluate_reports_fidelity_and_prompt_accuracy(
     for name in names:
         assert report[name]["samples"] == 6 and report[name]["low"] <= report[name]["value"] <= report[name]["high"]
     assert (tiny_runs / f"classifier-{CLASSIFIER_VERSION}-16.safetensors").is_file()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of 60 images, some of which are held out."""
+    for i, scene in enumerate(shapes.scenes("train")[:60]):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        shapes.render(scene, 24, seed=i).save(tmp_path / f"photos/{i:02}.png")
+    return tmp_path / "photos"
+
+
+def measure(model: Path, *flags: str) -> None:
+    evaluate.main(["--model", str(model), "--num-samples", "4", "--steps", "1", "--device", "cpu", *flags])
+
+
+def test_other_data_is_measured_at_the_size_of_the_model(
+    tiny_runs: Path, tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of it the VAE alone, which is told; what was measured on the model's own data stays."""
+    file = tiny_runs / "ldm/evaluation.json"
+    own = file.read_bytes() if file.exists() else None
+    measure(tiny_model, "--data.source", str(photos), "--out", str(tmp_path / "out"))
+    told = capsys.readouterr().out
+    assert f"in {photos}/" in told and "only the VAE is measured" in told and f"not on {photos}" in told
+    report = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert report["data"] == str(photos) and report["VAE SSIM"]["samples"] >= 2
+    assert "prompt accuracy, all" not in report
+    assert own == (file.read_bytes() if file.exists() else None)
+    config = parse_cli(EvaluateConfig, ["--model", str(tiny_model), "--data.source", "x"], default=None, description="")
+    assert config.data == DataConfig(source="x", resolution=16)
+    with pytest.raises(SystemExit, match="data.channels is 1, the VAE expects 3"):
+        measure(tiny_model, "--data.source", str(photos), "--data.channels", "1", "--out", str(tmp_path / "out"))
+
+
+def test_a_model_whose_data_is_gone_or_unknown(
+    tiny_model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The flag that points to other data is named; the folder of the training is found from where the training ran."""
+    pipeline = Pipeline.load(tiny_model)
+    pipeline.metadata = {**pipeline.metadata, "data": {**pipeline.metadata["data"], "source": "photos"}}
+    pipeline.components = pipeline.components._replace(metadata=pipeline.metadata)
+    pipeline.save(tmp_path / "run/model")
+    monkeypatch.chdir(tmp_path / "run")
+    with pytest.raises(SystemExit, match="data.source photos: no such folder.*--data.source"):
+        measure(Path("model"))
+    monkeypatch.chdir(tmp_path)
+    measure(Path("run/model"))
+    assert "only the VAE is measured" in capsys.readouterr().out and Path("run/evaluation.json").is_file()
+    pipeline.components = pipeline.components._replace(metadata={})
+    pipeline.save(tmp_path / "converted/model")
+    with pytest.raises(SystemExit, match="does not name its data.*pass --data.source"):
+        measure(tmp_path / "converted/model")
+    measure(tmp_path / "converted/model", "--data.source", "photos")
 
 
 def test_the_classifier_learns_to_read_renders() -> None:

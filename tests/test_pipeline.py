@@ -1,5 +1,6 @@
 """The pipeline: seeds, batches, folders, sizes, messages."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ldm.data.sources import shapes
 from ldm.diffusion.guidance import GuidanceConfig
@@ -15,6 +16,7 @@ from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.diffusion.samplers import SAMPLERS, SamplerStep, final_latents
 from ldm.imaging import tensor_to_pil
 from ldm.pipeline import Pipeline
+from ldm.pipeline.generate import Img2ImgConfig
 from ldm.pipeline.inputs import initial_noise, slerp
 from ldm.text.tokenizer import split_words
 
@@ -241,6 +243,38 @@ def test_autoguidance_guides_away_from_the_guide_model(tiny_model: Path) -> None
         pipeline("a star", steps=1, guidance=GuidanceConfig(zero_star=True))
 
 
+def test_what_is_left_out_is_the_model_s_own_as_on_the_command_line(tiny_model: Path, tmp_path: Path) -> None:
+    """One default for both; 7.5 for models that record no guidance scale."""
+    pipeline = Pipeline.load(tiny_model)
+    pipeline.metadata = {**pipeline.metadata, "guidance_scale": 4.5}
+    pipeline.save(tmp_path / "model")
+    with torch.no_grad():
+        for parameter in pipeline.unet.parameters():  # after four steps of training the text has no effect
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    own, same, other = (
+        pixels(pipeline("a star", steps=3, **call)[0])  # type: ignore[arg-type]
+        for call in ({}, {"guidance_scale": 4.5}, {"guidance_scale": 7.5})
+    )
+    assert (own == same).all() and (own != other).any()
+    pipeline.metadata = {}
+    assert (pixels(pipeline("a star", steps=3)[0]) == other).all()
+    config = Img2ImgConfig()
+    call = {name: p.default for name, p in inspect.signature(Pipeline.__call__).parameters.items()}
+    shared = [name for name in call if name in Img2ImgConfig.model_fields]
+    assert "sampler" in shared and "steps" in shared and "guidance_scale" in shared and "strength" in shared
+    assert {name: call[name] for name in shared} == {name: getattr(config, name) for name in shared}
+
+
+def test_a_model_is_loaded_on_the_accelerator_of_the_machine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("meta"))
+    assert Pipeline.load(tiny_model).device.type == "meta"
+    assert Pipeline.load(tiny_model, device="cpu").device.type == "cpu"
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    assert Pipeline.load(tiny_model).device.type == "cpu"
+    with pytest.raises(ValueError, match="device cuda:99 cannot be used here .*: leave out --device"):
+        Pipeline.load(tiny_model, device="cuda:99")
+
+
 # From an image.
 
 
@@ -324,12 +358,57 @@ def test_bad_images_are_errors(tiny_model: Path) -> None:
         "strength .*0 and 1.* 1.5": {"image": an_image(), "strength": 1.5},
         "mask is 8x8.* same size": {"image": an_image(), "mask": Image.new("L", (8, 8))},
         "mask is 16x16.* needs an image": {"mask": Image.new("L", (16, 16))},
-        "image is 16x16: resize it, or leave out": {"image": an_image(), "width": 24},
-        "width 18 .*multiples": {"image": an_image(18)},
+        "width 18 .*multiples": {"image": an_image(), "width": 18},
         "variation_strength .*0 and 1.* 2": {"variation_seed": 1, "variation_strength": 2.0},
     }.items():
         with pytest.raises(ValueError, match=message):
             pipeline("a star", steps=1, **call)  # type: ignore[arg-type]
+
+
+def test_an_image_keeps_its_shape_or_gets_the_size_of_the_training(tiny_model: Path) -> None:
+    """The tiny model was trained at 16 pixels and divides sides by 8."""
+    pipeline = Pipeline.load(tiny_model)
+    sizes = {
+        ((24, 16), None, None): (24, 16),  # as it is
+        ((8, 8), None, None): (8, 8),
+        ((1000, 750), None, None): (16, 16),  # too large
+        ((20, 18), None, None): (16, 16),  # not supported
+        ((1000, 500), 64, None): (64, 32),
+        ((1000, 330), None, 32): (96, 32),
+        ((1000, 2), 64, None): (64, 8),
+        ((24, 16), 16, 32): (16, 32),
+    }
+    for (size, width, height), want in sizes.items():
+        assert pipeline.image_size(width, height, Image.new("RGB", size)) == want, (size, width, height)
+    assert pipeline.image_size(None, 32) == (16, 32) and pipeline.image_size() == (16, 16)
+
+
+def test_images_of_any_mode_are_taken(tiny_model: Path) -> None:
+    """Upright and on white, as training sees them; a mask keeps what is clear in it."""
+    pipeline, scene = Pipeline.load(tiny_model), an_image()
+    turned = scene.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[ExifTags.Base.Orientation] = 6
+    clear = Image.merge("RGBA", [*scene.split(), Image.new("L", scene.size, 255)])
+    clear.paste((0, 0, 0, 0), (0, 0, 4, 16))
+    white = scene.copy()
+    white.paste("white", (0, 0, 4, 16))
+    mask = Image.new("LA", (16, 16), (255, 0))  # white, but clear
+    mask.paste((255, 255), (8, 0, 16, 16))
+    opaque = Image.new("L", (16, 16))
+    opaque.paste(255, (8, 0, 16, 16))
+    for found, want in (
+        ({"image": turned}, {"image": scene}),
+        ({"image": clear}, {"image": white}),
+        ({"image": scene.quantize(8)}, {"image": scene.quantize(8).convert("RGB")}),
+        ({"image": scene, "mask": mask}, {"image": scene, "mask": opaque}),
+        ({"image": scene, "mask": opaque.convert("1")}, {"image": scene, "mask": opaque}),
+        (
+            {"image": scene, "mask": Image.fromarray(257 * np.asarray(opaque, np.uint16))},
+            {"image": scene, "mask": opaque},
+        ),
+    ):
+        one, two = (pipeline("a star", steps=2, **call)[0] for call in (found, want))  # type: ignore[arg-type]
+        assert one == two, found
 
 
 def test_tiles_are_decoded_without_seams(tiny_model: Path) -> None:

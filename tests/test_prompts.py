@@ -9,7 +9,7 @@ import torch
 from ldm.diffusion.samplers import final_latents
 from ldm.pipeline import Pipeline
 from ldm.text import TextConditioner, TextConfig, TextEncoder
-from ldm.text.prompt_weights import WeightedText, parse_weights, split_and, strip_weights
+from ldm.text.prompt_weights import WeightedText, other_syntax, parse_weights, split_and, strip_weights
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,25 @@ def test_and_joins_prompts() -> None:
     assert split_and("a AND b :1.") == [("a", 1.0), ("b", 1.0)]
     assert split_and("a clock: 3") == [("a clock: 3", 1.0)]
     assert strip_weights("a (red:1.3) cat AND [dog] :2").split() == ["a", "red", "cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("a (red:1.3) cat AND [dog] :2, b: 3, a clock [red:green], 1|2, i < 3", []),
+        (r"\[a|b\] \{c|d\} a break and_more snake_case__x", []),
+        (
+            "cat <lora:ink-v2.1:0.8> <LyCO:b:1:0.5><hypernet:c>",
+            ["<lora:ink-v2.1:0.8>", "<LyCO:b:1:0.5>", "<hypernet:c>"],
+        ),
+        ("cat BREAK dog\nBREAK, x ADDCOL y AND_PERP z", ["BREAK", "BREAK", "ADDCOL", "AND_PERP"]),
+        ("[a:b:0.5] [a::.25] [b:10] [ (a:1.2) : b : 3 ]", ["[a:b:0.5]", "[a::.25]", "[b:10]", "[ (a:1.2) : b : 3 ]"]),
+        ("[a|b cat] {a|b} {c} __animals/big__", ["[a|b cat]", "{a|b}", "{c}", "__animals/big__"]),
+        ("embedding:bad-hands-5, (embedding:x:1.2)", ["embedding:bad-hands-5", "embedding:x:1.2"]),
+    ],
+)
+def test_syntax_of_other_programs_is_found(prompt: str, parts: list[str]) -> None:
+    assert other_syntax(prompt) == parts
 
 
 @pytest.fixture

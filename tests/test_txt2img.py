@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from ldm.pipeline import Pipeline
+from ldm.pipeline.generate import read_prompt_file
 from ldm.pipeline.record import PNG_CHUNK, GenerationRecord, a1111_parameters, read_png
 
 
@@ -165,6 +166,43 @@ def test_prompts_from_a_file_and_from_standard_input(
 
     assert prompts(tmp_path / "a") == ["a red circle", "a star"]
     assert prompts(tmp_path / "b") == ["a cross", "a ring"]
+
+
+def test_comments_blank_lines_and_encodings_of_prompt_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    r"""`#` begins a comment, `\#` a prompt; the files of Windows have a byte order mark and CRLF."""
+    text = "# shapes\r\n\r\na red circle\r\n  # no star\r\n\\#1 mug # blue\r\na\u2028b\r\n"
+    (tmp_path / "prompts.txt").write_bytes(text.encode("utf-8-sig"))
+    assert read_prompt_file(str(tmp_path / "prompts.txt")) == ["a red circle", "#1 mug # blue", "a\u2028b"]
+    assert "prompts.txt: 3 prompts, 2 lines of comment" in capsys.readouterr().err
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbf# nothing\r\n")
+    with pytest.raises(ValueError, match="prompts.txt is empty: write a prompt"):
+        read_prompt_file(str(tmp_path / "prompts.txt"))
+
+
+def test_prompts_that_are_no_text_are_refused(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is generated."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("größer".encode("latin-1")), encoding="utf-8"))
+    with pytest.raises(SystemExit, match="standard input is not UTF-8 text"):
+        generate(tiny_model, tmp_path, "--prompt-file", "-")
+    for flags in (["gr\udcf6\udcdfer"], ["a star", "--negative-prompt", "gr\udcf6\udcdfer"]):
+        with pytest.raises(SystemExit, match=r"prompt 'gr\\udcf6\\udcdfer' is not UTF-8 text"):
+            generate(tiny_model, tmp_path, *flags)
+
+
+def test_syntax_of_other_programs_is_told_once(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In all prompts together; weights and AND are read."""
+    prompts = ["a star <lora:ink:0.8>", "a star <lora:ink:0.8>", "a (star:1.2) AND a ring BREAK [red]"]
+    generate(tiny_model, tmp_path, *prompts, "--negative-prompt", "[a:b:0.5]", "--num-images", "2")
+    told = [line for line in capsys.readouterr().err.splitlines() if "read as words" in line]
+    assert len(told) == 1 and told[0].endswith(": <lora:ink:0.8>, BREAK, [a:b:0.5]")
+    generate(tiny_model, tmp_path, *(f"a __{i}__" for i in range(12)))
+    assert "__9__ and 2 more\n" in capsys.readouterr().err
+    generate(tiny_model, tmp_path, "a (red:1.3) [star] AND a ring :0.5", r"\[a|b\] star: 3")
+    assert "read as words" not in capsys.readouterr().err
 
 
 def test_missing_and_empty_prompts_are_errors(tiny_model: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from ldm.data.dataset import open_source
 from ldm.data.sources.base import ImageTextSource, Split
 from ldm.data.sources.folder import find_metadata
 from ldm.data.transforms import Sides, View
-from ldm.imaging import captioned_grid, save_image, tensor_to_pil
+from ldm.imaging import captioned_grid, check_image_file, save_image, tensor_to_pil
+from ldm.io.atomic import check_folder
 
 THUMBNAIL_SIDE = 128  # the longer side, in pixels, of what is hashed and shown of an image
 
@@ -48,6 +49,10 @@ def check_data(config: CheckDataConfig, count_tokens: Callable[[str], int]) -> I
     """Inspect all images of both splits: the lines of the report. Writes the sheet and moves files as configured."""
     if not config.source:
         raise ValueError("no images: pass a folder, as in `python scripts/check_data.py my_photos`")
+    if config.contact_sheet:
+        check_image_file(config.contact_sheet, "--contact-sheet")
+    if config.quarantine:
+        check_quarantine(Path(config.source), config.quarantine)
     data = DataConfig(source=config.source)
     train, test = (open_source(data, split) for split in get_args(Split))
     yield from [train.description, *train.notes]
@@ -64,12 +69,17 @@ def check_data(config: CheckDataConfig, count_tokens: Callable[[str], int]) -> I
         yield from _quarantine(Path(config.source), config.quarantine, [info.name for info in images if info.error])
 
 
-def _quarantine(folder: Path, target: Path, names: list[str]) -> Iterator[str]:
-    """Move files out of a folder, to the same relative paths below `target`; ValueError when it is not a folder."""
+def check_quarantine(folder: Path, target: Path) -> None:
+    """ValueError unless files of `folder` can be moved to `target`."""
     if not folder.is_dir():
         raise ValueError(f"--quarantine: {folder} is not a folder, and only files of a folder can be moved")
     if target.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--quarantine {target} is inside of {folder}: pass a folder elsewhere")
+    check_folder(target, "--quarantine")
+
+
+def _quarantine(folder: Path, target: Path, names: list[str]) -> Iterator[str]:
+    """Move files out of a folder, to the same relative paths below `target`."""
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.move(folder / name, target / name)

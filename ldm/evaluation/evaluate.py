@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -16,10 +16,10 @@ from ldm.data.sources import shapes
 from ldm.diffusion.samplers import get_sampler
 from ldm.evaluation.classifier import count_correct, load_classifier
 from ldm.imaging import pil_to_tensor, tensor_to_pil
-from ldm.io.atomic import write_text
-from ldm.io.model_dir import latest_model
+from ldm.io.atomic import check_folder, write_text
+from ldm.io.model_dir import latest_model, model_kind, read_manifest
 from ldm.pipeline import Pipeline
-from ldm.pipeline.generate import resolve_device
+from ldm.pipeline.load import PipelineManifest, load_components
 from ldm.vae.losses import psnr, ssim
 
 Z95 = 1.959964  # of the standard normal
@@ -30,16 +30,27 @@ class EvaluateConfig(ScriptConfig):
 
     model: Path | None = None
     """model folder; the newest finished one below runs/ when left out"""
+    data: DataConfig = DataConfig(source="")
+    """what is left out is as in the training of the model"""
+    out: Path | None = None
+    """folder for evaluation.json; the one that the model folder is in when left out"""
     num_samples: int = Field(240, ge=2)
     """held-out images, and held-out captions"""
     steps: int = Field(30, ge=1)
     guidance_scale: float | None = None
-    """the scale of the model's own sample grids when left out"""
+    """the scale of the model's own sample images when left out, 7.5 where it has none"""
     sampler: str = "dpmpp_2m"
     batch_size: int = Field(60, ge=1)
     seed: int = 0
     device: str | None = None
-    """cpu, cuda, mps; the best there is when left out"""
+    """cpu, cuda or mps; the best available one when left out"""
+
+    def values_below(self) -> dict[str, Any]:
+        """The newest model, and the data that the model was trained on, or its resolution."""
+        path = self.model or latest_model("pipeline", Path("runs"), script="make demo")
+        is_ours = model_kind(path) is not None
+        model = read_manifest(path, "pipeline", PipelineManifest.from_dict) if is_ours else load_components(path)
+        return {"model": path, "data": model.metadata.get("data", {"source": "", "resolution": model.resolution})}
 
 
 class Estimate(NamedTuple):
@@ -52,32 +63,37 @@ class Estimate(NamedTuple):
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Measure, print a table and write evaluation.json next to the model folder."""
+    """Measure, print a table and write evaluation.json."""
     get_sampler(config.sampler, None)
-    folder = config.model or latest_model("pipeline", Path("runs"), script="make demo")
-    pipeline = Pipeline.load(folder, device=resolve_device(config.device))
-    if "data" not in pipeline.metadata:
-        raise ValueError(f"{folder} does not name its data, as it was not trained here: nothing is held out")
-    data = DataConfig(**pipeline.metadata["data"])
+    folder, data = config.model, config.data
+    if folder is None or not data.source:
+        raise ValueError(f"{folder} does not name its data, as it was not trained here: pass --data.source")
+    out = folder.parent if config.out is None else config.out
+    check_folder(out, "--out")
+    pipeline = Pipeline.load(folder, device=config.device)
     report: dict[str, Estimate] = {}
     if pipeline.vae is not None:
         report |= vae_fidelity(pipeline, data, config)
     if data.source == "shapes" and data.channels == 3 and pipeline.text is not None:
         report |= prompt_accuracy(pipeline, folder, config)
+    elif report:
+        print(f"only the VAE is measured: generated images are measured on shapes alone, not on {data.source}")
     if not report:
         raise ValueError(f"{folder} has neither a VAE nor prompts about shapes: evaluate has nothing to measure")
     scale = pipeline.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
-    settings = {"guidance_scale": scale, "steps": config.steps, "sampler": config.sampler}
+    settings = {"data": data.source, "guidance_scale": scale, "steps": config.steps, "sampler": config.sampler}
     values = {"model": str(folder), **settings, **{name: e._asdict() for name, e in report.items()}}
-    write_text(folder.parent / "evaluation.json", json.dumps(values, indent=2))
+    write_text(out / "evaluation.json", json.dumps(values, indent=2))
     print(table(report))
 
 
 def vae_fidelity(pipeline: Pipeline, data: DataConfig, config: EvaluateConfig) -> dict[str, Estimate]:
     """PSNR (dB) and SSIM of reconstructed held-out images."""
     assert pipeline.vae is not None
+    data.check_channels(pipeline.vae.config.image_channels)
     scores: dict[str, list[float]] = {"VAE PSNR, dB": [], "VAE SSIM": []}
     held_out = open_dataset(data, "test", seed=config.seed)
+    print(held_out.describe())
     for batch in held_out.spread_images(config.num_samples, batch_size=config.batch_size):
         images = batch.to(pipeline.device)
         output = pipeline.vae.decode(pipeline.vae.encode(images).mean).clamp(-1, 1)

@@ -14,6 +14,7 @@ from ldm.data import DataConfig, open_dataset
 from ldm.diffusion.process import Diffusion
 from ldm.diffusion.samplers import SamplerStep
 from ldm.imaging import captioned_grid, image_grid, save_image, tensor_to_pil, wrap_text
+from ldm.io.atomic import check_folder
 from ldm.io.model_dir import latest_model
 from ldm.pipeline import Pipeline
 
@@ -34,7 +35,7 @@ def denoising(pipeline: Pipeline, prompts: Sequence[str], *, steps: int = 30, co
     rows = []
     for prompt in prompts:
         history: dict[int, SamplerStep] = {}
-        pipeline(prompt, steps=steps, guidance_scale=pipeline.default_guidance_scale, on_step=history.__setitem__)
+        pipeline(prompt, steps=steps, on_step=history.__setitem__)
         rows += [history[i].z for i in indices] + [history[i].denoised for i in indices]
     return image_grid(tensor_to_pil(pipeline.decode(torch.cat(rows))), columns=columns, scale=SCALE)
 
@@ -42,6 +43,7 @@ def denoising(pipeline: Pipeline, prompts: Sequence[str], *, steps: int = 30, co
 def latents(pipeline: Pipeline, images: Tensor) -> Image.Image:
     """Each row is an image, its reconstruction, and the channels of its latent in grey, enlarged."""
     assert pipeline.vae is not None, "a model in pixels has no latents"
+    images = images.to(pipeline.device)
     mean = pipeline.vae.encode(images).mean
     standard = pipeline.vae.standardize(mean)
     channels = torch.nn.functional.interpolate(standard / 3, scale_factor=images.shape[-1] / mean.shape[-1])
@@ -59,18 +61,17 @@ def guidance(pipeline: Pipeline, prompt: str, scales: Sequence[float], *, seeds:
 
 def edits(pipeline: Pipeline, described: str, wanted: str, edits: Sequence[str]) -> Image.Image:
     """An image of `described`, edited: by strength and under a mask to `wanted`, by inversion to each edit."""
-    guided: dict[str, Any] = {"guidance_scale": pipeline.default_guidance_scale}
-    image, side = pipeline(described, **guided, seed=1)[0], pipeline.resolution
+    image, side = pipeline(described, seed=1)[0], pipeline.resolution
     mask = Image.new("L", image.size)
     mask.paste(255, (side // 2, side // 2, side, side))
     count = len(edits)
     strengths = [i / count for i in range(count + 1)]
-    filled = pipeline(wanted, image=image, mask=mask, strength=1.0, num_images=count - 1, **guided, seed=3)
+    filled = pipeline(wanted, image=image, mask=mask, strength=1.0, num_images=count - 1, seed=3)
     inverted: dict[str, Any] = {"image": image, "inversion_prompt": described, "sampler": "euler", "steps": 10}
     rows = {
-        "strength 0 to 1": [pipeline(wanted, image=image, strength=s, **guided, seed=2)[0] for s in strengths],
+        "strength 0 to 1": [pipeline(wanted, image=image, strength=s, seed=2)[0] for s in strengths],
         "inpainting under a mask": [image, mask, *filled],
-        "inversion, then another prompt": [image, *(pipeline(edit, **inverted, **guided)[0] for edit in edits)],
+        "inversion, then another prompt": [image, *(pipeline(edit, **inverted)[0] for edit in edits)],
     }
     return labelled_rows(rows, width=110)
 
@@ -150,21 +151,21 @@ class FiguresConfig(ScriptConfig):
 
 def make_figures(config: FiguresConfig) -> None:
     """Write samples, noising, denoising, latents, guidance and edits as PNG files, or prompts alone."""
+    check_folder(config.out, "--out")
     folder = config.model or latest_model("pipeline", Path("runs"), script="make demo")
     pipeline = Pipeline.load(folder)
-    scale = pipeline.default_guidance_scale
     if config.prompts:
-        rows = {prompt: pipeline(prompt, guidance_scale=scale, num_images=4) for prompt in config.prompts}
+        rows = {prompt: pipeline(prompt, num_images=4) for prompt in config.prompts}
         save_image(labelled_rows(rows, width=160), config.out / "prompts.png")
         return
     held_out = open_dataset(DataConfig(**pipeline.metadata["data"]), "test", seed=0)
     images = next(held_out.spread_images(3))
-    samples = [pipeline(prompt, guidance_scale=scale, seed=seed)[0] for seed, prompt in enumerate(PROMPTS)]
+    samples = [pipeline(prompt, seed=seed)[0] for seed, prompt in enumerate(PROMPTS)]
     figures = {
         "samples": captioned_grid(samples, PROMPTS, columns=4),
         "noising": noising(images, pipeline.diffusion),
         "denoising": denoising(pipeline, PROMPTS[:3]),
-        "guidance": guidance(pipeline, PROMPTS[1], (0, 1, scale, 12)),
+        "guidance": guidance(pipeline, PROMPTS[1], (0, 1, pipeline.default_guidance_scale, 12)),
         "edits": edits(pipeline, *EDITED),
     }
     if pipeline.vae is not None:

@@ -1,9 +1,11 @@
 """Atomic file writes: a temporary file in the same folder, then renamed into place."""
 
 import errno
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -21,6 +23,17 @@ def disk_errors(path: Path, remedy: str = "try again") -> Iterator[None]:
         full = not isinstance(error, OSError) or error.errno in (None, *DISK_FULL_ERRNOS)
         first = "free some space" if full else "pass a writable folder"
         raise ValueError(f"{path} could not be written ({error}): {first} and {remedy}") from None
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Make a folder to write to; ValueError names the flag when that fails, before any work is lost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        file = next((path for path in (folder, *folder.parents) if os.path.isfile(path)), None)
+        reason = f"{file} is a file" if file else f"{folder} cannot be written ({error.strerror})"
+        raise ValueError(f"{flag} {reason}: pass a folder that can be written") from None
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def open_image(file: BinaryIO, *, header: bool = False) -> tuple[Image.Image, in
     file.seek(0)
     if signature == PNG_SIGNATURE:
         image, info = _open_png(file, header=header)
-        return image, _orientation(info)
+        return image, orientation_of(info)
     try:
         image = Image.open(file, formats=FORMATS)
     except Exception:  # damaged metadata raise errors of many types in Pillow's decoders
@@ -48,7 +48,7 @@ def open_image(file: BinaryIO, *, header: bool = False) -> tuple[Image.Image, in
         data = file.read()
         stripped = _strip_webp(data) if data.startswith(b"RIFF") else _strip_jpeg(data)
         image = Image.open(io.BytesIO(stripped), formats=FORMATS)
-    return image, _orientation(image.info)
+    return image, orientation_of(image.info)
 
 
 def _open_png(file: BinaryIO, *, header: bool) -> tuple[Image.Image, dict[Any, Any]]:
@@ -96,8 +96,14 @@ def _strip_webp(data: bytes) -> bytes:
     return b"RIFF" + len(body).to_bytes(4, "little") + body
 
 
-def _orientation(info: dict[Any, Any]) -> int:
-    """What EXIF says of it, or else XMP; 1 where neither can be read."""
+def turn_upright(image: Image.Image, orientation: int) -> Image.Image:
+    """An image as it is shown: turned and flipped as its orientation says, from 1 to 8."""
+    method = TRANSPOSES[orientation]
+    return image if method is None else image.transpose(method)
+
+
+def orientation_of(info: dict[Any, Any]) -> int:
+    """What the EXIF in an image's `info` says, or else its XMP, from 1 to 8; 1 where neither can be read."""
     with contextlib.suppress(Exception):
         exif, profile = Image.Exif(), info.get("Raw profile type exif", "")
         exif.load(info.get("exif") or bytes.fromhex("".join(profile.split("\n")[3:])))

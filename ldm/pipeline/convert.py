@@ -10,6 +10,7 @@ from tyro.conf import Positional
 
 from ldm.cli import ScriptConfig
 from ldm.interop import compvis, diffusers
+from ldm.io.atomic import check_folder
 from ldm.pipeline.load import load_components, save_components
 from ldm.pipeline.pipeline import Pipeline
 
@@ -35,16 +36,16 @@ def convert(config: ConvertConfig) -> None:
         raise ValueError("pass a model and where to write it: `python scripts/convert.py IN OUT --format diffusers`")
     if config.target.exists():
         raise ValueError(f"{config.target} exists: remove it, or choose another name")
+    check_folder(config.target.parent, "OUT")
     if config.source.is_file():
         components = compvis.read(config.source, ema=config.use_ema, pickles=True)
     else:
         components = load_components(config.source)
     print(f"{config.source}: {components.description}")
-    config.target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".writing-", dir=config.target.parent) as folder:
         written = Path(folder) / config.target.name
         WRITERS[config.format](components, written)
-        difference = compare(Pipeline(components).to("cpu"), Pipeline.load(written))
+        difference = compare(Pipeline(components).to("cpu"), Pipeline.load(written, device="cpu"))
         if difference > MAX_PIXEL_DIFFERENCE:
             reason = f"read back as {config.format}, its pixels differ by {difference:g} of 255"
             raise ValueError(f"{config.source} generates another image: {reason}, so nothing was written")

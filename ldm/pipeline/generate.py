@@ -1,12 +1,12 @@
 """What the commands txt2img and img2img do: numbered PNGs, each with the record that reproduces it, and a grid."""
 
 import itertools
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from pydantic import Field
 from tqdm import tqdm
@@ -16,12 +16,14 @@ from ldm.cli import ScriptConfig
 from ldm.diffusion.guidance import GuidanceConfig
 from ldm.diffusion.samplers import SamplerStep, get_sampler
 from ldm.imaging import decode_image, image_grid, pad_for_outpainting, save_image
+from ldm.io.atomic import check_folder
 from ldm.io.model_dir import latest_model, read_text
 from ldm.io.tensors import sha256
 from ldm.pipeline.inputs import img2img_steps
 from ldm.pipeline.load import weights_file
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.record import GenerationRecord, InitImageRecord, read_png, save_png
+from ldm.text.prompt_weights import other_syntax
 
 
 class Txt2ImgConfig(ScriptConfig):
@@ -30,7 +32,7 @@ class Txt2ImgConfig(ScriptConfig):
     prompts: Positional[tuple[str, ...]] = ()
     """what to generate; several prompts are generated one after the other"""
     prompt_file: str | None = None
-    """file with a prompt on each line; `-` reads standard input"""
+    """file with a prompt on each line, where `#` begins a comment and `\\#` a prompt; `-` reads standard input"""
     model: Path | None = None
     """model folder; the newest finished one below runs/ when left out"""
     out: Path = Path("outputs")
@@ -38,7 +40,7 @@ class Txt2ImgConfig(ScriptConfig):
     negative_prompt: str = ""
     steps: int = Field(30, ge=1)
     guidance_scale: float | None = Field(None, allow_inf_nan=False)
-    """1 is no guidance; the scale of the model's own sample images when left out"""
+    """1 is no guidance; the scale of the model's own sample images when left out, 7.5 where it has none"""
     guidance: GuidanceConfig = GuidanceConfig()
     sampler: str = "dpmpp_2m"
     """ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde, unipc or lcm"""
@@ -53,6 +55,7 @@ class Txt2ImgConfig(ScriptConfig):
     batch_size: int = Field(8, ge=1)
     """images generated together"""
     width: int | None = Field(None, ge=1)
+    """in pixels; that of the training images when left out"""
     height: int | None = Field(None, ge=1)
     variation_seed: int | None = Field(None, ge=0, lt=2**62)
     """a second seed, towards whose noise the initial noise is interpolated (slerp)"""
@@ -74,24 +77,22 @@ class Img2ImgConfig(Txt2ImgConfig):
     """Settings of img2img."""
 
     image: Path | None = None
-    """the image to start from"""
+    """the image to start from; it is resized and cropped about its centre to width and height, or else to the size of
+    the training images where it is twice as large or its sides do not fit"""
     strength: float = Field(0.75, ge=0, le=1)
     """how much of it is generated anew; 1 under a mask forgets what was there"""
     mask: Path | None = None
-    """an image of the same size: what is white is generated, what is black stays"""
+    """an image of the same size: what is white is generated; what is black stays, and what is clear"""
     inversion_prompt: str | None = None
     """a prompt that describes the image: start from the noise of which DDIM makes it, instead of the seed's"""
     outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """pixels to add beyond the left, top, right and bottom edge"""
+    """pixels to add beyond the left, top, right and bottom edge of the image of that width and height"""
 
 
 def generate(config: Txt2ImgConfig) -> None:
     """Generate and save images, each as it comes, then a grid when there are several."""
     get_sampler(config.sampler, config.eta)
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ValueError(f"--out {config.out} is a file: pass a folder") from None
+    check_folder(config.out, "--out")
     images = [reproduce(config, config.reproduce)] if config.reproduce else generate_all(config)
     files = save_images(images, config.out)
     print(f"saved {len(files)} files: {files[0]}" + (f" ... {files[-1]}" if len(files) > 1 else ""))
@@ -103,15 +104,17 @@ def generate_all(config: Txt2ImgConfig) -> Iterator[tuple[Image.Image, Generatio
     init_image = init_image_record(config) if isinstance(config, Img2ImgConfig) else None
     path = config.model or latest_model("pipeline", Path("runs"), script="make demo")
     pipeline, models = load_models(path, config.guide_model, config.device)
-    warn_of_prompts(pipeline, prompts)
-    inputs = open_init_image(init_image)
-    width, height = inputs["image"].size if inputs else (pipeline.resolution, pipeline.resolution)
+    inversion_prompt = init_image.inversion_prompt if init_image else None
+    warn_of_prompts(pipeline, prompts, [config.negative_prompt, inversion_prompt or ""])
+    inputs = open_init_image(pipeline, init_image, config.width, config.height)
+    width, height = inputs["image"].size if inputs else pipeline.image_size(config.width, config.height)
+    warn_of_size(pipeline, width, height)
     settings: dict[str, Any] = {  # the other fields of a record have flags of the same names
         **{name: value for name, value in config if name in GenerationRecord.model_fields},
         **models,
         "timesteps": parse_schedule(config.timesteps),
-        "width": config.width or width,
-        "height": config.height or height,
+        "width": width,
+        "height": height,
         "init_image": init_image,
     }
     if config.guidance_scale is None:
@@ -149,25 +152,43 @@ def reproduce(config: Txt2ImgConfig, path: Path) -> tuple[Image.Image, Generatio
         raise ValueError(f"the image was generated by another model ({record.model}): pass that one with --model")
     if record.guide_model_hash != models.get("guide_model_hash"):
         raise ValueError(f"{record.guide_model} is not the guide model of this image: put that one back")
-    return pipeline(**record.pipeline_kwargs, **open_init_image(record.init_image))[record.index], record
+    left, top, right, bottom = record.init_image.outpaint if record.init_image else (0, 0, 0, 0)
+    size = record.width - left - right, record.height - top - bottom
+    inputs = open_init_image(pipeline, record.init_image, *size)
+    return pipeline(**record.pipeline_kwargs, **inputs)[record.index], record
 
 
 def read_prompts(config: Txt2ImgConfig) -> list[str]:
-    """Prompts of the command line, then of the file; ValueError when there is none."""
-    prompts = list(config.prompts)
-    if config.prompt_file:
-        file = Path(config.prompt_file)
-        if config.prompt_file != "-" and (file.is_dir() or not file.exists()):
-            raise ValueError(f"prompt file {file} does not exist: pass a text file with a prompt on each line")
-        text = sys.stdin.read() if config.prompt_file == "-" else read_text(file)
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if not lines:
-            raise ValueError(f"prompt file {file} is empty: write a prompt on each line")
-        prompts += lines
+    """Prompts of the command line, then of the file; ValueError: there is none, or one that is no text."""
+    prompts = [*config.prompts, *(read_prompt_file(config.prompt_file) if config.prompt_file else [])]
     if any(not prompt.strip() for prompt in prompts):
         raise ValueError("a prompt is empty: say what to generate, or leave it out")
     if not prompts:
         raise ValueError('no prompt: say what to generate, as in `python scripts/txt2img.py "a small red circle"`')
+    for prompt in (*prompts, config.negative_prompt):
+        if re.search("[\ud800-\udfff]", prompt):  # bytes of another encoding
+            raise ValueError(f"prompt {prompt!a} is not UTF-8 text: write it in UTF-8")
+    return prompts
+
+
+def read_prompt_file(name: str) -> list[str]:
+    r"""The prompts in a file, or in standard input for `-`: its lines, but for blank ones and comments.
+
+    `#` begins a comment, and `\#` a prompt that begins with `#`. ValueError: there is no file, no prompt or no text.
+    """
+    path, where = Path(name), "standard input" if name == "-" else f"prompt file {name}"
+    if name != "-" and (path.is_dir() or not path.exists()):
+        raise ValueError(f"{where} does not exist: pass a text file with a prompt on each line")
+    try:
+        text = sys.stdin.read() if name == "-" else read_text(path)
+    except UnicodeDecodeError:
+        raise ValueError(f"{where} is not UTF-8 text: write it in UTF-8") from None
+    lines = [line.strip() for line in text.removeprefix("\ufeff").split("\n")]
+    prompts = [line.removeprefix("\\") if line.startswith(r"\#") else line for line in lines if line and line[0] != "#"]
+    if not prompts:
+        raise ValueError(f"{where} is empty: write a prompt on each line")
+    if comments := sum(line.startswith("#") for line in lines):
+        print(f"{where}: {len(prompts):,} prompts, {comments:,} lines of comment", file=sys.stderr)
     return prompts
 
 
@@ -185,7 +206,7 @@ def init_image_record(config: Img2ImgConfig) -> InitImageRecord:
 
 def load_models(path: Path, guide_path: str | Path | None, device: str | None) -> tuple[Pipeline, dict[str, str]]:
     """A pipeline, guided by another model if there is one, and the fields of a record that name them."""
-    pipeline = Pipeline.load(path, device=resolve_device(device))
+    pipeline = Pipeline.load(path, device=device)
     print(f"{path}: {pipeline.components.description}", file=sys.stderr)
     models = {"model": str(path), "model_hash": sha256(weights_file(path))}
     if guide_path:
@@ -194,25 +215,24 @@ def load_models(path: Path, guide_path: str | Path | None, device: str | None) -
     return pipeline, models
 
 
-def resolve_device(name: str | None) -> str:
-    """This device, or the accelerator of this machine, else the CPU; ValueError when it cannot be used."""
-    device = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device} cannot be used here ({reason}): leave out --device") from None
-    return device
-
-
-def warn_of_prompts(pipeline: Pipeline, prompts: list[str]) -> None:
-    """Report on standard error what the model cannot have learned."""
+def warn_of_prompts(pipeline: Pipeline, prompts: list[str], others: list[str]) -> None:
+    """Report on standard error, once, what the model cannot have learned, and syntax of other programs."""
     if pipeline.text is None:
         print("warning: unconditional model: the prompt is ignored", file=sys.stderr)
         return
-    for prompt in prompts:
-        if unseen := pipeline.unseen_words(prompt):
-            print(f"warning: words never seen in training: {', '.join(unseen)}", file=sys.stderr)
+    for unseen in dict.fromkeys(", ".join(pipeline.unseen_words(prompt)) for prompt in prompts):
+        if unseen:
+            print(f"warning: words never seen in training: {unseen}", file=sys.stderr)
+    if unknown := list(dict.fromkeys(part for prompt in prompts + others for part in other_syntax(prompt))):
+        shown = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
+        print(f"warning: prompt syntax that is not known here and is read as words: {shown}", file=sys.stderr)
+
+
+def warn_of_size(pipeline: Pipeline, width: int, height: int) -> None:
+    """Report on standard error a size that the model has not learned."""
+    if not pipeline.is_near_training_size(width, height):
+        own = f"--width {pipeline.resolution} --height {pipeline.resolution}"
+        print(f"warning: {width}x{height} is far from the size of the training images, {own}", file=sys.stderr)
 
 
 def parse_schedule(text: str) -> str | tuple[float, ...]:
@@ -225,24 +245,40 @@ def parse_schedule(text: str) -> str | tuple[float, ...]:
         raise ValueError(f"timesteps {text!r} is not a list of numbers: write them as 1,0.7,0.3") from None
 
 
-def open_init_image(record: InitImageRecord | None) -> dict[str, Any]:
-    """The arguments of the pipeline; ValueError when a file has changed since, or cannot be read."""
+def open_init_image(
+    pipeline: Pipeline, record: InitImageRecord | None, width: int | None, height: int | None
+) -> dict[str, Any]:
+    """The arguments of the pipeline, of this size before outpainting; what is changed for that is reported.
+
+    ValueError: a file has changed since, or cannot be read.
+    """
     if record is None:
         return {}
-    image = _open_unchanged(record.image, record.image_hash)
-    mask = _open_unchanged(record.mask, record.mask_hash).convert("L") if record.mask else None
+    opened = _open_unchanged(record.image, record.image_hash, "white")
+    mask = _open_unchanged(record.mask, record.mask_hash, "black") if record.mask else None
+    image, mask = pipeline.fit_init_image(opened, mask, width, height)
+    if image.size != opened.size:
+        before, after = (f"{width}x{height}" for width, height in (opened.size, image.size))
+        cropped = " and cropped" * (opened.width * image.height != opened.height * image.width)
+        print(f"{record.image}: {before} resized{cropped} to {after}; --width and --height set it", file=sys.stderr)
     if any(record.outpaint):
         image, mask = pad_for_outpainting(image, mask, record.outpaint)
     return {"image": image, "mask": mask, "strength": record.strength, "inversion_prompt": record.inversion_prompt}
 
 
-def _open_unchanged(path: Path, digest: str | None) -> Image.Image:
+def _open_unchanged(path: Path, digest: str | None, background: str) -> Image.Image:
+    """An image, whose clear pixels get the colour of the background, which is reported."""
     if not path.is_file() or sha256(path) != digest:
         raise ValueError(f"{path} is not the image that this was generated from: put that one back")
     try:
-        return decode_image(path)
+        white, black = (decode_image(path, background=color) for color in ("white", "black"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if white != black:
+        print(f"{path} is transparent in part: clear counts as {background}", file=sys.stderr)
+    image = white if background == "white" else black
+    image.info.clear()  # such as the orientation: it is upright now
+    return image
 
 
 def save_images(images: Iterable[tuple[Image.Image, GenerationRecord]], out: Path) -> list[Path]:

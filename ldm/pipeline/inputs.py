@@ -4,9 +4,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.diffusion.process import Diffusion
+from ldm.imaging import flatten_alpha
+from ldm.io.image_file import orientation_of, turn_upright
 
 
 class InitImage(NamedTuple):
@@ -28,6 +31,32 @@ class InitImage(NamedTuple):
         if self.strength == 1 and (self.mask is not None or self.spatial is not None):
             return noise, ts
         return diffusion.add_noise(self.latents.expand_as(noise), noise, ts[0]), ts
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image to start from, in mode RGB: upright, and white where it is clear, as in training."""
+    return flatten_alpha(turn_upright(image, orientation_of(image.info))).convert("RGB")
+
+
+def upright_mask(mask: Image.Image, image: Image.Image) -> Image.Image:
+    """The mask of an upright image, in mode L: black, which keeps the image, where it is clear.
+
+    ValueError: it has not the size of the image.
+    """
+    mask = flatten_alpha(turn_upright(mask, orientation_of(mask.info)), "black").convert("L")
+    if mask.size != image.size:
+        raise ValueError(
+            f"mask is {mask.width}x{mask.height}, the image {image.width}x{image.height}: draw one of the same size"
+        )
+    return mask
+
+
+def fit_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image or a mask, resized and cropped about its centre to this width and height."""
+    if image.size == size:
+        return image
+    sharp = Image.Resampling.LANCZOS if image.mode == "RGB" else Image.Resampling.BOX  # no ringing around a mask
+    return ImageOps.fit(image, size, sharp)
 
 
 def img2img_steps(strength: float, steps: int) -> int:

@@ -55,6 +55,17 @@ def load_components(path: Path) -> ModelComponents:
     return diffusers.read(path) if (path / "model_index.json").is_file() else _read_folder(path)
 
 
+def resolve_device(name: str | torch.device | None) -> torch.device:
+    """This device, or the accelerator of this machine, else the CPU; ValueError when it cannot be used."""
+    device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device} cannot be used here ({reason}): leave out --device") from None
+    return torch.device(device)
+
+
 def weights_file(path: Path) -> Path:
     """The file that `load_components` reads the U-Net of a model from; of several, the first."""
     return path if path.is_file() else min(path.glob("unet/*.safetensors"), default=path / UNET_FILE)

@@ -17,8 +17,16 @@ from ldm.imaging import pil_to_tensor, tensor_to_pil
 from ldm.interop.components import ModelComponents
 from ldm.io.tensors import same_weights
 from ldm.pipeline.denoiser import PromptDenoiser
-from ldm.pipeline.inputs import InitImage, consecutive_seeds, initial_noise, slerp
-from ldm.pipeline.load import load_components, save_components
+from ldm.pipeline.inputs import (
+    InitImage,
+    consecutive_seeds,
+    fit_image,
+    initial_noise,
+    slerp,
+    upright_mask,
+    upright_rgb,
+)
+from ldm.pipeline.load import load_components, resolve_device, save_components
 from ldm.text.prompt_weights import strip_weights
 from ldm.text.tokenizer import split_words
 from ldm.unet import UNet
@@ -36,15 +44,20 @@ class Pipeline:
         self.unet, self.diffusion, self.vae, self.text, self.resolution, vocabulary, self.metadata = components
         self.vocabulary = frozenset(vocabulary)
         self.vae_factor = self.vae.config.factor if self.vae else 1  # pixels on a side of a latent
+        self.factor = self.unet.config.factor * self.vae_factor  # divides the sides of an image, in pixels
         self.guide_unet: UNet | None = None  # for autoguidance
         self._preview_map: Tensor | None = None  # (latent channels + 1, image channels)
 
     # Model folders.
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> "Pipeline":
-        """Read a model: a folder, ours or one of diffusers, or a single CompVis file; see `load_components`."""
-        return cls(load_components(Path(path)), Path(path)).to(device)
+    def load(cls, path: str | Path, *, device: str | torch.device | None = None) -> "Pipeline":
+        """Read a model: a folder, ours or one of diffusers, or a single CompVis file; see `load_components`.
+
+        It is moved to `device`: the accelerator of this machine, if it has one, when left out.
+        """
+        resolved = resolve_device(device)
+        return cls(load_components(Path(path)), Path(path)).to(resolved)
 
     def save(self, folder: str | Path) -> None:
         """Write a model folder that explains itself."""
@@ -52,7 +65,7 @@ class Pipeline:
 
     @property
     def default_guidance_scale(self) -> float:
-        """The guidance scale of the sample images of the training."""
+        """The guidance scale of the sample images of the training; 7.5 where the model has none."""
         return self.metadata.get("guidance_scale", FALLBACK_GUIDANCE_SCALE)
 
     def unseen_words(self, prompt: str) -> list[str]:
@@ -118,7 +131,7 @@ class Pipeline:
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(c, h, w) of the latents of an image; ValueError when the networks do not support its size in pixels."""
-        factor = self.unet.config.factor * self.vae_factor
+        factor = self.factor
         if width < factor or height < factor or width % factor or height % factor:
             raise ValueError(f"width {width} and height {height} must be multiples of {factor} for this model")
         return self.unet.config.in_channels, height // self.vae_factor, width // self.vae_factor
@@ -132,7 +145,7 @@ class Pipeline:
         *,
         negative_prompt: str = "",
         steps: int = 30,
-        guidance_scale: float = FALLBACK_GUIDANCE_SCALE,
+        guidance_scale: float | None = None,
         guidance: GuidanceConfig = DEFAULT_GUIDANCE,
         sampler: str = "dpmpp_2m",
         eta: float | None = None,
@@ -153,12 +166,14 @@ class Pipeline:
         """Generate `num_images` images of one prompt with the seeds seed, seed + 1, ...
 
         Args:
-            guidance_scale: 1 follows the prompt without guidance; the negative prompt is then not used.
+            guidance_scale: the model's own (`default_guidance_scale`) when left out. 1 follows the prompt without
+                guidance; the negative prompt is then not used.
             eta: fresh noise in each step, from 0 (none) to 1; the sampler's own when left out.
             timesteps: the schedule of the steps, by name or as a list of `steps` falling t in (0, 1].
-            width, height: in pixels; those of `image`, or of the training images, when left out.
-            image, strength: an image to start from, and how much of it is generated anew, from 0 to 1.
-            mask: an image of the same size: what is white there is generated, what is black stays.
+            width, height: in pixels; those of `image_size` when left out.
+            image, strength: an image of any size and mode to start from, which is turned upright, put on white, resized
+                and cropped about its centre; and how much of it is generated anew, from 0 to 1.
+            mask: an image of the same size, for the same crop: white is generated, black stays, clear counts as black.
             inversion_prompt: a prompt that describes `image`: start from the noise of which it is made, not the seed's.
                 Euler, and ddim with eta 0, make the image again under that prompt without guidance, and change it under
                 another; strength is not used.
@@ -167,13 +182,18 @@ class Pipeline:
             on_step: called after each step with its index, from 1, and the `SamplerStep`.
         ValueError: a setting that is unknown, out of range, not supported by this model, or excluded by another.
         """
-        shape = self.latent_shape(*self._image_size(width, height, image, mask))
+        if image is None and mask is not None:
+            raise ValueError(f"mask is {mask.width}x{mask.height}: it needs an image of the same size")
+        if self.unet.config.cond_channels and mask is None:
+            raise ValueError("this is an inpainting model: pass an image and a mask")
+        if image is not None:
+            image, mask = self.fit_init_image(image, mask, width, height)
+        shape = self.latent_shape(*(image.size if image else self.image_size(width, height)))
         seeds = consecutive_seeds(seed, num_images)
         noise = initial_noise(shape, seeds)
         if variation_seed is not None:
             other = initial_noise(shape, consecutive_seeds(variation_seed, num_images))
             noise = slerp(noise, other, variation_strength)
-        noise = noise.to(self.device)
         if inversion_prompt is not None:
             if image is None or num_images > 1 or variation_seed is not None:
                 raise ValueError("inversion_prompt needs an image, num_images 1 and no variation_seed")
@@ -203,21 +223,40 @@ class Pipeline:
         images = tensor_to_pil(self.decode(latents, tile=vae_tile))
         if image is None or mask is None:
             return images
-        return [Image.composite(new, image.convert(new.mode), mask.convert("L")) for new in images]
+        return [Image.composite(new, image.convert(new.mode), mask) for new in images]
 
-    def _image_size(
-        self, width: int | None, height: int | None, image: Image.Image | None, mask: Image.Image | None
+    def fit_init_image(
+        self, image: Image.Image, mask: Image.Image | None, width: int | None = None, height: int | None = None
+    ) -> tuple[Image.Image, Image.Image | None]:
+        """An image, and its mask, as sampling starts from them: upright, opaque, of the width and height."""
+        image = upright_rgb(image)
+        size = self.image_size(width, height, image)
+        return fit_image(image, size), None if mask is None else fit_image(upright_mask(mask, image), size)
+
+    def image_size(
+        self, width: int | None = None, height: int | None = None, image: Image.Image | None = None
     ) -> tuple[int, int]:
-        """Width and height of the images to generate; ValueError where they contradict the image or the mask."""
-        default = image.size if image else (self.resolution, self.resolution)
-        size = (default[0] if width is None else width, default[1] if height is None else height)
-        if image and size != image.size:
-            raise ValueError(f"the image is {image.width}x{image.height}: resize it, or leave out width and height")
-        if mask and (image is None or mask.size != size):
-            raise ValueError(f"mask is {mask.width}x{mask.height}: it needs an image of the same size")
-        if self.unet.config.cond_channels and mask is None:
-            raise ValueError("this is an inpainting model: pass an image and a mask")
-        return size
+        """Width and height, in pixels, of the images to generate from an upright image or from noise.
+
+        A side that is left out is that of the training images. With an image, one side that is given keeps its shape,
+        and with none it keeps its size where the networks support that and it is shorter than twice the training's.
+        """
+        own = self.resolution
+        if image is None or (width is not None and height is not None):
+            return own if width is None else width, own if height is None else height
+        if width is not None:
+            return width, self._supported_side(width * image.height / image.width)
+        if height is not None:
+            return self._supported_side(height * image.width / image.height), height
+        keeps_size = all(side == self._supported_side(side) and side < 2 * own for side in image.size)
+        return image.size if keeps_size else (own, own)
+
+    def is_near_training_size(self, width: int, height: int) -> bool:
+        """Whether both sides are longer than half of that of the training images, and shorter than twice."""
+        return all(self.resolution < 2 * side and side < 2 * self.resolution for side in (width, height))
+
+    def _supported_side(self, side: float) -> int:
+        return max(1, round(side / self.factor)) * self.factor
 
     def prepare_init_image(self, image: Image.Image, strength: float, mask: Image.Image | None = None) -> InitImage:
         """Encode an image, and a mask of the same size, which is white where the image is generated anew."""
@@ -259,11 +298,16 @@ class Pipeline:
         literal: bool = False,
     ) -> Tensor:
         """Images (b, c, h, w) in [-1, 1] of the training resolution, each with its prompt and seed; see `stream`."""
-        noise = initial_noise(self.latent_shape(self.resolution, self.resolution), seeds).to(self.device)
-        scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
-        negative = [""] * len(prompts)
+        noise = initial_noise(self.latent_shape(self.resolution, self.resolution), seeds)
         sampling = self.stream(
-            noise, prompts, negative, seeds=seeds, steps=steps, guidance_scale=scale, sampler=sampler, literal=literal
+            noise,
+            prompts,
+            [""] * len(prompts),
+            seeds=seeds,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            literal=literal,
         )
         return self.decode(final_latents(sampling))
 
@@ -276,7 +320,7 @@ class Pipeline:
         *,
         seeds: Sequence[int],
         steps: int,
-        guidance_scale: float,
+        guidance_scale: float | None = None,
         guidance: GuidanceConfig = DEFAULT_GUIDANCE,
         sampler: str = "dpmpp_2m",
         eta: float | None = None,
@@ -290,11 +334,13 @@ class Pipeline:
         With `literal` the prompts are read as captions in training, brackets, AND and length included. ValueError,
         before the first step: see `__call__`.
         """
+        noise = noise.to(self.device)
+        scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
         run_sampler = get_sampler(sampler, eta)
         ts = make_timesteps(self.diffusion, steps, timesteps)
         spatial = init_image.spatial if init_image else None
         batch = self._denoiser(noise, prompts, negative_prompts, spatial, literal=literal)
-        denoiser, z = batch.guided(guidance_scale, guidance), noise
+        denoiser, z = batch.guided(scale, guidance), noise
         if init_image is not None:
             z, ts = init_image.start(noise, ts, self.diffusion)
             if init_image.mask is not None:

@@ -14,7 +14,7 @@ from ldm.cli import ScriptConfig
 from ldm.data import DataConfig, latents, open_dataset
 from ldm.data.batch_sampler import SampleKey
 from ldm.data.sources.shapes import Split
-from ldm.io.atomic import write_text
+from ldm.io.atomic import check_folder, write_text
 from ldm.io.model_dir import latest_model, read_text
 from ldm.io.tensors import sha256
 from ldm.pipeline.load import load_vae
@@ -53,6 +53,7 @@ def cache_latents(config: CacheLatentsConfig) -> None:
     """Write what is not there yet, over all ranks, then the index."""
     accelerator = Accelerator(kwargs_handlers=[process_group_timeout(config.timeout)])
     with peer_errors(accelerator, config.timeout, "start cache_latents.py again"):
+        check_folder(config.out, "--out")
         LatentWriter(config, accelerator).run()
 
 
@@ -79,7 +80,6 @@ class LatentWriter:
         config, accelerator = self.config, self.accelerator
         accelerator.print(self.sets["train"].describe())
         key = latents.content_key(self.fingerprint, config.images_per_file)
-        config.out.mkdir(parents=True, exist_ok=True)
         files = [(split, *file) for split in SPLITS for file in self._files(split)]
         missing = [file for file in files if not latents.is_valid(config.out / file[1], key)]
         accelerator.wait_for_everyone()  # all have seen the same files

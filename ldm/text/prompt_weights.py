@@ -9,6 +9,16 @@ BRACKETS = {"(": (")", 1.1), "[": ("]", 1 / 1.1)}  # the closing one, and the fa
 NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+))"
 WEIGHT_PATTERN = re.compile(rf":\s*{NUMBER}\s*\)")
 AND_WEIGHT_PATTERN = re.compile(rf":\s*{NUMBER}\s*$")
+OTHER_SYNTAX = re.compile(  # of web interfaces and their extensions, which is not read here
+    r"""<[\w-]+:[^<>]*>                               # <lora:name:0.8>, <hypernet:name:1>, <lyco:name>
+    | \b(?:BREAK|AND_[A-Z]+|ADD(?:BASE|COMM|COL|ROW))\b
+    | (?<!\\)\[[^\[\]]*:\s*[\d.]+\s*\]               # [from:to:0.5], [to:0.5], [from::10]
+    | (?<!\\)\[[^\[\]]*\|[^\[\]]*\]                 # [a|b]
+    | (?<!\\)\{[^{}]*\}                              # {a|b}, {a}
+    | __[\w*/.-]+__                                 # __wildcard__
+    | \bembedding:[^\s,()\[\]]+""",
+    re.VERBOSE,
+)
 
 
 class WeightedText(NamedTuple):
@@ -74,6 +84,11 @@ def split_and(prompt: str) -> list[WeightedText]:
 def strip_weights(prompt: str) -> str:
     """The words of a prompt, without its syntax."""
     return " ".join(part.text for joined in split_and(prompt) for part in parse_weights(joined.text))
+
+
+def other_syntax(prompt: str) -> list[str]:
+    """Parts of a prompt in syntax that other programs know, such as `<lora:x:0.8>` and `BREAK`: here they are words."""
+    return OTHER_SYNTAX.findall(prompt)
 
 
 def _check_weights(parts: list[WeightedText]) -> list[WeightedText]:
