@@ -4,17 +4,17 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.io.atomic import atomic_write
+from ldm.io.image_file import TRANSPOSES, open_image
 from ldm.labels import LabelFont
 
-FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_MEGAPIXELS = 64
 Encoded = bytes | Path  # the content of an image file, or where it is
 
@@ -37,17 +37,16 @@ def decode_reduced(
     if isinstance(data, Image.Image):  # decoded already
         return data, (data.height, data.width)
     try:
-        with _open(data) as image:
-            size = (image.height, image.width)
-            if size[0] * size[1] > MAX_MEGAPIXELS * 1e6:
-                raise Image.DecompressionBombError
-            if side is not None:
-                image.draft(None, (2 * side, 2 * side))
-            image.load()
-            if image.info:  # else there is no orientation to look for
-                size = size[::-1] if _is_turned(image) else size
-                ImageOps.exif_transpose(image, in_place=True)
-            upright = _flatten_alpha(image)
+        with _open_file(data) as file:
+            image, orientation = open_image(io.BytesIO(file.read()))
+        size = (image.height, image.width)
+        if size[0] * size[1] > MAX_MEGAPIXELS * 1e6:
+            raise Image.DecompressionBombError
+        if side is not None:
+            image.draft(None, (2 * side, 2 * side))
+        image.load()
+        method = TRANSPOSES[orientation]
+        upright = _flatten_alpha(image if method is None else image.transpose(method))
     except Image.DecompressionBombError:
         raise ValueError(f"larger than the limit of {MAX_MEGAPIXELS} megapixels; shrink it") from None
     except Image.UnidentifiedImageError:
@@ -55,7 +54,7 @@ def decode_reduced(
     except Exception as error:  # damaged files raise errors of many types in Pillow's decoders
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
     mode = "RGB" if channels == 3 else "L"
-    return (upright if upright.mode == mode else upright.convert(mode)), size
+    return (upright if upright.mode == mode else upright.convert(mode)), _upright(size, orientation)
 
 
 def image_size(data: Encoded | Image.Image) -> tuple[int, int]:
@@ -63,9 +62,9 @@ def image_size(data: Encoded | Image.Image) -> tuple[int, int]:
     if isinstance(data, Image.Image):
         return data.height, data.width
     try:
-        with _open(data) as image:
-            turned = "exif" in image.info and _is_turned(image)  # else a PNG would be decoded to look for it
-            return (image.width, image.height) if turned else (image.height, image.width)
+        with _open_file(data) as file:
+            image, orientation = open_image(file, header=True)
+            return _upright((image.height, image.width), orientation)
     except Exception:  # damaged files raise errors of many types in Pillow's decoders; `decode_image` gives the reason
         return 1, 1
 
@@ -76,15 +75,17 @@ def save_image(image: Image.Image, path: Path, **options: Any) -> None:
         image.save(partial, **options)
 
 
-def _open(data: Encoded) -> Image.Image:
-    if isinstance(data, Path) and not data.is_file() and data.exists():  # such as a pipe, which would never end
+def _open_file(data: Encoded) -> BinaryIO:
+    if isinstance(data, bytes):
+        return io.BytesIO(data)
+    if not data.is_file() and data.exists():  # such as a pipe, which would never end
         raise OSError("not a regular file")
-    return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS)
+    return data.open("rb")
 
 
-def _is_turned(image: Image.Image) -> bool:
-    """Whether it is shown with height and width exchanged."""
-    return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+def _upright(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Height and width once an image is turned."""
+    return size[::-1] if orientation > 4 else size
 
 
 def _flatten_alpha(image: Image.Image) -> Image.Image:

@@ -142,18 +142,18 @@ def test_a_quarantine_is_filled_when_asked_for(
 
 CSV = (
     'file_name,text,n\r\ngood.png,"two\r\nlines, é",1\r\n./sub/bad.png,x,2\r\n\r\n'
-    '"sub\\bad.png",again,3\r\nsub.png,"sub/bad.png?",4'
+    '"SUB\\bad.png",again,3\r\nsub.png,"sub/bad.png?",4'
 )
-MOVED_CSV = 'file_name,text,n\r\n./sub/bad.png,x,2\r\n"sub\\bad.png",again,3\r\n'
+MOVED_CSV = 'file_name,text,n\r\n./sub/bad.png,x,2\r\n"SUB\\bad.png",again,3\r\n'
 JSONL = '{"file_name": "sub/bad.png", "text": "é"}\n{"text": "é", "file_name": "b.png"}\n\n{"file_name": "c.png"}\n'
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize(
     ("name", "text", "moved"),
     [
         ("metadata.csv", CSV, MOVED_CSV),
-        ("metadata.csv", CSV.replace(",", ";"), MOVED_CSV.replace(",", ";")),
+        ("Metadata.CSV", CSV.replace(",", ";"), MOVED_CSV.replace(",", ";")),
         ("metadata.jsonl", JSONL, JSONL.splitlines(keepends=True)[0]),
     ],
 )
@@ -164,9 +164,9 @@ def test_the_rows_of_a_table_move_along(tmp_path: Path, name: str, text: str, mo
     for image in ("good.png", "b.png", "sub/bad.png"):
         (folder / image).write_bytes(b"no image")
     (folder / name).write_bytes(text.encode(encoding))
-    lines = list(quarantine(folder, target, [folder / "sub/bad.png"]))
+    lines = list(quarantine(folder, target, ["sub/bad.png"], ["sub/bad.png", "good.png", "b.png"]))
     assert (target / name).read_bytes() == moved.encode(encoding)
-    rows = moved.splitlines(keepends=True)[name == "metadata.csv" :]
+    rows = moved.splitlines(keepends=True)["csv" in name.lower() :]
     for row in rows:
         text = text.replace(row, "", 1)
     assert (folder / name).read_bytes() == text.encode(encoding)
@@ -182,7 +182,7 @@ def test_the_rows_of_a_parquet_table_move_along(tmp_path: Path) -> None:
     (folder / "train/bad.png").write_bytes(b"no image")
     rows = [{"file_name": f"{name}.png", "caption": [name, "x"], "n": n} for n, name in enumerate(("good", "bad"))]
     pq.write_table(pa.Table.from_pylist(rows), folder / "train/metadata.parquet")
-    list(quarantine(folder, target, [folder / "train/bad.png"]))
+    list(quarantine(folder, target, ["train/bad.png"], ["train/bad.png"]))
     assert pq.read_table(folder / "train/metadata.parquet").to_pylist() == rows[:1]
     assert pq.read_table(target / "train/metadata.parquet").to_pylist() == rows[1:]
     assert not (target / "metadata.csv").exists() and (folder / "metadata.csv").read_text().endswith("x.png,x\n")

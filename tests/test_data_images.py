@@ -107,7 +107,11 @@ def test_metadata(photos, kind, column):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert captions(photos) == {**{name: f'a "{i}", é' for i, name in enumerate(NAMES[:5])}, NAMES[5]: ""}
     described = f"images: 6 files in {photos}/, captions from metadata.{kind} column `{column}`, 5 captioned; "
-    assert opened(photos).describe() == described + f"{len(opened(photos))} in the train split"
+    assert opened(photos).describe().splitlines() == [
+        described + f"{len(opened(photos))} in the train split",
+        "1 images without a caption: more/f.png",
+        "1 skipped other files: notes.md (1 .md)",
+    ]
 
 
 def test_a_file_that_is_listed_twice_has_two_captions(photos):
@@ -258,7 +262,7 @@ def test_parquet_with_an_image_column(tmp_path):
 def test_parquet_of_other_tools(tmp_path, kind):
     data = [encoded(plain(RED)), encoded(plain(RED), "JPEG", quality=95), encoded(plain(RED), "WEBP", lossless=True)]
     cells = data if kind == "bytes" else [{"bytes": item, "path": "x.png"} for item in data]
-    path = table(tmp_path / "a.parquet", {"image": cells, "text": [["one", "two"], [], None]})
+    path = table(tmp_path / "a.parquet", {"image": cells, "Text": [["one", "two"], [], None]})
     parts = [opened(path, split) for split in ("train", "test")]
     for part in parts:
         for i in range(len(part)):
@@ -311,14 +315,19 @@ def hub(monkeypatch, **splits: int) -> None:
         ({"train": 20}, None),
         ({"train": 20, "test": 3, "validation": 2}, "test"),
         ({"train": 20, "validation": 2}, "validation"),
+        ({"extra": 2, "training": 20, "dev": 2, "eval_images": 3}, "eval_images"),
     ],
 )
 def test_hub_splits(monkeypatch, splits, held_out):
     hub(monkeypatch, **splits)
     train, test = opened(Path("org/set")), opened(Path("org/set"), "test")
-    hashed = len(hash_split([f"row {i}" for i in range(20)], "test"))
+    hashed, name = len(hash_split([f"row {i}" for i in range(20)], "test")), max(splits, key=lambda key: splits[key])
     assert list(test.captions) == (["train"] * hashed if held_out is None else [held_out] * splits[held_out])
-    assert list(train.captions) == ["train"] * (20 - hashed if held_out is None else 20)
+    assert list(train.captions) == [name] * (20 - hashed if held_out is None else 20)
+    notes = "\n".join(train.source.notes)
+    assert (f"held out: the {splits.get(held_out)} rows of split {held_out}" in notes) == (held_out is not None)
+    skipped = [other for other in splits if other not in (name, held_out)]
+    assert not skipped or f"{len(skipped)} splits skipped: {', '.join(skipped)}" in notes
     assert train.describe().startswith("images: 20 rows of hub org/set, column `image`, captions from column `caption`")
     assert train[SampleKey(0, 0, 0)]["image"].shape == (3, 8, 8)
 

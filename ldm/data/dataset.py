@@ -109,13 +109,13 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         return {**self.config.fingerprint(), "items": self.source.fingerprint()}
 
     def describe(self) -> str:
-        """What was opened, on one line."""
+        """What was opened, on one line; and a line for each note."""
         text = f"{self.source.description}; {len(self):,} in the {self.split} split"
-        if self.groups is None:
-            return text
-        counts = self.groups.bincount(minlength=len(self.sides)).tolist()
-        listed = ", ".join(f"{w} x {h}: {n:,}" for (h, w), n in zip(self.sides, counts, strict=True))
-        return f"{text}; width x height: images, {listed}"
+        if self.groups is not None:
+            counts = self.groups.bincount(minlength=len(self.sides)).tolist()
+            listed = ", ".join(f"{w} x {h}: {n:,}" for (h, w), n in zip(self.sides, counts, strict=True))
+            text = f"{text}; width x height: images, {listed}"
+        return "\n".join([text, *self.source.notes])
 
     def report(self) -> str:
         """How many images could not be read, and which: for the end of a run."""

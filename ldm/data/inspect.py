@@ -20,7 +20,6 @@ from ldm.data.config import DataConfig
 from ldm.data.dataset import open_source
 from ldm.data.quarantine import check_quarantine, quarantine
 from ldm.data.sources.base import ImageTextSource, Split, first_names
-from ldm.data.sources.encoded import EncodedSource
 from ldm.data.transforms import Sides, View
 from ldm.imaging import captioned_grid, save_image, tensor_to_pil
 from ldm.labels import LabelFont
@@ -81,7 +80,7 @@ def check_data(config: CheckDataConfig, limit: TokenLimit | None) -> Iterator[st
     train, test = (open_source(data, split) for split in get_args(Split))
     if config.quarantine:
         check_quarantine(folder, config.quarantine)
-    yield from dict.fromkeys((train.description, test.description))
+    yield from [train.description, *train.notes]
     tower = f"whose text tower reads {limit.max_tokens} tokens ({limit.origin})" if limit else "without a text tower"
     yield f"for a training at {data.resolution} pixels ({'--size' if config.size else config.config}), {tower}"
     items = [(source, index) for source in (train, test) for index in range(len(source.names))]
@@ -98,9 +97,8 @@ def check_data(config: CheckDataConfig, limit: TokenLimit | None) -> Iterator[st
             remedy = "install a font that does, such as Noto Sans CJK (Debian: fonts-noto-cjk)"
             yield f"{len(missing):,} characters in it are escapes, as no font has {first_names(missing)}: {remedy}"
     if config.quarantine:
-        unreadable = [item for item, info in zip(items, images, strict=True) if info.error]
-        files = [source.images[i] for source, i in unreadable if isinstance(source, EncodedSource)]
-        yield from quarantine(folder, config.quarantine, [file for file in files if isinstance(file, Path)])
+        unreadable = [info.name for info in images if info.error]
+        yield from quarantine(folder, config.quarantine, unreadable, [info.name for info in images])
 
 
 class ImageInfo(NamedTuple):

@@ -7,7 +7,7 @@ import hashlib
 import re
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,6 +19,11 @@ from ldm.data.transforms import Sides, View
 
 Split = Literal["train", "test"]
 HELD_OUT_FRACTION = 0.05  # of the items of a set without a test split
+HELD_OUT_SPLITS = ("test", "validation")  # of those that a set brings, the first is held out
+SPLIT_NAME = re.compile(
+    r"(?<![a-z])(?:(?P<train>train|training)|(?P<test>test|testing|eval|evaluation)"
+    r"|(?P<validation>validation|valid|val|dev))(?![a-z])"
+)
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, from a JSON escape
 
@@ -38,6 +43,7 @@ class ImageTextSource(ABC):
     names: Sequence[str]
     captions: Sequence[Sequence[str]]  # of each item: none, one or several
     description: str
+    notes: Sequence[str] = ()  # a line for each thing that was left out, or not as it should be
 
     @abstractmethod
     def read(self, index: int, view: View, *, channels: int, side: int) -> Decoded:
@@ -81,6 +87,12 @@ def check_split(split: str) -> None:
         raise ValueError(f"split {split!r} is unknown: choose train or test")
 
 
+def named_split(name: str) -> str | None:
+    """Which split the name of a folder, a file or a split says: train, test or validation, or none, as `datasets`."""
+    found = SPLIT_NAME.search(name.lower())
+    return found and found.lastgroup
+
+
 def hash_split(names: Sequence[str], split: Split) -> list[int]:
     """Indices of a split's items: 5 % are held out, by a hash of the name alone, so a new item moves no other.
 
@@ -93,6 +105,12 @@ def hash_split(names: Sequence[str], split: Split) -> list[int]:
         held_out = held_out or {hashes.index(min(hashes))}
         held_out -= {hashes.index(max(hashes))} if len(held_out) == len(names) else set()
     return [i for i in range(len(names)) if (i in held_out) == (split == "test")]
+
+
+def caption_column(names: Iterable[str]) -> str | None:
+    """The column of a table that holds captions, whatever its case; None when none does."""
+    lower = {name.lower(): name for name in sorted(names, key=lambda name: name in CAPTION_COLUMNS)}
+    return next((lower[name] for name in CAPTION_COLUMNS if name in lower), None)
 
 
 def parse_captions(cell: Any, where: str) -> list[str]:

@@ -11,7 +11,7 @@ from ldm.data.sources.base import Decoded, ImageTextSource
 from ldm.data.transforms import Sides, View, crop_resize_to_tensor
 from ldm.imaging import Encoded, decode_image, decode_reduced, image_size
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".webp")
 DECODED_CACHE_BYTES = 2**28  # of the decoded images of a set that is drawn here, in memory
 
 

@@ -1,31 +1,44 @@
-"""A folder of images, with captions in a table, in text files of the same names, or without; and what else is local."""
+"""A folder of images, as `imagefolder` of `datasets` has them; and what else is local."""
 
-import csv
-import io
-import json
 import os
 import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-import pyarrow.parquet
-
-from ldm.data.sources.base import CAPTION_COLUMNS, Split, first_names, hash_split, one_line, parse_captions
+from ldm.data.sources.base import (
+    HELD_OUT_FRACTION,
+    HELD_OUT_SPLITS,
+    Split,
+    check_split,
+    first_names,
+    hash_split,
+    named_split,
+)
+from ldm.data.sources.captions import METADATA_FILES, SIDECAR_SUFFIXES, find_tables, read_captions
 from ldm.data.sources.encoded import SUFFIXES, EncodedSource
 from ldm.data.sources.table import open_hub, open_parquet
 
-OTHER_SUFFIXES = (".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".jxl", ".jp2", ".ppm", ".dcm", ".nii", ".gz")
-SIDECAR_SUFFIXES = (".txt", ".caption")
-METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+OTHER_IMAGE_SUFFIXES = (
+    *(".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".svg", ".psd", ".exr", ".hdr", ".dds", ".qoi", ".pcx"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".dcm", ".nii", ".nii.gz"),
+)
+TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".xlsx", ".xls", ".ods")
+SKIPPED = {  # what files that are not read are, by their suffixes
+    OTHER_IMAGE_SUFFIXES: "that are not PNG, JPEG or WEBP",
+    SIDECAR_SUFFIXES: "texts that belong to no image without a caption",
+    TABLE_SUFFIXES: f"tables that are not named {', '.join(METADATA_FILES)}, or stand beside one that is",
+    ("",): "other files",
+}
 
 
 def open_images(source: str, split: Split) -> EncodedSource:
     """One split of a folder, a parquet file or a hub data set. ValueError: no image, captions of missing files."""
     path = Path(os.path.expanduser(source))  # which leaves an unknown user as it is
     if path.is_dir():
-        has_splits = (path / "train").is_dir() and (path / "test").is_dir() and find_metadata(path) is None
-        return _open_folder(path / split, None) if has_splits else _open_folder(path, split)
-    if path.is_file() and path.suffix == ".parquet":
+        return _open_folder(path, split)
+    if path.is_file() and path.suffix.lower() == ".parquet":
         return open_parquet(path, split)
     if not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         return open_hub(source, split)
@@ -37,103 +50,114 @@ def open_images(source: str, split: Split) -> EncodedSource:
 
 def find_metadata(root: Path) -> Path | None:
     """The table of captions in a folder, if there is one."""
-    return next((root / name for name in METADATA_FILES if (root / name).is_file()), None)
+    return next((root / name for name in find_tables([path.name for path in root.iterdir() if path.is_file()])), None)
 
 
-def _open_folder(root: Path, split: Split | None) -> EncodedSource:
-    """A split, or all, of the images below a folder."""
-    files = _list_files(root)
+def _open_folder(root: Path, split: Split) -> EncodedSource:
+    """One split of the images below a folder."""
+    check_split(split)
+    files, loops = _list_files(root)
     images = [name for name in files if name.lower().endswith(SUFFIXES)]
     if not images:
         content = "holds no PNG, JPEG or WEBP image" if files else "is empty"
-        raise ValueError(f"{root}: this folder {content}; put images there or choose another --data.source")
-    table = find_metadata(root)
-    captions, origin = _table_captions(table, images) if table else _sidecar_captions(root, images, set(files))
-    described = f"captions from {origin}, {sum(map(bool, captions.values())):,} captioned" if origin else "no captions"
-    others = [name for name in files if name.lower().endswith(OTHER_SUFFIXES)]
-    if others:
-        described += f", {len(others):,} skipped that are not PNG, JPEG or WEBP: {first_names(others, 3)}"
-    names = images if split is None else [images[i] for i in hash_split(images, split)]
+        found = f"; it holds {_count_suffixes(files)}" if files else ""
+        raise ValueError(f"{root}: this folder {content}; put images there or choose another --data.source{found}")
+    captions = read_captions(root, files, images)
+    names, notes = _choose_split(images, split)
+    notes += captions.notes
+    without = [name for name in images if not captions.by_image.get(name)]
+    described = "no captions"
+    if captions.origin:
+        count, total = len(images) - len(without), sum(map(len, captions.by_image.values()))
+        described = f"captions from {captions.origin}, {count:,} captioned"
+        described += f" by {total:,} captions" if total > count else ""
+        notes += [f"{len(without):,} images without a caption: {first_names(without)}"] if without else []
+    if loops:
+        notes.append(f"{len(loops):,} linked folders skipped, whose images are read already: {first_names(loops)}")
+    notes += _describe_skipped(sorted(set(files) - set(images) - captions.files))
     return EncodedSource(
         names=names,
         images=[root / name for name in names],
-        captions=[captions.get(name, []) for name in names],
+        captions=[captions.by_image.get(name, []) for name in names],
         description=f"images: {len(images):,} files in {root}/, {described}",
+        notes=notes,
     )
 
 
-def _list_files(root: Path) -> list[str]:
-    """Relative paths of all files below `root`, in order, without hidden ones."""
-    names = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [(Path(folder) / name).relative_to(root).as_posix() for name in files if not name.startswith(".")]
-    return sorted(names)
+# Files.
 
 
-def _sidecar_captions(root: Path, images: list[str], files: set[str]) -> tuple[dict[str, list[str]], str]:
-    """Captions by the name of their image, from text files of the same names, and their kinds."""
-    captions, used = {}, set()
-    for name in images:
-        stem = name.rsplit(".", 1)[0]
-        suffix = next((suffix for suffix in SIDECAR_SUFFIXES if stem + suffix in files), None)
-        if suffix:
-            captions[name] = parse_captions(_read_text(root / (stem + suffix)), name)
-            used.add(f"*{suffix}")
-    return captions, " and ".join(sorted(used))
+def _list_files(root: Path) -> tuple[list[str], list[str]]:
+    """Relative paths of all files below `root`, in order, without hidden ones; and linked folders left out.
+
+    A linked folder is followed where it leads to no folder that is read already, and to none that holds it.
+    """
+    files, loops, seen = [], [], set[str]()
+    trees = [str(root)]
+    for tree in trees:  # which grows: the folders of a tree come before those that are linked from it
+        real = os.path.realpath(tree)
+        holds_link = Path(os.path.realpath(os.path.dirname(tree))).is_relative_to(real)
+        if seen and (real in seen or holds_link):
+            loops.append(os.path.relpath(tree, root))
+            continue
+        for folder, folders, names in os.walk(tree, onerror=_refuse):
+            real, relative = os.path.realpath(folder), Path(folder).relative_to(root)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            files += [(relative / name).as_posix() for name in names if not name.startswith(".")]
+            trees += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
+    return sorted(files), loops
 
 
-def _table_captions(path: Path, images: list[str]) -> tuple[dict[str, list[str]], str]:
-    """Captions by the name of their image, and where they come from. An image that is listed twice has two."""
-    rows = _read_table(path)
-    columns = {column for row in rows for column in row}
-    if "file_name" not in columns:
-        raise ValueError(f"{path}: no column file_name, or no row; write each image's path in the folder there")
-    column = next((name for name in CAPTION_COLUMNS if name in columns), None)
-    if column is None:
-        raise ValueError(f"{path}: no caption column; call it caption, text or prompt")
-    captions: dict[str, list[str]] = {}
-    for row in rows:
-        name = PurePosixPath(str(row.get("file_name"))).as_posix()
-        captions.setdefault(name, []).extend(parse_captions(row.get(column), f"{path}: {one_line(name)}"))
-    missing = sorted(set(captions) - set(images))
-    if missing:
-        raise ValueError(
-            f"{path} names {len(missing):,} files that are not there as PNG, JPEG or WEBP: {first_names(missing)}; "
-            f"add them, remove their lines, or write paths relative to {path.parent}"
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"{error.filename}: this folder cannot be read ({error.strerror}); change its permissions")
+
+
+def _describe_skipped(files: Sequence[str]) -> Iterator[str]:
+    """A line for each kind of files that are not read."""
+    kinds = defaultdict[str, list[str]](list)
+    for name in files:
+        kinds[next(why for suffixes, why in SKIPPED.items() if name.lower().endswith(suffixes))].append(name)
+    for why, names in kinds.items():
+        yield f"{len(names):,} skipped {why}: {first_names(names, 3)} ({_count_suffixes(names)})"
+
+
+def _count_suffixes(names: Iterable[str]) -> str:
+    """How many files there are of each suffix."""
+    counts = Counter(PurePosixPath(name).suffix.lower() or "without a suffix" for name in names)
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common(12))
+
+
+# Splits.
+
+
+def _choose_split(images: Sequence[str], split: Split) -> tuple[list[str], list[str]]:
+    """The images of a split, and what to say of it: the folder's own splits, or else a part that is held out."""
+    parts = _own_splits(images)
+    own = next((kind for kind in HELD_OUT_SPLITS if kind in parts), None)
+    if own and "train" in parts:
+        notes = [f"held out: the {len(parts[own]):,} images of the {own} split of this folder"]
+        others = sorted(name for kind, names in parts.items() if kind not in ("train", own) for name in names)
+        notes += [f"{len(others):,} images skipped, in neither split: {first_names(others)}"] if others else []
+        return parts[own if split == "test" else "train"], notes
+    notes = []
+    if own:
+        notes.append(
+            f"{len(parts[own]):,} images are in folders named for a {own} split, but none in train/: "
+            f"{HELD_OUT_FRACTION:.0%} of all are held out"
         )
-    return captions, f"{path.name} column `{column}`"
+    return [images[i] for i in hash_split(images, split)], notes
 
 
-def _read_table(path: Path) -> list[dict[str, Any]]:
-    if path.suffix == ".jsonl":
-        lines = enumerate(_read_text(path).split("\n"), 1)
-        return [_parse_row(line, f"{path}: line {number}") for number, line in lines if line.strip()]
-    if path.suffix == ".csv":
-        rows = csv.DictReader(io.StringIO(_read_text(path)), strict=True)
-        try:
-            return list(rows)
-        except csv.Error as error:
-            where = f"{path}: line {rows.reader.line_num}"
-            raise ValueError(f"{where} is not CSV ({error}); is a quote left open there?") from None
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError):
-        raise ValueError(f"{path}: not a parquet file, or a damaged one; write it again or remove it") from None
-
-
-def _parse_row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is not a JSON object; write one object in each line")
-    return row
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text; save it as UTF-8") from None
+def _own_splits(images: Sequence[str]) -> dict[str | None, list[str]]:
+    """Images by the split that the outermost of their folders says, if one does; or that all of their names say."""
+    by_folder, by_name = (defaultdict[str | None, list[str]](list) for _ in range(2))
+    for name in images:
+        *folders, file = name.split("/")
+        by_folder[next(filter(None, map(named_split, folders)), None)].append(name)
+        by_name[named_split(file)].append(name)
+    names_say = set(by_folder) == {None} and "train" in by_name and None not in by_name
+    return by_name if names_say else by_folder

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,12 +12,13 @@ import datasets
 import pyarrow.parquet
 from datasets.utils.file_utils import xopen
 
-from ldm.data.sources.base import CAPTION_COLUMNS, one_line, parse_captions
+from ldm.data.sources.base import CAPTION_COLUMNS, caption_column, one_line, parse_captions
 from ldm.data.sources.encoded import SUFFIXES
 from ldm.data.sources.table import image_column
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 CAPTION_ENDINGS = ("txt", *CAPTION_COLUMNS)  # of the files in a tar that hold a caption
+IMAGE_SUFFIX = re.compile(rf"^({'|'.join(suffix[1:] for suffix in SUFFIXES)})\.")  # of a caption in `a.png.txt`
 IMAGE = ".image"  # the ending of an image in a sample, whatever its format
 MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 2**28, 2**20  # of a file in a tar that are read
 ROWS_PER_BATCH = 32  # of a parquet file that are in memory at a time
@@ -87,10 +89,10 @@ def _parquet_samples(url: str) -> Iterator[dict[str, Any]]:
             with contextlib.suppress(ValueError, NotImplementedError):  # a type that it has no name for: not an image
                 features |= datasets.Features.from_arrow_schema(pyarrow.schema([column], metadata=schema.metadata))
         image = image_column(features, url)
-        captions = [name for name in CAPTION_COLUMNS if name in features][:1]
+        captions = list(filter(None, [caption_column(features)]))
         for batch in table.iter_batches(ROWS_PER_BATCH, columns=[image, *captions]):
             for row in range(batch.num_rows):
-                yield {IMAGE: batch[image][row], **{name: batch[name][row] for name in captions}}
+                yield {IMAGE: batch[image][row], **{name.lower(): batch[name][row] for name in captions}}
 
 
 def _value(cell: Any) -> Any:
@@ -117,7 +119,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
     for member in tar:
         folder, _, name = member.name.rpartition("/")
         stem, _, ending = name.partition(".")
-        ending = IMAGE if f".{ending.lower()}".endswith(SUFFIXES) else ending.lower()
+        ending = IMAGE if f".{ending.lower()}".endswith(SUFFIXES) else IMAGE_SUFFIX.sub("", ending.lower())
         wanted = ending in (IMAGE, "json", *CAPTION_ENDINGS) and not name.startswith((".", "__"))
         if wanted and member.isfile() and (content := tar.extractfile(member)):
             yield f"{folder}/{stem}", ending, content.read(MAX_IMAGE_BYTES if ending == IMAGE else MAX_TEXT_BYTES)

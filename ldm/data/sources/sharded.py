@@ -19,15 +19,14 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from ldm.data.batch_sampler import SampleKey, evenly_spaced, permutation
-from ldm.data.sources.base import HELD_OUT_FRACTION, Split, one_line, short_hash
+from ldm.data.sources.base import HELD_OUT_FRACTION, HELD_OUT_SPLITS, Split, named_split, one_line, short_hash
+from ldm.data.sources.captions import METADATA_FILES
 from ldm.data.sources.encoded import SUFFIXES, EncodedSource
-from ldm.data.sources.folder import METADATA_FILES
 from ldm.data.sources.shard import TAR_SUFFIXES, count_shard_rows, is_tar
 from ldm.data.sources.shard_cache import ShardCache, ShardColumn, ShardRange
 from ldm.io.atomic import disk_errors
 
 RANGE_PATTERN = re.compile(r"\{(\d+)\.\.(\d+)\}")
-HELD_OUT_NAME = re.compile(r"(^|[^a-z])(test|val|valid|validation)([^a-z]|$)")  # in the name of a held-out shard
 VERSION_KEYS = ("ETag", "etag", "blob_id", "mtime", "created", "LastModified")  # of a file's content, by file system
 CACHED_SHARDS_PER_STREAM = 3  # its own, the next, and one that another process has not left yet
 MAX_SPACED_SHARDS = 16  # from which evenly spaced items are taken
@@ -81,7 +80,10 @@ def is_sharded(source: str) -> bool:
         has_pattern = set(source) & set("*?") or RANGE_PATTERN.search(source)
         return bool("://" in source or has_pattern or source.endswith(TAR_SUFFIXES))
     names = [name for part in (folder, *filter(Path.is_dir, folder.iterdir())) for name in os.listdir(part)]
-    return any(map(_is_shard, names)) and not any(name.lower().endswith(SUFFIXES) for name in names)
+    if not any(map(_is_shard, names)):
+        return False
+    names += (name for _, _, files in os.walk(folder) for name in files)
+    return not any(name.lower().endswith(SUFFIXES) for name in names)
 
 
 def open_shards(source: str, split: Split, *, streams: int) -> ShardedSource:
@@ -150,14 +152,14 @@ def _list_files(address: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _is_shard(name: str) -> bool:
-    return name.lower().endswith((*TAR_SUFFIXES, ".parquet")) and Path(name).name not in METADATA_FILES
+    return name.lower().endswith((*TAR_SUFFIXES, ".parquet")) and Path(name).name.lower() not in METADATA_FILES
 
 
 def _ranges_of_split(shards: dict[str, str], counts: Sequence[int], split: Split) -> list[ShardRange]:
     """The rows that are in a split: of each shard the first ones are held out, or all or none where names say so."""
-    paths = [url.lower().split("/") for url in shards]
+    paths = [url.split("/") for url in shards]
     common = len(list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))))
-    is_test = [any(map(HELD_OUT_NAME.search, path[common:])) for path in paths]
+    is_test = [any(named_split(part) in HELD_OUT_SPLITS for part in path[common:]) for path in paths]
     ranges = []
     for shard, rows, test in zip(shards.items(), counts, is_test, strict=True):
         if any(is_test) and not all(is_test):

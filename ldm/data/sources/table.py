@@ -7,7 +7,16 @@ from typing import Any
 import datasets
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from ldm.data.sources.base import CAPTION_COLUMNS, Split, first_names, hash_split, one_line, parse_captions
+from ldm.data.sources.base import (
+    HELD_OUT_SPLITS,
+    Split,
+    caption_column,
+    first_names,
+    hash_split,
+    named_split,
+    one_line,
+    parse_captions,
+)
 from ldm.data.sources.encoded import EncodedSource
 from ldm.imaging import Encoded
 
@@ -30,15 +39,26 @@ def open_hub(name: str, split: Split) -> EncodedSource:
             f"data.source {name}: no such folder, and the Hugging Face hub gave no data set of that name "
             f"({one_line(error)}); give --data.source an existing folder or a public hub id"
         ) from None
-    if "train" not in splits:
+    train, *held_out = (_find_split(list(splits), kind) for kind in ("train", *HELD_OUT_SPLITS))
+    if train is None:
         raise ValueError(f"data.source {name}: no split train, only {first_names(list(splits))}; choose another one")
-    held_out = next((key for key in ("test", "validation") if key in splits), None)
+    own = next(filter(None, held_out), None)
     roots = [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
-    rows = splits[held_out if held_out and split == "test" else "train"]
-    return _open_table(rows, f"hub {name}", roots, None if held_out else split)
+    notes = [f"held out: the {len(splits[own]):,} rows of split {own}"] if own else []
+    if others := [key for key in splits if key not in (train, own)]:
+        notes.append(f"{len(others):,} splits skipped: {first_names(others)}")
+    rows = splits[own if own and split == "test" else train]
+    return _open_table(rows, f"hub {name}", roots, None if own else split, notes)
 
 
-def _open_table(rows: datasets.Dataset, where: str, roots: Sequence[Path], split: Split | None) -> EncodedSource:
+def _find_split(names: Sequence[str], kind: str) -> str | None:
+    """The split of that name, or else the first one whose name says it."""
+    return kind if kind in names else next((name for name in names if named_split(name) == kind), None)
+
+
+def _open_table(
+    rows: datasets.Dataset, where: str, roots: Sequence[Path], split: Split | None, notes: Sequence[str] = ()
+) -> EncodedSource:
     """A split, or all, of the image and caption columns of a table. A row has no name, so its number is its name."""
     image = image_column(rows.features, where)
     if not len(rows):
@@ -53,12 +73,13 @@ def _open_table(rows: datasets.Dataset, where: str, roots: Sequence[Path], split
         images=ImageColumn(rows.select_columns([image]).select(chosen), image, roots),
         captions=[captions[i] for i in chosen],
         description=f"images: {len(rows):,} rows of {where}, column `{image}`, {origin}",
+        notes=notes,
     )
 
 
 def _caption_column(rows: datasets.Dataset, where: str) -> tuple[Sequence[Sequence[str]], str]:
     """The captions of all rows, and where they come from."""
-    column = next((name for name in CAPTION_COLUMNS if name in rows.features), None)
+    column = caption_column(rows.features)
     if column is None:
         return [[]] * len(rows), "no captions"
     try:  # as it was written: what looks like an image in it is not decoded, and no path in it is followed
