@@ -77,9 +77,9 @@ def check_data(config: CheckDataConfig, limit: TokenLimit | None) -> Iterator[st
     Without a `limit` captions are not checked.
     """
     data, folder = config.data, Path(os.path.expanduser(config.source))
-    train, test = (open_source(data, split) for split in get_args(Split))
     if config.quarantine:
         check_quarantine(folder, config.quarantine)
+    train, test = (open_source(data, split) for split in get_args(Split))
     yield from [train.description, *train.notes]
     tower = f"whose text tower reads {limit.max_tokens} tokens ({limit.origin})" if limit else "without a text tower"
     yield f"for a training at {data.resolution} pixels ({'--size' if config.size else config.config}), {tower}"
@@ -173,8 +173,8 @@ def find_duplicates(signatures: Sequence[NDArray[np.int16]]) -> list[list[int]]:
     rows = np.stack(signatures)
     means = rows.mean(1)
     order = means.argsort(kind="stable")
-    rows, ends = rows[order], means[order].searchsorted(means[order] + ALIKE / 6, "right")  # as all do not differ so
-    few = rows[:, ::16].copy()  # numbers, which tell most images apart
+    rows, ends = rows[order], means[order].searchsorted(means[order] + ALIKE / 6, "right")  # as few cells differ much
+    few = rows[:, ::16].copy()  # of the numbers: they tell most images apart
     free, groups = np.ones(len(rows), bool), []
     for i in range(len(rows)):
         if free[i]:
