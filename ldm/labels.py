@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 ATTACHED = {"Mn", "Mc", "Me", "Cf", "Sk"}  # categories of characters that change the one before them
 INVISIBLE = {"\ufe0e", "\ufe0f", "\u200c", "\u200d"}  # which fonts need not have
 JOINER = "\u200d"
-PLACEHOLDER_FONTS = ("lastresort.otf", "adobeblank.otf")  # draw a box, or nothing, for every character
+PLACEHOLDER_FONT = "lastresort.otf"  # of macOS: has a box for every character
 BITMAP_SIZES = (160, 109)  # pixels: the only ones of the emoji fonts of Apple and of Noto
 
 
@@ -111,8 +111,9 @@ def find_fonts(clusters: frozenset[str]) -> dict[str, str]:
         except (OSError, RuntimeError):  # damaged, or of a kind that it cannot read
             continue
         new = [c for c in clusters - found.keys() if all(map(face.get_char_index, map(ord, set(c) - INVISIBLE)))]
-        if new and open_font(file, 16):
-            found |= dict.fromkeys(new, file)
+        font = open_font(file, 16) if new else None
+        # Pillow draws nothing for some formats of colour.
+        found |= {c: file for c in new if font and (file == dejavu() or font.getmask(c).getbbox())}
     return found
 
 
@@ -121,7 +122,7 @@ def _font_files() -> Iterator[str]:
     yield dejavu()
     from matplotlib import font_manager  # slow, and seldom needed
 
-    files = [file for file in font_manager.findSystemFonts() if not file.lower().endswith(PLACEHOLDER_FONTS)]
+    files = [file for file in font_manager.findSystemFonts() if not file.lower().endswith(PLACEHOLDER_FONT)]
     yield from sorted(files, key=lambda file: ("regular" not in file.lower(), file))
 
 
