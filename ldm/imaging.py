@@ -8,11 +8,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.io.atomic import atomic_write, check_folder
 from ldm.io.image_file import open_image, turn_upright
+from ldm.labels import LabelFont
 
 MAX_MEGAPIXELS = 64
 Encoded = bytes | Path  # the content of an image file, or where it is
@@ -127,38 +128,36 @@ def tensor_to_pil(pixels: Tensor) -> list[Image.Image]:
 def image_grid(
     images: Sequence[Image.Image], *, columns: int | None = None, scale: int = 1, gap: int = 2
 ) -> Image.Image:
-    """Images of one size in rows; `scale` enlarges them with hard pixel edges, `gap` is in pixels."""
+    """Images in rows, those of other shapes letterboxed; `scale` enlarges with hard pixel edges, `gap` is in pixels."""
     columns = columns or math.ceil(math.sqrt(len(images)))
-    width, height = images[0].width * scale + gap, images[0].height * scale + gap
+    side = max(image.width for image in images) * scale, max(image.height for image in images) * scale
+    width, height = side[0] + gap, side[1] + gap
     rows = math.ceil(len(images) / columns)
     grid = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
     for i, image in enumerate(images):
-        cell = image.convert("RGB").resize((width - gap, height - gap), Image.Resampling.NEAREST)
-        grid.paste(cell, (i % columns * width, i // columns * height))
+        grid.paste(letterbox(image, side), (i % columns * width, i // columns * height))
     return grid
+
+
+def letterbox(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The whole image, as large as it fits into a width and height, on grey; enlarged with hard pixel edges."""
+    larger = image.width > size[0] or image.height > size[1]
+    filter = Image.Resampling.LANCZOS if larger else Image.Resampling.NEAREST
+    return ImageOps.pad(image.convert("RGB"), size, filter, color="grey")
 
 
 def captioned_grid(
     images: Sequence[Image.Image], captions: Sequence[str], *, columns: int, side: int = 128
 ) -> Image.Image:
-    """A grid of images, each `side` pixels wide, with its caption, wrapped, below it."""
-    font = ImageFont.load_default(size=11)
+    """A grid of images in squares of `side` pixels, each with its caption, wrapped, below it."""
+    font = LabelFont(captions)
     cells = []
     for image, caption in zip(images, captions, strict=True):
         cell = Image.new("RGB", (side, side + 58), "white")
-        cell.paste(image.convert("RGB").resize((side, side), Image.Resampling.NEAREST))
-        ImageDraw.Draw(cell).text((1, side + 2), wrap_text(caption, font, side - 2), font=font, fill="black", spacing=1)
+        cell.paste(letterbox(image, (side, side)))
+        cell.paste(font.label(caption, side - 2), (1, side + 2))
         cells.append(cell)
     return image_grid(cells, columns=columns, gap=8)
-
-
-def wrap_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, lines: int = 4) -> str:
-    """Break text into at most `lines` lines that are no wider than `width` pixels."""
-    rows = [""]
-    for word in text.split():
-        longer = f"{rows[-1]} {word}".strip()
-        rows = [*rows[:-1], longer] if font.getlength(longer) <= width else [*rows, word]
-    return "\n".join(rows[:lines])
 
 
 def pad_for_outpainting(

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.cli import parse_cli
 from ldm.config import CONFIGS, read_yaml, write_yaml
-from ldm.data.inspect import format_report, inspect_image
+from ldm.data.inspect import TokenLimit, format_report, inspect_image
 from ldm.data.sources.base import CAPTION_COLUMNS, ImageTextSource
 from ldm.data.sources.folder import METADATA_FILES, open_images
 from ldm.data.transforms import View
@@ -286,7 +286,8 @@ def inspected(parts: list[ImageTextSource]) -> tuple[str, int]:
     shown = [(info.thumbnail, next(iter(info.captions), "")) for info in images if info.thumbnail]
     if shown:
         assert captioned_grid(*zip(*shown, strict=True), columns=2).width == 2 * 136 - 8
-    return next(format_report(images, lambda caption: len(COUNT(caption)), size=8, max_tokens=77)), len(shown)
+    limit = TokenLimit(77, lambda caption: len(COUNT(caption)), "a test")
+    return next(format_report(images, size=8, limit=limit)), len(shown)
 
 
 # Tables of images.

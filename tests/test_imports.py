@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BASE = {"config", "rng", "io", "imaging", "conditioning"}
+BASE = {"config", "rng", "io", "imaging", "conditioning", "labels"}
 # What each module or package below ldm/ may import of ldm, in addition to itself.
 ALLOWED: dict[str, set[str]] = {
     "io": set(),
@@ -15,7 +15,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"config"},
     "rng": {"io"},
     "layers": set(),
-    "imaging": {"io"},
+    "labels": set(),
+    "imaging": {"io", "labels"},
     "conditioning": set(),
     "diffusion": {"config"},
     "vae": {"config", "layers"},

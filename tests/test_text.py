@@ -1,14 +1,15 @@
 """Text towers: agreement with open_clip, freezing, masks, caching, messages."""
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
+import cache_latents
 import open_clip
 import pytest
 import torch
+from helpers import copy_stages_before, plain, train
 from safetensors.torch import load_file, save_file
 
 from ldm.text import TextConditioner, TextConfig, TextEncoder, load_text_encoder
@@ -188,23 +189,76 @@ def test_nothing_waits_for_the_device(values: dict[str, Any], two: bool, folder:
                 assert tensor.is_meta and tensor.shape == like.shape
 
 
-# Prompts over the limit.
+# Captions over the limit.
 
 
-def test_a_truncated_prompt_is_logged_with_what_is_ignored(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        load(folder).tokenizer(["red " * 21 + "circle"])
-        assert not caplog.records
-        load(folder).tokenizer(["red " * 22 + "circle", "a circle"])
-    assert [r.getMessage() for r in caplog.records] == ["prompt has 23 tokens, the limit is 22; ignored: 'circle'"]
-
-
-def test_a_truncated_prompt_is_logged_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Tokens are pieces of bytes: fourteen characters can be thirty-eight tokens."""
-    text = load(folder)
+def test_captions_that_are_cut_are_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Once each, the empty one not at all, and with what the first one loses; nothing is logged meanwhile."""
+    tokenizer = load(folder).tokenizer
+    tokenizer(["red " * 21 + "circle", ""])
+    assert tokenizer.report() == ""
     for _ in range(2):
-        text.tokenizer(["猫宇航员在月球上骑马跳舞唱歌"])
-    assert [record.message.split(";")[0] for record in caplog.records] == ["prompt has 38 tokens, the limit is 22"]
+        tokenizer(["red " * 22 + "circle", "a circle", ""])
+    report = tokenizer.report()
+    assert "1 of 3 have over 24 tokens" in report and "without 'circle'" in report and "--clip.context-length" in report
+    assert "\n" not in report and not caplog.records
+
+
+def test_tokens_are_pieces_of_bytes(folder: Path) -> None:
+    """Fourteen characters can be thirty-eight tokens."""
+    tokenizer = load(folder).tokenizer
+    tokenizer(["猫宇航员在月球上骑马跳舞唱歌"])
+    assert "1 of 1 have over 24 tokens" in tokenizer.report()
+
+
+def test_captions_are_read_ahead_unless_they_are_too_many(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm.text.tokenizer.CACHED_CAPTIONS", 3)
+    long = "red " * 23
+    assert "1 of 2 have" in load(folder).tokenizer.read_ahead(["a circle", long], [long])
+    tokenizer = load(folder).tokenizer
+    assert tokenizer.read_ahead(["a", "b"], ["c", long]) == "" and tokenizer.read_ahead([]) == ""
+    tokenizer([long])
+    assert "1 of 1 have" in tokenizer.report()
+
+
+@pytest.mark.parametrize("stage", ["clip", "ldm"])
+def test_a_training_says_how_many_captions_are_cut(
+    tiny_runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    stage: str,
+) -> None:
+    """On one line at its start, on one at its end, and nowhere between."""
+    photos = write_photos(tmp_path / "photos")
+    copy_stages_before(stage, tiny_runs, tmp_path)
+    capsys.readouterr()
+    train(stage, tmp_path / stage, "--data.source", str(photos))
+    printed = capsys.readouterr().out.splitlines()
+    cut = [number for number, line in enumerate(printed) if "captions: 3 of 12 have over 24 tokens" in line]
+    assert len(cut) == 2 and cut[0] < printed.index(f"configuration: {tmp_path / stage / 'config.yaml'}") < cut[1]
+    assert not [record for record in caplog.records if "tokens" in record.getMessage()]
+
+
+def test_cached_latents_remember_which_captions_were_cut(
+    tiny_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = write_photos(tmp_path / "photos")
+    copy_stages_before("ldm", tiny_runs, tmp_path)
+    flags = ["--data.source", str(photos), "--data.resolution", "16"]
+    cache_latents.main([*flags, "--out", str(tmp_path / "latents")])
+    assert capsys.readouterr().out.count("captions: 3 of 12 have over 24 tokens") == 2
+    train("ldm", tmp_path / "ldm", "--data.source", str(photos), "--cached-latents", str(tmp_path / "latents"))
+    assert capsys.readouterr().out.count("captions: 3 of 12 have over 24 tokens") == 1
+
+
+def write_photos(folder: Path) -> Path:
+    """Twelve images, three of them with a caption of over 24 tokens."""
+    folder.mkdir()
+    for number in range(12):
+        plain((20 * number, 0, 0)).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"{number} " + "red " * (30 if number < 3 else 3))
+    return folder
 
 
 # Loading.

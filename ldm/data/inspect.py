@@ -1,91 +1,106 @@
 """What is in a set of images before anybody trains on it: sizes, unreadable files, duplicates, captions."""
 
+import math
 import os
-import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, Self, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 from tyro.conf import Positional
 
 from ldm.cli import ScriptConfig
+from ldm.config import CONFIGS, read_yaml
 from ldm.data.config import DataConfig
 from ldm.data.dataset import open_source
-from ldm.data.sources.base import ImageTextSource, Split
-from ldm.data.sources.folder import find_metadata
+from ldm.data.quarantine import check_quarantine, quarantine
+from ldm.data.sources.base import ImageTextSource, Split, first_names
 from ldm.data.transforms import Sides, View
 from ldm.imaging import captioned_grid, check_image_file, save_image, tensor_to_pil
-from ldm.io.atomic import check_folder
+from ldm.labels import LabelFont
 
-THUMBNAIL_SIDE = 128  # the longer side, in pixels, of what is hashed and shown of an image
+THUMBNAIL_SIDE = 128  # the longer side, in pixels, of what is compared and shown of an image
+ALIKE = 32  # by how much of 255 the colours of two images that look alike may differ
+MAX_LISTED = 20  # names that the report lists
 
 
 class CheckDataConfig(ScriptConfig):
     """Settings of check_data."""
 
+    config: Path = CONFIGS / "images-64/clip.yaml"
+    """the training that is planned: the file of a recipe, or config.yaml of a run"""
     source: Positional[str] = ""
     """as data.source: a folder, a parquet file, the id of a hub data set, or shards"""
-    size: int = Field(256, ge=8)
-    """resolution of the training that is planned"""
-    max_tokens: int = Field(77, ge=3)
-    """tokens that the text tower reads, start and end among them"""
+    size: int | None = Field(None, ge=8)
+    """resolution of the training; by default data.resolution of --config"""
+    max_tokens: int | None = Field(None, ge=3)
+    """tokens that the text tower reads, start and end among them; by default those of the tower of --config"""
     contact_sheet: Path | None = None
     """write a contact sheet, a PNG, of the first images with their captions"""
     sheet_images: int = Field(48, ge=1)
     """images on it"""
     quarantine: Path | None = None
-    """move unreadable files of a folder here; nothing is moved when left out"""
+    """move unreadable files of a folder here, with their captions; nothing is moved when left out"""
     num_workers: int = Field(os.cpu_count() or 1, ge=1)
     """threads that decode images"""
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, source: str) -> Self:
+        """Without the values of `config`, which is the file of a training."""
+        return super().from_dict({"config": values["config"]} if values["config"] else {}, source=source)
 
-def check_data(config: CheckDataConfig, count_tokens: Callable[[str], int]) -> Iterator[str]:
-    """Inspect all images of both splits: the lines of the report. Writes the sheet and moves files as configured."""
-    if not config.source:
-        raise ValueError("no images: pass a folder, as in `python scripts/check_data.py my_photos`")
+    @property
+    def data(self) -> DataConfig:
+        """The images, as the training would read them; ValueError: none are named, or the file is not one."""
+        if not self.source:
+            raise ValueError("no images: pass a folder, as in `python scripts/check_data.py my_photos`")
+        data = DataConfig.from_dict(read_yaml(self.config).get("data", {}), source=f"{self.config}: data")
+        return data.model_copy(update={"source": self.source, "resolution": self.size or data.resolution})
+
+
+class TokenLimit(NamedTuple):
+    """What captions are checked against."""
+
+    max_tokens: int
+    count: Callable[[str], int]  # tokens of a caption, start and end among them
+    origin: str  # what says so
+
+
+def check_data(config: CheckDataConfig, limit: TokenLimit | None) -> Iterator[str]:
+    """Inspect all images of both splits: the lines of the report. Writes the sheet and moves files as configured.
+
+    Without a `limit` captions are not checked.
+    """
+    data, folder = config.data, Path(os.path.expanduser(config.source))
     if config.contact_sheet:
         check_image_file(config.contact_sheet, "--contact-sheet")
     if config.quarantine:
-        check_quarantine(Path(config.source), config.quarantine)
-    data = DataConfig(source=config.source)
+        check_quarantine(folder, config.quarantine)
     train, test = (open_source(data, split) for split in get_args(Split))
     yield from [train.description, *train.notes]
+    tower = f"whose text tower reads {limit.max_tokens} tokens ({limit.origin})" if limit else "without a text tower"
+    yield f"for a training at {data.resolution} pixels ({'--size' if config.size else config.config}), {tower}"
     items = [(source, index) for source in (train, test) for index in range(len(source.names))]
     enough = range(2 * config.sheet_images)  # to find that many readable ones
     with ThreadPoolExecutor(config.num_workers) as pool:
         images = list(pool.map(lambda i: inspect_image(*items[i], thumbnail=i in enough), range(len(items))))
-    yield from format_report(images, count_tokens, size=config.size, max_tokens=config.max_tokens)
+    yield from format_report(images, size=data.resolution, limit=limit)
     shown = [(info.thumbnail, next(iter(info.captions), "")) for info in images if info.thumbnail]
     if config.contact_sheet and shown:
-        save_image(captioned_grid(*zip(*shown[: config.sheet_images], strict=True), columns=8), config.contact_sheet)
+        thumbnails, captions = zip(*shown[: config.sheet_images], strict=True)
+        save_image(captioned_grid(thumbnails, captions, columns=8), config.contact_sheet)
         yield f"contact sheet: {config.contact_sheet}"
+        if missing := LabelFont(captions).missing:
+            remedy = "install a font that does, such as Noto Sans CJK (Debian: fonts-noto-cjk)"
+            yield f"{len(missing):,} characters in it are escapes, as no font has {first_names(missing)}: {remedy}"
     if config.quarantine:
-        yield from _quarantine(Path(config.source), config.quarantine, [info.name for info in images if info.error])
-
-
-def check_quarantine(folder: Path, target: Path) -> None:
-    """ValueError unless files of `folder` can be moved to `target`."""
-    if not folder.is_dir():
-        raise ValueError(f"--quarantine: {folder} is not a folder, and only files of a folder can be moved")
-    if target.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"--quarantine {target} is inside of {folder}: pass a folder elsewhere")
-    check_folder(target, "--quarantine")
-
-
-def _quarantine(folder: Path, target: Path, names: list[str]) -> Iterator[str]:
-    """Move files out of a folder, to the same relative paths below `target`."""
-    for name in names:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(folder / name, target / name)
-    yield f"{len(names):,} files moved to {target}"
-    if names and (table := find_metadata(folder)):
-        yield f"{table} may still name them: remove their lines before you train"
+        unreadable = [info.name for info in images if info.error]
+        yield from quarantine(folder, config.quarantine, unreadable, [info.name for info in images])
 
 
 class ImageInfo(NamedTuple):
@@ -95,14 +110,12 @@ class ImageInfo(NamedTuple):
     captions: Sequence[str]
     error: str | None = None
     size: Sides = (0, 0)
-    dhash: int = 0  # equal for images that look the same
+    signature: NDArray[np.int16] | None = None
     thumbnail: Image.Image | None = None
 
 
-def format_report(
-    images: Sequence[ImageInfo], count_tokens: Callable[[str], int], *, size: int, max_tokens: int
-) -> Iterator[str]:
-    """The lines on a training at `size` pixels under a text tower of `max_tokens`."""
+def format_report(images: Sequence[ImageInfo], *, size: int, limit: TokenLimit | None) -> Iterator[str]:
+    """The lines on a training at `size` pixels, under a text tower that reads captions up to a limit."""
     unreadable = [info for info in images if info.error is not None]
     yield f"{len(images):,} images, {len(unreadable):,} unreadable"
     yield from (f"  {info.name}: {info.error}" for info in unreadable)
@@ -116,20 +129,26 @@ def format_report(
         )
         ratios = [width / height for height, width in (info.size for info in readable)]
         yield f"width to height from {min(ratios):.2f} to {max(ratios):.2f}, median {median(ratios):.2f}"
-    by_hash: dict[int, list[str]] = defaultdict(list)
-    for info in readable:
-        by_hash[info.dhash].append(info.name)
-    duplicates = [names for names in by_hash.values() if len(names) > 1]
-    yield f"{sum(len(names) - 1 for names in duplicates):,} images look like another one"
-    yield from (f"  {' = '.join(names[:5])}{' ...' if len(names) > 5 else ''}" for names in duplicates)
-    uncaptioned = sum(not info.captions for info in images)
-    too_long = [info.name for info in images if any(count_tokens(text) > max_tokens for text in info.captions)]
-    yield f"{uncaptioned:,} images without a caption; {len(too_long):,} with one of over {max_tokens} tokens"
-    yield from (f"  {name}" for name in too_long[:20])
+    groups = find_duplicates([info.signature for info in readable if info.signature is not None])
+    yield f"{sum(len(group) - 1 for group in groups):,} images look like another one"
+    yield from (f"  {' = '.join(readable[i].name for i in group[:5])}{' ...' * (len(group) > 5)}" for group in groups)
+    yield from listed("images without a caption", [info.name for info in images if not info.captions])
+    if limit:
+        longest = [(info.name, max(map(limit.count, info.captions), default=0)) for info in images]
+        cut = [f"{name} ({count:,})" for name, count in longest if count > limit.max_tokens]
+        yield from listed(f"images with a caption of over {limit.max_tokens} tokens, which is cut", cut)
+
+
+def listed(title: str, names: Sequence[str]) -> Iterator[str]:
+    """How many there are, and the first of them, one a line."""
+    yield f"{len(names):,} {title}"
+    yield from (f"  {name}" for name in names[:MAX_LISTED])
+    if len(names) > MAX_LISTED:
+        yield f"  ... and {len(names) - MAX_LISTED:,} more"
 
 
 def inspect_image(source: ImageTextSource, index: int, *, thumbnail: bool) -> ImageInfo:
-    """Decode one image, at no higher resolution than it takes to hash it and to show it."""
+    """Decode one image, at no higher resolution than it takes to compare it and to show it."""
     name, captions = source.names[index], source.captions[index]
     height, width = source.size(index)
     scale = THUMBNAIL_SIDE / max(height, width, THUMBNAIL_SIDE)
@@ -139,14 +158,30 @@ def inspect_image(source: ImageTextSource, index: int, *, thumbnail: bool) -> Im
     except ValueError as error:
         return ImageInfo(name, captions, str(error))
     (small,) = tensor_to_pil(image.pixels[None])
-    return ImageInfo(name, captions, None, image.original_size, difference_hash(small), small if thumbnail else None)
+    return ImageInfo(name, captions, None, image.original_size, signature(small), small if thumbnail else None)
 
 
-def difference_hash(image: Image.Image) -> int:
-    """64 bits: whether each cell of an 8 x 8 grid is darker than the one to its right (Krawetz 2013, "dHash").
+def signature(image: Image.Image) -> NDArray[np.int16]:
+    """Mean colours of 12 x 12 cells, and the shape: (433,), alike for the same image in another size or format."""
+    grid = np.asarray(image.convert("RGB").resize((12, 12), Image.Resampling.BOX), np.int16)
+    shape = math.log(image.width / image.height) * 10 * ALIKE  # differs too much where one is a tenth wider
+    return np.array([*grid.flat, round(shape)], np.int16)
 
-    A plain image hashes to its brightness, since all its bits would be 0.
-    """
-    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
-    bits = (grey[:, 1:] > grey[:, :-1]).flatten()
-    return int("".join("1" if bit else "0" for bit in bits), 2) or -1 - int(grey.mean())
+
+def find_duplicates(signatures: Sequence[NDArray[np.int16]]) -> list[list[int]]:
+    """Groups of images that look like their first one: no number of their signatures differs by more than `ALIKE`."""
+    if not signatures:
+        return []
+    rows = np.stack(signatures)
+    means = rows.mean(1)
+    order = means.argsort(kind="stable")
+    rows, ends = rows[order], means[order].searchsorted(means[order] + ALIKE / 6, "right")  # as few cells differ much
+    few = rows[:, ::16].copy()  # of the numbers: they tell most images apart
+    free, groups = np.ones(len(rows), bool), []
+    for i in range(len(rows)):
+        if free[i]:
+            near = i + 1 + (abs(few[i + 1 : ends[i]] - few[i]) <= ALIKE).all(1).nonzero()[0]
+            near = near[free[near] & (abs(rows[near] - rows[i]) <= ALIKE).all(1)]
+            free[near] = False
+            groups.append(sorted(order[[i, *near]].tolist()))
+    return sorted(group for group in groups if len(group) > 1)

@@ -70,6 +70,8 @@ class LatentIndex(Config):
     rows: dict[Split, NonNegativeInt] = Field(min_length=2)
     sample_captions: list[str]
     """the first captions of the test split, for sample grids"""
+    cut_captions: str = ""
+    """what the tokenizer said of captions that it cut"""
     groups_sha256: str | None = None
     """hash of buckets.safetensors, where images have buckets"""
 

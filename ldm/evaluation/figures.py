@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from ldm.cli import ScriptConfig
 from ldm.data import DataConfig, open_dataset
 from ldm.diffusion.process import Diffusion
 from ldm.diffusion.samplers import SamplerStep
-from ldm.imaging import captioned_grid, image_grid, save_image, tensor_to_pil, wrap_text
+from ldm.imaging import captioned_grid, image_grid, save_image, tensor_to_pil
 from ldm.io.atomic import check_folder
 from ldm.io.model_dir import latest_model
+from ldm.labels import LabelFont
 from ldm.pipeline import Pipeline
 
 SCALE = 3  # by which images are enlarged
@@ -82,10 +83,10 @@ def labelled_rows(rows: Mapping[str, Sequence[Image.Image]], *, width: int = 70)
     grid = image_grid(images, columns=len(images) // len(rows), scale=SCALE)
     wide = Image.new("RGB", (grid.width + width, grid.height), "white")
     wide.paste(grid, (width, 0))
-    draw, font = ImageDraw.Draw(wide), ImageFont.load_default(size=13)
-    for row, label in enumerate(rows):
-        position = (4, (row + 0.5) * grid.height / len(rows))
-        draw.text(position, wrap_text(label, font, width - 8), font=font, fill="black", anchor="lm")
+    font = LabelFont(rows, size=13)
+    for row, text in enumerate(rows):
+        label = font.label(text, width - 8)
+        wide.paste(label, (4, round((row + 0.5) * grid.height / len(rows) - label.height / 2)))
     return wide
 
 

@@ -51,6 +51,8 @@ class CLIPStage(Stage):
         stage = cls(config, rank=accelerator.process_index, world=accelerator.num_processes)
         stage.data, stage.held_out = open_splits(config.data, seed=config.seed)
         accelerator.print(stage.data.describe())
+        if cut := stage.clip.tokenizer.read_ahead(stage.data.captions, stage.held_out.captions):
+            accelerator.print(cut)
         stage.device, stage.validation = accelerator.device, next(sample_batches(stage.held_out, batch_size=128))
         return stage
 
@@ -59,6 +61,9 @@ class CLIPStage(Stage):
         images = batch["image"].to(rng.device, non_blocking=True)
         ids = self.clip.tokenizer(batch["caption"]).to(rng.device, non_blocking=True)
         return {"loss": self.contrastive_loss(**networks["clip"](images, ids))}
+
+    def report(self) -> str:
+        return self.clip.tokenizer.report()
 
     def example_batch(self, count: int) -> Batch:
         return self.config.data.example_batch(count)

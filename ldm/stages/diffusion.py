@@ -130,10 +130,15 @@ class DiffusionStage(Stage):
         if config.cached_latents is None:
             self.data, self.held_out = open_splits(config.data, seed=config.seed)
             words = vocabulary(self.data.captions)
+            captions = self.data.captions, self.held_out.captions
+            cut = self.text.tokenizer.read_ahead(*captions) if self.text else ""
         else:
             folder, data = config.cached_latents, config.data
             self.data, self.held_out, words = open_latents(folder, data, config.seed, vae_folder, self.text)
+            cut = self.data.index.cut_captions
         accelerator.print(self.data.describe())
+        if cut:
+            accelerator.print(cut)
         self.validation = next(sample_batches(self.held_out))
         if config.in_memory and self.vae:
             if not isinstance(self.data, ImageTextDataset) or self.data.is_sharded:
@@ -241,6 +246,9 @@ class DiffusionStage(Stage):
             literal=not config.sample_prompts,
         )
         return captioned_grid(tensor_to_pil(images), prompts, columns=8)
+
+    def report(self) -> str:
+        return self.text.tokenizer.report() if self.text and self.config.cached_latents is None else ""
 
     def save(self, folder: Path) -> None:
         self.pipeline.save(folder)

@@ -79,6 +79,8 @@ class LatentWriter:
         """Write the missing files, then the index."""
         config, accelerator = self.config, self.accelerator
         accelerator.print(self.sets["train"].describe())
+        if cut := self.text.tokenizer.read_ahead(*(data.captions for data in self.sets.values())):
+            accelerator.print(cut)
         key = latents.content_key(self.fingerprint, config.images_per_file)
         files = [(split, *file) for split in SPLITS for file in self._files(split)]
         missing = [file for file in files if not latents.is_valid(config.out / file[1], key)]
@@ -98,18 +100,19 @@ class LatentWriter:
             )
         accelerator.wait_for_everyone()
         self.sets["train"].sync(gather_object)
+        cut = "\n".join(dict.fromkeys(filter(None, gather_object([self.text.tokenizer.report()]))))  # of all ranks
         if accelerator.is_main_process:
-            self._write_index()
+            self._write_index(cut)
             size = sum((config.out / name).stat().st_size for _, name, _, _ in files)
             accelerator.print(f"{config.out}: {len(files)} files, {size / 2**20:,.1f} MiB")
-            accelerator.print(self.sets["train"].report())
+            accelerator.print("\n".join(filter(None, [self.sets["train"].report(), cut])))
         accelerator.wait_for_everyone()
 
     def _files(self, split: Split) -> list[Any]:
         data, size, augmentations = self.sets[split], self.config.images_per_file, self.config.augmentations_per_image
         return latents.LatentFileLayout(split, len(data), size, augmentations=augmentations, groups=data.groups).files()
 
-    def _write_index(self) -> None:
+    def _write_index(self, cut_captions: str) -> None:
         config, train, test = self.config, self.sets["train"], self.sets["test"]
         index = latents.LatentIndex(
             fingerprint=self.fingerprint,
@@ -118,6 +121,7 @@ class LatentWriter:
             rows={split: len(self.sets[split]) for split in SPLITS},
             groups_sha256=latents.save_groups(config.out, train.groups),
             sample_captions=[test.caption(SampleKey(i, 0, i)) for i in range(min(SAMPLE_CAPTIONS, len(test)))],
+            cut_captions=cut_captions,
         )
         write_text(config.out / latents.VOCABULARY_FILE, "\n".join(vocabulary(train.captions)))
         write_text(config.out / latents.INDEX_FILE, json.dumps(index.to_dict()))

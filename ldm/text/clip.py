@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -48,6 +47,8 @@ class CLIP(nn.Module):
     """An open_clip model for images in [-1, 1], which returns the features that its loss needs."""
 
     def __init__(self, architecture: dict[str, Any]) -> None:
+        import open_clip  # slow, and `CLIPConfig` does without
+
         super().__init__()
         self.architecture = architecture
         self.model = open_clip.CLIP(**architecture, output_dict=True)

@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.config import read_yaml
 from ldm.io.model_dir import latest_model
 from ldm.io.tensors import to_device
+from ldm.text.clip import CLIPConfig
 from ldm.text.encoder import TextConfig, TextEncoder
+from ldm.text.tokenizer import Tokenizer
 from ldm.text.tower import TextEmbeddings
-from ldm.text.weights import LOCAL
+from ldm.text.weights import HUB, LOCAL
 
 
 class TextConditioner(nn.Module):
@@ -90,3 +93,33 @@ def load_text_encoder(towers: Sequence[TextConfig], runs_dir: Path, command: str
         if model_id != "none":
             encoders.append(TextEncoder.load(config, model_id=model_id))
     return combine_encoders(encoders)
+
+
+def planned_tokenizer(file: Path) -> tuple[Tokenizer | None, str]:
+    """The tokenizer of the text tower of a training, None where it has none, and what says so.
+
+    `file` is the configuration of any stage, of a recipe or of a run. Where it names no tower, another stage of the
+    recipe does, or the newest tower beside the run is meant; ValueError: there is none.
+    """
+    others = (file.with_name(f"{stage}.yaml") for stage in ("clip", "ldm"))
+    for path in (file, *filter(Path.is_file, others)):
+        values = read_yaml(path)
+        if "clip" in values:
+            clip = CLIPConfig.from_dict(values["clip"], source=f"{path}: clip")
+            return Tokenizer(clip.context_length), f"clip.context_length of {path}"
+        text = TextConfig.from_dict(values.get("text", {}), source=f"{path}: text")
+        if text.model != "latest":
+            return _tokenizer(text), f"text.model {text.model} of {path}"
+    runs_dir = Path(read_yaml(file).get("run", "runs/any")).parent
+    model_id = f"{LOCAL}{latest_model('text tower', runs_dir, script='accelerate launch scripts/train_clip.py')}"
+    return _tokenizer(TextConfig(model=model_id)), model_id
+
+
+def _tokenizer(config: TextConfig) -> Tokenizer | None:
+    """That of a tower; the weights of a published one are not read."""
+    if config.model == "none":
+        return None
+    if config.model.startswith((LOCAL, HUB)):
+        return TextEncoder.load(config).tokenizer
+    with torch.device("meta"):
+        return TextEncoder.random(config).tokenizer

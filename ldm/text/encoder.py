@@ -16,7 +16,7 @@ from ldm.io.tensors import to_device
 from ldm.text.prompt_weights import parse_weights
 from ldm.text.tokenizer import Tokenizer
 from ldm.text.tower import TextEmbeddings, TextTower
-from ldm.text.weights import CONFIG_NAME, CONVERTED, LOCAL, WEIGHTS_NAME, load_tower
+from ldm.text.weights import CONFIG_NAME, CONVERTED, LOCAL, WEIGHTS_NAME, load_tower, public_architecture
 
 MAX_PROMPT_CHUNKS = 20
 
@@ -69,11 +69,7 @@ class TextEncoder(nn.Module):
     @classmethod
     def random(cls, config: TextConfig, cfg: dict[str, Any] | None = None) -> "TextEncoder":
         """A tower of open_clip's `model_cfg`, by default that of `config.model`, with random weights, to measure."""
-        if cfg is None:
-            import open_clip  # slow to import
-
-            cfg = open_clip.get_model_config(config.model)
-        tower = TextTower(cfg)
+        tower = TextTower(cfg or public_architecture(config.model))
         for parameter in tower.parameters():
             nn.init.normal_(parameter, std=0.02)
         encoder = cls(tower, config, model_id="random", weights=Path())

@@ -2,8 +2,9 @@
 
 import hashlib
 import importlib.util
+import itertools
 import json
-import logging
+import reprlib
 import runpy
 from collections.abc import Iterable
 from functools import lru_cache
@@ -13,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+CACHED_CAPTIONS = 2**16  # whose ids are kept, as training sees each many times
 
 
 class Tokenizer:
-    """Prompts -> ids of the tower's context length; `settings` are those of open_clip's SimpleTokenizer."""
+    """Prompts -> ids of the tower's context length; `settings` are those of open_clip's SimpleTokenizer.
+
+    A caption that is longer is cut and counted: see `report`.
+    """
 
     def __init__(self, context_length: int, **settings: Any) -> None:
         self._bpe = _load_bpe(json.dumps(settings, sort_keys=True))
@@ -27,7 +31,8 @@ class Tokenizer:
         self.encoder: dict[str, int] = self._bpe.encoder
         self.decoder: dict[int, str] = self._bpe.decoder
         self.bpe_ranks: dict[tuple[str, str], int] = self._bpe.bpe_ranks
-        self._encode_truncated = lru_cache(2**16)(self._truncate)  # training sees each caption many times
+        self._encode_truncated = lru_cache(CACHED_CAPTIONS)(self._truncate)
+        self._read, self._cut, self._first_cut = 0, 0, ""  # counts of captions, and the first that was cut
 
     def encode(self, prompt: str) -> list[int]:
         """All tokens of a prompt, without start and end token."""
@@ -41,11 +46,29 @@ class Tokenizer:
             row[: len(tokens)] = torch.tensor(tokens)
         return ids
 
+    def read_ahead(self, *splits: Iterable[str]) -> str:
+        """Encode all captions before training, unless they are too many to keep: what `report` says of them."""
+        distinct = dict.fromkeys(itertools.chain(*splits))
+        for caption in distinct if len(distinct) <= CACHED_CAPTIONS else ():
+            self._encode_truncated(caption)
+        return self.report()
+
+    def report(self) -> str:
+        """How many of the captions that were read so far were cut, and the first, on one line; "" when none was."""
+        if not self._cut:
+            return ""
+        return (
+            f"captions: {self._cut:,} of {self._read:,} have over {self.context_length} tokens and are cut, the first: "
+            f"{self._first_cut}; shorten them, or train the text tower with a larger --clip.context-length"
+        )
+
     def _truncate(self, prompt: str) -> list[int]:
         tokens, limit = self.encode(prompt), self.context_length - 2
+        self._read += bool(tokens)
         if len(tokens) > limit:
+            self._cut += 1
             rest = self._bpe.decode(tokens[limit:]).strip()
-            log.warning("prompt has %d tokens, the limit is %d; ignored: %r", len(tokens), limit, rest)
+            self._first_cut = self._first_cut or f"{reprlib.repr(prompt)} without {reprlib.repr(rest)}"
         return [self.sot_token_id, *tokens[:limit], self.eot_token_id]
 
 

@@ -62,12 +62,20 @@ def _find(model_id: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
         raise ValueError(f"{config} has no model_cfg of a text tower: save or download it again") from None
 
 
-def _find_public(name: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
+def public_architecture(name: str) -> dict[str, Any]:
+    """open_clip's `model_cfg` of a published tower, without its weights; ValueError: there is none of this name."""
     import open_clip  # slow to import, and needed only for its list of models
 
     cfg = open_clip.get_model_config(name)
     if cfg is None:
         raise ValueError(f"text.model {name!r} is not in open_clip: pass one, `local-dir:FOLDER` or `hf-hub:ORG/NAME`")
+    return cfg
+
+
+def _find_public(name: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
+    import open_clip
+
+    cfg = public_architecture(name)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in tags:
         raise ValueError(f"text.model {name}: set text.pretrained to one of {', '.join(tags)}, not {pretrained}")

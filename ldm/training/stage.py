@@ -78,5 +78,9 @@ class Stage(Protocol):
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be resumed: whatever decides the data, their order and the model."""
 
+    def report(self) -> str:
+        """What to print at the end of a run, if there is something."""
+        return ""
+
     def example_batch(self, count: int) -> Batch:
         """A random batch as the loader gives it, for measurements: no data set is opened for it."""

@@ -302,6 +302,6 @@ def train(
     try:
         return fit(config, accelerator, stage)
     finally:
-        for data in (stage.data, stage.held_out):
-            if report := data.report():
+        for part in (stage.data, stage.held_out, stage):
+            if report := part.report():
                 accelerator.print(report)
