@@ -66,6 +66,10 @@ class ImageTextSource(ABC):
         """A hash of which items there are."""
         return short_hash("\n".join(self.names))
 
+    @abstractmethod
+    def content(self) -> str:
+        """A hash of the content of some items: two sets whose items have the same names differ in it."""
+
     def prefetch(self, keys: Sequence[SampleKey], seed: int) -> None:  # noqa: B027  (most need nothing)
         """Prepare for these samples, which are read next."""
 
