@@ -1,6 +1,7 @@
 """Starting and going on: which settings count, what is checked before data, which images are the same, what is said."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -8,11 +9,24 @@ from pathlib import Path
 import cache_latents
 import psutil
 import pytest
-from helpers import STAGE_NAMES, Toy, copy_stages_before, encoded, losses, plain, toy, toy_config, train
+from helpers import (
+    STAGE_NAMES,
+    Toy,
+    copy_stages_before,
+    encoded,
+    losses,
+    numbered_png,
+    plain,
+    toy,
+    toy_config,
+    train,
+    write_set,
+    write_tar,
+)
 
 from ldm import commands
 from ldm.cli import parse_cli
-from ldm.data import DataConfig
+from ldm.data import DataConfig, open_dataset
 from ldm.stages import STAGES
 from ldm.stages.vae import TrainVAEConfig, VAEStage
 
@@ -136,7 +150,7 @@ def test_images_that_were_added_are_counted(own: Path) -> None:
     flags = ["--resume", "latest", "--data.source", str(own / "photos")]
     for name in ("new", "newer", "newest"):
         (own / f"photos/{name}.png").write_bytes(encoded(plain()))
-    added = r"step-000004 was trained on other images: 3 added \(new.*\), none removed; move them elsewhere to resume"
+    added = r"step-000004 was trained on other images: 3 added \(new.*\), none removed; move them away to resume"
     with pytest.raises(SystemExit, match=added):
         train("vae", own / "runs/vae", *flags)
     held = json.loads((own / "runs/vae/items.json").read_text())
@@ -195,6 +209,26 @@ def test_a_fingerprint_knows_a_drawn_set_by_its_name() -> None:
     one, other = DataConfig(source="photos"), DataConfig(source="/elsewhere/photos/", emoji_font=None)
     assert one.fingerprint() == other.fingerprint() != DataConfig(source="pairs").fingerprint()
     assert DataConfig(source="pairs").fingerprint() != DataConfig(source="shapes").fingerprint()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes")
+def test_what_is_no_file_has_no_content(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", count=3)
+    os.mkfifo(photos / "pipe.png")
+    (photos / "folder.png").mkdir()
+    assert open_dataset(DataConfig(source=str(photos)), "train", seed=0).fingerprint()["content"]
+
+
+def test_shards_are_the_same_wherever_they_are(tmp_path: Path) -> None:
+    """Those of another set are not, though they have the same names and as many rows."""
+    for name in ("one", "moved", "other"):
+        write_set(tmp_path / name, tars=2, rows=4)
+    write_tar(tmp_path / "other/000.tar", [(f"{i}.png", numbered_png(i + 90)) for i in range(4)])
+    one, moved, other = (
+        open_dataset(DataConfig(source=str(tmp_path / name)), "train", seed=0).fingerprint()
+        for name in ("one", "moved", "other")
+    )
+    assert one == moved != other and one["items"] == other["items"]
 
 
 # A checkpoint before what may fail.

@@ -35,9 +35,7 @@ def _changes(file: Path, names: Sequence[str]) -> str:
         return REMEDY
     added, removed = sorted(set(names) - before), sorted(before - set(names))
     if added and not removed:
-        return (
-            f"{_count(added, 'added')}, none removed; move them elsewhere to resume, or train on all in another --run"
-        )
+        return f"{_count(added, 'added')}, none removed; move them away to resume, or train on all in another --run"
     return f"{_count(added, 'added')}, {_count(removed, 'removed')}; {REMEDY}"
 
 

@@ -279,7 +279,7 @@ class Trainer:
         """Which settings are not those of the recipe, and which are not those of the run so far, `file`."""
         config, recipe = self.config, self.config.config
         try:
-            if recipe:
+            if recipe and recipe.is_file():
                 settings = type(config).from_dict(read_yaml(recipe), source=str(recipe))
                 if changed := config_diff(settings.to_dict(), config):
                     self.accelerator.print(f"resumed with {recipe}, but {changed}")

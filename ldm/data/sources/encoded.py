@@ -5,7 +5,6 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 from PIL import Image
@@ -48,9 +47,12 @@ def _first_bytes(image: Encoded | Image.Image) -> bytes:
     """The size of an image file and its first bytes; all pixels of an image that is decoded."""
     if isinstance(image, Image.Image):
         return image.tobytes()
-    size = image.stat().st_size if isinstance(image, Path) else len(image)
-    with image.open("rb") if isinstance(image, Path) else io.BytesIO(image) as file:
-        return b"%d " % size + file.read(HASHED_BYTES)
+    if isinstance(image, bytes):
+        return b"%d " % len(image) + image[:HASHED_BYTES]
+    if not image.is_file():  # such as a pipe, which would never end
+        return b""
+    with image.open("rb") as file:
+        return b"%d " % image.stat().st_size + file.read(HASHED_BYTES)
 
 
 def png_cell(image: Image.Image) -> dict[str, bytes | None]:
