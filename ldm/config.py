@@ -54,9 +54,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def write_yaml(path: Path, config: Config) -> None:
-    """Write the resolved configuration, without `resume`: how a run went on is no setting of it."""
-    values = config.model_dump(mode="json", exclude={"resume"})
-    write_text(path, yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100))
+    """Write the resolved configuration, and in `config` the path of the file it came from."""
+    write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None, width=100))
 
 
 def merge(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

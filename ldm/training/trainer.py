@@ -265,7 +265,7 @@ class Trainer:
             (config.run / STOPPED_FILE).unlink(missing_ok=True)
             if saved:
                 self._print_changes(path.parent.parent / "config.yaml")
-            write_yaml(config.run / "config.yaml", config)
+            write_yaml(config.run / "config.yaml", config.model_copy(update={"resume": None}))
             write_items(config.run, self.stage.data.item_names())
             self.accelerator.print(f"configuration: {config.run / 'config.yaml'}")
         settings = {
