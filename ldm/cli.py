@@ -47,16 +47,15 @@ def command(
 
 
 def parse_cli(cls: type[Script], argv: Sequence[str] | None, *, default: Path | None, description: str) -> Script:
-    """Read `--config FILE` (or `default`) and override it from the command line; exits with a message on a fault."""
+    """Read the values of files and override them from the command line; exits with a message on a fault."""
     args = list(sys.argv[1:] if argv is None else argv)
     with exit_on_user_error():
-        path = config_flag(args) or default
-        values = {**(read_yaml(path) if path else {}), "config": path}
+        values, source = values_below_flags(cls, args, default)
         try:
-            config = tyro.cli(cls, args=args, default=cls.from_dict(values, source=str(path)), description=description)
+            config = tyro.cli(cls, args=args, default=cls.from_dict(values, source=source), description=description)
             if not (below := config.values_below()):
                 return config
-            return tyro.cli(cls, args=args, default=cls.from_dict(merge(below, values), source=str(path)))
+            return tyro.cli(cls, args=args, default=cls.from_dict(merge(below, values), source=source))
         except ValidationError as error:
             raise ValueError("\n".join(explain_errors(cls, error, "command line"))) from None
 
@@ -74,16 +73,40 @@ def exit_on_user_error() -> Iterator[None]:
         threading.excepthook = original
 
 
+def values_below_flags(cls: type[ScriptConfig], args: list[str], default: Path | None) -> tuple[dict[str, Any], str]:
+    """What the command line overrides, and where it is from: `--config FILE`, or `default`.
+
+    With `--resume` it is RUN/config.yaml of the run that goes on, where values in `--config FILE` count more.
+    """
+    flags = _early_flags(args)
+    path = flags.config or default
+    values = {**(read_yaml(path) if path else {}), "config": path}
+    if flags.resume is None or "resume" not in cls.model_fields:
+        return values, str(path)
+    if flags.resume == "latest":
+        run = Path(flags.run or values.get("run") or cls.model_fields["run"].default)
+    else:
+        saved = Path(flags.resume)
+        run = (saved if len(saved.parts) > 2 else saved.absolute()).parent.parent
+    file, own = run / "config.yaml", {}
+    try:
+        own = read_yaml(file)
+    except ValueError as error:
+        if flags.config is None:
+            remedy = "name the run to resume with --run, pass its recipe with --config, or start without --resume"
+            raise ValueError(f"{error}; {remedy}") from None
+    return {"config": None, **merge(own, values if flags.config else {}), "run": str(run)}, str(file)
+
+
 def config_flag(args: list[str]) -> Path | None:
     """The file that `--config` names, if it is there."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, nargs="?")
-    path: Path | None = parser.parse_known_args(args)[0].config
+    path: Path | None = _early_flags(args).config
     return path
 
 
-def command_to_train(config: ScriptConfig, stage: str, default: Path) -> str:
-    """The command that trains another stage of the recipe of `config`, next to its run."""
-    recipe = config.config.with_name(f"{stage}.yaml") if config.config and config.config != default else None
-    flag = f" --config {recipe}" if recipe and recipe.is_file() else ""
-    return f"accelerate launch scripts/train_{stage}.py{flag} --run {config.run.parent / stage}"  # type: ignore[attr-defined]
+def _early_flags(args: list[str]) -> argparse.Namespace:
+    """The flags that say which file has the other values."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, kind in (("config", Path), ("run", Path), ("resume", str)):
+        parser.add_argument(f"--{name}", type=kind, nargs="?")
+    return parser.parse_known_args(args)[0]

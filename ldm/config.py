@@ -54,9 +54,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def write_yaml(path: Path, config: Config) -> None:
-    """Write the resolved configuration, without the path of the file it came from."""
-    values = config.model_dump(mode="json", exclude={"config"})
-    write_text(path, yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100))
+    """Write the resolved configuration, and in `config` the path of the file it came from."""
+    write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None, width=100))
 
 
 def merge(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -65,23 +64,30 @@ def merge(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {**values, **over, **nested}
 
 
-def config_diff(path: Path, config: Config) -> list[str]:
-    """`key: before -> now` for each value that is another one than in the configuration written to `path`."""
-    before = flatten(read_yaml(path))
-    now = flatten(config.model_dump(mode="json", exclude={"config", "resume"}))
-    return [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+# What differs between two configurations, or what else decides a run or a cache.
 
 
-def differences(config: Config, other: Config) -> list[str]:
-    """`key theirs, here ours` for each field in which two configurations differ."""
-    ours, theirs = config.to_dict(), other.to_dict()
-    return [f"{key} {theirs[key]}, here {ours[key]}" for key in ours if ours[key] != theirs[key]]
+def changed_values(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Both values of each dotted path in which two nested mappings differ; what one of them lacks is left out."""
+    before, now = flatten(before), flatten(now)
+    return {key: (before[key], value) for key, value in now.items() if before.get(key, value) != value}
 
 
-def check_equal(config: Config, other: Config, where: object) -> None:
-    """ValueError names the fields in which `other`, the configuration of `where`, differs."""
-    if wrong := differences(config, other):
-        raise ValueError(f"{where} has {'; '.join(wrong)}: they must be equal")
+def config_diff(before: dict[str, Any], config: Config) -> str:
+    """`key: before -> now` for each setting in which a configuration differs from the values `before`."""
+    now = config.model_dump(mode="json", exclude={"config", "resume"})
+    return "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changed_values(before, now).items())
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """`key theirs, here ours` for each dotted path in which two nested mappings differ."""
+    return "; ".join(f"{key} {other}, here {own}" for key, (other, own) in changed_values(theirs, ours).items())
+
+
+def check_equal(ours: dict[str, Any], theirs: dict[str, Any], where: object, remedy: str) -> None:
+    """ValueError names what differs in `theirs`, the values of `where`, and the remedy."""
+    if wrong := differences(ours, theirs):
+        raise ValueError(f"{where} has {wrong}: {remedy}")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -224,6 +224,12 @@ class ToyData(Dataset[dict[str, Tensor]]):
     def report(self) -> str:
         return ""
 
+    def fingerprint(self) -> dict[str, Any]:
+        return {}
+
+    def item_names(self) -> Sequence[str]:
+        return ()
+
 
 class Toy(Stage):
     """A 2 -> 1 linear map; at steps in `poison` its loss is NaN, at step `jump` it is large."""
@@ -232,6 +238,9 @@ class Toy(Stage):
         self.model, self.poison, self.jump = nn.Linear(2, 1), poison, jump
         self.trainables, self.frozen = [Trainable("toy", self.model)], {}
         self.data = self.held_out = data or ToyData()
+
+    def open_data(self, accelerator: Any) -> None:
+        """A toy is built with its data."""
 
     def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
         x = batch["x"].to(rng.device)
@@ -247,6 +256,9 @@ class Toy(Stage):
 
     def save(self, folder: Path) -> None:
         """A toy has no model folder."""
+
+    def next_command(self) -> str:
+        return ""
 
     def fingerprint(self) -> dict[str, Any]:
         return {"model": "toy"}
@@ -270,6 +282,9 @@ class ToyGAN(Stage):
         self.trainables = [Trainable("generator", self.generator), Trainable("discriminator", self.discriminator)]
         self.frozen, self.data, self.held_out = {}, ToyData(), ToyData()
 
+    def open_data(self, accelerator: Any) -> None:
+        """A toy is built with its data."""
+
     def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
         x = batch["x"].to(rng.device)
         made = networks["generator"](x + 0.1 * rng.randn("jitter", (2,)))
@@ -286,6 +301,9 @@ class ToyGAN(Stage):
 
     def save(self, folder: Path) -> None:
         write_tensors(folder / "generator.safetensors", self.generator.state_dict())
+
+    def next_command(self) -> str:
+        return ""
 
     def fingerprint(self) -> dict[str, Any]:
         return {"model": "gan"}

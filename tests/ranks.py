@@ -47,11 +47,15 @@ class Harmed:
     def __init__(self, stage: Stage, harm: Harm | None) -> None:
         self.stage, self.harm = stage, harm
         self.rank = PartialState().process_index
-        if harm and harm.what == "twin":
-            self.data = TwinData(stage.data, self.rank)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stage, name)
+
+    def open_data(self, accelerator: Any) -> None:
+        """That of the stage, or the samples of rank 0."""
+        self.stage.open_data(accelerator)
+        if self.harm and self.harm.what == "twin":
+            self.data = TwinData(self.stage.data, self.rank)
 
     def loss(self, name: str, networks: Networks, batch: Batch, rng: Any) -> Any:
         """That of the stage; poisoned, it is NaN."""

@@ -230,7 +230,7 @@ def test_names_of_another_encoding_are_shown_with_escapes(
     train("vae", tmp_path / "vae", "--data.source", str(folder), "--data.max-unreadable", "1")
     assert "replaced by others:\ncaf\\udce9.png: not a PNG" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="caf.*data.max-unreadable"):
-        train("vae", tmp_path / "vae", "--data.source", str(folder))
+        train("vae", tmp_path / "other", "--data.source", str(folder))
     check_data.main([str(folder), *RECIPE, "--quarantine", str(tmp_path / "bad")])
     assert (tmp_path / "bad/caf\udce9.png").exists()
 

@@ -118,21 +118,26 @@ def check_whole(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kilobytes", "file"),
+    ("kilobytes", "file", "checkpoint_every"),
     [
-        (4, "tensorboard"),
-        (16, "samples/step-000002.png"),
-        (2000, "checkpoints"),
-        (3000, "checkpoints"),
-        (5600, "model/vae.safetensors"),
+        (4, "tensorboard", 2),
+        (16, "samples/step-000002.png", 4),
+        (2000, "checkpoints", 2),
+        (3000, "checkpoints", 2),
+        (5600, "model/vae.safetensors", 2),
     ],
 )
 def test_training(
-    kilobytes: int, file: str, tiny_runs: Path, disk: Callable[[int], Disk], capsys: pytest.CaptureFixture[str]
+    kilobytes: int,
+    file: str,
+    checkpoint_every: int,
+    tiny_runs: Path,
+    disk: Callable[[int], Disk],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It goes on from the last checkpoint, or starts again, and ends as a run that never met a full disk."""
     small = disk(kilobytes)
-    run, flags = small.folder / "vae", ["--sample-every", "2"]
+    run, flags = small.folder / "vae", ["--sample-every", "2", "--checkpoint-every", str(checkpoint_every)]
     message = refused(lambda: train("vae", run, *flags), capsys)
     assert f"{run}/{file}" in message
     check_whole(small.folder)
@@ -200,7 +205,9 @@ def test_the_log_names_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     note = RunLogger.write_json
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLogger, "write_json", limited)
-        with pytest.raises(SystemExit, match=r"log.jsonl could not be written .* restart with --resume latest"):
+        with pytest.raises(
+            SystemExit, match=r"log.jsonl could not be written .* restart with --run .*/vae --resume latest"
+        ):
             train("vae", tmp_path / "vae")
     assert "Traceback" not in capsys.readouterr().err
 

@@ -153,10 +153,12 @@ def test_widths_that_do_not_fit_name_the_flag(tiny_runs: Path, tmp_path: Path) -
 
 
 def test_missing_stages_name_the_script_that_makes_them(tmp_path: Path) -> None:
-    vae = r"no finished vae below .*: run `accelerate launch scripts/train_vae.py --run .*/vae` first"
+    """With the data of this run."""
+    data = "--data.resolution 16"
+    vae = rf"no finished vae below .*: run `accelerate launch scripts/train_vae.py {data} --run .*/vae` first"
     with pytest.raises(SystemExit, match=vae):
         train("ldm", tmp_path / "ldm")
-    with pytest.raises(SystemExit, match=r"no finished text tower below .*train_clip.py --run .*/clip` first"):
+    with pytest.raises(SystemExit, match=r"no finished text tower below .*train_clip.py .*--run .*/clip` first"):
         train("ldm", tmp_path / "ldm", "--vae", "none", "--unet.in-channels", "3")
 
 

@@ -13,6 +13,7 @@ ALLOWED: dict[str, set[str]] = {
     "io": set(),
     "config": {"io"},
     "cli": {"config"},
+    "commands": {"config"},
     "rng": {"io"},
     "layers": set(),
     "labels": set(),
@@ -25,9 +26,9 @@ ALLOWED: dict[str, set[str]] = {
     "data": BASE - {"conditioning"} | {"cli"},
     "interop": {"diffusion", "io", "text", "unet", "vae"},
     "pipeline": BASE | {"cli", "diffusion", "interop", "text", "unet", "vae"},
-    "training": BASE - {"conditioning"} | {"cli", "data"},
-    "stages": BASE | {"cli", "data", "diffusion", "pipeline", "text", "training", "unet", "vae"},
-    "planning": BASE - {"conditioning"} | {"cli", "data", "stages", "text", "training", "vae"},
+    "training": BASE - {"conditioning"} | {"cli", "commands", "data"},
+    "stages": BASE | {"cli", "commands", "data", "diffusion", "pipeline", "text", "training", "unet", "vae"},
+    "planning": BASE - {"conditioning"} | {"cli", "commands", "data", "stages", "text", "training", "vae"},
     "evaluation": BASE - {"conditioning"} | {"cli", "data", "diffusion", "pipeline", "planning", "vae"},
 }
 # Of data, the loop sees what a batch is, and the order and the loading of samples: it knows no data set and no model.

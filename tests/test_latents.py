@@ -61,7 +61,7 @@ def test_training_from_text_embeddings_runs_no_tower(runs: Path, tiny_runs: Path
         patch.setattr(TextTower, "forward", counted(sizes, TextTower.forward))
         train("ldm", tmp_path / "ldm", *flags, "--sample-every", "99", "--caption-dropout", "0.5")
     assert sizes == [1, 2 * 16]  # ""; the sample grid at the end, and "" for each of its prompts
-    with pytest.raises(SystemExit, match="layer is penultimate, expected last; run scripts/cache_latents.py"):
+    with pytest.raises(SystemExit, match="has layer penultimate, here last: run scripts/cache_latents.py"):
         train("ldm", tmp_path / "other", *flags, "--text.layer", "last")
     train("ldm", runs / "dropped", "--cached-latents", str(runs / "latents"), "--caption-dropout", "0.5")
     assert losses(tmp_path / "ldm") == pytest.approx(losses(runs / "dropped"), rel=2e-3)
@@ -138,10 +138,10 @@ def test_augmentations_are_what_the_epochs_would_have_cropped(runs: Path, tmp_pa
 
 def test_latents_of_something_else_are_refused(runs: Path, tmp_path: Path) -> None:
     flags = ["--cached-latents", str(runs / "latents")]
-    with pytest.raises(SystemExit, match="seed is 0, expected 1; run scripts/cache_latents.py"):
+    with pytest.raises(SystemExit, match="has seed 0, here 1: run scripts/cache_latents.py"):
         train("ldm", runs / "other", *flags, "--seed", "1")
     vae = train("vae", tmp_path / "vae", "--seed", "1")
-    with pytest.raises(SystemExit, match="vae_sha256 is .*, expected .*; run scripts/cache_latents.py"):
+    with pytest.raises(SystemExit, match="has vae_sha256 .*, here .*: run scripts/cache_latents.py"):
         train("ldm", runs / "other", *flags, "--vae", str(vae))
     with pytest.raises(SystemExit, match="no finished latents .*index.json.*scripts/cache_latents.py"):
         train("ldm", runs / "other", "--cached-latents", str(tmp_path))

@@ -412,7 +412,7 @@ def test_ranks_and_stops_change_nothing(photos: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "two") == pytest.approx(whole, rel=1e-5)
     assert list((tmp_path / "cache-of-ranks").rglob("*.arrow"))
     write_tar(photos / "000.tar", [("1.png", numbered_png(1)), ("2.png", numbered_png(2))])
-    with pytest.raises(SystemExit, match="data .* this run .*: they must match to resume"):
+    with pytest.raises(SystemExit, match="step-000004 was trained on other images"):
         train("vae", tmp_path / "cut/vae", *flags, "--resume", "latest", "--steps", "9")
 
 

@@ -1,5 +1,6 @@
 """The loop's promises: resuming, accumulating, stopping, failing."""
 
+import io
 import json
 import math
 import os
@@ -9,8 +10,10 @@ import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -28,7 +31,9 @@ from helpers import (
     toy_config,
     train,
 )
+from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
@@ -39,6 +44,7 @@ from ldm.training import checkpoint, distributed
 from ldm.training.config import TrainingConfig
 from ldm.training.distributed import make_accelerator
 from ldm.training.ema import EMA
+from ldm.training.logger import RunLogger
 from ldm.training.optimizer import learning_rate
 from ldm.training.stage import Trainable
 from ldm.training.trainer import FitResult, Trainer
@@ -107,7 +113,9 @@ def test_other_settings_at_a_resume_are_reported(tmp_path: Path, capsys: pytest.
     assert "config changed" not in capsys.readouterr().out
     (tmp_path / "config.yaml").write_text("")  # cut off when the power went
     toy(toy_config(tmp_path, resume="latest"))
-    assert "changes since the checkpoint are unknown" in capsys.readouterr().out
+    assert (
+        "config.yaml: expected `key: value` lines, found NoneType; what changed is unknown" in capsys.readouterr().out
+    )
 
 
 def test_the_loss_scale_of_fp16_is_resumed(tmp_path: Path) -> None:
@@ -250,7 +258,7 @@ def test_resume_needs_something_to_resume_from(tmp_path: Path) -> None:
 def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     toy(toy_config(tmp_path / "a"))
     saved = tmp_path / "a/checkpoints/step-000008"
-    with pytest.raises(ValueError, match="has seed 0, this run 1: they must match"):
+    with pytest.raises(ValueError, match="has seed 0, here 1: they must match"):
         toy(toy_config(tmp_path / "b", seed=1, resume=str(saved)))
     with pytest.raises(ValueError, match="is at step 8, past --steps 4"):
         toy(toy_config(tmp_path / "b", steps=4, resume=str(saved)))
@@ -374,7 +382,7 @@ def test_an_optimizer_has_its_own_learning_rate_and_may_have_no_state(tmp_path: 
     shutil.copytree(tmp_path / "whole/checkpoints/step-000003", tmp_path / "again/checkpoints/step-000003")
     toy(toy_config(tmp_path / "again", resume="latest", **settings), stage=PlainToy)
     assert_same(tensors_of(tmp_path / "whole", 8), tensors_of(tmp_path / "again", 8))
-    with pytest.raises(ValueError, match="has toy_optimizer SGD, this run AdamW: they must match"):
+    with pytest.raises(ValueError, match="has toy_optimizer SGD, here AdamW: they must match"):
         toy(toy_config(tmp_path / "other", resume=str(tmp_path / "whole/checkpoints/step-000003"), **settings))
 
 
@@ -535,3 +543,33 @@ def test_accelerate_launch_leaves_all_cores_to_a_run_without_gpu(monkeypatch: py
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     distributed.restore_num_threads()
     assert threads == [6, 3]
+
+
+class Painting(Toy):
+    """A toy with a sample image."""
+
+    def sample(self) -> Image.Image:
+        return Image.new("RGB", (40, 24), (200, 30, 60))
+
+
+def test_sample_grids_go_to_tensorboard(tmp_path: Path) -> None:
+    toy(toy_config(tmp_path, sample_every=3), stage=Painting)
+    events = EventAccumulator(str(tmp_path / "tensorboard/ldm"), size_guidance={"images": 0}).Reload()
+    images = events.Images("samples/0") if "samples/0" in events.Tags()["images"] else events.Images("samples")
+    assert [image.step for image in images] == [3, 6, 8]
+    shown = Image.open(io.BytesIO(images[-1].encoded_image_string))
+    saved = Image.open(tmp_path / "samples/step-000008.png")
+    assert shown.convert("RGB").tobytes() == saved.tobytes() and shown.size == (40, 24)
+
+
+def test_sample_grids_go_to_other_trackers(tmp_path: Path) -> None:
+    """As W&B takes them: a list of images by name."""
+    logged: list[tuple[dict[str, Any], int]] = []
+    tracker = SimpleNamespace(name="wandb", log_images=lambda values, step: logged.append((values, step)))
+    accelerator: Any = SimpleNamespace(trackers=[tracker], is_main_process=True, end_training=lambda: None)
+    logs = RunLogger(tmp_path, accelerator, steps=2, start=0)
+    logs.image(1, Painting().sample())
+    logs.image(2, None)
+    logs.close()
+    [(values, step)] = logged
+    assert step == 1 and values["samples"][0].shape == (24, 40, 3) and values["samples"].dtype == np.uint8

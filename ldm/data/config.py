@@ -9,6 +9,8 @@ from pydantic import Field
 from ldm.config import Config
 from ldm.data.loader import Batch
 
+DRAWN = ("shapes", "pairs", "emoji")  # sources whose images are drawn here, so that their name says which they are
+
 
 class DataConfig(Config):
     """Which images are read, and how they are cropped."""
@@ -51,6 +53,12 @@ class DataConfig(Config):
         sizes = torch.tensor([self.resolution, self.resolution, 0, 0, self.resolution, self.resolution])
         return {"image": images, "sizes": sizes.expand(count, -1), "caption": ["an image"] * count}
 
+    @property
+    def drawn(self) -> str | None:
+        """The set that is drawn here, if it is one."""
+        return self.source if self.source in DRAWN else None
+
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the samples, which a resumed run must not change."""
-        return self.model_dump(mode="json", exclude={"max_unreadable"})
+        """What decides how samples are made of their images, wherever these are stored; a resumed run has the same."""
+        values = self.model_dump(mode="json", exclude={"source", "max_unreadable"})
+        return {**values, "drawn_source": self.drawn, "emoji_font": self.emoji_font and self.emoji_font.name}

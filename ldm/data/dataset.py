@@ -105,8 +105,13 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             yield batch["image"]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the samples, which a resumed run must not change."""
-        return {**self.config.fingerprint(), "items": self.source.fingerprint()}
+        """Hashes of the images, which a resumed run must not change, wherever they are stored."""
+        content = {} if self.config.drawn else {"content": self.source.content()}
+        return {"items": self.source.fingerprint(), **content}
+
+    def item_names(self) -> Sequence[str]:
+        """The name of each image; none of a sharded set, which may have any number, or of one that is drawn."""
+        return [] if self.is_sharded or self.config.drawn else self.source.names
 
     def describe(self) -> str:
         """What was opened, on one line; and a line for each note."""

@@ -34,6 +34,7 @@ from ldm.io.tensors import sha256
 
 LATENTS_FORMAT: Literal["ldm-latents-4"] = "ldm-latents-4"
 INDEX_FILE, VOCABULARY_FILE, BUCKETS_FILE = "index.json", "vocab.txt", "buckets.safetensors"
+ITEM_HASHES = "items", "content"  # of the images of each split: see `ImageTextDataset.fingerprint`
 TEXT_COLUMNS = "hidden_states", "pooled"  # of the text towers, for each caption
 MAX_OPEN_FILES = 64  # by each process
 ENCODE_BATCH_SIZE = 64  # images, or captions, that are encoded at a time
@@ -52,8 +53,8 @@ class InMemoryLatents(Dataset[dict[str, Any]]):
                 mean, logvar = encode(batch["image"].to(device))
                 parts.append({"mean": mean.cpu(), "logvar": logvar.cpu(), "sizes": batch["sizes"]})
         self.data, self.columns = data, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        self.make_batch_sampler, self.fingerprint = data.make_batch_sampler, data.fingerprint
-        self.sync, self.report = data.sync, data.report
+        self.make_batch_sampler, self.sync, self.report = data.make_batch_sampler, data.sync, data.report
+        self.fingerprint, self.item_names = data.fingerprint, data.item_names
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         return {name: column[key.index] for name, column in self.columns.items()} | {"caption": self.data.caption(key)}
@@ -65,6 +66,8 @@ class LatentIndex(Config):
     format: Literal["ldm-latents-4"] = LATENTS_FORMAT
     fingerprint: dict[str, Any]
     """data, seed, and the hashes of the VAE and of the tokenizer; of the towers, too, if text embeddings are cached"""
+    source: str | None = None
+    """`data.source` as it was spelled"""
     images_per_file: int = Field(ge=1)
     augmentations: int = Field(ge=1)
     rows: dict[Split, NonNegativeInt] = Field(min_length=2)
@@ -230,7 +233,12 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return make_batch_sampler(len(self), self.groups, **options)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {**self.index.fingerprint["data"], "items": self.index.fingerprint["items"][self.split]}
+        hashes = self.index.fingerprint
+        return {name: hashes[name][self.split] for name in ITEM_HASHES if hashes.get(name)}
+
+    def item_names(self) -> list[str]:
+        """None: the rows of a folder never change."""
+        return []
 
     def describe(self) -> str:
         """What was opened, on one line."""

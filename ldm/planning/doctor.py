@@ -1,6 +1,7 @@
 """Some real steps of a run, in a temporary run folder, and what they measure: for scripts/doctor.py."""
 
 import math
+import os
 import shutil
 import socket
 import time
@@ -24,7 +25,6 @@ from ldm.planning.checks import DoctorCheck
 from ldm.planning.device import clock, peak_memory, total_memory
 from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
-from ldm.training.distributed import on_rank0
 from ldm.training.fsdp import full_tensor
 from ldm.training.stage import Stage
 from ldm.training.trainer import Buildable, Config, Trainer, train
@@ -38,14 +38,17 @@ def examine(stage_class: Buildable[Config], config: Config) -> list[DoctorCheck]
     if config.steps < MIN_DOCTOR_STEPS:
         raise ValueError(f"--steps must be at least {MIN_DOCTOR_STEPS} for the doctor, not {config.steps}")
     run = config.run.resolve()  # next to it `latest` finds the stages before it
-    values = {"run": run.with_name(f".{run.name}-doctor"), "trackers": (), "resume": None}
-    return train(stage_class, config.model_copy(update=values), fit=run_doctor)
+    folder = run.with_name(f".{run.name}-doctor")
+    values = {"run": folder, "trackers": (), "resume": None}
+    _remove(folder)  # what a killed one left
+    try:
+        return train(stage_class, config.model_copy(update=values), fit=run_doctor)
+    finally:
+        _remove(folder)
 
 
 def run_doctor(config: TrainingConfig, accelerator: Accelerator, stage: Stage) -> list[DoctorCheck]:
-    """In the place of `fit`: the checks of some steps in the folder `config.run`, which is removed."""
-    remove = partial(shutil.rmtree, config.run, ignore_errors=True)
-    on_rank0(accelerator, remove)  # what a killed one left
+    """In the place of `fit`: the checks of some steps in the folder `config.run`."""
     try:
         doctor = DoctorRun(Trainer(config, accelerator, stage))
         with doctor.trainer.open_logs(doctor.steps):
@@ -54,9 +57,12 @@ def run_doctor(config: TrainingConfig, accelerator: Accelerator, stage: Stage) -
     except torch.OutOfMemoryError:
         remedy = f"--grad-accum-steps {2 * config.grad_accum_steps}, --gradient-checkpointing, --fsdp on several GPUs"
         raise ValueError(f"memory: a step of {config.batch_size} images does not fit: try {remedy}") from None
-    finally:
-        if accelerator.is_main_process:
-            remove()
+
+
+def _remove(folder: Path) -> None:
+    """On rank 0, before the ranks meet or after they parted."""
+    if os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class DoctorRun:

@@ -1,13 +1,13 @@
 """The plan for a person: a table of the stages, and the commands that train them."""
 
 import math
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
 
 from ldm.cli import ScriptConfig
+from ldm.commands import quote, to_flags
 from ldm.config import CONFIGS, flatten
 from ldm.planning import planner
 from ldm.planning.cost import TIMED_STEPS
@@ -117,10 +117,5 @@ def training_command(plan: StagePlan, config: PlanConfig) -> str:
     words.append(f"scripts/train_{stage}.py --config {Path('configs') / plan.file.relative_to(CONFIGS)}")
     recipe, planned = flatten(planner.read_recipe(plan.file).to_dict()), flatten(plan.config.to_dict())
     planned |= {"run": str(config.run / stage), "data.source": config.source}
-    for key, value in planned.items():
-        flag = key.replace("_", "-")
-        if value != recipe[key] and isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value != recipe[key]:
-            words.append(f"--{flag} {shlex.quote(str(value))}")
+    words += [quote(*to_flags({key: value for key, value in planned.items() if value != recipe[key]}))]
     return " ".join(words)

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from open_clip.loss import ClipLoss
 from torch import Tensor
 
+from ldm.commands import command_to_train
 from ldm.config import CONFIGS
 from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
 from ldm.data.loader import sample_batches
@@ -47,14 +48,17 @@ class CLIPStage(Stage):
 
     @classmethod
     def build(cls, config: TrainCLIPConfig, accelerator: Accelerator) -> "CLIPStage":
-        """With data; ValueError as `open_dataset` and the networks raise it."""
+        """With networks; ValueError as they raise it."""
         stage = cls(config, rank=accelerator.process_index, world=accelerator.num_processes)
-        stage.data, stage.held_out = open_splits(config.data, seed=config.seed)
-        accelerator.print(stage.data.describe())
-        if cut := stage.clip.tokenizer.read_ahead(stage.data.captions, stage.held_out.captions):
-            accelerator.print(cut)
-        stage.device, stage.validation = accelerator.device, next(sample_batches(stage.held_out, batch_size=128))
+        stage.device = accelerator.device
         return stage
+
+    def open_data(self, accelerator: Accelerator) -> None:
+        self.data, self.held_out = open_splits(self.config.data, seed=self.config.seed)
+        accelerator.print(self.data.describe())
+        if cut := self.clip.tokenizer.read_ahead(self.data.captions, self.held_out.captions):
+            accelerator.print(cut)
+        self.validation = next(sample_batches(self.held_out, batch_size=128))
 
     def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
         """Symmetric cross-entropy between images and captions of the whole batch of all ranks."""
@@ -81,5 +85,8 @@ class CLIPStage(Stage):
         self.clip.save(folder)
         write_manifest(folder, "text tower", {"data": self.config.data.source})
 
+    def next_command(self) -> str:
+        return command_to_train(self.config, "vae", self.default)
+
     def fingerprint(self) -> dict[str, Any]:
-        return {"data": self.data.fingerprint(), "clip": self.config.clip.to_dict()}
+        return {"data": self.config.data.fingerprint(), "clip": self.config.clip.to_dict()}

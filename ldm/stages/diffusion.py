@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from ldm.cli import command_to_train
+from ldm.commands import command_to_train, quote, script_command
 from ldm.conditioning import Conditioning
 from ldm.config import CONFIGS, check_equal, differences
 from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
@@ -93,7 +93,7 @@ class DiffusionStage(Stage):
 
     @classmethod
     def build(cls, config: TrainLDMConfig, accelerator: Accelerator) -> "DiffusionStage":
-        """With the finished stages before it, data and initial weights; ValueError where something does not fit."""
+        """With the finished stages before it, and initial weights; ValueError where something does not fit."""
         check_in_memory(config)
         train_vae, train_clip = (command_to_train(config, stage, cls.default) for stage in ("vae", "clip"))
         vae_folder = None if config.vae == "none" else find_vae(config.vae, config.run.parent, train_vae)
@@ -110,21 +110,21 @@ class DiffusionStage(Stage):
             stage.init_unet(load_components(config.init_from), config.init_from, accelerator)
         for module in stage.frozen.values():
             module.to(accelerator.device)
-        stage.open_data(vae_folder, accelerator)
         return stage
 
     def init_unet(self, source: ModelComponents, where: Path, accelerator: Accelerator) -> None:
         """Start from the U-Net of a finished model; what else differs there, which is no error, is printed."""
         same_input = source.unet.config.model_copy(update={"cond_channels": self.config.unet.cond_channels})
-        check_equal(self.config.unet, same_input, where)
+        check_equal(self.config.unet.to_dict(), same_input.to_dict(), where, "they must be equal")
         init_weights(self.unet, source.unet.state_dict(), where)
-        other = differences(self.config.diffusion, source.diffusion.config)
+        other = [differences(self.config.diffusion.to_dict(), source.diffusion.config.to_dict())]
         networks = {"VAE": (self.vae, source.vae), "text tower": (self.text, source.text)}
         other += [f"another {name}" for name, pair in networks.items() if not same_weights(*pair)]
+        other = list(filter(None, other))
         if other:
             accelerator.print(f"{where} has {'; '.join(other)}: its U-Net has to learn that anew")
 
-    def open_data(self, vae_folder: Path | None, accelerator: Accelerator) -> None:
+    def open_data(self, accelerator: Accelerator) -> None:
         """Images or cached latents, and the pipeline that validation, samples and `save` use."""
         config = self.config
         if config.cached_latents is None:
@@ -134,7 +134,7 @@ class DiffusionStage(Stage):
             cut = self.text.tokenizer.read_ahead(*captions) if self.text else ""
         else:
             folder, data = config.cached_latents, config.data
-            self.data, self.held_out, words = open_latents(folder, data, config.seed, vae_folder, self.text)
+            self.data, self.held_out, words = open_latents(folder, data, config.seed, self.vae_sha256, self.text)
             cut = self.data.index.cut_captions
         accelerator.print(self.data.describe())
         if cut:
@@ -253,8 +253,12 @@ class DiffusionStage(Stage):
     def save(self, folder: Path) -> None:
         self.pipeline.save(folder)
 
+    def next_command(self) -> str:
+        model = (self.config.run / "model").as_posix()
+        return f"{script_command('txt2img', launched=False)} {quote('a prompt', '--model', model)}"
+
     def fingerprint(self) -> dict[str, Any]:
-        fingerprint: dict[str, Any] = {"data": self.data.fingerprint(), "unet": self.config.unet.to_dict()}
+        fingerprint: dict[str, Any] = {"data": self.config.data.fingerprint(), "unet": self.config.unet.to_dict()}
         fingerprint |= {"diffusion": self.config.diffusion.to_dict(), "vae_sha256": self.vae_sha256}
         return fingerprint | text_fingerprint(self.text)
 

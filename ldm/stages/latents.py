@@ -1,6 +1,9 @@
 """Caching latents, token ids and text embeddings on disk, so that train_ldm needs neither images nor VAE."""
 
+import itertools
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,11 @@ from pydantic import Field
 from tqdm import tqdm
 
 from ldm.cli import ScriptConfig
-from ldm.data import DataConfig, latents, open_dataset
+from ldm.config import changed_values, check_equal
+from ldm.data import DataConfig, ImageTextDataset, latents, open_dataset
 from ldm.data.batch_sampler import SampleKey
+from ldm.data.config import DRAWN
+from ldm.data.sources.base import short_hash
 from ldm.data.sources.shapes import Split
 from ldm.io.atomic import check_folder, write_text
 from ldm.io.model_dir import latest_model, read_text
@@ -70,8 +76,11 @@ class LatentWriter:
         self.vae, self.text = load_vae(vae_folder).to(accelerator.device), text.to(accelerator.device)
         config.data.check_channels(self.vae.config.image_channels)
         self.sets = {split: open_dataset(config.data, split, seed=config.seed) for split in SPLITS}
-        self.fingerprint = latents_fingerprint(config.data, config.seed, vae_folder, self.text)
-        self.fingerprint |= {"items": {split: data.source.fingerprint() for split, data in self.sets.items()}}
+        vae_sha256 = sha256(vae_folder / "vae.safetensors")
+        self.fingerprint = latents_fingerprint(config.data, config.seed, vae_sha256, self.text)
+        self.fingerprint |= items_fingerprint(self.sets)
+        captions = "\n".join(itertools.chain.from_iterable(data.captions for data in self.sets.values()))
+        self.fingerprint |= {"captions": short_hash(captions)}
         self.fingerprint |= text_fingerprint(self.text) if config.text_embeddings else {}
 
     @torch.no_grad()
@@ -116,6 +125,7 @@ class LatentWriter:
         config, train, test = self.config, self.sets["train"], self.sets["test"]
         index = latents.LatentIndex(
             fingerprint=self.fingerprint,
+            source=config.data.source,
             images_per_file=config.images_per_file,
             augmentations=config.augmentations_per_image,
             rows={split: len(self.sets[split]) for split in SPLITS},
@@ -137,32 +147,45 @@ def find_vae(vae: str, runs_dir: Path, command: str) -> Path:
 
 
 def open_latents(
-    folder: Path, data: DataConfig, seed: int, vae: Path | None, text: TextConditioner | None
+    folder: Path, data: DataConfig, seed: int, vae_sha256: str | None, text: TextConditioner | None
 ) -> tuple[latents.LatentDataset, latents.LatentDataset, list[str]]:
     """Both splits of a folder of cached latents, and the words of its captions.
 
-    ValueError when it was made from other data, with another VAE or another tokenizer.
+    ValueError when it was made from other images, with another VAE or another tokenizer.
     """
-    if vae is None or text is None:
+    if vae_sha256 is None or text is None:
         raise ValueError("cached_latents: they were made with a VAE and a text tower; leave out `none` for both")
     train, test = (latents.LatentDataset(folder, split, seed=seed) for split in SPLITS)
-    made_from = train.index.fingerprint
-    expected = latents_fingerprint(data, seed, vae, text)
+    made_from, remedy = train.index.fingerprint, "run scripts/cache_latents.py for this recipe"
+    source = str(train.index.source or made_from["data"].get("source"))
+    same_place = os.path.normpath(source) == os.path.normpath(data.source)
+    if not same_place and (data.drawn or source in DRAWN):
+        other = f"{folder} has data.source {source}, here {data.source}"
+        raise ValueError(f"{other}: pass --data.source {source}, or {remedy}")
+    expected = latents_fingerprint(data, seed, vae_sha256, text)
     expected |= text_fingerprint(text) if "text_sha256" in made_from else {}
-    if wrong := [key for key in expected if made_from.get(key) != expected[key]]:
-        differences = "; ".join(f"{key} is {made_from.get(key)}, expected {expected[key]}" for key in wrong)
-        raise ValueError(f"{folder}: {differences}; run scripts/cache_latents.py for this recipe")
+    check_equal(expected, made_from, folder, remedy)
+    if not same_place:  # perhaps the same images, elsewhere
+        found = items_fingerprint({split: open_dataset(data, split, seed=seed) for split in SPLITS})
+        if changed_values(found, made_from):
+            raise ValueError(f"{folder} was made from other images than those of {data.source}: {remedy}")
     return train, test, read_text(folder / latents.VOCABULARY_FILE).split()
 
 
-def latents_fingerprint(data: DataConfig, seed: int, vae: Path, text: TextConditioner) -> dict[str, Any]:
-    """What decides the latents of images under the VAE in a model folder, and the token ids of their captions."""
+def latents_fingerprint(data: DataConfig, seed: int, vae_sha256: str, text: TextConditioner) -> dict[str, Any]:
+    """What decides the latents of images under a VAE, and the token ids of their captions."""
     return {
         "data": data.fingerprint(),
         "seed": seed,
-        "vae_sha256": sha256(vae / "vae.safetensors"),
+        "vae_sha256": vae_sha256,
         "tokenizer_sha256": tokenizer_hash(text.tokenizer),
     }
+
+
+def items_fingerprint(sets: Mapping[Split, ImageTextDataset]) -> dict[str, dict[str, Any]]:
+    """The hashes of the images of each split."""
+    hashes = {split: data.fingerprint() for split, data in sets.items()}
+    return {name: {split: own[name] for split, own in hashes.items() if name in own} for name in latents.ITEM_HASHES}
 
 
 def text_fingerprint(text: TextConditioner | None) -> dict[str, Any]:

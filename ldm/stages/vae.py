@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from ldm.commands import command_to_train
 from ldm.config import CONFIGS, check_equal
 from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
 from ldm.data.loader import sample_batches
@@ -52,18 +53,21 @@ class VAEStage(Stage):
 
     @classmethod
     def build(cls, config: TrainVAEConfig, accelerator: Accelerator) -> "VAEStage":
-        """With data and initial weights; ValueError as `open_dataset` and the networks raise it."""
+        """With the weights of `init_from`; ValueError where these do not fit."""
         stage = cls(config)
-        stage.data, stage.held_out = open_splits(config.data, seed=config.seed)
-        accelerator.print(stage.data.describe())
+        stage.device = accelerator.device
         if config.init_from and not config.resume:
             source = load_vae(config.init_from)
-            check_equal(config.vae, source.config, config.init_from)
+            check_equal(config.vae.to_dict(), source.config.to_dict(), config.init_from, "they must be equal")
             init_weights(stage.vae, source.state_dict(), config.init_from)
-        elif stage.vae.linear is not None and not config.resume:
-            stage.vae.linear.init_from_pca(torch.cat(list(stage.data.spread_images(2048))))
-        stage.device, stage.validation = accelerator.device, next(sample_batches(stage.held_out))["image"]
         return stage
+
+    def open_data(self, accelerator: Accelerator) -> None:
+        self.data, self.held_out = open_splits(self.config.data, seed=self.config.seed)
+        accelerator.print(self.data.describe())
+        if self.vae.linear is not None and not self.config.init_from and not self.config.resume:
+            self.vae.linear.init_from_pca(torch.cat(list(self.data.spread_images(2048))))
+        self.validation = next(sample_batches(self.held_out))["image"]
 
     def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
         """Absolute error, SSIM and a small KL term of a reconstruction through a sampled latent."""
@@ -99,5 +103,8 @@ class VAEStage(Stage):
         values = {"data": self.config.data.to_dict(), "vae": self.config.vae.to_dict(), "vae_sha256": digest}
         write_manifest(folder, "vae", values)
 
+    def next_command(self) -> str:
+        return command_to_train(self.config, "ldm", self.default)
+
     def fingerprint(self) -> dict[str, Any]:
-        return {"data": self.data.fingerprint(), "vae": self.config.vae.to_dict()}
+        return {"data": self.config.data.fingerprint(), "vae": self.config.vae.to_dict()}

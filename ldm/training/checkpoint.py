@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
+from ldm.commands import resume_command
 from ldm.io.atomic import disk_errors
 from ldm.io.tensors import sha256
 from ldm.training.distributed import on_rank0
@@ -28,6 +29,7 @@ from ldm.training.fsdp import empty_shard, shard_tensor
 CHECKPOINT_FORMAT = "ldm-checkpoint-3"
 PROGRESS, MANIFEST, HASHES = "progress.json", "manifest.json", "sha256.json"
 WRITING, CORRUPT, SHARD_GLOB = ".writing-", "corrupt-", "shard-*.safetensors"
+CORRUPT_REMEDY = "pass another checkpoint, or start in another --run"
 PATTERN = re.compile(r"step-(\d{6,})$")
 
 Tensors = dict[str, Tensor]
@@ -53,7 +55,7 @@ def save_checkpoint(
     target = folder / f"step-{step:06d}"
     temporary = folder / f"{WRITING}step-{step:06d}"
     previous = latest(folder)
-    remedy = f"restart with --resume latest, from {previous.name}" if previous else "start again"
+    remedy = f"restart with {resume_command(folder.parent)}, from {previous.name}" if previous else "start again"
     try:
         with disk_errors(target, remedy):
             if on_rank0(accelerator, lambda: _start_writing(temporary, target)):
@@ -148,7 +150,7 @@ def _read_sharded(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensors]:
     return tensors
 
 
-def find_corruption(path: Path, *, rank: int = 0, world: int = 1) -> str | None:
+def find_corruption(path: Path, *, rank: int = 0, world: int = 1, hashed: bool = True) -> str | None:
     """What is wrong with a checkpoint; None when it is whole. Rank `rank` of `world` hashes its part of the files."""
     try:
         manifest = _json(path / MANIFEST)
@@ -160,7 +162,7 @@ def find_corruption(path: Path, *, rank: int = 0, world: int = 1) -> str | None:
             return f"its files are not those of its {MANIFEST}"
         if wrong := [name for name, size in sizes.items() if files[name].stat().st_size != size]:
             return f"{wrong[0]}: size mismatch with {MANIFEST}"
-        has_hashes = (path / HASHES).is_file() and (path / HASHES).stat().st_size  # else whole without them
+        has_hashes = hashed and (path / HASHES).is_file() and (path / HASHES).stat().st_size  # else whole without them
         hashes = _json(path / HASHES) if has_hashes else {}
         wrong = [name for name in sorted(hashes)[rank::world] if sha256(files[name]) != hashes[name]]
         return f"{wrong[0]}: SHA-256 mismatch with {HASHES}" if wrong else None
@@ -177,28 +179,61 @@ def latest(folder: Path) -> Path | None:
     return next(reversed(_list_checkpoints(folder)), None)
 
 
+def candidates(resume: str | None, folder: Path) -> list[Path]:
+    """The checkpoints that a run may go on from, the newest first; none where it starts.
+
+    ValueError when there is nothing to resume from, or something to overwrite, and for a PATH where `folder` holds a
+    newer one, which is of another course.
+    """
+    found = _list_checkpoints(folder)
+    if resume is None:
+        if found:
+            raise ValueError(
+                f"{folder.parent} already has {found[-1].name}: pass --resume latest, or choose another --run"
+            )
+        return []
+    if resume == "latest":
+        if not found:
+            raise ValueError(f"{folder} has no checkpoint to resume from; start without --resume")
+        return found[::-1]
+    named = Path(resume)
+    if found and found[-1].resolve() != named.resolve():
+        raise ValueError(f"{folder} has {found[-1].name}: pass --resume latest, or resume {named} in another --run")
+    return [named]
+
+
+def peek(resume: str | None, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that a run goes on from, and its progress, before any tensor is read; None where a run starts.
+
+    ValueError as `candidates`, and where no candidate is whole as far as sizes tell.
+    """
+    damage = []
+    for path in candidates(resume, folder):
+        reason = find_corruption(path, hashed=False)
+        if reason is None:
+            with contextlib.suppress(ValueError):
+                return path, _json(path / PROGRESS)
+        damage.append(f"cannot resume from {path}: {reason or f'{PROGRESS} is corrupt'}")
+    if damage:
+        raise ValueError(f"{'; '.join(damage)}; {CORRUPT_REMEDY}")
+    return None
+
+
 def resolve(resume: str, folder: Path, accelerator: Accelerator) -> tuple[Path, list[str]]:
     """What `--resume latest|PATH` means: for `latest` the newest whole one, and what is wrong with newer ones.
 
     Those are renamed, so that they count neither for `keep` nor as the newest. All ranks call this and each hashes its
-    part of the files. ValueError when there is nothing to resume from, and for a PATH where `folder` holds a newer one,
-    which is of another course.
+    part of the files. ValueError: see `candidates`, or none is whole.
     """
-    found, named = on_rank0(accelerator, lambda: _list_checkpoints(folder)), Path(resume)
-    candidates = found[::-1] if resume == "latest" else [named]
-    if not candidates:
-        raise ValueError(f"{folder} has no checkpoint to resume from; start without --resume")
-    if resume != "latest" and found and found[-1].resolve() != named.resolve():
-        raise ValueError(f"{folder} has {found[-1].name}: pass --resume latest, or resume {named} in another --run")
     rank, world = accelerator.process_index, accelerator.num_processes
     corrupt: list[tuple[Path, str]] = []
-    for path in candidates:
+    for path in on_rank0(accelerator, lambda: candidates(resume, folder)):
         reasons = [reason for reason in gather_object([find_corruption(path, rank=rank, world=world)]) if reason]
         if not reasons:
             names = on_rank0(accelerator, lambda: [_quarantine(bad) for bad, _ in corrupt])
             return path, [f"{text}; renamed to {name}" for (_, text), name in zip(corrupt, names, strict=True)]
         corrupt.append((path, f"cannot resume from {path}: {reasons[0]}"))
-    raise ValueError(f"{'; '.join(text for _, text in corrupt)}; pass another checkpoint, or start in another --run")
+    raise ValueError(f"{'; '.join(text for _, text in corrupt)}; {CORRUPT_REMEDY}")
 
 
 def _quarantine(path: Path) -> str:

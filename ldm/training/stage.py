@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
@@ -47,17 +48,27 @@ class TrainingData(Protocol):
     def report(self) -> str:
         """What to print at the end of a run, if there is something."""
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to be resumed: hashes of the samples, wherever they are stored."""
+
+    def item_names(self) -> Sequence[str]:
+        """The name of each sample, to tell which were added or removed; none where they have none, or are too many."""
+
 
 class Stage(Protocol):
     """One training: what is trained, on what, by which loss.
 
-    `validate`, `sample` and `save` run on rank 0, with the averaged weights in place, in eval mode, without gradients.
+    It is built without data, which `open_data` opens when all else is known to fit. `validate`, `sample` and `save` run
+    on rank 0, with the averaged weights in place, in eval mode, without gradients.
     """
 
     trainables: Sequence[Trainable]  # updated in this order in each step
     frozen: Mapping[str, nn.Module]
     data: TrainingData
     held_out: TrainingData  # for `validate` and `sample`
+
+    def open_data(self, accelerator: Accelerator) -> None:
+        """Open both data sets, and make what needs them before the first step, such as initial weights."""
 
     def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
         """Scalar terms of the loss of trainable `name`; "loss" is minimized.
@@ -67,7 +78,7 @@ class Stage(Protocol):
         """
 
     def validate(self) -> dict[str, float]:
-        """Scalars on held-out data."""
+        """Scalars on held-out data, whose names begin with `validation`."""
 
     def sample(self) -> Image.Image | None:
         """An image to look at, if there is one."""
@@ -75,8 +86,14 @@ class Stage(Protocol):
     def save(self, folder: Path) -> None:
         """Write the finished model."""
 
+    def next_command(self) -> str:
+        """The command that uses the finished model: that of the next stage, or one that generates."""
+
     def fingerprint(self) -> dict[str, Any]:
-        """What a checkpoint must agree on to be resumed: whatever decides the data, their order and the model."""
+        """What a checkpoint must agree on to be resumed, without the samples: what decides their views and the model.
+
+        It needs no open data.
+        """
 
     def report(self) -> str:
         """What to print at the end of a run, if there is something."""

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ldm.config import check_equal
 from ldm.io.tensors import load_strict
 from ldm.training import checkpoint
 from ldm.training.anomalies import AnomalyMonitor
@@ -102,11 +103,7 @@ class TrainingState:
     def restore(self, path: Path) -> None:
         """Go back, or on, to a checkpoint; ValueError when it is of another run."""
         tensors, progress = checkpoint.load_checkpoint(path, self.mesh)
-        for key, value in self.fingerprint.items():
-            if (saved := progress["fingerprint"].get(key)) != value:
-                raise ValueError(f"{path} has {key} {saved}, this run {value}: they must match to resume")
-        if progress["step"] > self.config.steps:
-            raise ValueError(f"{path} is at step {progress['step']}, past --steps {self.config.steps}")
+        check_resumable(path, progress, self.config, self.fingerprint)
         for name, module in self.modules.items():
             if name not in tensors:
                 raise ValueError(f"{path} has no weights of {name}: it belongs to another kind of run")
@@ -132,6 +129,13 @@ class TrainingState:
         """Trained parameters and buffers of a network, without its frozen parameters."""
         frozen = {key for key, p in self.modules[name].named_parameters() if not p.requires_grad}
         return {key: tensor for key, tensor in self.modules[name].state_dict().items() if key not in frozen}
+
+
+def check_resumable(path: Path, progress: dict[str, Any], config: TrainingConfig, fingerprint: dict[str, Any]) -> None:
+    """ValueError where a checkpoint is of another run, as far as `fingerprint` tells, or past the last step."""
+    check_equal(fingerprint, progress["fingerprint"], path, "they must match to resume")
+    if progress["step"] > config.steps:
+        raise ValueError(f"{path} is at step {progress['step']}, past --steps {config.steps}")
 
 
 def _mesh(config: TrainingConfig, accelerator: Accelerator) -> DeviceMesh | None:

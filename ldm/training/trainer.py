@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -11,7 +12,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from ldm.config import config_diff, write_yaml
+from ldm.commands import resume_command
+from ldm.config import config_diff, read_yaml, write_yaml
 from ldm.data.batch_sampler import EpochBatchSampler
 from ldm.data.loader import Batches, load_batches
 from ldm.io.atomic import disk_errors, write_text
@@ -21,10 +23,11 @@ from ldm.training.config import TrainingConfig
 from ldm.training.distributed import make_accelerator, on_rank0, peer_errors
 from ldm.training.ema import copy_params
 from ldm.training.fsdp import full_tensor, reshard
+from ldm.training.items import check_items, write_items
 from ldm.training.logger import RunLogger
 from ldm.training.optimizer import learning_rate, step_if_finite
 from ldm.training.stage import Stage, Trainable
-from ldm.training.state import TrainingState
+from ldm.training.state import TrainingState, check_resumable
 from ldm.training.stop import STOPPED_FILE, StopRequest
 
 
@@ -46,7 +49,8 @@ class Trainer:
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator, stage: Stage) -> None:
         self.config, self.accelerator, self.stage = config, accelerator, stage
-        fingerprint = {"seed": config.seed, "batch_size": config.batch_size, **stage.fingerprint()}
+        fingerprint = fingerprint_without_samples(config, stage)
+        fingerprint["data"] = {**fingerprint.get("data", {}), **stage.data.fingerprint()}
         self.state = TrainingState(config, accelerator, stage.trainables, fingerprint)
         self._resume_or_start()
         self.networks = self.state.prepare_networks()
@@ -56,18 +60,24 @@ class Trainer:
 
     def run(self, on_step: Callable[["Trainer"], None]) -> FitResult:
         """Take all remaining steps, or stop where a signal asks for it; `on_step` is called after each."""
-        stop, batches = StopRequest(timeout=self.config.timeout), self.batches(start=self.state.step)
         with self.open_logs(self.config.steps):
-            with stop.listening():
-                while self.state.step < self.config.steps:
-                    self.train_step(batches)
-                    on_step(self)
-                    self._log_validate_save()
-                    if signal := stop.poll():
-                        return self._stopped(signal)
-            if signal := stop.last_answer():
-                return self._stopped(signal)
-            return self._finished()
+            result = self._take_steps(on_step)
+        self._print_end(result)
+        return result
+
+    def _take_steps(self, on_step: Callable[["Trainer"], None]) -> FitResult:
+        stop, batches = StopRequest(timeout=self.config.timeout), self.batches(start=self.state.step)
+        with stop.listening():
+            self._catch_up()
+            while self.state.step < self.config.steps:
+                self.train_step(batches)
+                on_step(self)
+                self._log_save_validate()
+                if signal := stop.poll():
+                    return self._stopped(signal)
+        if signal := stop.last_answer():
+            return self._stopped(signal)
+        return self._finished()
 
     def train_step(self, batches: Batches) -> None:
         """One optimizer step of each trainable."""
@@ -143,13 +153,20 @@ class Trainer:
 
     @contextmanager
     def open_logs(self, steps: int) -> Iterator[None]:
-        """Open logs around the steps; a collective that fails since another rank is gone is a ValueError."""
-        self.logs = RunLogger(self.config.run, self.accelerator, steps=steps, start=self.state.step)
-        remedy = "restart with --resume latest"
-        with closing(self.logs), peer_errors(self.accelerator, self.config.timeout, remedy):
-            yield
+        """Open logs around the steps, and tell at the end which images could not be read.
 
-    def _log_validate_save(self) -> None:
+        A collective that fails since another rank is gone is a ValueError.
+        """
+        self.logs = RunLogger(self.config.run, self.accelerator, steps=steps, start=self.state.step)
+        try:
+            with closing(self.logs), peer_errors(self.accelerator, self.config.timeout, self.logs.remedy):
+                yield
+        finally:
+            for part in (self.stage.data, self.stage.held_out, self.stage):
+                if report := part.report():
+                    self.accelerator.print(report)
+
+    def _log_save_validate(self) -> None:
         config, step = self.config, self.state.step
         last = step == config.steps
         self.logs.step(step)
@@ -160,12 +177,27 @@ class Trainer:
             values = {name: self._mean(value) for name, value in self.losses.items()}
             values["learning_rate"] = self.state.optimizers[self.stage.trainables[0].name].param_groups[0]["lr"]
             self.logs.train(step, values, batch_size=config.batch_size)
-        if step % config.validate_every == 0 or last:
-            self.with_ema_weights(lambda: self.logs.write(step, self.stage.validate()))
-        if step % config.sample_every == 0 or last:
-            self.with_ema_weights(lambda: self.logs.image(step, self.stage.sample()))
         if step % config.checkpoint_every == 0 or last:
-            self.save()
+            self.save()  # first, so that an error in what follows loses no step
+        self._validate_and_sample()
+
+    def _validate_and_sample(self, *, validated: bool = False, sampled: bool = False) -> None:
+        """What is due at this step and not done yet."""
+        config, step = self.config, self.state.step
+        last = step == config.steps
+        if (step % config.validate_every == 0 or last) and not validated:
+            with self.logs.doing("validating"):
+                self.with_ema_weights(lambda: self.logs.validate(step, self.stage.validate()))
+        if (step % config.sample_every == 0 or last) and not sampled:
+            with self.logs.doing("sampling"):
+                self.with_ema_weights(lambda: self.logs.image(step, self.stage.sample()))
+
+    def _catch_up(self) -> None:
+        """Validate and sample where a run was killed after the checkpoint that it goes on from, and before them."""
+        step, logs = self.state.step, self.logs
+        if step:
+            done = on_rank0(self.accelerator, lambda: (logs.validation[0] == step, logs.sample_file(step).is_file()))
+            self._validate_and_sample(validated=done[0], sampled=done[1])
 
     def _report_anomalies(self) -> None:
         """Log skipped steps and loss spikes; ValueError when too many consecutive steps were skipped."""
@@ -216,25 +248,26 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step."""
         self._report_anomalies()
-        self.state.save()
+        with self.logs.doing("saving a checkpoint"):
+            self.state.save()
         self.logs.restart_clock(self.state.step)
 
     # Start and end.
 
     def _resume_or_start(self) -> None:
         config = self.config
-        if config.resume:
-            self.state.resume(config.resume)
-        elif (found := checkpoint.latest(self.state.folder)) is not None:
-            raise ValueError(f"{config.run} already has {found.name}: pass --resume latest, or choose another --run")
+        if saved := on_rank0(self.accelerator, lambda: checkpoint.peek(config.resume, self.state.folder)):
+            path, progress = saved
+            check_items(path, progress, self.state.fingerprint, self.stage.data.item_names())
+            self.state.resume(str(config.resume))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             (config.run / STOPPED_FILE).unlink(missing_ok=True)
-            file = config.run / "config.yaml"
-            if config.resume and file.is_file():
-                self._log_config_diff(file)
-            write_yaml(file, config)
-            self.accelerator.print(f"configuration: {file}")
+            if saved:
+                self._print_changes(path.parent.parent / "config.yaml")
+            write_yaml(config.run / "config.yaml", config.model_copy(update={"resume": None}))
+            write_items(config.run, self.stage.data.item_names())
+            self.accelerator.print(f"configuration: {config.run / 'config.yaml'}")
         settings = {
             "tensorboard": {"purge_step": self.state.step + 1},  # what a killed run wrote past its checkpoint
             "wandb": {"name": str(config.run), "config": config.to_dict()},
@@ -242,26 +275,49 @@ class Trainer:
         with disk_errors(config.run / "tensorboard"):
             self.accelerator.init_trackers("ldm", init_kwargs=settings)
 
-    def _log_config_diff(self, file: Path) -> None:
+    def _print_changes(self, file: Path) -> None:
+        """Which settings are not those of the recipe, and which are not those of the run so far, `file`."""
+        config, recipe = self.config, self.config.config
         try:
-            if changed := config_diff(file, self.config):
-                self.accelerator.print(f"config changed since the checkpoint: {'; '.join(changed)}")
+            if recipe and recipe.is_file():
+                settings = type(config).from_dict(read_yaml(recipe), source=str(recipe))
+                if changed := config_diff(settings.to_dict(), config):
+                    self.accelerator.print(f"resumed with {recipe}, but {changed}")
+            if changed := config_diff(read_yaml(file), config):
+                self.accelerator.print(f"config changed since the checkpoint: {changed}")
         except ValueError as error:  # the checkpoint is what counts
-            self.accelerator.print(f"{error}; the changes since the checkpoint are unknown")
+            self.accelerator.print(f"{error}; what changed is unknown")
 
     def _stopped(self, signal: int) -> FitResult:
         self.save()
         step = self.state.step
         on_rank0(self.accelerator, lambda: write_text(self.config.run / STOPPED_FILE, f"step {step}\n"))
-        self.logs.print(f"stopped at step {step}; restart with --resume latest")
-        self.state.finish_hashing()
+        self._finish_hashing()
         return FitResult(step, None, signal)
 
     def _finished(self) -> FitResult:
         folder = self.config.run / "model"
-        self.with_ema_weights(lambda: self.stage.save(folder))
-        self.state.finish_hashing()
+        with self.logs.doing("saving the model"):
+            self.with_ema_weights(lambda: self.stage.save(folder))
+        self._finish_hashing()
         return FitResult(self.state.step, folder)
+
+    def _finish_hashing(self) -> None:
+        with self.logs.doing("hashing the checkpoint"):
+            self.state.finish_hashing()
+
+    def _print_end(self, result: FitResult) -> None:
+        """What the run made, how good it was at its last validation, and the command that goes on from here."""
+        if result.model is None:
+            command = resume_command(self.config.run)
+            self.accelerator.print(f"stopped at step {result.step}; go on with: {command}")
+            return
+        step, values = self.logs.validation
+        measured = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        after = f"; at step {step}: {measured}" if values else ""
+        self.accelerator.print(f"finished after {result.step} steps: {result.model}{after}")
+        if command := self.stage.next_command():
+            self.accelerator.print(f"next: {command}")
 
 
 def fit(
@@ -285,7 +341,7 @@ Result = TypeVar("Result")
 
 
 class Buildable(Protocol[Config]):
-    """A stage class: opens data and frozen networks as the configuration says."""
+    """A stage class: makes and loads networks as the configuration says."""
 
     def build(self, config: Config, accelerator: Accelerator) -> Stage: ...
 
@@ -296,12 +352,26 @@ def train(
     *,
     fit: Callable[[Config, Accelerator, Stage], Result] = fit,  # type: ignore[assignment]
 ) -> Result:
-    """Build a stage and run it, with `fit` or with what takes its place."""
+    """Build a stage and run it, with `fit` or with what takes its place; what needs no data is checked first."""
     accelerator = make_accelerator(config)
+    saved = on_rank0(accelerator, lambda: check_run(config))
     stage = stage_class.build(config, accelerator)
-    try:
-        return fit(config, accelerator, stage)
-    finally:
-        for part in (stage.data, stage.held_out, stage):
-            if report := part.report():
-                accelerator.print(report)
+    if saved:
+        path, progress = saved
+        check_resumable(path, progress, config, fingerprint_without_samples(config, stage))
+    stage.open_data(accelerator)
+    return fit(config, accelerator, stage)
+
+
+def check_run(config: TrainingConfig) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that a run goes on from, with its progress; ValueError where it can resume or write nothing."""
+    saved = checkpoint.peek(config.resume, config.run / "checkpoints")
+    with disk_errors(config.run):
+        config.run.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=config.run).close()
+    return saved
+
+
+def fingerprint_without_samples(config: TrainingConfig, stage: Stage) -> dict[str, Any]:
+    """What a checkpoint must agree on to be resumed, as far as it is known before any data are opened."""
+    return {"seed": config.seed, "batch_size": config.batch_size, **stage.fingerprint()}

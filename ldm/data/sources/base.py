@@ -72,6 +72,10 @@ class ImageTextSource(ABC):
         """A hash of which items there are."""
         return short_hash("\n".join(self.names))
 
+    def content(self) -> str:
+        """A hash of the content of some items, in which sets with the same names differ; "" tells none apart."""
+        return ""
+
     def prefetch(self, keys: Sequence[SampleKey], seed: int) -> None:  # noqa: B027  (most need nothing)
         """Prepare for these samples, which are read next."""
 

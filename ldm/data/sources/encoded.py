@@ -1,5 +1,7 @@
 """Sources of 8-bit image files: PNG, JPEG and WEBP, decoded and resized in 8 bits."""
 
+import contextlib
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from ldm.data.transforms import Sides, View, crop_resize_to_tensor
 from ldm.imaging import Encoded, decode_image, decode_reduced, image_size
 
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".webp")
+HASHED_IMAGES, HASHED_BYTES = 64, 2**16  # of a set, and of each, for `content`
 DECODED_CACHE_BYTES = 2**28  # of the decoded images of a set that is drawn here, in memory
 
 
@@ -31,6 +34,25 @@ class EncodedSource(ImageTextSource):
             return image_size(self.images[index])
         except ValueError:  # a row without an image
             return 1, 1
+
+    def content(self) -> str:
+        digest = hashlib.sha256()
+        for index in self.evenly_spaced(HASHED_IMAGES):
+            with contextlib.suppress(ValueError, OSError):  # no image, which training replaces
+                digest.update(_first_bytes(self.images[index]))
+        return digest.hexdigest()[:16]
+
+
+def _first_bytes(image: Encoded | Image.Image) -> bytes:
+    """The size of an image file and its first bytes; all pixels of an image that is decoded."""
+    if isinstance(image, Image.Image):
+        return image.tobytes()
+    if isinstance(image, bytes):
+        return b"%d " % len(image) + image[:HASHED_BYTES]
+    if not image.is_file():  # such as a pipe, which would never end
+        return b""
+    with image.open("rb") as file:
+        return b"%d " % image.stat().st_size + file.read(HASHED_BYTES)
 
 
 def png_cell(image: Image.Image) -> dict[str, bytes | None]:

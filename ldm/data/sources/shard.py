@@ -50,6 +50,13 @@ def count_shard_rows(url: str) -> int:
             return pyarrow.parquet.read_metadata(file).num_rows
 
 
+def first_bytes(url: str, count: int) -> bytes:
+    """What a shard begins with. ShardReadError when it cannot be read."""
+    with _shard_errors(url), _open_url(url) as file:
+        content: bytes = file.read(count)
+        return content
+
+
 def read_rows(url: str) -> Iterator[ShardRow]:
     """The rows of a shard, in order. ShardReadError when it cannot be read, or is cut off."""
     with _shard_errors(url):

@@ -1,6 +1,7 @@
 """Tar or parquet shards on any fsspec file system, downloaded on demand into a bounded local cache."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -21,8 +22,8 @@ from tqdm import tqdm
 from ldm.data.batch_sampler import SampleKey, evenly_spaced, permutation
 from ldm.data.sources.base import HELD_OUT_FRACTION, HELD_OUT_SPLITS, Split, named_split, one_line, short_hash
 from ldm.data.sources.captions import METADATA_FILES
-from ldm.data.sources.encoded import SUFFIXES, EncodedSource
-from ldm.data.sources.shard import TAR_SUFFIXES, count_shard_rows, is_tar
+from ldm.data.sources.encoded import HASHED_BYTES, SUFFIXES, EncodedSource
+from ldm.data.sources.shard import TAR_SUFFIXES, count_shard_rows, first_bytes, is_tar
 from ldm.data.sources.shard_cache import ShardCache, ShardColumn, ShardRange
 from ldm.io.atomic import disk_errors
 
@@ -30,6 +31,7 @@ RANGE_PATTERN = re.compile(r"\{(\d+)\.\.(\d+)\}")
 VERSION_KEYS = ("ETag", "etag", "blob_id", "mtime", "created", "LastModified")  # of a file's content, by file system
 CACHED_SHARDS_PER_STREAM = 3  # its own, the next, and one that another process has not left yet
 MAX_SPACED_SHARDS = 16  # from which evenly spaced items are taken
+HASHED_SHARDS = 4  # for `content`
 IO_THREADS = 16
 MAX_SHARD_URLS = 10**6  # that ranges may stand for
 
@@ -59,6 +61,11 @@ class ShardedSource(EncodedSource):
     def fingerprint(self) -> str:
         """A hash of which shards there are, and which rows of each."""
         return short_hash(json.dumps([(Path(url).name, first, rows) for url, _, first, rows in self.cache.ranges]))
+
+    def content(self) -> str:
+        """Of a few shards, which are not downloaded for it."""
+        parts = [self.cache.ranges[part] for part in evenly_spaced(HASHED_SHARDS, len(self.cache.ranges))]
+        return hashlib.sha256(b"".join(first_bytes(part.url, HASHED_BYTES) for part in parts)).hexdigest()[:16]
 
     def prefetch(self, keys: Sequence[SampleKey], seed: int) -> None:
         """In a loading process, begin to download the shards of these samples, and those that come after them."""

@@ -1,0 +1,81 @@
+"""Every batch reaches the networks where these are: all stages on a GPU that is pretended, where mixed devices fail."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import STAGE_NAMES, tiny_flags
+from pretend_gpu import OnGPU, pretend_gpu
+
+from ldm.cli import parse_cli
+from ldm.data.batch_sampler import SampleKey
+from ldm.data.loader import collate
+from ldm.rng import StepRNG
+from ldm.stages import STAGES
+from ldm.stages.diffusion import DiffusionStage
+from ldm.stages.latents import CacheLatentsConfig, LatentWriter
+
+
+def accelerator_on(device: torch.device) -> Any:
+    """What stages ask of an accelerator."""
+    values = {"device": device, "is_main_process": True, "process_index": 0, "num_processes": 1}
+    return SimpleNamespace(**values, print=print, wait_for_everyone=lambda: None)
+
+
+def build(name: str, run: Path, *flags: str, device: torch.device) -> Any:
+    """The tiny stage, with data, its trainables on the device as the loop puts them there."""
+    stage_class = STAGES[name]
+    quick = ["--no-cache-latents", "--sample-prompts", "a star"] if name == "ldm" else []
+    argv = tiny_flags(name, run, *quick, *flags)
+    config = parse_cli(stage_class.Config, argv, default=stage_class.default, description="")
+    stage = stage_class.build(config, accelerator_on(device))
+    stage.open_data(accelerator_on(device))
+    for trainable in stage.trainables:
+        trainable.module.to(device)
+    return stage
+
+
+def use(stage: Any, device: torch.device) -> None:
+    """Loss, gradients, validation and samples."""
+    networks = {trainable.name: trainable.module for trainable in stage.trainables}
+    batch = collate([stage.data[SampleKey(i, 0, i)] for i in range(4)])
+    for name, network in networks.items():
+        loss = stage.loss(name, networks, batch, StepRNG(0, 0, range(4), 4, device))["loss"]
+        assert isinstance(loss, OnGPU)
+        loss.backward()
+        assert all(isinstance(parameter, OnGPU) for parameter in network.parameters())
+        assert any(parameter.grad is not None for parameter in network.parameters())
+    with torch.no_grad():
+        assert all(isinstance(value, float) for value in stage.validate().values())
+        stage.sample()
+
+
+@pytest.mark.parametrize("name", STAGE_NAMES)
+def test_each_stage(name: str, tiny_runs: Path) -> None:
+    with pretend_gpu() as device:
+        use(build(name, tiny_runs / "on_gpu", device=device), device)
+
+
+def test_cached_latents_with_text_embeddings_and_sizes(tiny_runs: Path, tmp_path: Path) -> None:
+    """Written there, and trained on."""
+    flags = f"--out {tmp_path}/latents --vae {tiny_runs}/vae/model --text.model local-dir:{tiny_runs}/clip/model"
+    flags += " --data.resolution 16 --text-embeddings --text.layer penultimate --text.use-pooled"
+    config = parse_cli(CacheLatentsConfig, flags.split(), default=None, description="")
+    with pretend_gpu() as device:
+        LatentWriter(config, accelerator_on(device)).run()
+        cached = ["--cached-latents", str(config.out), "--unet.size-embed-dim", "8"]
+        stage = build("ldm", tiny_runs / "on_gpu", *cached, device=device)
+        assert "hidden_states" in stage.validation
+        use(stage, device)
+
+
+def test_a_batch_that_is_left_on_the_cpu_is_found(tiny_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        DiffusionStage, "latents", lambda stage, batch, randn: torch.zeros(len(batch["sizes"]), 4, 4, 4)
+    )
+    with pretend_gpu() as device:
+        stage = build("ldm", tiny_runs / "on_gpu", device=device)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="same device, found cuda:0 and cpu"):
+            stage.validate()
