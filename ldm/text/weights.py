@@ -35,7 +35,7 @@ def load_tower(model_id: str, pretrained: str | None = None) -> tuple[TextTower,
     _check_supported(cfg, model_id)
     with torch.device("meta"):
         tower = TextTower(cfg)
-    tensors = read_tensors(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    tensors = read_tensors(path, pickles=True)  # open_clip's own tags have them
     tensors = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
     load_strict(tower, {name: tensors[name] for name in tower.state_dict() if name in tensors}, path, assign=True)
     return tower, path
