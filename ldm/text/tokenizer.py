@@ -4,9 +4,11 @@ import hashlib
 import importlib.util
 import json
 import logging
+import re
 import runpy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import count, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +19,38 @@ log = logging.getLogger(__name__)
 
 
 class Tokenizer:
-    """Prompts -> ids of the tower's context length; `settings` are those of open_clip's SimpleTokenizer."""
+    """Prompts -> ids of the tower's context length; `settings` are those of open_clip's SimpleTokenizer.
 
-    def __init__(self, context_length: int, **settings: Any) -> None:
+    Of these, `additional_special_tokens` are learned ones (textual inversion, Gal et al. 2022), whose ids follow all
+    others. They are found in any case; a name whose NAME_1, NAME_2 are learned, too, stands for all of them.
+    """
+
+    def __init__(self, context_length: int, *, additional_special_tokens: Sequence[str] = (), **settings: Any) -> None:
         self._bpe = _load_bpe(json.dumps(settings, sort_keys=True))
         self.context_length = context_length
         self.sot_token_id: int = self._bpe.sot_token_id
-        self.eot_token_id: int = self._bpe.eot_token_id  # the largest id of all
-        self.encoder: dict[str, int] = self._bpe.encoder
-        self.decoder: dict[int, str] = self._bpe.decoder
+        self.eot_token_id: int = self._bpe.eot_token_id
+        self.learned = {token: len(self._bpe.encoder) + i for i, token in enumerate(additional_special_tokens)}
+        self._learned_pattern, self._learned_ids = _learned_pattern(self.learned), _learned_ids(self.learned)
+        self.encoder: dict[str, int] = self._bpe.encoder | self.learned
+        self.decoder: dict[int, str] = self._bpe.decoder | {index: token for token, index in self.learned.items()}
         self.bpe_ranks: dict[tuple[str, str], int] = self._bpe.bpe_ranks
         self._encode_truncated = lru_cache(2**16)(self._truncate)  # training sees each caption many times
 
     def encode(self, prompt: str) -> list[int]:
         """All tokens of a prompt, without start and end token."""
-        return self._bpe.encode(prompt)
+        if not self.learned:
+            return self._bpe.encode(prompt)
+        parts = self._learned_pattern.split(prompt)
+        return [i for part in parts for i in self._learned_ids.get(part.lower()) or self._bpe.encode(part)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        groups = groupby(ids, key=self._bpe.decoder.__contains__)
+        return "".join(
+            self._bpe.decode(group) if is_own else " ".join(self.decoder[i] for i in group) + " "
+            for is_own, group in groups
+        )
 
     def __call__(self, prompts: list[str]) -> Tensor:
         """Prompts -> (b, context_length) ids on the CPU: start token, prompt, end token, zeros."""
@@ -44,9 +63,23 @@ class Tokenizer:
     def _truncate(self, prompt: str) -> list[int]:
         tokens, limit = self.encode(prompt), self.context_length - 2
         if len(tokens) > limit:
-            rest = self._bpe.decode(tokens[limit:]).strip()
+            rest = self.decode(tokens[limit:]).strip()
             log.warning("prompt has %d tokens, the limit is %d; ignored: %r", len(tokens), limit, rest)
         return [self.sot_token_id, *tokens[:limit], self.eot_token_id]
+
+
+def _learned_pattern(learned: Iterable[str]) -> re.Pattern[str]:
+    """Splits a prompt at learned tokens, and keeps them; the longer ones first, as some begin with others."""
+    return re.compile("(" + "|".join(map(re.escape, sorted(learned, key=len, reverse=True))) + ")", re.IGNORECASE)
+
+
+def _learned_ids(learned: Mapping[str, int]) -> dict[str, list[int]]:
+    """From each learned token, in lower case, to its id and those of its NAME_1, NAME_2, ..., as diffusers has them."""
+    ids = {}
+    for token, index in learned.items():
+        more = takewhile(learned.__contains__, (f"{token}_{i}" for i in count(1)))
+        ids[token.lower()] = [index, *(learned[name] for name in more)]
+    return ids
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
