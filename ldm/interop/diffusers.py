@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm.diffusion.process import Diffusion, DiffusionConfig
-from ldm.interop import family, key_map
-from ldm.interop.components import ExportComponents, ModelComponents
+from ldm.interop import family, key_map, kinds
+from ldm.interop.components import ExportComponents, ModelComponents, check_vae, folded_vae
 from ldm.io.atomic import write_tensors, write_text
 from ldm.io.model_dir import read_json
 from ldm.io.tensors import read_tensors
@@ -25,10 +26,12 @@ from ldm.vae import VAE, VAEConfig
 KINDS = re.compile(r"StableDiffusion(XL)?(Img2Img|Inpaint)?Pipeline")
 WEIGHTS, PYTORCH = "diffusion_pytorch_model", {"format": "pt"}
 SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # open_clip's names and CLIP's
+NO_FLOW = "StableDiffusionPipeline of diffusers runs schedulers of betas alone"
 BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}
 # Their values of a setting, and ours.
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 PADDING = {"<|endoftext|>": 49407, "!": 0}
+TOKENIZER_FILES = ("vocab.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 UNET_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # and whether they have transformers
 EMBEDS_SIZES = {None: False, "text_time": True}
 ACTIVATIONS = {"quick_gelu": True, "gelu": False}  # of text towers, and whether it is the quick one
@@ -45,7 +48,12 @@ UNET_FIXED: dict[str, Any] = {
     "class_embed_type": None,
     "norm_eps": 1e-5,
 }
-VAE_FIXED: dict[str, Any] = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+VAE_FIXED: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "latents_mean": None,
+    "latents_std": None,
+}
 SCHEDULER_FIXED: dict[str, Any] = {"num_train_timesteps": 1000, "trained_betas": None}
 TEXT_FIXED: dict[str, Any] = {"layer_norm_eps": 1e-5}
 
@@ -60,7 +68,7 @@ def read(folder: Path) -> ModelComponents:
     if not kind:
         supported = "only StableDiffusionPipeline and StableDiffusionXLPipeline, also for inpainting, are supported"
         raise ValueError(f"{folder} holds a {index.get('_class_name')}: {supported}")
-    unet, vae = _read_unet(folder / "unet"), _read_vae(folder / "vae")
+    unet, vae = _read_unet(folder / "unet"), read_vae(folder / "vae")
     diffusion = _read_diffusion(folder / "scheduler/scheduler_config.json")
     with _open_config(folder / "unet/config.json", {}) as values:
         resolution = int(values["sample_size"]) * vae.config.factor
@@ -72,6 +80,7 @@ def read(folder: Path) -> ModelComponents:
 
 def _read_unet(folder: Path) -> UNet:
     with _open_config(folder / "config.json", UNET_FIXED) as values:
+        kinds.check_input_channels(values["in_channels"], values["out_channels"])
         widths = values["block_out_channels"]
         depths = _per_level(values.get("transformer_layers_per_block", 1), len(widths))
         crossed = [_translate("down_block_types", name, UNET_BLOCKS) for name in values["down_block_types"]]
@@ -97,32 +106,35 @@ def _read_unet(folder: Path) -> UNet:
     return family.build_frozen(UNet, config, tensors, key_map.unet_key_to_diffusers, folder)
 
 
-def _read_vae(folder: Path) -> VAE:
-    """The VAE, standardized by its scaling factor."""
+def read_vae(folder: Path) -> VAE:
+    """The VAE of a folder with its config.json, standardized by its scaling factor and its shift factor."""
     with _open_config(folder / "config.json", VAE_FIXED) as values:
-        widths = values["block_out_channels"]
+        widths, latent_channels = values["block_out_channels"], values["latent_channels"]
         config = VAEConfig(
             image_channels=values["in_channels"],
             base_channels=widths[0],
             channel_mult=family.channel_mult(widths),
             num_res_blocks=values["layers_per_block"],
             mid_attention=values.get("mid_block_add_attention", True),
-            latent_channels=values["latent_channels"],
+            latent_channels=latent_channels,
             norm_num_groups=values.get("norm_num_groups", family.NUM_GROUPS),
         )
         scale, shift = float(values.get("scaling_factor", 0.18215)), float(values.get("shift_factor") or 0.0)
         if not (0 < scale < math.inf and math.isfinite(shift)):
             raise ValueError(f"scaling_factor is {scale}, expected a number above 0; shift_factor is {shift}")
-    tensors = key_map.replace_in_names(_read_tensors(folder, WEIGHTS), key_map.VAE_LEGACY)
-    buffers = {"latent_mean": shift, "latent_std": 1 / scale}
-    return family.build_frozen(VAE, config, tensors, key_map.vae_key_to_diffusers, folder, **buffers)
+    tensors = _read_tensors(folder, WEIGHTS)
+    for name, channels in (("quant_conv", 2 * latent_channels), ("post_quant_conv", latent_channels)):
+        if not values.get(f"use_{name}", True):  # Stable Diffusion 3 and Flux have none: the identity
+            tensors |= {f"{name}.weight": torch.eye(channels)[..., None, None], f"{name}.bias": torch.zeros(channels)}
+    return family.build_vae(config, tensors, key_map.vae_key_to_diffusers, folder, scale=scale, shift=shift)
 
 
 def _read_diffusion(path: Path) -> Diffusion:
     with _open_config(path, SCHEDULER_FIXED) as values:
         schedule, betas = values.get("beta_schedule"), (values.get("beta_start"), values.get("beta_end"))
         if BETAS.get(str(schedule)) != betas:
-            raise ValueError(f"{schedule} betas from {betas[0]} to {betas[1]}, only {BETAS} are supported")
+            name = values.get("_class_name", "scheduler")
+            raise ValueError(f"{name}: {schedule} betas from {betas[0]} to {betas[1]}, only {BETAS} are supported")
         config = DiffusionConfig(
             noise_schedule=schedule,
             prediction=_translate("prediction_type", values.get("prediction_type", "epsilon"), PREDICTIONS),
@@ -138,31 +150,40 @@ def _read_text(folder: Path, suffix: str, settings: dict[str, Any]) -> TextEncod
     with _open_config(tokenizer / "tokenizer_config.json", {}) as values:
         pad = (values | (read_json(special) if special.is_file() else {})).get("pad_token", "<|endoftext|>")
         pad_token_id = _translate("pad_token", pad.get("content") if isinstance(pad, dict) else pad, PADDING)
-    _check_vocabulary(tokenizer)
+    tokens = _read_vocabulary(tokenizer)
     with _open_config(where / "config.json", TEXT_FIXED) as values:
         heads = values["num_attention_heads"]
         quick_gelu = _translate("hidden_act", values.get("hidden_act", "quick_gelu"), ACTIVATIONS)
     config = TextConfig(model=str(folder), pad_token_id=pad_token_id, **settings)
     tensors = _read_tensors(where, "model")
-    return family.text_encoder(tensors, config, where, quick_gelu=quick_gelu, heads=heads)
+    return family.text_encoder(tensors, config, where, quick_gelu=quick_gelu, heads=heads, learned=_learned(tokens))
 
 
-def _check_vocabulary(folder: Path) -> None:
-    """ValueError unless a tokenizer has CLIP's tokens, if it lists them; it may have more."""
+def _read_vocabulary(folder: Path) -> dict[str, int]:
+    """The tokens that the files of a tokenizer list; ValueError where those of CLIP are not among them."""
+    files = {name: read_json(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
     with family.config_errors(folder):
-        if (folder / "vocab.json").is_file():
-            tokens = read_json(folder / "vocab.json")
-        elif (folder / "tokenizer.json").is_file():
-            tokens = dict(read_json(folder / "tokenizer.json")["model"]["vocab"])
-        else:
-            return
-        if not _clip_vocabulary(Tokenizer(77)).items() <= tokens.items():
+        own = files.get("tokenizer.json", {})
+        tokens = dict(files.get("vocab.json") or own.get("model", {}).get("vocab", {}))
+        if tokens and not _clip_vocabulary(Tokenizer(77)).items() <= tokens.items():
             raise ValueError(f"{len(tokens):,} tokens of another vocabulary: use CLIP's tokenizer")
+        added = [(token["content"], token["id"]) for token in own.get("added_tokens", [])]
+        decoder = files.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
+        added += [(token["content"], int(index)) for index, token in decoder.items()]
+        return tokens | dict(added) | files.get("added_tokens.json", {})
+
+
+def _learned(tokens: Mapping[str, int]) -> list[str]:
+    """The tokens that follow CLIP's own, in order: those of textual inversion (Gal et al. 2022)."""
+    names = {index: token for token, index in tokens.items() if index >= family.CLIP_VOCAB_SIZE}
+    last = max(names, default=family.CLIP_VOCAB_SIZE - 1)
+    return [names.get(i, f"<|reserved_token_{i}|>") for i in range(family.CLIP_VOCAB_SIZE, last + 1)]
 
 
 def _clip_vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of all tokens as transformers names them."""
-    return {SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()}
+    """The ids of CLIP's own tokens as transformers names them."""
+    own = {token: index for token, index in tokenizer.encoder.items() if index < family.CLIP_VOCAB_SIZE}
+    return {SPECIAL.get(token, token): index for token, index in own.items()}
 
 
 def _read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
@@ -211,7 +232,7 @@ def write(components: ModelComponents, folder: Path) -> None:
     _check_exportable(parts)
     _write_json(folder / "model_index.json", _index(parts))
     _write_unet(parts, folder / "unet")
-    _write_vae(parts, folder / "vae")
+    write_vae(parts.vae, folder / "vae", resolution=parts.resolution)
     _write_json(folder / "scheduler/scheduler_config.json", _scheduler_values(parts.diffusion.config))
     for encoder, suffix in zip(parts.text.encoders, ("", "_2"), strict=False):
         _write_text_encoder(folder / f"text_encoder{suffix}", encoder, parts.version)
@@ -227,7 +248,7 @@ def _check_exportable(parts: ExportComponents) -> None:
     }
     padding = [encoder.config.pad_token_id for encoder in parts.text.encoders]
     others = {
-        "diffusion.noise_schedule": diffusion.noise_schedule not in BETAS,
+        f"diffusion.noise_schedule {diffusion.noise_schedule} ({NO_FLOW})": diffusion.noise_schedule not in BETAS,
         "diffusion.prediction": diffusion.prediction not in PREDICTIONS.values(),
         "text.pad_token_id": not {*padding} <= {*PADDING.values()},
     }
@@ -285,9 +306,13 @@ def _write_unet(parts: ExportComponents, folder: Path) -> None:
     _write_component(folder, values, parts.unet.state_dict(), key_map.unet_key_to_diffusers)
 
 
-def _write_vae(parts: ExportComponents, folder: Path) -> None:
-    """The scaling factor is 1, with all statistics in the weights, where the channels have their own."""
-    mean, std, config = parts.vae.latent_mean, parts.vae.latent_std, parts.vae.config
+def write_vae(vae: VAE, folder: Path, *, resolution: int = 512) -> None:
+    """Write the folder of an AutoencoderKL for images of this side; ValueError when it cannot hold the VAE.
+
+    The scaling factor is 1, with all statistics in the weights, where the channels have their own.
+    """
+    check_vae(vae, "a diffusers folder", {})
+    mean, std, config = vae.latent_mean, vae.latent_std, vae.config
     scale = 1 / std[0].item() if (std == std[0]).all() and not mean.any() else 1.0
     values = {
         "_class_name": "AutoencoderKL",
@@ -301,9 +326,9 @@ def _write_vae(parts: ExportComponents, folder: Path) -> None:
         "mid_block_add_attention": config.mid_attention,
         "norm_num_groups": config.norm_num_groups,
         "scaling_factor": scale,
-        "sample_size": parts.resolution,
+        "sample_size": resolution,
     }
-    _write_component(folder, values, parts.folded_vae(scale=scale), key_map.vae_key_to_diffusers)
+    _write_component(folder, values, folded_vae(vae, scale=scale), key_map.vae_key_to_diffusers)
 
 
 def _scheduler_values(config: DiffusionConfig) -> dict[str, Any]:
@@ -359,7 +384,10 @@ def _write_tokenizer(folder: Path, text: TextEncoder) -> None:
         "pad_token": _translate_back(text.config.pad_token_id, PADDING),
     }
     _write_json(folder / "special_tokens_map.json", special)
-    more = {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.tower.length}
+    more: dict[str, Any] = {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.tower.length}
+    if learned := tokenizer.learned:
+        _write_json(folder / "added_tokens.json", learned)  # which transformers before version 5 reads
+        more["added_tokens_decoder"] = {index: {"content": token} for token, index in learned.items()}
     _write_json(folder / "tokenizer_config.json", special | more)
 
 
