@@ -26,7 +26,6 @@ from ldm.vae import VAE, VAEConfig
 KINDS = re.compile(r"StableDiffusion(XL)?(Img2Img|Inpaint)?Pipeline")
 WEIGHTS, PYTORCH = "diffusion_pytorch_model", {"format": "pt"}
 SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # open_clip's names and CLIP's
-NO_FLOW = "StableDiffusionPipeline of diffusers runs schedulers of betas alone"
 BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}
 # Their values of a setting, and ours.
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
@@ -61,24 +60,27 @@ TEXT_FIXED: dict[str, Any] = {"layer_norm_eps": 1e-5}
 # Reading.
 
 
-def read(folder: Path) -> ModelComponents:
-    """The components of a Stable Diffusion 1, 2 or XL pipeline; ValueError names what is missing or not supported."""
+def read(folder: Path, *, pickles: bool = False) -> ModelComponents:
+    """The components of a Stable Diffusion 1, 2 or XL pipeline; ValueError names what is missing or not supported.
+
+    With `pickles` also those in .bin files, without their code.
+    """
     index = read_json(folder / "model_index.json")
     kind = KINDS.fullmatch(str(index.get("_class_name")))
     if not kind:
         supported = "only StableDiffusionPipeline and StableDiffusionXLPipeline, also for inpainting, are supported"
         raise ValueError(f"{folder} holds a {index.get('_class_name')}: {supported}")
-    unet, vae = _read_unet(folder / "unet"), read_vae(folder / "vae")
+    unet, vae = _read_unet(folder / "unet", pickles), read_vae(folder / "vae", pickles=pickles)
     diffusion = _read_diffusion(folder / "scheduler/scheduler_config.json")
     with _open_config(folder / "unet/config.json", {}) as values:
         resolution = int(values["sample_size"]) * vae.config.factor
     empty = {"zero_empty_prompt": index.get("force_zeros_for_empty_prompt", True)}
     towers = {"": family.SDXL_TEXT_1 | empty, "_2": family.SDXL_TEXT_2 | empty} if kind[1] else {"": {}}
-    text = TextConditioner(*(_read_text(folder, suffix, settings) for suffix, settings in towers.items()))
+    text = TextConditioner(*(_read_text(folder, suffix, settings, pickles) for suffix, settings in towers.items()))
     return ModelComponents(unet, diffusion, vae, text, resolution)
 
 
-def _read_unet(folder: Path) -> UNet:
+def _read_unet(folder: Path, pickles: bool) -> UNet:
     with _open_config(folder / "config.json", UNET_FIXED) as values:
         kinds.check_input_channels(values["in_channels"], values["out_channels"])
         widths = values["block_out_channels"]
@@ -102,11 +104,11 @@ def _read_unet(folder: Path) -> UNet:
             scale_shift_norm=values.get("resnet_time_scale_shift", "default") == "scale_shift",
             norm_num_groups=values.get("norm_num_groups", family.NUM_GROUPS),
         )
-    tensors = _read_tensors(folder, WEIGHTS)
+    tensors = _read_tensors(folder, WEIGHTS, WEIGHTS, pickles)
     return family.build_frozen(UNet, config, tensors, key_map.unet_key_to_diffusers, folder)
 
 
-def read_vae(folder: Path) -> VAE:
+def read_vae(folder: Path, *, pickles: bool = True) -> VAE:
     """The VAE of a folder with its config.json, standardized by its scaling factor and its shift factor."""
     with _open_config(folder / "config.json", VAE_FIXED) as values:
         widths, latent_channels = values["block_out_channels"], values["latent_channels"]
@@ -122,7 +124,7 @@ def read_vae(folder: Path) -> VAE:
         scale, shift = float(values.get("scaling_factor", 0.18215)), float(values.get("shift_factor") or 0.0)
         if not (0 < scale < math.inf and math.isfinite(shift)):
             raise ValueError(f"scaling_factor is {scale}, expected a number above 0; shift_factor is {shift}")
-    tensors = _read_tensors(folder, WEIGHTS)
+    tensors = _read_tensors(folder, WEIGHTS, WEIGHTS, pickles)
     for name, channels in (("quant_conv", 2 * latent_channels), ("post_quant_conv", latent_channels)):
         if not values.get(f"use_{name}", True):  # Stable Diffusion 3 and Flux have none: the identity
             tensors |= {f"{name}.weight": torch.eye(channels)[..., None, None], f"{name}.bias": torch.zeros(channels)}
@@ -143,7 +145,7 @@ def _read_diffusion(path: Path) -> Diffusion:
     return Diffusion(config)
 
 
-def _read_text(folder: Path, suffix: str, settings: dict[str, Any]) -> TextEncoder:
+def _read_text(folder: Path, suffix: str, settings: dict[str, Any], pickles: bool) -> TextEncoder:
     """The frozen tower of text_encoder{suffix}/, which pads prompts as tokenizer{suffix}/ does."""
     where, tokenizer = folder / f"text_encoder{suffix}", folder / f"tokenizer{suffix}"
     special = tokenizer / "special_tokens_map.json"  # as in transformers, it has the last word
@@ -155,7 +157,7 @@ def _read_text(folder: Path, suffix: str, settings: dict[str, Any]) -> TextEncod
         heads = values["num_attention_heads"]
         quick_gelu = _translate("hidden_act", values.get("hidden_act", "quick_gelu"), ACTIVATIONS)
     config = TextConfig(model=str(folder), pad_token_id=pad_token_id, **settings)
-    tensors = _read_tensors(where, "model")
+    tensors = _read_tensors(where, "model", "pytorch_model", pickles)
     return family.text_encoder(tensors, config, where, quick_gelu=quick_gelu, heads=heads, learned=_learned(tokens))
 
 
@@ -186,15 +188,16 @@ def _clip_vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
     return {SPECIAL.get(token, token): index for token, index in own.items()}
 
 
-def _read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, stem: str, pickle_stem: str, pickles: bool) -> dict[str, Tensor]:
     """All tensors of a component: one file or several by an index, in float32 or as the fp16 variant."""
-    for variant in ("", ".fp16"):
-        index = folder / f"{stem}.safetensors.index{variant}.json"
-        files = [folder / f"{stem}{variant}.safetensors"]
-        if index.is_file():
-            files = [folder / Path(name).name for name in sorted(set(read_json(index)["weight_map"].values()))]
-        if all(file.is_file() for file in files):
-            return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    for name, suffix in ((stem, "safetensors"), (pickle_stem, "bin")):
+        for variant in ("", ".fp16"):
+            index = folder / f"{name}.{suffix}.index{variant}.json"
+            files = [folder / f"{name}{variant}.{suffix}"]
+            if index.is_file():
+                files = [folder / Path(part).name for part in sorted(set(read_json(index)["weight_map"].values()))]
+            if all(file.is_file() for file in files):
+                return {n: t for file in files for n, t in read_tensors(file, pickles=pickles).items()}
     raise ValueError(f"{folder} has no {stem}.safetensors: download the safetensors files of the model, too")
 
 
@@ -247,8 +250,10 @@ def _check_exportable(parts: ExportComponents) -> None:
         "second_text": family.SDXL_TEXT_2 | {"zero_empty_prompt": first.zero_empty_prompt},
     }
     padding = [encoder.config.pad_token_id for encoder in parts.text.encoders]
+    is_flow = diffusion.noise_schedule == "flow"
+    no_flow = " (StableDiffusionPipeline cannot run FlowMatchEulerDiscreteScheduler)" if is_flow else ""
     others = {
-        f"diffusion.noise_schedule {diffusion.noise_schedule} ({NO_FLOW})": diffusion.noise_schedule not in BETAS,
+        f"diffusion.noise_schedule {diffusion.noise_schedule}{no_flow}": diffusion.noise_schedule not in BETAS,
         "diffusion.prediction": diffusion.prediction not in PREDICTIONS.values(),
         "text.pad_token_id": not {*padding} <= {*PADDING.values()},
     }

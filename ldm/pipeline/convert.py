@@ -87,7 +87,7 @@ def open_source(config: ConvertConfig) -> ModelComponents | VAE:
         if compvis.is_vae(tensors):
             return compvis.vae_from_tensors(tensors, path)
         return compvis.components_from_tensors(tensors, path, ema=config.use_ema)
-    return load_vae(path) if holds_vae_alone(path) else load_components(path)
+    return load_vae(path) if holds_vae_alone(path) else load_components(path, pickles=True)
 
 
 def compare(one: Pipeline, other: Pipeline) -> float:

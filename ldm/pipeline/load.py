@@ -11,7 +11,15 @@ from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.interop import compvis, diffusers
 from ldm.interop.components import ModelComponents
 from ldm.io.atomic import write_text
-from ldm.io.model_dir import MODEL_FORMAT, VOCABULARY_FILES, model_kind, read_manifest, read_vocabulary, write_manifest
+from ldm.io.model_dir import (
+    MODEL_FORMAT,
+    VOCABULARY_FILES,
+    model_kind,
+    read_json,
+    read_manifest,
+    read_vocabulary,
+    write_manifest,
+)
 from ldm.io.tensors import load_weights, save_weights, sha256
 from ldm.text import TextConditioner, TextConfig, TextEncoder, combine_encoders
 from ldm.text.weights import LOCAL
@@ -46,14 +54,17 @@ class VAEManifest(Config):
     vae_sha256: str
 
 
-def load_components(path: Path) -> ModelComponents:
-    """Read a model: a folder, ours or of diffusers, or a CompVis file; ValueError: none, incomplete, or a wrong VAE."""
+def load_components(path: Path, *, pickles: bool = False) -> ModelComponents:
+    """Read a model: a folder, ours or of diffusers, or a CompVis file; ValueError: none, incomplete, or a wrong VAE.
+
+    With `pickles` also one whose weights are in pickles, without their code.
+    """
     check_exists(path)
     if path.is_file():
-        return compvis.read(path)
+        return compvis.read(path, pickles=pickles)
     if holds_vae_alone(path):
         raise ValueError(f"{path} is a VAE alone, for --vae of train_ldm.py: pass a whole model")
-    return diffusers.read(path) if (path / "model_index.json").is_file() else _read_folder(path)
+    return diffusers.read(path, pickles=pickles) if (path / "model_index.json").is_file() else _read_folder(path)
 
 
 def check_exists(path: Path) -> None:
@@ -64,7 +75,9 @@ def check_exists(path: Path) -> None:
 
 def holds_vae_alone(folder: Path) -> bool:
     """Whether this is the model folder of a VAE, or the folder vae/ of diffusers."""
-    return model_kind(folder) == "vae" or (folder / "config.json").is_file()
+    config = folder / "config.json"
+    is_theirs = config.is_file() and read_json(config).get("_class_name") == diffusers.VAE_FIXED["_class_name"]
+    return is_theirs or model_kind(folder) == "vae"
 
 
 def weights_file(path: Path) -> Path:
