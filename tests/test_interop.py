@@ -1063,7 +1063,7 @@ def test_convert_reads_a_pickle_and_refuses_to_write_one(
         convert.main([str(tmp_path / "missing"), str(tmp_path / "out")])
 
 
-@pytest.mark.parametrize("dropped", ["projection", "projection and block", "block of 24"])
+@pytest.mark.parametrize("dropped", ["projection", "projection and block", "block", "block of 24"])
 def test_files_of_version_2_without_what_conditions_nothing_generate_the_same_image(
     dropped: str, their_folder: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -84,7 +84,7 @@ def components_from_tensors(tensors: Tensors, file: Path, *, ema: bool = False) 
         raise ValueError(f"{file} is not a Stable Diffusion file: expected {UNET}* and {VAE_PREFIX}*, got {heads}")
     version, text = _text_from_tensors(tensors, file)
     unet = _unet_from_tensors(tensors, file, version, text.pooled_dim, ema=ema)
-    vae = _build_vae(_strip_prefix(tensors, VAE_PREFIX), f"{file}: {VAE_PREFIX}", LATENT_SCALES[version])
+    vae = _build_vae(tensors, VAE_PREFIX, file, LATENT_SCALES[version])
     diffusion = _detect_diffusion(tensors, version)
     side = 128 if version == "XL" else 96 if diffusion.prediction == "v" else 64  # of latents
     return ModelComponents(unet, Diffusion(diffusion), vae, text, side * vae.config.factor)
@@ -101,21 +101,18 @@ def vae_from_tensors(tensors: Tensors, file: Path) -> VAE:
     if prefix is None:
         kinds.check_kind(tensors, file)
         raise ValueError(f"{file} has no VAE: expected {VAE_PREFIX}{kinds.VAE_MARK}, or the same without the prefix")
-    theirs = {name: t for name, t in _strip_prefix(tensors, prefix).items() if name.startswith(VAE_PARTS)}
-    if is_vae(tensors) and (left_out := len(tensors) - len(theirs)):
-        log.warning("%s: %d tensors that are not of the VAE are left out", file, left_out)
-    return _build_vae(theirs, f"{file}: {prefix}*", _latent_scale(tensors, theirs, file))
+    return _build_vae(tensors, prefix, file, _latent_scale(tensors, prefix, file))
 
 
-def _latent_scale(tensors: Tensors, vae: Tensors, file: Path) -> float:
+def _latent_scale(tensors: Tensors, prefix: str, file: Path) -> float:
     """The scale of the latents, which is known of a whole model; ValueError where nothing tells it."""
     if f"{UNET}input_blocks.0.0.weight" in tensors:
         return LATENT_SCALES["XL" if any(name.startswith(XL_TOWERS) for name in tensors) else "1"]
-    if (channels := vae[kinds.VAE_MARK].shape[1]) != LATENT_CHANNELS:
+    if (channels := tensors[prefix + kinds.VAE_MARK].shape[1]) != LATENT_CHANNELS:
         remedy = "pass the folder vae/ of diffusers, whose config.json has it"
         raise ValueError(f"{file}: the scale of latents of {channels} channels is not in the file: {remedy}")
-    log.warning("%s does not tell the scale of its latents: %s of Stable Diffusion 1 and 2 is taken; a folder vae/ of "
-                "diffusers tells it", file, LATENT_SCALES["1"])  # fmt: skip
+    taken = f"{LATENT_SCALES['1']} of Stable Diffusion 1 and 2 is taken; a folder vae/ of diffusers tells it"
+    log.warning("%s does not tell the scale of its latents: %s", file.name, taken)
     return LATENT_SCALES["1"]
 
 
@@ -146,13 +143,15 @@ def _read_tower(file: Path, tower: Tower, tensors: Tensors) -> TextEncoder:
 def _ends_early(tensors: Tensors) -> bool:
     """Whether an open_clip tower lacks its last block, on which only the pooled embedding depends.
 
-    Files that were made of diffusers folders do, and have no projection either; of ViT-H/14, the blocks are counted.
+    Files that were made of diffusers folders do, and their projection is missing or was filled in; of ViT-H/14, the
+    blocks are counted. The last block is not one that `write` has appended, of zeros.
     """
     count = family.count_blocks(tensors, "transformer.resblocks")
     if count in (VIT_H_BLOCKS - 1, VIT_H_BLOCKS):
         return count < VIT_H_BLOCKS
-    last = tensors.get(f"transformer.resblocks.{count - 1}.mlp.c_fc.weight")
-    return "text_projection" not in tensors and last is not None and bool(last.any())  # `write` appends one of zeros
+    last = tensors.get(f"transformer.resblocks.{count - 1}.mlp.c_fc.weight", torch.zeros(1))
+    projection = tensors.get("text_projection", torch.eye(1))
+    return bool(last.any()) and projection.ndim == 2 and torch.equal(projection.float(), torch.eye(*projection.shape))
 
 
 def _unet_from_tensors(tensors: Tensors, file: Path, version: str, pooled_dim: int, *, ema: bool) -> UNet:
@@ -168,8 +167,12 @@ def _unet_from_tensors(tensors: Tensors, file: Path, version: str, pooled_dim: i
     return family.build_frozen(UNet, config, theirs, key_map.unet_key_to_compvis(config), where)
 
 
-def _build_vae(theirs: Tensors, where: str, scale: float) -> VAE:
-    """The VAE of tensors under the names of CompVis, or of diffusers."""
+def _build_vae(tensors: Tensors, prefix: str, file: Path, scale: float) -> VAE:
+    """The VAE of the tensors below a prefix, under the names of CompVis or of diffusers."""
+    where, own = f"{file}: {prefix}*" if prefix else file, _strip_prefix(tensors, prefix)
+    theirs = {name: tensor for name, tensor in own.items() if name.startswith(VAE_PARTS)}
+    if left_out := len(own) - len(theirs):  # of its training: losses, a discriminator
+        log.warning("%s: %d tensors that are not of the VAE are left out", where, left_out)
     is_compvis = any(name.startswith("encoder.down.") for name in theirs)
     level_name, block_name = ("down", "block") if is_compvis else ("down_blocks", "resnets")
     with family.config_errors(where):

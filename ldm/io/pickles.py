@@ -7,8 +7,9 @@ import pickle
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ DTYPES = {
     "BoolStorage": torch.bool,
     "storage.UntypedStorage": torch.uint8,  # whose tensors name their own type
 }
-ReadStorage = Callable[[str], bytes]
+ReadStorage = Callable[[str], bytearray]
 
 
 def is_pickle(path: Path) -> bool:
@@ -52,12 +53,12 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             unpickler, content, read_storage = open_pickle(file, path.stat().st_size)
             state = content.get("state_dict", content) if isinstance(content, dict) else {}
             items = state.items() if isinstance(state, dict) else ()
-            tensors = {str(name): item.load(read_storage) for name, item in items if isinstance(item, _StoredTensor)}
+            read_once = lru_cache(1)(read_storage)  # neighbours can be views of one storage
+            tensors = {str(name): item.load(read_once) for name, item in items if isinstance(item, _StoredTensor)}
     except Exception as error:  # a damaged or hostile file can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise _unreadable(path, reason) from None
-    inert = unpickler.counts
-    if inert:
+    if inert := unpickler.counts:
         names = ", ".join(f"{name} ({count})" for name, count in inert.most_common(5))
         if not tensors:
             raise _unreadable(path, f"no tensors, but objects: {names}")
@@ -66,7 +67,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _unreadable(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{path} cannot be read without running its code ({reason}): use a safetensors file")
+    remedy = "copy or download it again, or use a safetensors file"
+    return ValueError(f"{path} cannot be read without running its code, or is damaged ({reason}): {remedy}")
 
 
 class _StoredTensor(NamedTuple):
@@ -82,7 +84,7 @@ class _StoredTensor(NamedTuple):
         count = math.prod(self.size)
         if count == 0:
             return torch.zeros(self.size, dtype=self.dtype)
-        values = torch.frombuffer(bytearray(read_storage(self.storage)), dtype=self.dtype)
+        values = torch.frombuffer(read_storage(self.storage), dtype=self.dtype)
         if count > len(values):  # one number that is expanded to billions
             raise ValueError(f"a tensor of {count:,} numbers where the file has {len(values):,}")
         return values.as_strided(self.size, self.stride, self.offset).clone()
@@ -111,6 +113,12 @@ class _Unpickler(pickle._Unpickler):
 
     It is Python's own in Python: the one in C reserves memory for any number that a file names.
     """
+
+    def load_bytearray8(self) -> None:
+        """Take as many bytes as there are, and reserve no more."""
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))  # type: ignore[attr-defined]
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8}
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, encoding="latin1")
@@ -182,7 +190,7 @@ def _open_zip(file: BinaryIO, length: int) -> tuple[_Unpickler, Any, ReadStorage
         return archive.read(roots[0] + name)
 
     unpickler = _Unpickler(io.BytesIO(read("data.pkl")))
-    return unpickler, unpickler.load(), lambda key: read(f"data/{key}")
+    return unpickler, unpickler.load(), lambda key: bytearray(read(f"data/{key}"))
 
 
 def _open_legacy(file: BinaryIO, length: int) -> tuple[_Unpickler, Any, ReadStorage]:
@@ -200,9 +208,9 @@ def _open_legacy(file: BinaryIO, length: int) -> tuple[_Unpickler, Any, ReadStor
         if file.seek(size, io.SEEK_CUR) > length:
             raise ValueError(f"storage {key} ends after the file")
 
-    def read(key: str) -> bytes:
+    def read(key: str) -> bytearray:
         start, size = places[key]
         file.seek(start)
-        return file.read(size)
+        return bytearray(file.read(size))
 
     return unpickler, content, read
