@@ -103,6 +103,8 @@ def text_encoder(
     `learned` are the names of tokens that follow CLIP's own.
     """
     with config_errors(where):
+        if config.use_pooled and not {"text_projection", "text_projection.weight"} & tensors.keys():
+            raise ValueError("no text_projection, which the pooled embedding needs: use the original file")
         if "token_embedding.weight" not in tensors:
             tensors = key_map.text_from_transformers(tensors)
         vocab_size, width = tensors["token_embedding.weight"].shape
@@ -120,9 +122,7 @@ def text_encoder(
         }
         if learned:
             text_cfg["tokenizer_kwargs"] = {"additional_special_tokens": list(learned)}
-        if (
-            "text_projection" not in tensors and not config.use_pooled
-        ):  # as in Stable Diffusion 2: then it has no effect
+        if "text_projection" not in tensors:  # of the pooled embedding alone
             tensors = {**tensors, "text_projection": torch.eye(width)}
         cfg = {"embed_dim": tensors["text_projection"].shape[1], "quick_gelu": quick_gelu, "text_cfg": text_cfg}
     if unnamed:

@@ -39,6 +39,7 @@ class ConvertConfig(ScriptConfig):
     target: Positional[Path] = Path()
     """folder or file to write; it must not exist"""
     format: Literal["ldm", "diffusers", "compvis"] = "ldm"
+    """a folder of ldm, a folder of diffusers, or a single file; the last two hold models of configs/exportable/"""
     use_ema: bool = False
     """read the averaged weights of a single file"""
 
