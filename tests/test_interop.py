@@ -1190,6 +1190,8 @@ def test_a_vae_alone_is_converted_both_ways(
             z = vae.standardize(vae.encode(pixels).mean)
             close(z, want)
             close(vae.decode(vae.unstandardize(z)), theirs.decode(want / theirs.config.scaling_factor).sample)
+    inner = load_vae(published_vae / "diffusion_pytorch_model.safetensors")  # with its config.json beside it
+    assert inner.latent_std[0].item() == pytest.approx(1 / 0.13025)
     for place in (places[0], places[1], places[3]):
         with pytest.raises(ValueError, match="is a VAE alone, for --vae"):
             load_components(place)

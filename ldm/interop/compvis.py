@@ -13,6 +13,7 @@ from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.interop import family, key_map, kinds
 from ldm.interop.components import ExportComponents, ModelComponents, check_vae, folded_vae
 from ldm.io.atomic import write_tensors
+from ldm.io.model_dir import read_json
 from ldm.io.tensors import read_tensors
 from ldm.text import TextConditioner, TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig
@@ -105,12 +106,16 @@ def vae_from_tensors(tensors: Tensors, file: Path) -> VAE:
 
 
 def _latent_scale(tensors: Tensors, prefix: str, file: Path) -> float:
-    """The scale of the latents, which is known of a whole model; ValueError where nothing tells it."""
+    """The scale of the latents, which a whole model tells, or a file beside; ValueError where nothing does."""
     if f"{UNET}input_blocks.0.0.weight" in tensors:
         return LATENT_SCALES["XL" if any(name.startswith(XL_TOWERS) for name in tensors) else "1"]
     if (channels := tensors[prefix + kinds.VAE_MARK].shape[1]) != LATENT_CHANNELS:
         remedy = "pass the folder vae/ of diffusers, whose config.json has it"
         raise ValueError(f"{file}: the scale of latents of {channels} channels is not in the file: {remedy}")
+    beside = file.with_name("config.json")  # as in the folder of a published VAE
+    if beside.is_file():
+        with family.config_errors(beside):
+            return family.latent_scale(read_json(beside))[0]
     taken = f"{LATENT_SCALES['1']} of Stable Diffusion 1 and 2 is taken; a folder vae/ of diffusers tells it"
     log.warning("%s does not tell the scale of its latents: %s", file.name, taken)
     return LATENT_SCALES["1"]

@@ -1,7 +1,6 @@
 """Folders of diffusers' pipelines of the Stable Diffusion family: read and written."""
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -121,9 +120,7 @@ def read_vae(folder: Path, *, pickles: bool = True) -> VAE:
             latent_channels=latent_channels,
             norm_num_groups=values.get("norm_num_groups", family.NUM_GROUPS),
         )
-        scale, shift = float(values.get("scaling_factor", 0.18215)), float(values.get("shift_factor") or 0.0)
-        if not (0 < scale < math.inf and math.isfinite(shift)):
-            raise ValueError(f"scaling_factor is {scale}, expected a number above 0; shift_factor is {shift}")
+        scale, shift = family.latent_scale(values)
     tensors = _read_tensors(folder, WEIGHTS, WEIGHTS, pickles)
     for name, channels in (("quant_conv", 2 * latent_channels), ("post_quant_conv", latent_channels)):
         if not values.get(f"use_{name}", True):  # Stable Diffusion 3 and Flux have none: the identity

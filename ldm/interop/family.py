@@ -1,6 +1,7 @@
 """What the formats of the Stable Diffusion family have in common, and how their tensors become networks."""
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,14 @@ def build_frozen(
     tensors = filled | key_map.remap_state_dict(tensors, ours, rename, where)
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return network.requires_grad_(False).eval()
+
+
+def latent_scale(values: Mapping[str, Any]) -> tuple[float, float]:
+    """Scale and shift of the latents, in the config.json of an AutoencoderKL; ValueError where they are none."""
+    scale, shift = float(values.get("scaling_factor", 0.18215)), float(values.get("shift_factor") or 0.0)
+    if not (0 < scale < math.inf and math.isfinite(shift)):
+        raise ValueError(f"scaling_factor is {scale}, expected a number above 0; shift_factor is {shift}")
+    return scale, shift
 
 
 def build_vae(

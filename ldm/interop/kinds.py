@@ -10,7 +10,7 @@ READABLE = "only whole models of Stable Diffusion 1, 2 and XL, also for inpainti
 VAE_MARK = "decoder.conv_in.weight"  # in files of CompVis and of diffusers
 # The first that fits: a file for ControlNet, say, can hold all of Stable Diffusion, too.
 KINDS = {
-    "a LoRA": r"^lora_|_lora\.(up|down)|\blora_(up|down|[AB])\b|\.(hada|lokr)_",
+    "a LoRA": r"^(lora|lycoris)_|_lora\.(up|down)|\blora_(up|down|[AB])\b|\.(hada|lokr)_",
     "a ControlNet": r"^control_model\.|^controlnet_|input_hint_block\.",
     "a T2I-Adapter": r"^adapter\.body\.|^body\.\d+\.in_conv\.",
     "an IP-Adapter": r"^(image_proj|ip_adapter)\.",
@@ -18,7 +18,7 @@ KINDS = {
     "a motion module (AnimateDiff)": r"\bmotion_modules\.",
     "Stable Video Diffusion": r"\.time_stack\.",
     "Stable Diffusion 3": r"\bjoint_blocks\.",
-    "Flux": r"\bdouble_blocks\.",
+    "Flux": r"\b(double_blocks|single_transformer_blocks)\.",
     "Stable Cascade": r"\bclip_txt(_pooled)?_mapper\.",
     "a diffusion transformer": r"adaln_single|adaLN_modulation|\bcap_embedder\.",
     "Stable Diffusion 2 unCLIP": r"^(noise_augmentor|embedder)\.",
