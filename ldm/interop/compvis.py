@@ -102,23 +102,24 @@ def vae_from_tensors(tensors: Tensors, file: Path) -> VAE:
     if prefix is None:
         kinds.check_kind(tensors, file)
         raise ValueError(f"{file} has no VAE: expected {VAE_PREFIX}{kinds.VAE_MARK}, or the same without the prefix")
-    return _build_vae(tensors, prefix, file, _latent_scale(tensors, prefix, file))
+    scale, shift = _latent_scale(tensors, prefix, file)
+    return _build_vae(tensors, prefix, file, scale, shift=shift)
 
 
-def _latent_scale(tensors: Tensors, prefix: str, file: Path) -> float:
-    """The scale of the latents, which a whole model tells, or a file beside; ValueError where nothing does."""
+def _latent_scale(tensors: Tensors, prefix: str, file: Path) -> tuple[float, float]:
+    """Scale and shift of the latents, which a whole model tells, or a file beside; ValueError where nothing does."""
     if f"{UNET}input_blocks.0.0.weight" in tensors:
-        return LATENT_SCALES["XL" if any(name.startswith(XL_TOWERS) for name in tensors) else "1"]
+        return LATENT_SCALES["XL" if any(name.startswith(XL_TOWERS) for name in tensors) else "1"], 0.0
     if (channels := tensors[prefix + kinds.VAE_MARK].shape[1]) != LATENT_CHANNELS:
         remedy = "pass the folder vae/ of diffusers, whose config.json has it"
         raise ValueError(f"{file}: the scale of latents of {channels} channels is not in the file: {remedy}")
     beside = file.with_name("config.json")  # as in the folder of a published VAE
     if beside.is_file():
         with family.config_errors(beside):
-            return family.latent_scale(read_json(beside))[0]
+            return family.latent_scale(read_json(beside))
     taken = f"{LATENT_SCALES['1']} of Stable Diffusion 1 and 2 is taken; a folder vae/ of diffusers tells it"
     log.warning("%s does not tell the scale of its latents: %s", file.name, taken)
-    return LATENT_SCALES["1"]
+    return LATENT_SCALES["1"], 0.0
 
 
 def _vae_prefix(tensors: Tensors) -> str | None:
@@ -172,7 +173,7 @@ def _unet_from_tensors(tensors: Tensors, file: Path, version: str, pooled_dim: i
     return family.build_frozen(UNet, config, theirs, key_map.unet_key_to_compvis(config), where)
 
 
-def _build_vae(tensors: Tensors, prefix: str, file: Path, scale: float) -> VAE:
+def _build_vae(tensors: Tensors, prefix: str, file: Path, scale: float, *, shift: float = 0.0) -> VAE:
     """The VAE of the tensors below a prefix, under the names of CompVis or of diffusers."""
     where, own = f"{file}: {prefix}*" if prefix else file, _strip_prefix(tensors, prefix)
     theirs = {name: tensor for name, tensor in own.items() if name.startswith(VAE_PARTS)}
@@ -194,7 +195,7 @@ def _build_vae(tensors: Tensors, prefix: str, file: Path, scale: float) -> VAE:
             latent_channels=theirs[kinds.VAE_MARK].shape[1],
         )
     rename = key_map.vae_key_to_compvis(config) if is_compvis else key_map.vae_key_to_diffusers
-    return family.build_vae(config, theirs, rename, where, scale=scale, shift=0.0)
+    return family.build_vae(config, theirs, rename, where, scale=scale, shift=shift)
 
 
 def _unet_config(tensors: Tensors, version: str, pooled_dim: int) -> UNetConfig:
