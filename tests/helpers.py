@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ldm.cli import command, parse_cli
+from ldm.config import CONFIGS
 from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
 from ldm.data.sources import shapes
 from ldm.io.atomic import write_tensors
@@ -76,6 +78,16 @@ def train(
             raise SystemExit(result.exit_status)
 
     command(STAGES[stage].Config, action, "", default=STAGES[stage].default)(tiny_flags(stage, run_dir, *flags))
+    return run_dir / "model"
+
+
+def train_recipe(recipe: str, stage: str, run_dir: Path, *flags: str) -> Path:
+    """Train a recipe of configs/ for one step of two samples; returns the model folder."""
+    source = ["--config", str(CONFIGS / recipe / f"{stage}.yaml"), "--run", str(run_dir)]
+    few = ["--steps", "1", "--batch-size", "2", "--warmup-steps", "0"]
+    default = STAGES[stage].default
+    action = partial(train_stage, STAGES[stage])
+    command(STAGES[stage].Config, lambda c: action(c).exit_status, "", default=default)([*source, *few, *flags])
     return run_dir / "model"
 
 
@@ -158,6 +170,19 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """All bytes of the files of a folder."""
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+# Files of others.
+
+
+class Foreign(dict[str, Any]):
+    """A class that is unknown where its pickle is read."""
+
+
+def save_lightning(state: dict[str, Tensor], file: Path, **options: Any) -> None:
+    """A checkpoint as PyTorch Lightning writes it: weights, and classes and numpy scalars beside them."""
+    beside = {"global_step": np.int64(3), "hyper_parameters": Foreign(lr=np.float32(0.1)), "callbacks": {Foreign: {}}}
+    torch.save({"state_dict": state, "epoch": 1, "optimizer_states": [{}], **beside}, file, **options)
 
 
 # Data sets.

@@ -3,7 +3,6 @@
 import itertools
 import json
 import logging
-import pickle
 import random
 import re
 import shutil
@@ -22,7 +21,7 @@ import open_clip
 import pytest
 import torch
 import txt2img
-from helpers import train
+from helpers import assert_same, save_lightning, train_recipe
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,9 +33,10 @@ from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.interop import compvis, key_map
 from ldm.interop.diffusers import write
 from ldm.interop.family import build_frozen
+from ldm.io.tensors import sha256, weights_sha256
 from ldm.pipeline import Pipeline
 from ldm.pipeline.inputs import initial_noise
-from ldm.pipeline.load import load_components
+from ldm.pipeline.load import load_components, load_vae, save_components, save_vae
 from ldm.stages.diffusion import TrainLDMConfig
 from ldm.stages.vae import TrainVAEConfig
 from ldm.text import TextConditioner, TextConfig, TextEncoder
@@ -586,6 +586,23 @@ def test_old_names_and_the_map_of_special_tokens_are_read(their_folder: dict[str
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+def test_a_folder_of_pickles_is_converted(their_folder: dict[str, Path], tmp_path: Path) -> None:
+    """As diffusers wrote them before it wrote safetensors."""
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(their_folder["sd1"])
+    pipeline.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    text = tmp_path / "bin/text_encoder"
+    if (file := text / "model.safetensors").exists():  # transformers 5 writes nothing else
+        torch.save(load_file(file), text / "pytorch_model.bin")
+        file.unlink()
+    with pytest.raises(ValueError, match=r"unet/diffusion_pytorch_model.bin is a pickle, .*scripts/convert.py"):
+        Pipeline.load(tmp_path / "bin")
+    convert.main([str(tmp_path / "bin"), str(tmp_path / "ours")])
+    want, found = load_components(their_folder["sd1"]), load_components(tmp_path / "ours")
+    assert_same(want.unet.state_dict(), found.unet.state_dict())
+    assert_same(load_vae(tmp_path / "bin/vae").state_dict(), load_vae(their_folder["sd1"]).state_dict())
+
+
 def test_variants_and_shards_are_read(their_folder: dict[str, Path], tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(their_folder["sd1"])
@@ -991,58 +1008,249 @@ def test_convert_leaves_nothing_that_generates_another_image(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_trained_here_goes_to_diffusers_and_back(tmp_path: Path) -> None:
-    """With the settings that the family has, and weights of the loss that no other format knows."""
+def test_a_model_of_the_exportable_recipe_goes_to_diffusers_and_to_one_file(tmp_path: Path) -> None:
+    """From training to the image that diffusers generates; the loss may be one that no other format knows."""
     diffusers = pytest.importorskip("diffusers")
-    shared = ["--data.resolution", "32", "--steps", "2"]
-    train("clip", tmp_path / "clip", *shared)
-    vae = "--vae.patch-size 1 --vae.base-channels 32 --vae.channel-mult 1 1 1"
-    train("vae", tmp_path / "vae", *shared, *vae.split())
-    unet = (
-        "--unet.model-channels 64 --unet.num-res-blocks 1 --unet.channel-mult 1 1 --unet.transformer-depth 1 0 "
-        "--unet.num-heads 4 4 --unet.pooled-dim 0 --unet.no-coord-conv --unet.no-scale-shift-norm "
-        "--unet.mid-transformer-depth 1 --unet.norm-min-group-channels 1 "
-        "--text.pad-token-id 0 --text.layer last --text.no-use-pooled --sample-steps 1 "
-        "--diffusion.noise-schedule scaled_linear --diffusion.prediction epsilon"
-    )
-    model, theirs = train("ldm", tmp_path / "ldm", *shared, *unet.split()), tmp_path / "theirs"
-    assert convert.main([str(model), str(theirs), "--format", "diffusers"]) is None
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(theirs)
+    for stage in ("clip", "vae", "ldm"):
+        few = ["--no-cache-latents", "--sample-steps", "1", "--sample-prompts", "a"] if stage == "ldm" else []
+        model = train_recipe("exportable", stage, tmp_path / stage, "--data.resolution", "16", *few)
+    places = {"diffusers": tmp_path / "theirs", "compvis": tmp_path / "file.safetensors"}
+    for format, place in places.items():
+        convert.main([str(model), str(place), "--format", format])
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(places["diffusers"])
     pipeline.set_progress_bar_config(disable=True)
-    want = pipeline("a red star", latents=initial_noise((4, 8, 8), [5]), num_inference_steps=5, guidance_scale=3.0)
-    ours = Pipeline.load(model)
-    assert ours.diffusion.config.loss_weighting != "uniform"
-    found = ours("a red star", steps=5, guidance_scale=3.0, sampler="ddim", seed=5)[0]
-    assert difference(found, want.images[0]) <= 2
+    want = pipeline("a red star", latents=initial_noise((4, 4, 4), [5]), num_inference_steps=5, guidance_scale=3.0)
+    assert Pipeline.load(model).diffusion.config.loss_weighting != "uniform"
+    for path in (model, places["compvis"]):
+        settings = {"guidance_scale": 3.0, "sampler": "ddim", "seed": 5, "width": 16, "height": 16}
+        assert difference(Pipeline.load(path)("a red star", steps=5, **settings)[0], want.images[0]) <= 2
 
 
-def test_pickles_are_read_by_convert_alone_and_never_run(
-    their_folder: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_message_of_a_model_that_cannot_be_exported_names_the_recipe_that_can(
+    tiny_model: Path, tmp_path: Path
 ) -> None:
+    for target in ("diffusers", "compvis"):
+        with pytest.raises(SystemExit, match=r"cannot export .* recipe configs/exportable/ can be exported"):
+            convert.main([str(tiny_model), str(tmp_path / "out"), "--format", target])
+    with pytest.raises(SystemExit, match="noise_schedule flow .StableDiffusionPipeline cannot run FlowMatchEuler"):
+        convert.main([str(tiny_model), str(tmp_path / "out"), "--format", "diffusers"])
+    assert (ROOT / "configs/exportable/ldm.yaml").is_file() and not (tmp_path / "out").exists()
+
+
+def test_convert_reads_a_pickle_and_refuses_to_write_one(
+    their_folder: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With objects of other packages beside its weights; a target that is none is refused before anything is read."""
     compvis.write(load_components(their_folder["sd1"]), tmp_path / "a.safetensors")
-    torch.save({"state_dict": load_file(tmp_path / "a.safetensors"), "step": 3}, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"a.ckpt is a pickle, .*`python scripts/convert.py`"):
-        Pipeline.load(tmp_path / "a.ckpt")
-    parts = compvis.read(tmp_path / "a.ckpt", pickles=True)
-    want = compvis.read(tmp_path / "a.safetensors").unet.state_dict()
-    assert all(torch.equal(tensor, want[name]) for name, tensor in parts.unet.state_dict().items())
+    save_lightning(load_file(tmp_path / "a.safetensors"), tmp_path / "a.CKPT")
+    with pytest.raises(ValueError, match=r"a\.CKPT is a pickle, .*`python scripts/convert.py`"):
+        Pipeline.load(tmp_path / "a.CKPT")
+    convert.main([str(tmp_path / "a.CKPT"), str(tmp_path / "ours")])
+    assert_same(
+        load_components(tmp_path / "ours").unet.state_dict(), compvis.read(tmp_path / "a.safetensors").unet.state_dict()
+    )
+    assert "objects that are no tensors are left out" in caplog.text
+    monkeypatch.setattr(ldm.pipeline.convert, "open_source", lambda config: pytest.fail("read too early"))
+    for target, format, message in (
+        ("b.ckpt", "compvis", r"b\.ckpt: pickles are not written: pass OUT\.safetensors"),
+        ("b.CKPT", "ldm", r"b\.CKPT: pickles are not written"),
+        ("b.pth", "diffusers", r"b\.pth: pickles are not written"),
+        ("b.safetensors", "ldm", r"b\.safetensors names a file, .* add --format compvis"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            convert.main([str(tmp_path / "a.CKPT"), str(tmp_path / target), "--format", format])
+    with pytest.raises(SystemExit, match=r"missing does not exist"):
+        convert.main([str(tmp_path / "missing"), str(tmp_path / "out")])
 
-    class Hostile:
-        def __reduce__(self) -> tuple:
-            return (Path.touch, (tmp_path / "ran",))
 
-    for content in ({3: torch.zeros(1)}, {"x": 1}, [1]):
-        torch.save({"state_dict": content}, tmp_path / "odd.ckpt")
-        with pytest.raises(ValueError, match="odd.ckpt is not a Stable Diffusion file: .*, got 3?$"):
-            compvis.read(tmp_path / "odd.ckpt", pickles=True)
-    for content in (Hostile(), {"state_dict": {"x": Hostile()}}):
-        torch.save(content, tmp_path / "bad.ckpt")
-        with pytest.raises(SystemExit, match="bad.ckpt cannot be read without running its code"):
-            convert.main([str(tmp_path / "bad.ckpt"), str(tmp_path / "out")])
-        (tmp_path / "bad.ckpt").write_bytes(pickle.dumps(content))
-        with pytest.raises(SystemExit, match="bad.ckpt cannot be read without running its code"):
-            convert.main([str(tmp_path / "bad.ckpt"), str(tmp_path / "out")])
-    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+@pytest.mark.parametrize("dropped", ["projection", "projection and block", "block", "block of 24"])
+def test_files_of_version_2_without_what_conditions_nothing_generate_the_same_image(
+    dropped: str, their_folder: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files made of diffusers folders have neither the projection of the text tower nor its last block."""
+    ours, file = load_components(their_folder["sd2-base"]), tmp_path / "a.safetensors"
+    assert ours.text is not None
+    if dropped == "block of 24":
+        cfg = {"context_length": 16, "width": 32, "heads": 1, "layers": 24, "mlp_ratio": 1}
+        config = TextConfig(layer="penultimate", pad_token_id=0)
+        encoder = TextEncoder.random(config, {"embed_dim": 32, "quick_gelu": False, "text_cfg": cfg})
+        ours = ours._replace(text=TextConditioner(encoder))
+    compvis.write(ours, file)
+    tensors = load_file(file)
+    blocks = {int(match[1]) for name in tensors if (match := re.search(r"resblocks\.(\d+)\.", name))}
+    for name in list(tensors):
+        last = f"resblocks.{max(blocks)}." in name
+        if ("projection" in dropped and name.endswith("text_projection")) or ("block" in dropped and last):
+            del tensors[name]
+    save_file(tensors, file)
+    found = compvis.read(file)
+    assert found.text is not None
+    texts = (text.encode_prompts(["a red cat", ""]).hidden_states for text in (ours.text, found.text))
+    torch.testing.assert_close(*texts)
+    assert ("ends before the last, unused block" in caplog.text) == ("block" in dropped)
+
+
+def test_what_a_file_holds_that_is_not_stable_diffusion_is_named(their_folder: dict[str, Path], tmp_path: Path) -> None:
+    for name, message in (
+        ("lora_unet_down_blocks_0.lora_up.weight", "is a LoRA"),
+        ("unet.down_blocks.0.attn1.to_q_lora.down.weight", "is a LoRA"),
+        ("base_model.to_q.lora_A.weight", "is a LoRA"),
+        ("control_model.input_hint_block.0.weight", "is a ControlNet"),
+        ("controlnet_cond_embedding.conv_in.weight", "is a ControlNet"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "is Stable Diffusion 3"),
+        ("double_blocks.0.img_attn.qkv.weight", "is Flux"),
+        ("conditioner.embedders.0.model.ln_final.weight", "is the refiner of Stable Diffusion XL"),
+        ("model.diffusion_model.output_blocks.3.0.time_stack.out_layers.3.bias", "is Stable Video Diffusion"),
+        ("low_scale_model.betas", "is the upscaler of Stable Diffusion 2"),
+        ("decoder.conv_in.weight", "is a VAE alone, for --vae"),
+        ("down_blocks.0.resnets.0.conv1.weight", "is a U-Net alone"),
+        ("text_model.final_layer_norm.weight", "is a text tower alone"),
+        ("edm_mean", "EDM schedule"),
+        ("emb_params", "is a textual inversion"),
+    ):
+        save_file({name: torch.zeros(1)}, tmp_path / "a.safetensors")
+        with pytest.raises(ValueError, match=f"a.safetensors .*{message}.*only whole models of Stable Diffusion 1, 2"):
+            Pipeline.load(tmp_path / "a.safetensors")
+    compvis.write(load_components(their_folder["sd1"]), tmp_path / "a.safetensors")
+    tensors, name = load_file(tmp_path / "a.safetensors"), "model.diffusion_model.input_blocks.0.0.weight"
+    for channels, message in ((8, "for InstructPix2Pix"), (5, "for depth"), (7, "for upscaling"), (6, "another kind")):
+        save_file({**tensors, name: torch.zeros(64, channels, 3, 3)}, tmp_path / "a.safetensors")
+        with pytest.raises(ValueError, match=f"a.safetensors: .*a U-Net .*{message}, with {channels} input channels"):
+            Pipeline.load(tmp_path / "a.safetensors")
+
+
+def test_learned_tokens_of_a_diffusers_folder_are_used(clip_files: tuple[str, str], tmp_path: Path) -> None:
+    """Each of the ways that versions of transformers list them, and kept in our folder and in one written back."""
+    theirs = small_pipeline("sd-32", clip_files)
+    for token, count in (("<cat-toy>", 3), ("Sks", 1)):
+        vectors = torch.randn(count, 32, generator=torch.Generator().manual_seed(count))
+        theirs.load_textual_inversion(vectors[0] if count == 1 else vectors, token=token)
+    theirs.save_pretrained(tmp_path / "theirs")
+    learned = {"<cat-toy>": 49408, "<cat-toy>_1": 49409, "<cat-toy>_2": 49410, "Sks": 49411}
+    tokenizer = tmp_path / "old/tokenizer"
+    for name in ("old", "newer"):
+        shutil.copytree(tmp_path / "theirs", tmp_path / name)
+        (tmp_path / name / "tokenizer/tokenizer.json").unlink()
+        for file in clip_files:
+            shutil.copy(file, tmp_path / name / "tokenizer")
+    (tokenizer / "added_tokens.json").write_text(json.dumps(learned))
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"] = {str(index): {"content": token} for token, index in learned.items()}
+    (tmp_path / "newer/tokenizer/tokenizer_config.json").write_text(json.dumps(settings))
+    components = load_components(tmp_path / "theirs")
+    save_components(components, tmp_path / "ours")
+    write(components, tmp_path / "again")
+    prompt = "a photo of a <cat-toy>, on a Sks chair"
+    with torch.no_grad():
+        ids = theirs.tokenizer(theirs.maybe_convert_prompt(prompt, theirs.tokenizer), padding="max_length")["input_ids"]
+        want = theirs.text_encoder(torch.tensor([ids])).last_hidden_state
+    assert 49411 in ids and ids.count(49408) == 1
+    for name in ("theirs", "old", "newer", "ours", "again"):
+        text = load_components(tmp_path / name).text
+        assert text is not None
+        for states in (text.encode_prompts([prompt]), text([prompt])):
+            close(states.hidden_states, want)
+    with pytest.raises(ValueError, match="cannot export .* learned tokens"):
+        compvis.write(components, tmp_path / "a.safetensors")
+    again = type(theirs).from_pretrained(tmp_path / "again").tokenizer
+    assert learned.items() <= again.get_vocab().items()
+    (tokenizer / "added_tokens.json").write_text(json.dumps(learned | {"<too-many>": 49412}))
+    with pytest.raises(ValueError, match="49,412 embeddings, but the tokenizer has 1 more"):
+        load_components(tmp_path / "old")
+
+
+# A VAE alone.
+
+
+@pytest.fixture(scope="module")
+def published_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that diffusers wrote, with the scale of Stable Diffusion XL."""
+    folder = tmp_path_factory.mktemp("vae") / "vae"
+    their_vae(32, 32, layers_per_block=1, scaling_factor=0.13025, norm_num_groups=32).save_pretrained(folder)
+    return folder
+
+
+def test_a_vae_alone_is_converted_both_ways(
+    published_vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """diffusers -> ours -> diffusers -> one file -> ours: the same standardized latents, and their scale."""
+    places = [published_vae, tmp_path / "ours", tmp_path / "theirs", tmp_path / "file.safetensors", tmp_path / "again"]
+    formats = ("ldm", "diffusers", "compvis", "ldm")
+    for (source, target), to in zip(itertools.pairwise(places), formats, strict=True):
+        convert.main([str(source), str(target), "--format", to])
+    assert capsys.readouterr().out.count("a VAE alone") == 4
+    assert json.loads((places[2] / "config.json").read_text())["scaling_factor"] == pytest.approx(0.13025)
+    assert "file.safetensors does not tell the scale of its latents: 0.18215" in caplog.text
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    theirs = pytest.importorskip("diffusers").AutoencoderKL.from_pretrained(published_vae)
+    with torch.no_grad():
+        want = theirs.encode(pixels).latent_dist.mean * theirs.config.scaling_factor
+        for place in places:
+            vae = load_vae(place)
+            z = vae.standardize(vae.encode(pixels).mean)
+            close(z, want)
+            close(vae.decode(vae.unstandardize(z)), theirs.decode(want / theirs.config.scaling_factor).sample)
+    inner = load_vae(published_vae / "diffusion_pytorch_model.safetensors")  # with its config.json beside it
+    assert inner.latent_std[0].item() == pytest.approx(1 / 0.13025)
+    for place in (places[0], places[1], places[3]):
+        with pytest.raises(ValueError, match="is a VAE alone, for --vae"):
+            load_components(place)
+
+
+def test_every_form_of_a_vae_is_the_same_vae(
+    published_vae: Path, their_folder: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file under the names of diffusers, a pickle of a training, one in a whole model, a folder without U-Net."""
+    vae = load_vae(their_folder["sd1"])
+    compvis.write(load_components(their_folder["sd1"]), tmp_path / "whole.safetensors")
+    compvis.write_vae(vae, tmp_path / "vae.safetensors")
+    state = load_file(tmp_path / "vae.safetensors")
+    torch.save({"state_dict": {**state, "loss.logvar": torch.zeros(())}, "epoch": 3}, tmp_path / "vae.pt")
+    (tmp_path / "partial").mkdir()
+    shutil.copytree(their_folder["sd1"] / "vae", tmp_path / "partial/vae")
+    shutil.copy(their_folder["sd1"] / "vae/diffusion_pytorch_model.safetensors", tmp_path / "theirs.safetensors")
+    for name in ("whole.safetensors", "vae.safetensors", "vae.pt", "partial", "partial/vae", "theirs.safetensors"):
+        found = load_vae(tmp_path / name)
+        assert found.config == vae.config
+        for key, tensor in vae.state_dict().items():
+            torch.testing.assert_close(found.state_dict()[key], tensor)
+    assert "vae.pt: 1 tensors that are not of the VAE are left out" in caplog.text
+    assert weights_sha256(load_vae(tmp_path / "partial")) == weights_sha256(load_vae(tmp_path / "theirs.safetensors"))
+    save_vae(vae, tmp_path / "ours")
+    assert weights_sha256(vae) == sha256(tmp_path / "ours/vae.safetensors")
+
+
+def test_a_vae_without_quant_convs_keeps_its_scale_and_shift(tmp_path: Path) -> None:
+    """As those of Stable Diffusion 3 and Flux, with 16 channels; the file alone does not tell them."""
+    settings = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.AutoencoderKL(block_out_channels=(32,), scaling_factor=1.5305, shift_factor=0.0609, **settings)
+    theirs.save_pretrained(tmp_path / "vae")
+    vae, pixels = load_vae(tmp_path / "vae"), torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        want = (theirs.encode(pixels).latent_dist.mean - 0.0609) * 1.5305
+        close(vae.standardize(vae.encode(pixels).mean), want)
+        convert.main([str(tmp_path / "vae"), str(tmp_path / "again"), "--format", "diffusers"])
+        again = load_vae(tmp_path / "again")
+        close(again.standardize(again.encode(pixels).mean), want)
+    with pytest.raises(ValueError, match=r"scale of latents of 16 channels is not in the file: pass the folder vae/"):
+        load_vae(tmp_path / "vae/diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match=r"cannot export to a CompVis file: .*vae.latent_channels 16 .only 4."):
+        compvis.write_vae(vae, tmp_path / "a.safetensors")
+
+
+def test_what_is_no_vae_is_named(their_folder: dict[str, Path], tmp_path: Path) -> None:
+    save_file({"lora_unet_x.lora_up.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    for path, message in (
+        (tmp_path / "missing", "missing does not exist: pass a model folder"),
+        (tmp_path, "is not a model folder"),
+        (tmp_path / "lora.safetensors", "is a LoRA"),
+        (tmp_path / "x.safetensors", "x.safetensors has no VAE: expected first_stage_model"),
+        (their_folder["sd1"] / "unet", "_class_name is 'UNet2DConditionModel': only 'AutoencoderKL' can be read"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_vae(path)
 
 
 def test_txt2img_generates_with_a_foreign_model(

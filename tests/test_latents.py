@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from ldm import rng
 from ldm.data import DataConfig, latents, open_dataset
 from ldm.data.batch_sampler import SampleKey
+from ldm.interop import compvis, diffusers
 from ldm.pipeline.load import load_vae
 from ldm.text.tower import TextTower
+from ldm.vae import VAE, VAEConfig
 
 SIZE = ["--data.resolution", "16"]
 TEXT = ["--text.layer", "penultimate", "--text.use-pooled"]  # as configs/shapes/ldm.yaml has it
@@ -134,6 +136,35 @@ def test_augmentations_are_what_the_epochs_would_have_cropped(runs: Path, tmp_pa
             assert torch.equal(cached[key]["sizes"], same["sizes"])
             means.append(cached[key]["mean"])
     assert not torch.equal(torch.stack(means[: len(data)]), torch.stack(means[len(data) : 2 * len(data)]))
+
+
+def test_a_published_vae_serves_in_any_form(runs: Path, tmp_path: Path) -> None:
+    """Latents that were cached with the vae/ of diffusers are those of the file, and the model keeps their scale."""
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(base_channels=32, channel_mult=(1, 1), num_res_blocks=1)).requires_grad_(False)
+    vae.latent_std.fill_(1 / 0.18215)
+    diffusers.write_vae(vae, tmp_path / "published/vae")
+    compvis.write_vae(vae, tmp_path / "vae.safetensors")
+    torch.save({"state_dict": load_file(tmp_path / "vae.safetensors")}, tmp_path / "vae.pt")
+    shutil.copytree(runs / "clip", tmp_path / "clip")
+    folder = make(tmp_path, "--vae", str(tmp_path / "published"))
+    model = train(
+        "ldm",
+        tmp_path / "ldm",
+        "--vae",
+        str(tmp_path / "published/vae"),
+        "--cached-latents",
+        str(folder),
+        "--steps",
+        "1",
+    )
+    want, found = vae.state_dict(), load_file(model / "vae.safetensors")
+    assert all(torch.allclose(want[name], found[name], rtol=1e-4, atol=1e-5) for name in want)
+    text = ["--text.model", f"local-dir:{tmp_path}/clip/model"]
+    for form in (tmp_path / "vae.pt", model):
+        train("ldm", tmp_path / "other" / form.name, "--vae", str(form), "--steps", "1", *text)
+    with pytest.raises(SystemExit, match="missing does not exist: pass a model folder, a diffusers folder or a single"):
+        train("ldm", tmp_path / "other", "--vae", str(tmp_path / "missing"), *text)
 
 
 def test_latents_of_something_else_are_refused(runs: Path, tmp_path: Path) -> None:

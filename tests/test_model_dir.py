@@ -10,7 +10,7 @@ import torch
 
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.interop.components import ModelComponents
-from ldm.io.model_dir import latest_model, read_manifest, read_vocabulary
+from ldm.io.model_dir import latest_model, read_json, read_manifest, read_vocabulary
 from ldm.pipeline import Pipeline
 from ldm.pipeline.load import PipelineManifest, VAEManifest, load_components, load_vae, save_components
 from ldm.text import TextConditioner, TextConfig, TextEncoder
@@ -171,6 +171,13 @@ def test_other_manifests_are_refused(change: dict[str, Any], message: str, tmp_p
     write_manifest(tmp_path, PIPELINE_1 | {"vae_sha256": None} | change)
     with pytest.raises(ValueError, match=message):
         read_manifest(tmp_path, "pipeline", PipelineManifest.from_dict)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_is_read_in_the_encoding_that_it_has(encoding: str, tmp_path: Path) -> None:
+    """Not in that of the system, which on Windows would read other tokens than a tokenizer has."""
+    (tmp_path / "vocab.json").write_bytes('{"é": 1, "猫": 2}'.encode(encoding))
+    assert read_json(tmp_path / "vocab.json") == {"é": 1, "猫": 2}
 
 
 def test_folders_that_are_not_models(components: ModelComponents, tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from ldm.text import TextConditioner
 from ldm.unet import UNet
 from ldm.vae import VAE
 
+EXPORTABLE = "a model of the recipe configs/exportable/ can be exported"
+VAE_ONLY: dict[str, Any] = {"patch_size": 1}  # of a VAE, in all formats
+
 
 class ModelComponents(NamedTuple):
     """What a pipeline is made of."""
@@ -62,38 +65,52 @@ class ExportComponents(NamedTuple):
         unet, is_xl = self.unet.config, self.version == "XL"
         configs: dict[str, Any] = {"unet": unet, "vae": self.vae.config, "diffusion": self.diffusion.config}
         configs |= zip(("text", "second_text"), (encoder.config for encoder in self.text.encoders), strict=False)
-        always: dict[str, dict[str, Any]] = {  # in all formats
-            "unet": {"patch_size": 1, "coord_conv": False} | ({} if is_xl else {"pooled_dim": 0, "size_embed_dim": 0}),
-            "vae": {"patch_size": 1},
-        }
-        wrong = [
-            f"{part}.{name} {getattr(config, name)} (only {value})"
-            for part, config in configs.items()
-            for name, value in {**always.get(part, {}), **only.get(part, {})}.items()
-            if getattr(config, name) != value
-        ]
+        in_all_formats = {"patch_size": 1, "coord_conv": False}
+        in_all_formats |= {} if is_xl else {"pooled_dim": 0, "size_embed_dim": 0}
+        only = {**only, "unet": {**in_all_formats, **only.get("unet", {})}, "vae": {**VAE_ONLY, **only.get("vae", {})}}
         others = {
             "unet.size_embed_dim 0": is_xl and not unet.size_embed_dim,
             "unet.norm_min_group_channels": len({*unet.norm_groups.values()}) > 1,
             **others,
         }
-        wrong += [name for name, differs in others.items() if differs]
-        if wrong:
-            raise ValueError(f"cannot export to {self.target}: unsupported settings {', '.join(wrong)}")
+        _check(self.target, configs, only, others)
 
-    def folded_vae(self, *, scale: float) -> dict[str, Tensor]:
-        """The VAE's tensors, its latent statistics folded into the two 1x1 convolutions so that `scale` remains."""
-        vae = self.vae
-        state = {name: tensor.clone() for name, tensor in vae.state_dict().items() if not name.startswith("latent_")}
-        mean, std, channels = vae.latent_mean, vae.latent_std * scale, vae.config.latent_channels
-        factor = torch.cat([1 / std, torch.ones_like(std)])
-        shift = torch.cat([mean / std, 2 * std.log()])
-        state["quant_conv.weight"] *= factor[:, None, None, None]
-        state["quant_conv.bias"] = state["quant_conv.bias"] * factor - shift
-        weight = state["post_quant_conv.weight"]
-        state["post_quant_conv.bias"] += weight[:, :, 0, 0] @ mean
-        state["post_quant_conv.weight"] = weight * std.reshape(1, channels, 1, 1)
-        return state
+
+def check_vae(vae: VAE, target: str, only: Mapping[str, Any]) -> None:
+    """ValueError names the settings of a VAE that the format `target` cannot hold, where it can hold `only` others."""
+    _check(target, {"vae": vae.config}, {"vae": {**VAE_ONLY, **only}}, {})
+
+
+def _check(
+    target: str,
+    configs: Mapping[str, Any],
+    only: Mapping[str, Mapping[str, Any]],
+    others: Mapping[str, bool],
+) -> None:
+    wrong = [
+        f"{part}.{name} {getattr(config, name)} (only {value})"
+        for part, config in configs.items()
+        for name, value in only.get(part, {}).items()
+        if getattr(config, name) != value
+    ]
+    wrong += [name for name, differs in others.items() if differs]
+    if wrong:
+        settings = ", ".join(wrong)
+        raise ValueError(f"cannot export to {target}: unsupported settings {settings}: {EXPORTABLE}")
+
+
+def folded_vae(vae: VAE, *, scale: float) -> dict[str, Tensor]:
+    """The VAE's tensors, its latent statistics folded into the two 1x1 convolutions so that `scale` remains."""
+    state = {name: tensor.clone() for name, tensor in vae.state_dict().items() if not name.startswith("latent_")}
+    mean, std, channels = vae.latent_mean, vae.latent_std * scale, vae.config.latent_channels
+    factor = torch.cat([1 / std, torch.ones_like(std)])
+    shift = torch.cat([mean / std, 2 * std.log()])
+    state["quant_conv.weight"] *= factor[:, None, None, None]
+    state["quant_conv.bias"] = state["quant_conv.bias"] * factor - shift
+    weight = state["post_quant_conv.weight"]
+    state["post_quant_conv.bias"] += weight[:, :, 0, 0] @ mean
+    state["post_quant_conv.weight"] = weight * std.reshape(1, channels, 1, 1)
+    return state
 
 
 def _version(text: TextConditioner) -> str:

@@ -1,5 +1,6 @@
 """Single files of Stable Diffusion 1, 2 and XL as CompVis and Stability have them: read by keys and shapes, written."""
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +10,17 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.process import Diffusion, DiffusionConfig
-from ldm.interop import family, key_map
-from ldm.interop.components import ExportComponents, ModelComponents
+from ldm.interop import family, key_map, kinds
+from ldm.interop.components import ExportComponents, ModelComponents, check_vae, folded_vae
 from ldm.io.atomic import write_tensors
+from ldm.io.model_dir import read_json
 from ldm.io.tensors import read_tensors
 from ldm.text import TextConditioner, TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig
 from ldm.unet.model import NUM_SIZE_CONDS
 from ldm.vae import VAE, VAEConfig
+
+log = logging.getLogger(__name__)
 
 UNET, EMA, VAE_PREFIX = "model.diffusion_model.", "model_ema.diffusion_model", "first_stage_model."
 V_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
@@ -43,7 +47,13 @@ TOWERS = {  # by version
         Tower("conditioner.embedders.1.model.", False, family.SDXL_TEXT_2 | ZERO_EMPTY | {"pad_token_id": 0}),
     ),
 }
+VIT_H_BLOCKS = 24  # of the text tower of version 2
 LATENT_SCALES = {"1": 0.18215, "2": 0.18215, "XL": 0.13025}  # from the published configurations
+LATENT_CHANNELS = 4  # of all of them
+VAE_PREFIXES = (VAE_PREFIX, "vae.", "")
+XL_TOWERS = "conditioner.embedders."
+MID_ATTENTIONS = ("encoder.mid.attn_1.", "encoder.mid_block.attentions.")
+VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 # Matrices here that are 1x1 convolutions there: in the VAE's attention, and in version 1 around the transformers.
 VAE_CONV_1X1 = r"mid\.attn_1\.(q|k|v|proj_out)\.weight$"
 CONV_1X1 = {"1": rf"{VAE_CONV_1X1}|\.proj_(in|out)\.weight$", "2": VAE_CONV_1X1, "XL": VAE_CONV_1X1}
@@ -57,23 +67,63 @@ def read(file: Path, *, ema: bool = False, pickles: bool = False) -> ModelCompon
 
     With `pickles` also a .ckpt, without its code. ValueError: damaged, not Stable Diffusion, see `remap_state_dict`.
     """
-    is_pickle = file.suffix == ".ckpt"
-    if is_pickle and not pickles:
-        raise ValueError(f"{file} is a pickle, which can hold code: convert it with `python scripts/convert.py`")
-    return components_from_tensors(_read_pickle(file) if is_pickle else read_tensors(file), file, ema=ema)
+    return components_from_tensors(read_tensors(file, pickles=pickles), file, ema=ema)
+
+
+def read_vae(file: Path) -> VAE:
+    """The VAE of a file, also a pickle: a VAE alone under the names of CompVis or of diffusers, or a whole model."""
+    return vae_from_tensors(read_tensors(file, pickles=True), file)
 
 
 def components_from_tensors(tensors: Tensors, file: Path, *, ema: bool = False) -> ModelComponents:
     """The components that the tensors of `file` make."""
+    kinds.check_kind(tensors, file)
     if f"{UNET}input_blocks.0.0.weight" not in tensors or not _strip_prefix(tensors, VAE_PREFIX):
+        if part := kinds.name_part(tensors):
+            raise ValueError(f"{file} is {part}: {kinds.READABLE}")
         heads = ", ".join(sorted({name.split(".")[0] for name in tensors})[:5])
         raise ValueError(f"{file} is not a Stable Diffusion file: expected {UNET}* and {VAE_PREFIX}*, got {heads}")
     version, text = _text_from_tensors(tensors, file)
     unet = _unet_from_tensors(tensors, file, version, text.pooled_dim, ema=ema)
-    vae = _vae_from_tensors(tensors, file, version)
+    vae = _build_vae(tensors, VAE_PREFIX, file, LATENT_SCALES[version])
     diffusion = _detect_diffusion(tensors, version)
     side = 128 if version == "XL" else 96 if diffusion.prediction == "v" else 64  # of latents
     return ModelComponents(unet, Diffusion(diffusion), vae, text, side * vae.config.factor)
+
+
+def is_vae(tensors: Tensors) -> bool:
+    """Whether these are the tensors of a VAE alone."""
+    return _vae_prefix(tensors) is not None and not any(name.startswith(UNET) for name in tensors)
+
+
+def vae_from_tensors(tensors: Tensors, file: Path) -> VAE:
+    """The VAE that the tensors of `file` make, whatever else it holds; ValueError: none, or of unknown scale."""
+    prefix = _vae_prefix(tensors)
+    if prefix is None:
+        kinds.check_kind(tensors, file)
+        raise ValueError(f"{file} has no VAE: expected {VAE_PREFIX}{kinds.VAE_MARK}, or the same without the prefix")
+    scale, shift = _latent_scale(tensors, prefix, file)
+    return _build_vae(tensors, prefix, file, scale, shift=shift)
+
+
+def _latent_scale(tensors: Tensors, prefix: str, file: Path) -> tuple[float, float]:
+    """Scale and shift of the latents, which a whole model tells, or a file beside; ValueError where nothing does."""
+    if f"{UNET}input_blocks.0.0.weight" in tensors:
+        return LATENT_SCALES["XL" if any(name.startswith(XL_TOWERS) for name in tensors) else "1"], 0.0
+    if (channels := tensors[prefix + kinds.VAE_MARK].shape[1]) != LATENT_CHANNELS:
+        remedy = "pass the folder vae/ of diffusers, whose config.json has it"
+        raise ValueError(f"{file}: the scale of latents of {channels} channels is not in the file: {remedy}")
+    beside = file.with_name("config.json")  # as in the folder of a published VAE
+    if beside.is_file():
+        with family.config_errors(beside):
+            return family.latent_scale(read_json(beside))
+    taken = f"{LATENT_SCALES['1']} of Stable Diffusion 1 and 2 is taken; a folder vae/ of diffusers tells it"
+    log.warning("%s does not tell the scale of its latents: %s", file.name, taken)
+    return LATENT_SCALES["1"], 0.0
+
+
+def _vae_prefix(tensors: Tensors) -> str | None:
+    return next((prefix for prefix in VAE_PREFIXES if prefix + kinds.VAE_MARK in tensors), None)
 
 
 def _text_from_tensors(tensors: Tensors, file: Path) -> tuple[str, TextConditioner]:
@@ -88,8 +138,26 @@ def _text_from_tensors(tensors: Tensors, file: Path) -> tuple[str, TextCondition
 
 def _read_tower(file: Path, tower: Tower, tensors: Tensors) -> TextEncoder:
     tensors = {name: tensor for name, tensor in tensors.items() if name not in ("attn_mask", "logit_scale")}
-    config = TextConfig(model=str(file), **tower.settings)
+    settings = tower.settings
+    if not tower.is_openai and not settings["use_pooled"] and _ends_early(tensors):
+        log.warning("%s: its text tower ends before the last, unused block, so its last layer is taken", file)
+        settings = settings | {"layer": "last"}
+    config = TextConfig(model=str(file), **settings)
     return family.text_encoder(tensors, config, f"{file}: {tower.prefix}", quick_gelu=tower.is_openai)
+
+
+def _ends_early(tensors: Tensors) -> bool:
+    """Whether an open_clip tower lacks its last block, on which only the pooled embedding depends.
+
+    Files that were made of diffusers folders do, and their projection is missing or was filled in; of ViT-H/14, the
+    blocks are counted. The last block is not one that `write` has appended, of zeros.
+    """
+    count = family.count_blocks(tensors, "transformer.resblocks")
+    if count in (VIT_H_BLOCKS - 1, VIT_H_BLOCKS):
+        return count < VIT_H_BLOCKS
+    last = tensors.get(f"transformer.resblocks.{count - 1}.mlp.c_fc.weight", torch.zeros(1))
+    projection = tensors.get("text_projection", torch.eye(1))
+    return bool(last.any()) and projection.ndim == 2 and torch.equal(projection.float(), torch.eye(*projection.shape))
 
 
 def _unet_from_tensors(tensors: Tensors, file: Path, version: str, pooled_dim: int, *, ema: bool) -> UNet:
@@ -105,22 +173,29 @@ def _unet_from_tensors(tensors: Tensors, file: Path, version: str, pooled_dim: i
     return family.build_frozen(UNet, config, theirs, key_map.unet_key_to_compvis(config), where)
 
 
-def _vae_from_tensors(tensors: Tensors, file: Path, version: str) -> VAE:
-    theirs, where = _strip_prefix(tensors, VAE_PREFIX), f"{file}: {VAE_PREFIX}"
+def _build_vae(tensors: Tensors, prefix: str, file: Path, scale: float, *, shift: float = 0.0) -> VAE:
+    """The VAE of the tensors below a prefix, under the names of CompVis or of diffusers."""
+    where, own = f"{file}: {prefix}*" if prefix else file, _strip_prefix(tensors, prefix)
+    theirs = {name: tensor for name, tensor in own.items() if name.startswith(VAE_PARTS)}
+    if left_out := len(own) - len(theirs):  # of its training: losses, a discriminator
+        log.warning("%s: %d tensors that are not of the VAE are left out", where, left_out)
+    is_compvis = any(name.startswith("encoder.down.") for name in theirs)
+    level_name, block_name = ("down", "block") if is_compvis else ("down_blocks", "resnets")
     with family.config_errors(where):
         channels, image_channels = theirs["encoder.conv_in.weight"].shape[:2]
-        levels = range(family.count_blocks(theirs, "encoder.down"))
-        widths = [theirs[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in levels]
+        count = family.count_blocks(theirs, f"encoder.{level_name}")
+        levels = [f"encoder.{level_name}.{level}.{block_name}" for level in range(count)]
+        widths = [theirs[f"{level}.0.conv1.weight"].shape[0] for level in levels]
         config = VAEConfig(
             image_channels=image_channels,
             base_channels=channels,
             channel_mult=family.channel_mult([channels, *widths])[1:],
-            num_res_blocks=family.count_blocks(theirs, "encoder.down.0.block"),
-            mid_attention="encoder.mid.attn_1.q.weight" in theirs,
-            latent_channels=theirs["post_quant_conv.weight"].shape[0],
+            num_res_blocks=family.count_blocks(theirs, levels[0]),
+            mid_attention=any(name.startswith(MID_ATTENTIONS) for name in theirs),
+            latent_channels=theirs[kinds.VAE_MARK].shape[1],
         )
-    buffers = {"latent_mean": 0.0, "latent_std": 1 / LATENT_SCALES[version]}
-    return family.build_frozen(VAE, config, theirs, key_map.vae_key_to_compvis(config), where, **buffers)
+    rename = key_map.vae_key_to_compvis(config) if is_compvis else key_map.vae_key_to_diffusers
+    return family.build_vae(config, theirs, rename, where, scale=scale, shift=shift)
 
 
 def _unet_config(tensors: Tensors, version: str, pooled_dim: int) -> UNetConfig:
@@ -137,6 +212,7 @@ def _unet_config(tensors: Tensors, version: str, pooled_dim: int) -> UNetConfig:
     contexts = [tensor.shape[1] for name, tensor in tensors.items() if name.endswith("attn2.to_k.weight")]
     vector_dim = tensors["label_emb.0.0.weight"].shape[1] if "label_emb.0.0.weight" in tensors else 0
     out_channels = tensors["out.2.weight"].shape[0] if "out.2.weight" in tensors else in_channels
+    kinds.check_input_channels(in_channels, out_channels)
     return UNetConfig(
         in_channels=out_channels,
         cond_channels=in_channels - out_channels,
@@ -166,18 +242,6 @@ def _detect_diffusion(tensors: Tensors, version: str) -> DiffusionConfig:
     return DiffusionConfig(prediction="v" if predicts_v else "epsilon")
 
 
-def _read_pickle(file: Path) -> Tensors:
-    """The tensors of a checkpoint of PyTorch Lightning, by a loader that runs no code of the file's."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file can raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{file} cannot be read without running its code ({reason}): use a safetensors file") from None
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    items = state.items() if isinstance(state, dict) else ()
-    return {str(name): tensor for name, tensor in items if isinstance(tensor, Tensor)}
-
-
 def _strip_prefix(tensors: Tensors, prefix: str) -> Tensors:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
@@ -191,15 +255,29 @@ def write(components: ModelComponents, file: Path) -> None:
     flags = {V_XL: parts.diffusion.config.prediction == "v", ZERO_XL: parts.diffusion.config.zero_terminal_snr}
     unet_name, vae_name = key_map.unet_key_to_compvis(parts.unet.config), key_map.vae_key_to_compvis(parts.vae.config)
     state = {UNET + unet_name(name): tensor for name, tensor in parts.unet.state_dict().items()}
-    vae = parts.folded_vae(scale=LATENT_SCALES[parts.version])
+    vae = folded_vae(parts.vae, scale=LATENT_SCALES[parts.version])
     state |= {VAE_PREFIX + vae_name(name): tensor for name, tensor in vae.items()}
-    for name in filter(re.compile(CONV_1X1[parts.version]).search, state):
-        state[name] = state[name][:, :, None, None]
+    _make_convs(state, CONV_1X1[parts.version])
     state |= _text_tensors(parts)
     state |= {name: torch.tensor([]) for name, is_set in flags.items() if parts.version == "XL" and is_set}
     _check_exportable(parts, state)
     state["alphas_cumprod"] = parts.diffusion.alpha(torch.arange(1, 1001, dtype=torch.float64) / 1000).square().float()
     write_tensors(file, state)
+
+
+def write_vae(vae: VAE, file: Path) -> None:
+    """Write a VAE alone, with the scale of version 1; ValueError when the format cannot hold it."""
+    check_vae(vae, "a CompVis file", {"norm_num_groups": family.NUM_GROUPS, "latent_channels": LATENT_CHANNELS})
+    rename = key_map.vae_key_to_compvis(vae.config)
+    state = {rename(name): tensor for name, tensor in folded_vae(vae, scale=LATENT_SCALES["1"]).items()}
+    _make_convs(state, VAE_CONV_1X1)
+    write_tensors(file, state)
+
+
+def _make_convs(state: Tensors, names: str) -> None:
+    """Make 1x1 convolutions of the matrices with these names."""
+    for name in filter(re.compile(names).search, state):
+        state[name] = state[name][:, :, None, None]
 
 
 def _text_tensors(parts: ExportComponents) -> Tensors:
@@ -228,4 +306,5 @@ def _check_exportable(parts: ExportComponents, state: Tensors) -> None:
         only[name] = tower.settings if version != "2" else tower.settings | {"layer": encoder.config.layer}
         block, heads = encoder.tower.blocks[0], family.num_heads(encoder.width)
         others[f"{name}.model (its heads or activation)"] = (block.quick_gelu, block.heads) != (tower.is_openai, heads)
+        others[f"{name}.model (its learned tokens)"] = bool(encoder.tokenizer.learned)
     parts.check(only, others)

@@ -1,18 +1,18 @@
 """Folders of diffusers' pipelines of the Stable Diffusion family: read and written."""
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm.diffusion.process import Diffusion, DiffusionConfig
-from ldm.interop import family, key_map
-from ldm.interop.components import ExportComponents, ModelComponents
+from ldm.interop import family, key_map, kinds
+from ldm.interop.components import ExportComponents, ModelComponents, check_vae, folded_vae
 from ldm.io.atomic import write_tensors, write_text
 from ldm.io.model_dir import read_json
 from ldm.io.tensors import read_tensors
@@ -29,6 +29,7 @@ BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}
 # Their values of a setting, and ours.
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 PADDING = {"<|endoftext|>": 49407, "!": 0}
+TOKENIZER_FILES = ("vocab.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 UNET_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # and whether they have transformers
 EMBEDS_SIZES = {None: False, "text_time": True}
 ACTIVATIONS = {"quick_gelu": True, "gelu": False}  # of text towers, and whether it is the quick one
@@ -45,7 +46,12 @@ UNET_FIXED: dict[str, Any] = {
     "class_embed_type": None,
     "norm_eps": 1e-5,
 }
-VAE_FIXED: dict[str, Any] = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+VAE_FIXED: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "latents_mean": None,
+    "latents_std": None,
+}
 SCHEDULER_FIXED: dict[str, Any] = {"num_train_timesteps": 1000, "trained_betas": None}
 TEXT_FIXED: dict[str, Any] = {"layer_norm_eps": 1e-5}
 
@@ -53,25 +59,29 @@ TEXT_FIXED: dict[str, Any] = {"layer_norm_eps": 1e-5}
 # Reading.
 
 
-def read(folder: Path) -> ModelComponents:
-    """The components of a Stable Diffusion 1, 2 or XL pipeline; ValueError names what is missing or not supported."""
+def read(folder: Path, *, pickles: bool = False) -> ModelComponents:
+    """The components of a Stable Diffusion 1, 2 or XL pipeline; ValueError names what is missing or not supported.
+
+    With `pickles` also those in .bin files, without their code.
+    """
     index = read_json(folder / "model_index.json")
     kind = KINDS.fullmatch(str(index.get("_class_name")))
     if not kind:
         supported = "only StableDiffusionPipeline and StableDiffusionXLPipeline, also for inpainting, are supported"
         raise ValueError(f"{folder} holds a {index.get('_class_name')}: {supported}")
-    unet, vae = _read_unet(folder / "unet"), _read_vae(folder / "vae")
+    unet, vae = _read_unet(folder / "unet", pickles), read_vae(folder / "vae", pickles=pickles)
     diffusion = _read_diffusion(folder / "scheduler/scheduler_config.json")
     with _open_config(folder / "unet/config.json", {}) as values:
         resolution = int(values["sample_size"]) * vae.config.factor
     empty = {"zero_empty_prompt": index.get("force_zeros_for_empty_prompt", True)}
     towers = {"": family.SDXL_TEXT_1 | empty, "_2": family.SDXL_TEXT_2 | empty} if kind[1] else {"": {}}
-    text = TextConditioner(*(_read_text(folder, suffix, settings) for suffix, settings in towers.items()))
+    text = TextConditioner(*(_read_text(folder, suffix, settings, pickles) for suffix, settings in towers.items()))
     return ModelComponents(unet, diffusion, vae, text, resolution)
 
 
-def _read_unet(folder: Path) -> UNet:
+def _read_unet(folder: Path, pickles: bool) -> UNet:
     with _open_config(folder / "config.json", UNET_FIXED) as values:
+        kinds.check_input_channels(values["in_channels"], values["out_channels"])
         widths = values["block_out_channels"]
         depths = _per_level(values.get("transformer_layers_per_block", 1), len(widths))
         crossed = [_translate("down_block_types", name, UNET_BLOCKS) for name in values["down_block_types"]]
@@ -93,36 +103,37 @@ def _read_unet(folder: Path) -> UNet:
             scale_shift_norm=values.get("resnet_time_scale_shift", "default") == "scale_shift",
             norm_num_groups=values.get("norm_num_groups", family.NUM_GROUPS),
         )
-    tensors = _read_tensors(folder, WEIGHTS)
+    tensors = _read_tensors(folder, WEIGHTS, WEIGHTS, pickles)
     return family.build_frozen(UNet, config, tensors, key_map.unet_key_to_diffusers, folder)
 
 
-def _read_vae(folder: Path) -> VAE:
-    """The VAE, standardized by its scaling factor."""
+def read_vae(folder: Path, *, pickles: bool = True) -> VAE:
+    """The VAE of a folder with its config.json, standardized by its scaling factor and its shift factor."""
     with _open_config(folder / "config.json", VAE_FIXED) as values:
-        widths = values["block_out_channels"]
+        widths, latent_channels = values["block_out_channels"], values["latent_channels"]
         config = VAEConfig(
             image_channels=values["in_channels"],
             base_channels=widths[0],
             channel_mult=family.channel_mult(widths),
             num_res_blocks=values["layers_per_block"],
             mid_attention=values.get("mid_block_add_attention", True),
-            latent_channels=values["latent_channels"],
+            latent_channels=latent_channels,
             norm_num_groups=values.get("norm_num_groups", family.NUM_GROUPS),
         )
-        scale, shift = float(values.get("scaling_factor", 0.18215)), float(values.get("shift_factor") or 0.0)
-        if not (0 < scale < math.inf and math.isfinite(shift)):
-            raise ValueError(f"scaling_factor is {scale}, expected a number above 0; shift_factor is {shift}")
-    tensors = key_map.replace_in_names(_read_tensors(folder, WEIGHTS), key_map.VAE_LEGACY)
-    buffers = {"latent_mean": shift, "latent_std": 1 / scale}
-    return family.build_frozen(VAE, config, tensors, key_map.vae_key_to_diffusers, folder, **buffers)
+        scale, shift = family.latent_scale(values)
+    tensors = _read_tensors(folder, WEIGHTS, WEIGHTS, pickles)
+    for name, channels in (("quant_conv", 2 * latent_channels), ("post_quant_conv", latent_channels)):
+        if not values.get(f"use_{name}", True):  # Stable Diffusion 3 and Flux have none: the identity
+            tensors |= {f"{name}.weight": torch.eye(channels)[..., None, None], f"{name}.bias": torch.zeros(channels)}
+    return family.build_vae(config, tensors, key_map.vae_key_to_diffusers, folder, scale=scale, shift=shift)
 
 
 def _read_diffusion(path: Path) -> Diffusion:
     with _open_config(path, SCHEDULER_FIXED) as values:
         schedule, betas = values.get("beta_schedule"), (values.get("beta_start"), values.get("beta_end"))
         if BETAS.get(str(schedule)) != betas:
-            raise ValueError(f"{schedule} betas from {betas[0]} to {betas[1]}, only {BETAS} are supported")
+            name = values.get("_class_name", "scheduler")
+            raise ValueError(f"{name}: {schedule} betas from {betas[0]} to {betas[1]}, only {BETAS} are supported")
         config = DiffusionConfig(
             noise_schedule=schedule,
             prediction=_translate("prediction_type", values.get("prediction_type", "epsilon"), PREDICTIONS),
@@ -131,49 +142,59 @@ def _read_diffusion(path: Path) -> Diffusion:
     return Diffusion(config)
 
 
-def _read_text(folder: Path, suffix: str, settings: dict[str, Any]) -> TextEncoder:
+def _read_text(folder: Path, suffix: str, settings: dict[str, Any], pickles: bool) -> TextEncoder:
     """The frozen tower of text_encoder{suffix}/, which pads prompts as tokenizer{suffix}/ does."""
     where, tokenizer = folder / f"text_encoder{suffix}", folder / f"tokenizer{suffix}"
     special = tokenizer / "special_tokens_map.json"  # as in transformers, it has the last word
     with _open_config(tokenizer / "tokenizer_config.json", {}) as values:
         pad = (values | (read_json(special) if special.is_file() else {})).get("pad_token", "<|endoftext|>")
         pad_token_id = _translate("pad_token", pad.get("content") if isinstance(pad, dict) else pad, PADDING)
-    _check_vocabulary(tokenizer)
+    tokens = _read_vocabulary(tokenizer)
     with _open_config(where / "config.json", TEXT_FIXED) as values:
         heads = values["num_attention_heads"]
         quick_gelu = _translate("hidden_act", values.get("hidden_act", "quick_gelu"), ACTIVATIONS)
     config = TextConfig(model=str(folder), pad_token_id=pad_token_id, **settings)
-    tensors = _read_tensors(where, "model")
-    return family.text_encoder(tensors, config, where, quick_gelu=quick_gelu, heads=heads)
+    tensors = _read_tensors(where, "model", "pytorch_model", pickles)
+    return family.text_encoder(tensors, config, where, quick_gelu=quick_gelu, heads=heads, learned=_learned(tokens))
 
 
-def _check_vocabulary(folder: Path) -> None:
-    """ValueError unless a tokenizer has CLIP's tokens, if it lists them; it may have more."""
+def _read_vocabulary(folder: Path) -> dict[str, int]:
+    """The tokens that the files of a tokenizer list; ValueError where those of CLIP are not among them."""
+    files = {name: read_json(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
     with family.config_errors(folder):
-        if (folder / "vocab.json").is_file():
-            tokens = read_json(folder / "vocab.json")
-        elif (folder / "tokenizer.json").is_file():
-            tokens = dict(read_json(folder / "tokenizer.json")["model"]["vocab"])
-        else:
-            return
-        if not _clip_vocabulary(Tokenizer(77)).items() <= tokens.items():
+        own = files.get("tokenizer.json", {})
+        tokens = dict(files.get("vocab.json") or own.get("model", {}).get("vocab", {}))
+        if tokens and not _clip_vocabulary(Tokenizer(77)).items() <= tokens.items():
             raise ValueError(f"{len(tokens):,} tokens of another vocabulary: use CLIP's tokenizer")
+        added = [(token["content"], token["id"]) for token in own.get("added_tokens", [])]
+        decoder = files.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
+        added += [(token["content"], int(index)) for index, token in decoder.items()]
+        return tokens | dict(added) | files.get("added_tokens.json", {})
+
+
+def _learned(tokens: Mapping[str, int]) -> list[str]:
+    """The tokens that follow CLIP's own, in order: those of textual inversion (Gal et al. 2022)."""
+    names = {index: token for token, index in tokens.items() if index >= family.CLIP_VOCAB_SIZE}
+    last = max(names, default=family.CLIP_VOCAB_SIZE - 1)
+    return [names.get(i, f"<|reserved_token_{i}|>") for i in range(family.CLIP_VOCAB_SIZE, last + 1)]
 
 
 def _clip_vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of all tokens as transformers names them."""
-    return {SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()}
+    """The ids of CLIP's own tokens as transformers names them."""
+    own = {token: index for token, index in tokenizer.encoder.items() if index < family.CLIP_VOCAB_SIZE}
+    return {SPECIAL.get(token, token): index for token, index in own.items()}
 
 
-def _read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, stem: str, pickle_stem: str, pickles: bool) -> dict[str, Tensor]:
     """All tensors of a component: one file or several by an index, in float32 or as the fp16 variant."""
-    for variant in ("", ".fp16"):
-        index = folder / f"{stem}.safetensors.index{variant}.json"
-        files = [folder / f"{stem}{variant}.safetensors"]
-        if index.is_file():
-            files = [folder / Path(name).name for name in sorted(set(read_json(index)["weight_map"].values()))]
-        if all(file.is_file() for file in files):
-            return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    for name, suffix in ((stem, "safetensors"), (pickle_stem, "bin")):
+        for variant in ("", ".fp16"):
+            index = folder / f"{name}.{suffix}.index{variant}.json"
+            files = [folder / f"{name}{variant}.{suffix}"]
+            if index.is_file():
+                files = [folder / Path(part).name for part in sorted(set(read_json(index)["weight_map"].values()))]
+            if all(file.is_file() for file in files):
+                return {n: t for file in files for n, t in read_tensors(file, pickles=pickles).items()}
     raise ValueError(f"{folder} has no {stem}.safetensors: download the safetensors files of the model, too")
 
 
@@ -211,7 +232,7 @@ def write(components: ModelComponents, folder: Path) -> None:
     _check_exportable(parts)
     _write_json(folder / "model_index.json", _index(parts))
     _write_unet(parts, folder / "unet")
-    _write_vae(parts, folder / "vae")
+    write_vae(parts.vae, folder / "vae", resolution=parts.resolution)
     _write_json(folder / "scheduler/scheduler_config.json", _scheduler_values(parts.diffusion.config))
     for encoder, suffix in zip(parts.text.encoders, ("", "_2"), strict=False):
         _write_text_encoder(folder / f"text_encoder{suffix}", encoder, parts.version)
@@ -226,8 +247,10 @@ def _check_exportable(parts: ExportComponents) -> None:
         "second_text": family.SDXL_TEXT_2 | {"zero_empty_prompt": first.zero_empty_prompt},
     }
     padding = [encoder.config.pad_token_id for encoder in parts.text.encoders]
+    is_flow = diffusion.noise_schedule == "flow"
+    no_flow = " (StableDiffusionPipeline cannot run FlowMatchEulerDiscreteScheduler)" if is_flow else ""
     others = {
-        "diffusion.noise_schedule": diffusion.noise_schedule not in BETAS,
+        f"diffusion.noise_schedule {diffusion.noise_schedule}{no_flow}": diffusion.noise_schedule not in BETAS,
         "diffusion.prediction": diffusion.prediction not in PREDICTIONS.values(),
         "text.pad_token_id": not {*padding} <= {*PADDING.values()},
     }
@@ -285,9 +308,13 @@ def _write_unet(parts: ExportComponents, folder: Path) -> None:
     _write_component(folder, values, parts.unet.state_dict(), key_map.unet_key_to_diffusers)
 
 
-def _write_vae(parts: ExportComponents, folder: Path) -> None:
-    """The scaling factor is 1, with all statistics in the weights, where the channels have their own."""
-    mean, std, config = parts.vae.latent_mean, parts.vae.latent_std, parts.vae.config
+def write_vae(vae: VAE, folder: Path, *, resolution: int = 512) -> None:
+    """Write the folder of an AutoencoderKL for images of this side; ValueError when it cannot hold the VAE.
+
+    The scaling factor is 1, with all statistics in the weights, where the channels have their own.
+    """
+    check_vae(vae, "a diffusers folder", {})
+    mean, std, config = vae.latent_mean, vae.latent_std, vae.config
     scale = 1 / std[0].item() if (std == std[0]).all() and not mean.any() else 1.0
     values = {
         "_class_name": "AutoencoderKL",
@@ -301,9 +328,9 @@ def _write_vae(parts: ExportComponents, folder: Path) -> None:
         "mid_block_add_attention": config.mid_attention,
         "norm_num_groups": config.norm_num_groups,
         "scaling_factor": scale,
-        "sample_size": parts.resolution,
+        "sample_size": resolution,
     }
-    _write_component(folder, values, parts.folded_vae(scale=scale), key_map.vae_key_to_diffusers)
+    _write_component(folder, values, folded_vae(vae, scale=scale), key_map.vae_key_to_diffusers)
 
 
 def _scheduler_values(config: DiffusionConfig) -> dict[str, Any]:
@@ -359,7 +386,10 @@ def _write_tokenizer(folder: Path, text: TextEncoder) -> None:
         "pad_token": _translate_back(text.config.pad_token_id, PADDING),
     }
     _write_json(folder / "special_tokens_map.json", special)
-    more = {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.tower.length}
+    more: dict[str, Any] = {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.tower.length}
+    if learned := tokenizer.learned:
+        _write_json(folder / "added_tokens.json", learned)  # which transformers before version 5 reads
+        more["added_tokens_decoder"] = {index: {"content": token} for token, index in learned.items()}
     _write_json(folder / "tokenizer_config.json", special | more)
 
 

@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: copy or download the folder again")
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_bytes()))  # which tell their encoding
     except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged: copy or download the folder again, or remove it") from None
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ldm.io.atomic import write_tensors
+from ldm.io.pickles import is_pickle, read_pickle
 
 INPUT_CONV = "conv_in.weight"  # (out, in, 3, 3); the U-Net's spatial condition has the last input channels
 
@@ -21,10 +22,20 @@ def save_weights(module: nn.Module, path: Path) -> str:
     return sha256(path)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError when it is missing or damaged."""
+def weights_sha256(module: nn.Module) -> str:
+    """What `save_weights` would return: it is the same for the same weights, whatever file they were read from."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    return hashlib.sha256(save(tensors)).hexdigest()
+
+
+def read_tensors(path: Path, *, pickles: bool = False) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, and with `pickles` of a pickle; ValueError when it is missing or damaged."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: the model folder is incomplete, copy it again")
+    if is_pickle(path):
+        if pickles:
+            return read_pickle(path)
+        raise ValueError(f"{path} is a pickle, which can hold code: convert it with `python scripts/convert.py`")
     try:
         return load_file(path)
     except SafetensorError as error:

@@ -11,7 +11,15 @@ from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.interop import compvis, diffusers
 from ldm.interop.components import ModelComponents
 from ldm.io.atomic import write_text
-from ldm.io.model_dir import MODEL_FORMAT, VOCABULARY_FILES, model_kind, read_manifest, read_vocabulary, write_manifest
+from ldm.io.model_dir import (
+    MODEL_FORMAT,
+    VOCABULARY_FILES,
+    model_kind,
+    read_json,
+    read_manifest,
+    read_vocabulary,
+    write_manifest,
+)
 from ldm.io.tensors import load_weights, save_weights, sha256
 from ldm.text import TextConditioner, TextConfig, TextEncoder, combine_encoders
 from ldm.text.weights import LOCAL
@@ -46,13 +54,30 @@ class VAEManifest(Config):
     vae_sha256: str
 
 
-def load_components(path: Path) -> ModelComponents:
-    """Read a model: a folder, ours or of diffusers, or a CompVis file; ValueError: none, incomplete, or a wrong VAE."""
+def load_components(path: Path, *, pickles: bool = False) -> ModelComponents:
+    """Read a model: a folder, ours or of diffusers, or a CompVis file; ValueError: none, incomplete, or a wrong VAE.
+
+    With `pickles` also one whose weights are in pickles, without their code.
+    """
+    check_exists(path)
+    if path.is_file():
+        return compvis.read(path, pickles=pickles)
+    if holds_vae_alone(path):
+        raise ValueError(f"{path} is a VAE alone, for --vae of train_ldm.py: pass a whole model")
+    return diffusers.read(path, pickles=pickles) if (path / "model_index.json").is_file() else _read_folder(path)
+
+
+def check_exists(path: Path) -> None:
+    """ValueError where there is no file or folder."""
     if not path.exists():
         raise ValueError(f"{path} does not exist: pass a model folder, a diffusers folder or a single file")
-    if path.is_file():
-        return compvis.read(path)
-    return diffusers.read(path) if (path / "model_index.json").is_file() else _read_folder(path)
+
+
+def holds_vae_alone(folder: Path) -> bool:
+    """Whether this is the model folder of a VAE, or the folder vae/ of diffusers."""
+    config = folder / "config.json"
+    is_theirs = config.is_file() and read_json(config).get("_class_name") == diffusers.VAE_FIXED["_class_name"]
+    return is_theirs or model_kind(folder) == "vae"
 
 
 def resolve_device(name: str | torch.device | None) -> torch.device:
@@ -93,13 +118,28 @@ def save_components(components: ModelComponents, folder: Path) -> None:
 
 
 def load_vae(path: Path) -> VAE:
-    """The frozen VAE of a train_vae run, or of a whole model in any format, on the CPU; ValueError: there is none."""
+    """The frozen VAE, on the CPU, of a VAE alone or of a whole model in any format; ValueError: there is none.
+
+    A folder of train_vae, of diffusers (also without a U-Net, or with one that cannot be read) or a single file.
+    """
+    check_exists(path)
+    if path.is_file():
+        return compvis.read_vae(path)
     if model_kind(path) == "vae":
         return _build_frozen(VAE, read_manifest(path, "vae", VAEManifest.from_dict).vae, path / VAE_FILE)
+    for folder in (path, path / "vae"):
+        if (folder / "config.json").is_file():
+            return diffusers.read_vae(folder)
     vae = load_components(path).vae
     if vae is None:
         raise ValueError(f"{path} was trained in pixels and has no VAE: pass the model folder of a train_vae run")
     return vae
+
+
+def save_vae(vae: VAE, folder: Path, data: dict[str, Any] | None = None) -> None:
+    """Write the model folder of a VAE alone, with the settings of the data that it was trained on, where known."""
+    digest = save_weights(vae, folder / VAE_FILE)
+    write_manifest(folder, "vae", VAEManifest(data=data or {}, vae=vae.config, vae_sha256=digest).to_dict())
 
 
 def _read_folder(folder: Path) -> ModelComponents:

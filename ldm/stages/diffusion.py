@@ -23,7 +23,7 @@ from ldm.data.latents import InMemoryLatents, LatentDataset
 from ldm.data.loader import sample_batches
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.imaging import captioned_grid, tensor_to_pil
-from ldm.io.tensors import init_weights, same_weights, sha256, to_device
+from ldm.io.tensors import init_weights, same_weights, to_device, weights_sha256
 from ldm.pipeline import ModelComponents, Pipeline
 from ldm.pipeline.denoiser import text_conditioning
 from ldm.pipeline.load import load_components, load_vae
@@ -45,7 +45,8 @@ class TrainLDMConfig(TrainingConfig):
     run: Path = Path("runs/shapes/ldm")
     data: DataConfig = DataConfig()
     vae: str = "latest"
-    """model folder of a train_vae or train_ldm run; `latest`: the newest finished VAE near this run; `none`: pixels"""
+    """a VAE, alone or in a whole model: a model folder, a diffusers folder (or its vae/) or a single file; `latest`:
+    the newest finished train_vae run near this run; `none`: pixels"""
     text: TextConfig = TextConfig()
     second_text: TextConfig = TextConfig(model="none")
     """a second tower, whose hidden states are concatenated to those of the first, as in Stable Diffusion XL"""
@@ -96,16 +97,16 @@ class DiffusionStage(Stage):
         """With the finished stages before it, and initial weights; ValueError where something does not fit."""
         check_in_memory(config)
         train_vae, train_clip = (command_to_train(config, stage, cls.default) for stage in ("vae", "clip"))
-        vae_folder = None if config.vae == "none" else find_vae(config.vae, config.run.parent, train_vae)
-        vae = load_vae(vae_folder) if vae_folder else None
+        vae_path = None if config.vae == "none" else find_vae(config.vae, config.run.parent, train_vae)
+        vae = load_vae(vae_path) if vae_path else None
         text = load_text_encoder((config.text, config.second_text), config.run.parent, train_clip)
         model_ids = " and ".join(encoder.model_id for encoder in text.encoders) if text else "none"
-        accelerator.print(f"VAE: {vae_folder or 'none'}; text: {model_ids}")
+        accelerator.print(f"VAE: {vae_path or 'none'}; text: {model_ids}")
         if vae and config.cached_latents is None:
             config.data.check_channels(vae.config.image_channels)
         config.data.check_buckets(config.unet.factor * (vae.config.factor if vae else 1))
         stage = cls(config, vae, text, accelerator.device)
-        stage.vae_sha256 = sha256(vae_folder / "vae.safetensors") if vae_folder else None
+        stage.vae_sha256 = weights_sha256(vae) if vae else None
         if config.init_from and not config.resume:
             stage.init_unet(load_components(config.init_from), config.init_from, accelerator)
         for module in stage.frozen.values():

@@ -22,7 +22,7 @@ from ldm.data.sources.base import short_hash
 from ldm.data.sources.shapes import Split
 from ldm.io.atomic import check_folder, write_text
 from ldm.io.model_dir import latest_model, read_text
-from ldm.io.tensors import sha256
+from ldm.io.tensors import sha256, weights_sha256
 from ldm.pipeline.load import load_vae
 from ldm.text import TextConditioner, TextConfig, load_text_encoder
 from ldm.text.tokenizer import tokenizer_hash, vocabulary
@@ -39,7 +39,8 @@ class CacheLatentsConfig(ScriptConfig):
     """folder for the latents"""
     data: DataConfig = DataConfig()
     vae: str = "latest"
-    """model folder of a train_vae run; `latest`: the newest finished one next to `out`"""
+    """a VAE, alone or in a whole model: a model folder, a diffusers folder or a single file; `latest`: the newest
+    finished train_vae run next to `out`"""
     text: TextConfig = TextConfig()
     """its tokenizer encodes the captions"""
     second_text: TextConfig = TextConfig(model="none")
@@ -68,16 +69,15 @@ class LatentWriter:
 
     def __init__(self, config: CacheLatentsConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
-        vae_folder = find_vae(config.vae, config.out.parent, "accelerate launch scripts/train_vae.py")
+        vae_path = find_vae(config.vae, config.out.parent, "accelerate launch scripts/train_vae.py")
         towers, script = (config.text, config.second_text), "accelerate launch scripts/train_clip.py"
         text = load_text_encoder(towers, config.out.parent, script)
         if text is None:
             raise ValueError("text.model none: pass the text tower that train_ldm will have")
-        self.vae, self.text = load_vae(vae_folder).to(accelerator.device), text.to(accelerator.device)
+        self.vae, self.text = load_vae(vae_path).to(accelerator.device), text.to(accelerator.device)
         config.data.check_channels(self.vae.config.image_channels)
         self.sets = {split: open_dataset(config.data, split, seed=config.seed) for split in SPLITS}
-        vae_sha256 = sha256(vae_folder / "vae.safetensors")
-        self.fingerprint = latents_fingerprint(config.data, config.seed, vae_sha256, self.text)
+        self.fingerprint = latents_fingerprint(config.data, config.seed, weights_sha256(self.vae), self.text)
         self.fingerprint |= items_fingerprint(self.sets)
         captions = "\n".join(itertools.chain.from_iterable(data.captions for data in self.sets.values()))
         self.fingerprint |= {"captions": short_hash(captions)}
@@ -138,12 +138,8 @@ class LatentWriter:
 
 
 def find_vae(vae: str, runs_dir: Path, command: str) -> Path:
-    """The model folder that `--vae` names; `latest` is the newest finished one below `runs_dir`, made by `command`."""
-    if vae == "latest":
-        return latest_model("vae", runs_dir, script=command)
-    if not (Path(vae) / "vae.safetensors").is_file():
-        raise ValueError(f"--vae {vae} has no vae.safetensors: pass RUN/model, or convert it with convert.py")
-    return Path(vae)
+    """What `--vae` names; `latest` is the newest finished model folder below `runs_dir`, made by `command`."""
+    return latest_model("vae", runs_dir, script=command) if vae == "latest" else Path(vae)
 
 
 def open_latents(

@@ -13,9 +13,8 @@ from ldm.config import CONFIGS, check_equal
 from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
 from ldm.data.loader import sample_batches
 from ldm.imaging import image_grid, tensor_to_pil
-from ldm.io.model_dir import write_manifest
-from ldm.io.tensors import init_weights, save_weights
-from ldm.pipeline.load import load_vae
+from ldm.io.tensors import init_weights
+from ldm.pipeline.load import load_vae, save_vae
 from ldm.rng import StepRNG
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Networks, Stage, Trainable
@@ -99,9 +98,7 @@ class VAEStage(Stage):
     def save(self, folder: Path) -> None:
         """Measure the latents, then write weights and model.json."""
         self.vae.fit_latent_stats(images.to(self.device) for images in self.data.spread_images(4096))
-        digest = save_weights(self.vae, folder / "vae.safetensors")
-        values = {"data": self.config.data.to_dict(), "vae": self.config.vae.to_dict(), "vae_sha256": digest}
-        write_manifest(folder, "vae", values)
+        save_vae(self.vae, folder, self.config.data.to_dict())
 
     def next_command(self) -> str:
         return command_to_train(self.config, "ldm", self.default)

@@ -66,7 +66,7 @@ class TextConditioner(nn.Module):
         """What `encode_ids` would give for ids (b, context_length) on the CPU, from what `encode_for_cache` gave."""
         if self.encoders[0].config.pad_token_id is not None:
             return TextEmbeddings(hidden_states, None, pooled)
-        end = ids.argmax(dim=1, keepdim=True)
+        end = self.encoders[0].find_end(ids)[:, None]
         length = int(end.max()) + 1
         mask = to_device(torch.arange(length) <= end, hidden_states.device)
         return TextEmbeddings(hidden_states[:, :length], mask, pooled)

@@ -94,7 +94,7 @@ class TextEncoder(nn.Module):
     @torch.no_grad()
     def encode_ids(self, ids: Tensor) -> TextEmbeddings:
         """Encode ids (b, context_length) on the CPU, as training does: trimmed and masked, or with `pad_token_id`."""
-        end = ids.argmax(dim=1, keepdim=True)  # of ids on the CPU, so the length is known without the device
+        end = self.find_end(ids)[:, None]  # of ids on the CPU, so the length is known without the device
         if self.config.pad_token_id is None:
             ids = ids[:, : int(end.max()) + 1] if self.trim else ids
         else:
@@ -126,14 +126,22 @@ class TextEncoder(nn.Module):
         nonempty = torch.tensor([bool(prompt.strip()) for prompt in prompts])
         return self._zero_empty(TextEmbeddings(hidden_states, mask, pooled[::count]), nonempty)
 
+    def find_end(self, ids: Tensor) -> Tensor:
+        """The position of the end token in each row of ids (b, n): (b,)."""
+        return (ids == self.tokenizer.eot_token_id).int().argmax(dim=1)
+
     @property
     def _device(self) -> torch.device:
         return self.tower.positional_embedding.device
 
     def _embed(self, ids: Tensor) -> TextEmbeddings:
         """The tower's embeddings of ids (b, n), as the configuration asks for them."""
-        layer, final_layer_norm = self.config.layer, self.config.final_layer_norm
-        embeddings = self.tower(to_device(ids, self._device), layer=layer, final_layer_norm=final_layer_norm)
+        embeddings = self.tower(
+            to_device(ids, self._device),
+            end_token_id=self.tokenizer.eot_token_id,
+            layer=self.config.layer,
+            final_layer_norm=self.config.final_layer_norm,
+        )
         return embeddings if self.config.pad_token_id is None else embeddings._replace(mask=None)
 
     def _zero_empty(self, embeddings: TextEmbeddings, nonempty: Tensor) -> TextEmbeddings:

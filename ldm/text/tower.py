@@ -60,14 +60,19 @@ class TextTower(nn.Module):
         """All layers, in order."""
         return list(cast(nn.ModuleList, self.transformer["resblocks"]))  # type: ignore[arg-type]
 
-    def forward(self, ids: Tensor, *, layer: str = "last", final_layer_norm: bool = True) -> TextEmbeddings:
-        """(b, n) token ids -> the hidden states of `layer`, normalized or not, the mask and the pooled embedding."""
+    def forward(
+        self, ids: Tensor, *, end_token_id: int | None = None, layer: str = "last", final_layer_norm: bool = True
+    ) -> TextEmbeddings:
+        """(b, n) token ids -> the hidden states of `layer`, normalized or not, the mask and the pooled embedding.
+
+        The end token is `end_token_id`, or the largest id, as it is in CLIP's own vocabulary.
+        """
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         *earlier, final = self.blocks
         for block in earlier:
             x = block(x)
         last = final(x)
-        end = ids.argmax(dim=1)  # the end token has the largest id
+        end = (ids if end_token_id is None else (ids == end_token_id).int()).argmax(dim=1)
         mask = torch.arange(ids.shape[1], device=ids.device) <= end[:, None]
         pooled = self.ln_final(last)[torch.arange(len(ids), device=ids.device), end] @ self.text_projection
         hidden_states = last if layer == "last" else x

@@ -35,7 +35,7 @@ def load_tower(model_id: str, pretrained: str | None = None) -> tuple[TextTower,
     _check_supported(cfg, model_id)
     with torch.device("meta"):
         tower = TextTower(cfg)
-    tensors = read_tensors(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    tensors = read_tensors(path, pickles=True)  # open_clip's own tags have them
     tensors = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
     load_strict(tower, {name: tensors[name] for name in tower.state_dict() if name in tensors}, path, assign=True)
     return tower, path
@@ -56,7 +56,7 @@ def _find(model_id: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
     else:
         return _find_public(model_id, pretrained)
     try:
-        cfg = dict(json.loads(config.read_text())["model_cfg"])
+        cfg = dict(json.loads(config.read_bytes())["model_cfg"])
         return cfg | {"embed_dim": cfg["embed_dim"], "text_cfg": dict(cfg["text_cfg"])}, weights
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{config} has no model_cfg of a text tower: save or download it again") from None
