@@ -58,7 +58,9 @@ class CLIPStage(Stage):
         """Symmetric cross-entropy between images and captions of the whole batch of all ranks."""
         images = batch["image"].to(rng.device, non_blocking=True)
         ids = self.clip.tokenizer(batch["caption"]).to(rng.device, non_blocking=True)
-        return {"loss": self.contrastive_loss(**networks["clip"](images, ids))}
+        features = networks["clip"](images, ids)
+        with torch.autocast(rng.device.type, enabled=False):  # logits of up to 100, whose differences count
+            return {"loss": self.contrastive_loss(**features)}
 
     def example_batch(self, count: int) -> Batch:
         return self.config.data.example_batch(count)

@@ -139,6 +139,16 @@ class PCASkip(nn.Module):
         self.encode = nn.Conv2d(values, config.latent_channels, 1)
         self.decode = nn.Conv2d(config.latent_channels, values, 1)
 
+    def to_latents(self, images: Tensor) -> Tensor:
+        """Pixels (b, c, h, w) -> latents (b, latent_channels, h / patch, w / patch), in float32."""
+        with torch.autocast(images.device.type, enabled=False):  # what the networks add is small beside it
+            return self.encode(F.pixel_unshuffle(images.to(self.encode.weight), self.patch_size))
+
+    def to_images(self, latents: Tensor) -> Tensor:
+        """The inverse of `to_latents`, as far as there is one; in float32."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return F.pixel_shuffle(self.decode(latents.to(self.decode.weight)), self.patch_size)
+
     @torch.no_grad()
     def init_from_pca(self, images: Tensor) -> None:
         """Set both maps from the principal components of the patches of (b, c, h, w) images."""
@@ -182,14 +192,14 @@ class VAE(nn.Module):
         self.config.latent_shape(images)  # checks the sides
         mean, logvar = self.quant_conv(self.encoder(images)).float().chunk(2, dim=1)
         if self.linear is not None:
-            mean = mean + self.linear.encode(F.pixel_unshuffle(images, self.config.patch_size)).float()
+            mean = mean + self.linear.to_latents(images)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents (b, latent_channels, h, w) -> (b, c, h * factor, w * factor) pixels, about in [-1, 1]."""
         images = self.decoder(self.post_quant_conv(latents))
         if self.linear is not None:
-            images = images + F.pixel_shuffle(self.linear.decode(latents), self.config.patch_size)
+            images = images + self.linear.to_images(latents)
         return images
 
     def _pca_skip(self) -> PCASkip:
