@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ldm.data.batch_sampler import SampleKey
 from ldm.data.loader import Batches
@@ -25,7 +24,7 @@ from ldm.planning.device import clock, peak_memory, total_memory
 from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
 from ldm.training.distributed import on_rank0
-from ldm.training.fsdp import full_tensor
+from ldm.training.fsdp import full_tensor, local_tensor
 from ldm.training.stage import Stage
 from ldm.training.trainer import Buildable, Config, Trainer, train
 
@@ -152,7 +151,7 @@ class DoctorRun:
             return []
         tensors = [p.detach() for module in self.state.modules.values() for p in module.parameters()]
         tensors += [tensor for ema in self.state.ema.values() for tensor in ema.shadow.values()]
-        return [(t.to_local() if isinstance(t, DTensor) else t).to("cpu", copy=True) for t in tensors]
+        return [local_tensor(t).to("cpu", copy=True) for t in tensors]
 
     def _overfit_one_batch(self) -> list[float]:
         """Repeat the last step: its samples, noise and learning rate stay, so its loss must fall."""

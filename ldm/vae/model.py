@@ -13,6 +13,8 @@ from ldm.config import Config
 from ldm.layers import Upsample, check_group_norm, checkpointed, zero_init_
 from ldm.vae.blocks import Downsample, ResidualBlock, group_norm, mid_block
 
+MIN_PCA_SCALE = 1e-6  # of the components' standard deviation: below it is what rounding leaves of no variance
+
 
 class VAEConfig(Config):
     """The defaults are the Stable Diffusion VAE: factor 8, 4 latent channels, 83,653,863 parameters."""
@@ -151,13 +153,18 @@ class PCASkip(nn.Module):
 
     @torch.no_grad()
     def init_from_pca(self, images: Tensor) -> None:
-        """Set both maps from the principal components of the patches of (b, c, h, w) images."""
+        """Set both maps from the principal components of the patches of (b, c, h, w) images.
+
+        ValueError: they have no variance, and so no components.
+        """
         patches = rearrange(F.pixel_unshuffle(images, self.patch_size), "b v h w -> (b h w) v").double()
         mean = patches.mean(0)
         variance, directions = torch.linalg.eigh((patches - mean).mT @ (patches - mean) / len(patches))
         count = self.encode.out_channels
         basis = directions[:, -count:].flip(1)  # (values, latent channels), the largest variance first
-        scale = variance[-count:].mean().sqrt()
+        scale = variance[-count:].mean().clamp_min(0).sqrt()
+        if not scale > MIN_PCA_SCALE:
+            raise ValueError("images: all pixels have one colour, so there are no principal components: check the set")
         self.encode.weight.copy_((basis.mT / scale)[..., None, None])
         self.encode.bias.copy_(-(basis.mT @ mean) / scale)  # type: ignore[union-attr]
         self.decode.weight.copy_((basis * scale)[..., None, None])
