@@ -100,6 +100,15 @@ def test_the_pca_skip_starts_at_the_principal_components() -> None:
     assert found.item() == pytest.approx(lost.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("color", [-1.0, 0.1])
+def test_images_without_variance_have_no_principal_components(color: float) -> None:
+    vae = VAE(PATCHED)
+    assert vae.linear is not None
+    with pytest.raises(ValueError, match="one colour, .* no principal components: check the set"):
+        vae.linear.init_from_pca(torch.full((8, 3, 16, 16), color))
+    assert all(parameter.isfinite().all() for parameter in vae.parameters())
+
+
 def test_latent_statistics_standardize() -> None:
     vae = VAE(PATCHED)
     assert vae.linear is not None

@@ -1,5 +1,6 @@
 """CLIP: an image tower and a text tower learn which caption belongs to which image (Radford et al. 2021)."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
 from ldm.data.loader import sample_batches
 from ldm.io.model_dir import write_manifest
 from ldm.rng import StepRNG
+from ldm.stages.start import announce, equal_captions
 from ldm.text.clip import CLIP, CLIPConfig, retrieval_accuracy
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Networks, Stage, Trainable
@@ -50,7 +52,7 @@ class CLIPStage(Stage):
         """With data; ValueError as `open_dataset` and the networks raise it."""
         stage = cls(config, rank=accelerator.process_index, world=accelerator.num_processes)
         stage.data, stage.held_out = open_splits(config.data, seed=config.seed)
-        accelerator.print(stage.data.describe())
+        announce(stage, accelerator, *equal_captions(stage.data, stage.clip.tokenizer, config.batch_size))
         stage.device, stage.validation = accelerator.device, next(sample_batches(stage.held_out, batch_size=128))
         return stage
 
@@ -61,6 +63,10 @@ class CLIPStage(Stage):
         features = networks["clip"](images, ids)
         with torch.autocast(rng.device.type, enabled=False):  # logits of up to 100, whose differences count
             return {"loss": self.contrastive_loss(**features)}
+
+    def chance_loss(self, name: str, batch: Batch, rng: StepRNG) -> float:
+        """All captions of the batch are equally likely."""
+        return math.log(rng.batch_size)
 
     def example_batch(self, count: int) -> Batch:
         return self.config.data.example_batch(count)

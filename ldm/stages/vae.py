@@ -16,6 +16,7 @@ from ldm.io.model_dir import write_manifest
 from ldm.io.tensors import init_weights, save_weights
 from ldm.pipeline.load import load_vae
 from ldm.rng import StepRNG
+from ldm.stages.start import announce
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Networks, Stage, Trainable
 from ldm.vae import VAE, VAEConfig
@@ -55,7 +56,7 @@ class VAEStage(Stage):
         """With data and initial weights; ValueError as `open_dataset` and the networks raise it."""
         stage = cls(config)
         stage.data, stage.held_out = open_splits(config.data, seed=config.seed)
-        accelerator.print(stage.data.describe())
+        announce(stage, accelerator)
         if config.init_from and not config.resume:
             source = load_vae(config.init_from)
             check_equal(config.vae, source.config, config.init_from)

@@ -33,6 +33,8 @@ class Trainable:
 class TrainingData(Protocol):
     """A data set as the loop sees it."""
 
+    def __len__(self) -> int: ...
+
     def __getitem__(self, key: SampleKey) -> Any:
         """A sample; batches of them are collated."""
 
@@ -65,6 +67,10 @@ class Stage(Protocol):
         `networks` are all trainables as they are prepared for this machine (DDP, FSDP2), by name: call them through
         their forward. `batch` is on the CPU, `rng.device` is where the networks are.
         """
+
+    def chance_loss(self, name: str, batch: Batch, rng: StepRNG) -> float | None:
+        """The loss of a network that ignores its input, with the same batch and noise; None where it is not known."""
+        return None
 
     def validate(self) -> dict[str, float]:
         """Scalars on held-out data."""
