@@ -9,6 +9,8 @@ from pydantic import Field
 from ldm.config import Config
 from ldm.data.loader import Batch
 
+DRAWN_SOURCES = ("shapes", "pairs", "emoji")  # values of `DataConfig.source`; all others are images of one's own
+
 
 class DataConfig(Config):
     """Which images are read, and how they are cropped."""

@@ -8,9 +8,9 @@ from accelerate import Accelerator
 
 from ldm.data import ImageTextDataset
 from ldm.data.batch_sampler import evenly_spaced, fitting_batch_size
+from ldm.data.config import DRAWN_SOURCES
 from ldm.text.tokenizer import Tokenizer
 
-DRAWN = ("shapes", "pairs")  # what the default recipe is made for
 CHECKED_IMAGES, CHECKED_CAPTIONS = 64, 1024  # evenly spread over the training split
 GREY_LEVEL = 2 / 255  # of pixels in [-1, 1]
 
@@ -24,10 +24,11 @@ def announce(stage: Any, accelerator: Accelerator, *more: str) -> None:
     if isinstance(stage.data, ImageTextDataset) and not stage.data.is_sharded:
         lines += pixel_notes(stage.data)
     source, file = stage.config.data.source, stage.default.name
-    if _is_default(stage) and source not in DRAWN:
+    if _is_default(stage) and source not in ("shapes", "pairs"):
+        recipe = source if source in DRAWN_SOURCES else "images-64"
         lines.append(
             f"warning: the default recipe is made for drawn shapes of 32 pixels; for {source} pass --config "
-            f"configs/images-64/{file}, or the recipe that `python scripts/plan.py --source {source}` proposes"
+            f"configs/{recipe}/{file}, or the recipe that `python scripts/plan.py --source {source}` proposes"
         )
     for line in lines:
         accelerator.print(line)
