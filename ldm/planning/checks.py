@@ -15,6 +15,7 @@ MAX_DATA_FRACTION = 0.5  # of a step, waiting for data
 MAX_OVERHEAD_FRACTION = 0.5  # of a run, for validation, samples and saving
 MAX_LOSS_GROWTH = 2  # after some steps
 MAX_CHANCE_FRACTION = 0.99  # of the loss of a network that ignores its input, after a step was repeated
+MIN_RATE_FRACTION = 0.1  # of the peak learning rate: below it no network leaves chance in so few steps
 GRADIENT_TOLERANCE = 1e-6  # relative
 RESUME_TOLERANCE = 0.02  # of the learning rate, in one step
 
@@ -102,21 +103,20 @@ def loss_decreases(
 ) -> DoctorCheck:
     """`losses`: of one step, repeated with the same samples and noise; `first`: of step 1, with other ones.
 
-    `chance`: that of a network that ignores its input, which `losses` must get below.
+    `chance`: that of a network that ignores its input, which `losses` must get below, unless the warm-up just began.
     """
-    begin, end = losses[0], losses[-1]
+    begin, end, rate = losses[0], losses[-1], learning_rate(config, step - 1) / config.learning_rate
     value = f"{first:.5g} at step 1; {begin:.5g} -> {end:.5g} when step {step} is repeated {len(losses)} times"
     fix = "lower --learning-rate, and inspect the data with scripts/check_data.py"
-    diverged = begin > MAX_LOSS_GROWTH * first
-    at_chance = chance is not None and end > MAX_CHANCE_FRACTION * chance
-    if at_chance:
+    diverged, stuck = begin > MAX_LOSS_GROWTH * first, False
+    if chance is not None and end > MAX_CHANCE_FRACTION * chance:
         value += f"; ignoring the input gives {chance:.5g}"
-        fix = "nothing is learned: captions that are equal, or cut to equal texts, or images that are equal; " + fix
+        stuck = rate >= MIN_RATE_FRACTION
+        fix = f"nothing is learned: are captions equal, or cut to equal texts, or images equal? Else {fix}"
     if step < config.warmup_steps and not diverged:
-        fraction = learning_rate(config, step - 1) / config.learning_rate
-        value += f", at {fraction:.2g} of the learning rate (warm-up)"
+        value += f", at {rate:.2g} of the learning rate (warm-up)"
         fix = f"try --warmup-steps {step // 4}, with which the rate has risen by then; if it fails again, {fix}"
-    return DoctorCheck("loss decreases", end < begin and not diverged and not at_chance, value, fix)
+    return DoctorCheck("loss decreases", end < begin and not diverged and not stuck, value, fix)
 
 
 def memory(peak: int, total: int, *, on_gpu: bool) -> DoctorCheck:

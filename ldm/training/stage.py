@@ -69,7 +69,10 @@ class Stage(Protocol):
         """
 
     def chance_loss(self, name: str, batch: Batch, rng: StepRNG) -> float | None:
-        """The loss of a network that ignores its input, with the same batch and noise; None where it is not known."""
+        """The loss of a network that ignores its input, with the same batch and noise.
+
+        None where some twenty steps need not get below it, as those of a VAE from random weights.
+        """
         return None
 
     def validate(self) -> dict[str, float]:
