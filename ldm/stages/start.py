@@ -1,5 +1,6 @@
 """What a training says before its first step: its recipe and sizes, and what it could not learn from its data."""
 
+import shlex
 from collections import Counter
 from typing import Any
 
@@ -23,7 +24,7 @@ def announce(stage: Any, accelerator: Accelerator, *more: str) -> None:
     lines = [recipe_line(stage), stage.data.describe(), *batch_notes(stage.data, stage.config.batch_size), *more]
     if isinstance(stage.data, ImageTextDataset) and not stage.data.is_sharded:
         lines += pixel_notes(stage.data)
-    source, file = stage.config.data.source, stage.default.name
+    source, file = shlex.quote(stage.config.data.source), stage.default.name
     if _is_default(stage) and source not in ("shapes", "pairs"):
         recipe = source if source in DRAWN_SOURCES else "images-64"
         lines.append(
@@ -69,7 +70,7 @@ def pixel_notes(data: ImageTextDataset) -> list[str]:
     low, high = images.amin((0, 2, 3)), images.amax((0, 2, 3))
     constant = high - low <= 1.5 * GREY_LEVEL
     seen = f"{data.config.source}: {len(images)} of {len(data):,} training images were looked at"
-    check = f"check them with `python scripts/check_data.py {data.config.source}`"
+    check = f"check them with `python scripts/check_data.py {shlex.quote(data.config.source)}`"
     color = ", ".join(f"{255 * (value + 1) / 2:.0f}" for value in low.tolist())
     if constant.all():
         raise ValueError(f"{seen}, and all are of one colour ({color}), from which nothing can be learned: {check}")
@@ -82,7 +83,7 @@ def pixel_notes(data: ImageTextDataset) -> list[str]:
 
 
 def equal_captions(data: ImageTextDataset, tokenizer: Tokenizer, batch_size: int) -> list[str]:
-    """A line where captions meet equal ones in a batch, as the tower reads them; a contrastive loss tells them apart.
+    """A line where captions meet equal ones in a batch, as the tower reads them: the loss takes them for different.
 
     None for shards, whose captions had to be downloaded first.
     """
