@@ -125,7 +125,7 @@ def recipes(resolution: int, machine: MachineSpec, num_images: int, source: str)
 
     Those of drawn images are for these alone.
     """
-    found, refused = {}, []
+    found, refused, source = {}, [], "shapes" if source == "pairs" else source
     for file in sorted(CONFIGS.glob("*/ldm.yaml")):
         data, name = read_recipe(file).data, file.parent.name
         own, drawn = data.resolution, {data.source, source} & set(DRAWN_SOURCES)
