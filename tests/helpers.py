@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -203,6 +204,17 @@ def plain(color: Any = (255, 0, 0), size: tuple[int, int] = (12, 12), mode: str 
 def numbered_png(number: int) -> bytes:
     """A PNG file of 24 x 16 pixels, red by its number."""
     return encoded(plain((number % 256, number // 256, 0), (24, 16)))
+
+
+def write_photos(folder: Path, count: int, *, caption: str = "photo {}", sides: Sequence[int] = (24, 30, 36)) -> Path:
+    """PNG files of noise, whose heights and widths are `sides` in turn, each with a caption of its number."""
+    draw = random.Random(0)
+    for number in range(count):
+        width, height = sides[number % len(sides)], sides[number // len(sides) % len(sides)]
+        image = Image.frombytes("RGB", (width, height), draw.randbytes(3 * width * height))
+        image.save(folder / f"{number:03}.png")
+        (folder / f"{number:03}.txt").write_text(caption.format(number))
+    return folder
 
 
 def write_tar(path: Path, files: Sequence[tuple[str, bytes]], links: Sequence[str] = ()) -> None:

@@ -75,6 +75,9 @@ class TwinData:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.data, name)
 
+    def __len__(self) -> int:
+        return len(self.data)
+
     def __getitem__(self, key: Any) -> Any:
         time.sleep(self.delay if key.position == 0 else 0)
         return self.data[key]

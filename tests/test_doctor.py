@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import doctor
 import pytest
 import torch
-from helpers import copy_stages_before, examine_tiny, tiny_flags
+from helpers import copy_stages_before, examine_tiny, tiny_flags, write_photos
 from ranks import FSDP, Harm, launch, rank_environment
 
 from ldm.data.batch_sampler import SampleKey
@@ -32,6 +32,11 @@ CHECKS = (
 )
 environment = pytest.fixture(scope="module", autouse=True)(rank_environment)
 LONG = ["--steps", "4000", "--validate-every", "1000", "--sample-every", "1000", "--checkpoint-every", "1000"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("photos"), 12, caption="a photo of the old garden, number {}")
 
 
 class Usage(NamedTuple):
@@ -75,6 +80,18 @@ def test_two_processes_are_found_sound(flags: list[str], tmp_path: Path) -> None
     assert ("gathered from their shards" in output) == ("--fsdp" in flags)
     assert "20 steps of 8 samples over 2 ranks, none repeated" in output
     assert not (tmp_path / ".vae-doctor").exists()
+
+
+def test_a_tower_that_learns_nothing_is_found(photos: Path, tmp_path: Path) -> None:
+    """Few images, a larger batch, and captions that are cut to one text: the loss stays at ln 16."""
+    flags = [*LONG, "--data.source", str(photos), "--batch-size", "16", "--clip.context-length", "6"]
+    flags += ["--learning-rate", "1e-3"]
+    found = {check.name: check for check in examine_tiny("clip", tmp_path / "clip", *flags)}
+    disjoint, loss = found["samples disjoint across ranks"], found["loss decreases"]
+    assert not disjoint.ok and not loss.ok
+    assert "of 9 training images" in disjoint.value and "none repeated" not in disjoint.value
+    assert "--batch-size 8" in disjoint.fix
+    assert "ignoring the input gives 2.7726" in loss.value and "cut to equal texts" in loss.fix
 
 
 def test_two_processes_with_the_same_and_slow_data_or_other_gradients_are_found(tmp_path: Path) -> None:
@@ -142,11 +159,30 @@ JUDGED = [
         checks.devices(["a cpu"], "cpu", "float32", on_gpu=False, gpus=1),
         "without --cpu",
     ),
-    (checks.data_disjoint(TWO, batch_size=4), checks.data_disjoint([TWO[0], TWO[0]], batch_size=4), "launch with"),
     (
-        checks.data_disjoint(AGAIN, batch_size=4),
-        checks.data_disjoint([AGAIN[0], AGAIN[0]], batch_size=4),
+        checks.data_disjoint(TWO, batch_size=4, images=9),
+        checks.data_disjoint([TWO[0], TWO[0]], batch_size=4, images=9),
         "launch with",
+    ),
+    (
+        checks.data_disjoint(AGAIN, batch_size=4, images=4),
+        checks.data_disjoint([AGAIN[0], AGAIN[0]], batch_size=4, images=4),
+        "launch with",
+    ),
+    (
+        checks.data_disjoint(AGAIN, batch_size=4, images=4),
+        checks.data_disjoint(AGAIN, batch_size=4, images=3),
+        "--batch-size 2, or more images",
+    ),
+    (
+        checks.loss_decreases(5, [5, 4.6], CONFIG, step=200, chance=4.85),
+        checks.loss_decreases(5, [4.8522, 4.8521], CONFIG, step=200, chance=4.85),
+        "nothing is learned: are captions equal",
+    ),
+    (
+        checks.loss_decreases(2, [2, 1.999], TrainingConfig(warmup_steps=5000), step=20, chance=2),
+        checks.loss_decreases(2, [2, 1.999], TrainingConfig(warmup_steps=100), step=20, chance=2),
+        "nothing is learned",
     ),
     (checks.resume_exact(1e-3, on_gpu=True), checks.resume_exact(1e-3, on_gpu=False), "report it"),
     (checks.resume_exact(0.0, on_gpu=False), checks.resume_exact(1.0, on_gpu=True), "report it"),
@@ -174,6 +210,11 @@ JUDGED = [
     ),
     (checks.disk(100, 50, 350, CONFIG), checks.disk(100, 50, 349, CONFIG), "--keep-checkpoints 1"),
 ]
+
+
+def test_samples_of_few_images_are_counted_as_repeated() -> None:
+    assert "1 steps of 4 samples over 2 ranks, 2 repeated" in checks.data_disjoint(AGAIN, batch_size=4, images=4).value
+    assert "2 repeated, of 2 training images" in checks.data_disjoint(AGAIN, batch_size=4, images=2).value
 
 
 @pytest.mark.parametrize(("well", "wrong", "remedy"), JUDGED, ids=lambda value: getattr(value, "name", ""))

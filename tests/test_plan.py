@@ -27,7 +27,8 @@ from ldm.unet import UNet, UNetConfig
 
 CPU = torch.device("cpu")
 HERE = MachineSpec(0, 8 * GIB, CPU, None)
-SMALL = {"gpus": 0, "memory_gib": 8.0, "tflops": 0.05, "size": 32, "num_images": 9072}  # about what two cores reach
+# About what two cores reach.
+SMALL = {"gpus": 0, "memory_gib": 8.0, "tflops": 0.05, "size": 32, "num_images": 9072, "source": "shapes"}
 
 
 @cache
@@ -123,21 +124,46 @@ def test_a_rate_is_measured() -> None:
     assert 0 < few < many
 
 
-@pytest.mark.parametrize(("hours", "recipe"), [(0.5, "shapes"), (3.0, "emoji-cpu"), (200.0, "emoji")])
-def test_more_time_takes_a_larger_recipe_and_its_commands_are_read(hours: float, recipe: str) -> None:
-    lines = make_plan(PlanConfig(hours=hours, **SMALL))
-    assert lines[1].startswith(f"configs/{recipe}, of emoji, emoji-cpu, shapes: "), lines
+@pytest.mark.parametrize(
+    ("source", "hours", "recipe"),
+    [
+        ("shapes", 0.5, "shapes"),
+        ("emoji", 3.0, "emoji-cpu"),
+        ("emoji", 200.0, "emoji"),
+        ("my photos", 0.5, "images-64"),
+    ],
+)
+def test_more_time_takes_a_larger_recipe_and_its_commands_are_read(
+    source: str, hours: float, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the checkout and from elsewhere; a folder with a space is one word."""
+    monkeypatch.chdir(tmp_path if source == "shapes" else CONFIGS.parent)
+    lines = make_plan(PlanConfig(hours=hours, **SMALL | {"source": source}))
+    found = "emoji, emoji-cpu" if source == "emoji" else recipe
+    assert lines[1].startswith(f"configs/{recipe}, of {found}: "), lines
     commands = [shlex.split(line) for line in lines if line.startswith("accelerate launch scripts/train_")]
     assert len(commands) == 3
     for words, (name, stage) in zip(commands, STAGES.items(), strict=True):
-        words[words.index("--config") + 1] = str(CONFIGS.parent / words[words.index("--config") + 1])
         config = parse_cli(stage.Config, words[3:], default=None, description="")
         assert config.data.resolution == 32 and config.run == Path("runs/plan") / name
+        assert config.data.source == source
 
 
-def test_a_folder_with_a_space_is_one_word_of_the_commands() -> None:
-    lines = make_plan(PlanConfig(hours=0.02, source="my photos", **SMALL))
-    assert all("my photos" in shlex.split(line) for line in lines if line.startswith("accelerate"))
+@pytest.mark.parametrize(
+    ("size", "source", "names"),
+    [
+        (64, "my_photos", ["images-64"]),
+        (256, "my_photos", ["images-256", "sd15", "sd21-base"]),
+        (40, "shapes", ["shapes"]),
+    ],
+)
+def test_recipes_of_drawn_images_are_for_these_alone(size: int, source: str, names: list[str]) -> None:
+    assert list(planner.recipes(size, HERE, 1000, source)) == names
+
+
+def test_a_batch_has_no_more_images_than_the_set() -> None:
+    found = recipe_stages(CONFIGS / "images-64", 64, HERE, num_images=58)
+    assert [plan.config.batch_size for plan in found] == [32, 16, 32]
 
 
 def test_too_little_time_cuts_steps_and_warm_up() -> None:
@@ -187,12 +213,12 @@ def test_no_rate_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU, and measures it")
     with pytest.raises(ValueError, match="no recipe of configs/ is near"):
-        planner.recipes(4096, HERE, 1)
-    assert list(planner.recipes(40, HERE, 1)) == ["emoji-cpu", "shapes"], "patches of emoji do not divide it"
-    with pytest.raises(ValueError, match="--size 100: configs/emoji: .* must divide .*; 32, 64"):
-        planner.recipes(100, HERE, 1)
+        planner.recipes(4096, HERE, 1, "photos")
+    assert list(planner.recipes(40, HERE, 1, "emoji")) == ["emoji-cpu"], "patches of emoji do not divide it"
+    with pytest.raises(ValueError, match="--size 100: configs/images-64: .* must divide .*; 32, 64"):
+        planner.recipes(100, HERE, 1, "photos")
     shapes = {"shapes": list(stages("shapes", 32).values())}
-    monkeypatch.setattr(planner, "recipes", lambda size, machine, images: shapes)
+    monkeypatch.setattr(planner, "recipes", lambda *_: shapes)
     lines = make_plan(PlanConfig(gpus=1, memory_gib=24, size=32))
     assert "pass --tflops" in lines[-1] and "TFLOP/s a GPU needed" in lines[2]
     assert not any(line.startswith("accelerate") for line in lines)

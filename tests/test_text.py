@@ -12,6 +12,8 @@ import torch
 from helpers import copy_stages_before, plain, train
 from safetensors.torch import load_file, save_file
 
+from ldm.rng import StepRNG
+from ldm.stages.clip import CLIPStage, TrainCLIPConfig
 from ldm.text import TextConditioner, TextConfig, TextEncoder, load_text_encoder
 from ldm.text.tokenizer import Tokenizer
 from ldm.text.tower import TextTower
@@ -276,6 +278,23 @@ def test_none_one_or_two_towers(tiny_runs: Path, folder: Path) -> None:
 def test_without_a_finished_tower_the_command_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"text tower.*{tmp_path}.*train it so"):
         load_text_encoder([TextConfig()], tmp_path, "train it so")
+
+
+def test_the_contrastive_loss_is_computed_in_float32() -> None:
+    torch.manual_seed(0)
+    images = torch.nn.functional.normalize(torch.randn(64, 32), dim=1)
+    texts = torch.nn.functional.normalize(images + 0.3 * torch.randn(64, 32), dim=1)
+    features = {"image_features": images, "text_features": texts, "logit_scale": torch.tensor(50.0)}
+    stage = CLIPStage(TrainCLIPConfig(clip={"width": 32, "num_layers": 1, "num_heads": 2}))  # type: ignore[arg-type]
+    batch: Any = {"image": torch.zeros(64, 3, 32, 32), "caption": ["a"] * 64}
+    networks: Any = {"clip": lambda *_: features}
+    exact, found = (_loss_under_autocast(stage, networks, batch, bf16=bf16) for bf16 in (False, True))
+    assert found == pytest.approx(exact, rel=1e-5)
+
+
+def _loss_under_autocast(stage: CLIPStage, networks: Any, batch: Any, *, bf16: bool) -> float:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        return stage.loss("clip", networks, batch, StepRNG(0, 0, range(64), 64, torch.device("cpu")))["loss"].item()
 
 
 def test_a_random_tower_needs_no_file() -> None:

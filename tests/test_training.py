@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from helpers import (
     STAGE_NAMES,
+    OnStep,
     Toy,
     ToyData,
     assert_same,
@@ -196,6 +197,47 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(
     shutil.rmtree(tmp_path / "checkpoints/step-000008")
     toy(toy_config(tmp_path, resume="latest"), poison=[8])
     assert "skipped step 8 (4 skipped so far)" in capsys.readouterr().out
+
+
+def test_the_end_of_a_run_says_which_steps_were_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy(toy_config(tmp_path, steps=6, log_every=100), poison=[2, 5])
+    toy(toy_config(tmp_path, steps=8, log_every=100, resume="latest"), poison=[7])
+    *_, first, second = (line for line in capsys.readouterr().out.splitlines() if "steps skipped" in line)
+    assert first.startswith("toy: 2 of 6 steps skipped for a non-finite gradient: 2, 5;")
+    assert second.startswith("toy: 3 of 8 steps skipped for a non-finite gradient: 2, 5, 7;")
+    toy(toy_config(tmp_path / "sound"))
+    assert "skipped" not in capsys.readouterr().out
+
+
+def spoil(at: int, part: str) -> OnStep:
+    """Put a NaN into the weights, or into their average, after a step."""
+
+    def on_step(trainer: Trainer) -> None:
+        tensors = trainer.state.ema["toy"].shadow.values() if part == "average" else trainer.stage.model.parameters()
+        if trainer.state.step == at:
+            next(iter(tensors)).data[0] = math.nan
+
+    return on_step
+
+
+@pytest.mark.parametrize(("part", "name"), [("weights", "toy/weight"), ("average", "toy_ema/weight")])
+def test_what_is_not_finite_is_not_saved(part: str, name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"step 6 has NaN .* in {name}.*not saved; .*last good .*step-000003"):
+        toy(toy_config(tmp_path), on_step=spoil(6, part))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+    with pytest.raises(ValueError, match="step 1 has NaN .*there is no checkpoint yet"):
+        toy(toy_config(tmp_path / "first", checkpoint_every=1), on_step=spoil(1, part))
+
+
+def test_a_model_with_statistics_that_are_not_finite_is_not_written(tmp_path: Path) -> None:
+    class Measured(Toy):
+        def save(self, folder: Path) -> None:
+            self.model.register_buffer("measured", torch.tensor([math.nan]))
+            save_weights(self.model, folder / "toy.safetensors")
+
+    with pytest.raises(ValueError, match="toy.safetensors: 1 tensors .*: measured; the last good .*step-000008"):
+        toy(toy_config(tmp_path), stage=Measured)
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_loss_that_spikes_is_reported_with_its_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,15 @@ def test_the_pca_skip_starts_at_the_principal_components() -> None:
     assert found.item() == pytest.approx(lost.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("color", [-1.0, 0.1])
+def test_images_without_variance_have_no_principal_components(color: float) -> None:
+    vae = VAE(PATCHED)
+    assert vae.linear is not None
+    with pytest.raises(ValueError, match="one colour, .* no principal components: check the set"):
+        vae.linear.init_from_pca(torch.full((8, 3, 16, 16), color))
+    assert all(parameter.isfinite().all() for parameter in vae.parameters())
+
+
 def test_latent_statistics_standardize() -> None:
     vae = VAE(PATCHED)
     assert vae.linear is not None
@@ -135,6 +144,57 @@ def test_ssim_and_psnr_are_torchmetrics() -> None:
     torch.testing.assert_close(psnr(x, y), torch.tensor(want))
     with pytest.raises(ValueError, match="at least 11 pixels.* ssim_weight"):
         ssim(x[..., :8, :8], y[..., :8, :8])
+
+
+def blobs(count: int) -> torch.Tensor:
+    """Smooth random images of 32 pixels."""
+    return torch.nn.functional.interpolate(torch.randn(count, 3, 6, 6), size=32, mode="bicubic").clamp(-1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ssim_keeps_its_gradient_under_autocast(dtype: torch.dtype) -> None:
+    """Its variances are differences of moments; in bf16 their gradient pointed elsewhere (cosine 0.3)."""
+    images = blobs(4)
+    output = (images + 0.02 * torch.randn_like(images)).requires_grad_()
+    [exact] = torch.autograd.grad(ssim(output, images).mean(), output)
+    with torch.autocast("cpu", dtype):
+        value = ssim(output, images).mean()
+    [found] = torch.autograd.grad(value, output)
+    assert value.dtype == torch.float32
+    assert torch.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.99
+
+
+def test_the_pca_skip_is_exact_under_autocast() -> None:
+    """White images, as icons have: latents are small differences of products with all the white."""
+    vae, images = VAE(PATCHED), 1 - 0.05 * torch.rand(8, 3, 16, 16)
+    assert vae.linear is not None
+    vae.linear.init_from_pca(images)
+    with torch.no_grad():
+        exact = vae.linear.to_latents(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = vae.linear.to_latents(images)
+            torch.testing.assert_close(vae.linear.to_images(found), vae.linear.to_images(exact))
+    torch.testing.assert_close(found, exact)
+
+
+def test_training_in_bf16_reaches_the_ssim_of_float32() -> None:
+    def lost(*, bf16: bool) -> float:
+        torch.manual_seed(0)
+        vae, images = VAE(PATCHED), blobs(8)
+        assert vae.linear is not None
+        vae.linear.init_from_pca(images)
+        optimizer = torch.optim.Adam(vae.parameters(), 2e-3)
+        for _ in range(30):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                output, posterior = vae(images, torch.randn(8, 12, 8, 8))
+                loss = vae_loss(images, output, posterior, VAELossConfig(ssim_weight=1))["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            return 1 - ssim(vae.decode(vae.encode(images).mean), images).mean().item()
+
+    assert lost(bf16=True) == pytest.approx(lost(bf16=False), rel=0.05)
 
 
 def test_the_network_is_diffusers_network() -> None:

@@ -39,6 +39,11 @@ def evenly_spaced(count: int, total: int) -> list[int]:
     return [i * total // min(count, total) for i in range(min(count, total))]
 
 
+def fitting_batch_size(images: int) -> int:
+    """The largest power of two that is not above the number of images, which ranks and micro-batches can divide."""
+    return 1 << (images.bit_length() - 1)
+
+
 @dataclass(eq=False)
 class EpochBatchSampler(Sampler[list[SampleKey]]):
     """The micro-batches of one rank, endless, from optimizer step `start` on.

@@ -28,14 +28,16 @@ def assign_buckets(sizes: Sequence[Sides], resolutions: Sequence[Sides]) -> tupl
     """The resolutions in use for images of these sizes, and for each image the index of its own, (n,) int64.
 
     It is the one whose ratio of width and height is nearest, in logarithms. A bucket needs 32 images, or, where none
-    has 32, half of what the largest has.
+    has 32, half of what the largest has. The square needs none, so no image is cut more than without buckets.
     """
     ratios = torch.tensor([math.log(width / height) for height, width in sizes])
     counts = _nearest(ratios, resolutions).bincount(minlength=len(resolutions))
     largest = int(counts.max())
     enough = counts >= (MIN_BUCKET_IMAGES if largest >= MIN_BUCKET_IMAGES else largest / 2)
-    used = [resolutions[i] for i in enough.nonzero().flatten().tolist()]
-    return used, _nearest(ratios, used)
+    square = torch.tensor([height == width for height, width in resolutions])
+    candidates = [resolutions[i] for i in (enough | square).nonzero().flatten().tolist()]
+    used, groups = _nearest(ratios, candidates).unique(return_inverse=True)
+    return [candidates[i] for i in used.tolist()], groups
 
 
 def _nearest(ratios: Tensor, resolutions: Sequence[Sides]) -> Tensor:

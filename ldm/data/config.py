@@ -9,7 +9,7 @@ from pydantic import Field
 from ldm.config import Config
 from ldm.data.loader import Batch
 
-DRAWN = ("shapes", "pairs", "emoji")  # sources whose images are drawn here, so that their name says which they are
+DRAWN_SOURCES = ("shapes", "pairs", "emoji")  # values of `DataConfig.source`; all others are images of one's own
 
 
 class DataConfig(Config):
@@ -56,7 +56,7 @@ class DataConfig(Config):
     @property
     def drawn(self) -> str | None:
         """The set that is drawn here, if it is one."""
-        return self.source if self.source in DRAWN else None
+        return self.source if self.source in DRAWN_SOURCES else None
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides how samples are made of their images, wherever these are stored; a resumed run has the same."""

@@ -44,20 +44,33 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # (b, c, height, width) to m
 
 
 class InMemoryLatents(Dataset[dict[str, Any]]):
-    """The samples of a data set with the mean and log-variance of their latents in place of the image: see `Batch`."""
+    """The samples of a data set with the mean and log-variance of their latents in place of the image: see `Batch`.
+
+    The latents of each bucket are of a shape of their own, and so in columns of their own.
+    """
 
     def __init__(self, data: ImageTextDataset, encode: Encode, *, device: torch.device, progress: bool) -> None:
-        parts = []
-        with torch.no_grad():
-            for batch in tqdm(sample_batches(data), desc="latents", unit="batch", disable=not progress):
-                mean, logvar = encode(batch["image"].to(device))
-                parts.append({"mean": mean.cpu(), "logvar": logvar.cpu(), "sizes": batch["sizes"]})
-        self.data, self.columns = data, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self.data, self.groups = data, data.groups if data.groups is not None else torch.zeros(len(data)).long()
+        self.rows = torch.empty_like(self.groups)  # of each sample, in the columns of its group
+        self.columns: list[dict[str, Tensor]] = []
+        with tqdm(total=len(data), desc="latents", unit="image", disable=not progress) as bar, torch.no_grad():
+            for group in range(len(data.sides)):
+                members, parts = (self.groups == group).nonzero().flatten(), []
+                self.rows[members] = torch.arange(len(members))
+                for batch in sample_batches(data, members.tolist()):
+                    mean, logvar = encode(batch["image"].to(device))
+                    parts.append({"mean": mean.cpu(), "logvar": logvar.cpu(), "sizes": batch["sizes"]})
+                    bar.update(len(mean))
+                self.columns.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         self.make_batch_sampler, self.sync, self.report = data.make_batch_sampler, data.sync, data.report
         self.fingerprint, self.item_names = data.fingerprint, data.item_names
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        return {name: column[key.index] for name, column in self.columns.items()} | {"caption": self.data.caption(key)}
+        columns, row = self.columns[int(self.groups[key.index])], int(self.rows[key.index])
+        return {name: column[row] for name, column in columns.items()} | {"caption": self.data.caption(key)}
 
 
 class LatentIndex(Config):

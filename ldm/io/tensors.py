@@ -16,8 +16,13 @@ from ldm.io.pickles import is_pickle, read_pickle
 INPUT_CONV = "conv_in.weight"  # (out, in, 3, 3); the U-Net's spatial condition has the last input channels
 
 
+class NonFiniteError(ValueError):
+    """Tensors hold NaN or infinite numbers."""
+
+
 def save_weights(module: nn.Module, path: Path) -> str:
-    """Write a module's weights atomically and return the file's SHA-256."""
+    """Write a module's weights atomically and return the file's SHA-256; NonFiniteError, with nothing written."""
+    check_finite(module.state_dict(), path)
     write_tensors(path, module.state_dict())
     return sha256(path)
 
@@ -68,10 +73,14 @@ def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
-    """ValueError names up to five tensors of `where` that hold NaN or infinite numbers."""
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if bad:
-        raise ValueError(f"{where}: {len(bad)} tensors hold NaN or infinite numbers: {', '.join(bad[:5])}")
+    """NonFiniteError names up to five tensors of `where` that hold NaN or infinite numbers."""
+    if bad := nonfinite(tensors):
+        raise NonFiniteError(f"{where}: {len(bad)} tensors hold NaN or infinite numbers: {', '.join(bad[:5])}")
+
+
+def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors that hold NaN or infinite numbers."""
+    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
 
 
 def init_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ldm.data.batch_sampler import SampleKey
+from ldm.data.batch_sampler import SampleKey, fitting_batch_size
 from ldm.planning.device import format_bytes, format_duration
 from ldm.training.config import TrainingConfig
 from ldm.training.optimizer import learning_rate
@@ -14,6 +14,8 @@ MAX_MEMORY_FRACTION = 0.9
 MAX_DATA_FRACTION = 0.5  # of a step, waiting for data
 MAX_OVERHEAD_FRACTION = 0.5  # of a run, for validation, samples and saving
 MAX_LOSS_GROWTH = 2  # after some steps
+MAX_CHANCE_FRACTION = 0.99  # of the loss of a network that ignores its input, after a step was repeated
+MIN_RATE_FRACTION = 0.1  # of the peak learning rate: below it no network leaves chance in so few steps
 GRADIENT_TOLERANCE = 1e-6  # relative
 RESUME_TOLERANCE = 0.02  # of the learning rate, in one step
 
@@ -55,16 +57,21 @@ def gradients_synced(sums: Tensor, *, fsdp: bool) -> DoctorCheck:
     return DoctorCheck("gradients identical across ranks", difference <= GRADIENT_TOLERANCE, value, fix)
 
 
-def data_disjoint(keys: Sequence[Sequence[Sequence[SampleKey]]], *, batch_size: int) -> DoctorCheck:
-    """`keys`: of each rank, of each step, the keys of its samples.
+def data_disjoint(keys: Sequence[Sequence[Sequence[SampleKey]]], *, batch_size: int, images: int) -> DoctorCheck:
+    """`keys`: of each rank, of each step, the keys of its samples; `images`: how many the training split has.
 
-    A bucket that has fewer images than a step repeats some of them, but each position of the step comes once.
+    Each position of a step comes once. A step in which an epoch ends, or whose bucket has fewer images, may take an
+    image again, which is counted; one that is larger than the set must.
     """
     steps = [{key for rank in step for key in rank} for step in zip(*keys, strict=True)]
-    repeated = sum(batch_size - len(step) for step in steps)
+    disjoint = all(len(step) == batch_size for step in steps)
+    repeated = sum(batch_size - len({key.index for key in step}) for step in steps)
     value = f"{len(steps)} steps of {batch_size} samples over {_ranks(len(keys))}, {repeated or 'none'} repeated"
     fix = "each process must know its rank: launch with accelerate or torchrun, not one by one"
-    return DoctorCheck("samples disjoint across ranks", repeated == 0, value, fix)
+    if images < batch_size:
+        value += f", of {images} training images"
+        fix = f"--batch-size {fitting_batch_size(images)}, or more images" if disjoint else fix
+    return DoctorCheck("samples disjoint across ranks", disjoint and images >= batch_size, value, fix)
 
 
 def schedule(config: TrainingConfig) -> DoctorCheck:
@@ -91,17 +98,25 @@ def resume_exact(difference: float, *, on_gpu: bool) -> DoctorCheck:
     return DoctorCheck("resume is bit-exact", difference <= allowed, value, fix)
 
 
-def loss_decreases(first: float, losses: Sequence[float], config: TrainingConfig, *, step: int) -> DoctorCheck:
-    """`losses`: of one step, repeated with the same samples and noise; `first`: of step 1, with other ones."""
-    begin, end = losses[0], losses[-1]
+def loss_decreases(
+    first: float, losses: Sequence[float], config: TrainingConfig, *, step: int, chance: float | None = None
+) -> DoctorCheck:
+    """`losses`: of one step, repeated with the same samples and noise; `first`: of step 1, with other ones.
+
+    `chance`: that of a network that ignores its input, which `losses` must get below, unless the warm-up just began.
+    """
+    begin, end, rate = losses[0], losses[-1], learning_rate(config, step - 1) / config.learning_rate
     value = f"{first:.5g} at step 1; {begin:.5g} -> {end:.5g} when step {step} is repeated {len(losses)} times"
     fix = "lower --learning-rate, and inspect the data with scripts/check_data.py"
-    diverged = begin > MAX_LOSS_GROWTH * first
+    diverged, stuck = begin > MAX_LOSS_GROWTH * first, False
+    if chance is not None and end > MAX_CHANCE_FRACTION * chance:
+        value += f"; ignoring the input gives {chance:.5g}"
+        stuck = rate >= MIN_RATE_FRACTION
+        fix = f"nothing is learned: are captions equal, or cut to equal texts, or images equal? Else {fix}"
     if step < config.warmup_steps and not diverged:
-        fraction = learning_rate(config, step - 1) / config.learning_rate
-        value += f", at {fraction:.2g} of the learning rate (warm-up)"
+        value += f", at {rate:.2g} of the learning rate (warm-up)"
         fix = f"try --warmup-steps {step // 4}, with which the rate has risen by then; if it fails again, {fix}"
-    return DoctorCheck("loss decreases", end < begin and not diverged, value, fix)
+    return DoctorCheck("loss decreases", end < begin and not diverged and not stuck, value, fix)
 
 
 def memory(peak: int, total: int, *, on_gpu: bool) -> DoctorCheck:

@@ -11,21 +11,22 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ldm.data.batch_sampler import SampleKey
 from ldm.data.loader import Batches
 from ldm.planning import checks
 from ldm.planning.checks import DoctorCheck
 from ldm.planning.device import clock, peak_memory, total_memory
+from ldm.rng import StepRNG
 from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
-from ldm.training.fsdp import full_tensor
+from ldm.training.fsdp import full_tensor, local_tensor
 from ldm.training.stage import Stage
 from ldm.training.trainer import Buildable, Config, Trainer, train
 
@@ -93,13 +94,14 @@ class DoctorRun:
         }
         memory, disk = self._memory(), self._disk()
         difference = self._check_resume()
+        losses, chance = self._overfit_one_batch()
         return [
             self._devices(),
             checks.gradients_synced(sums, fsdp=self.state.mesh is not None),
             self._disjoint(),
             checks.schedule(self.config),
             checks.resume_exact(difference, on_gpu=self.on_gpu),
-            checks.loss_decreases(first, self._overfit_one_batch(), self.config, step=self.steps),
+            checks.loss_decreases(first, losses, self.config, step=self.steps, chance=chance),
             memory,
             checks.throughput(step, waiting, self.config),
             checks.time_to_finish(seconds, self.config),
@@ -158,17 +160,30 @@ class DoctorRun:
             return []
         tensors = [p.detach() for module in self.state.modules.values() for p in module.parameters()]
         tensors += [tensor for ema in self.state.ema.values() for tensor in ema.shadow.values()]
-        return [(t.to_local() if isinstance(t, DTensor) else t).to("cpu", copy=True) for t in tensors]
+        return [local_tensor(t).to("cpu", copy=True) for t in tensors]
 
-    def _overfit_one_batch(self) -> list[float]:
-        """Repeat the last step: its samples, noise and learning rate stay, so its loss must fall."""
+    def _overfit_one_batch(self) -> tuple[list[float], float | None]:
+        """Repeat the last step: its samples, noise and learning rate stay, so its loss must fall.
+
+        Returns these losses, and that of a network that ignores its input.
+        """
         losses = []
         micro_batches = list(islice(self.trainer.batches(start=self.steps - 1), self.config.grad_accum_steps))
         for _ in range(OVERFIT_STEPS):
             self.state.step = self.steps - 1
             self._step(iter(micro_batches))
             losses.append(self._loss())
-        return losses
+        return losses, self._chance_loss(micro_batches)
+
+    def _chance_loss(self, micro_batches: list[Any]) -> float | None:
+        """Of the first trainable in the last step, over all ranks."""
+        config, stage, chances = self.config, self.trainer.stage, []
+        for keys, batch in micro_batches:
+            positions = [key.position for key in keys]
+            rng = StepRNG(config.seed, self.steps - 1, positions, config.batch_size, self.device)
+            chances.append(stage.chance_loss(stage.trainables[0].name, batch, rng))
+        known = [chance for chance in gather_object(chances) if chance is not None]
+        return fmean(known) if known else None
 
     # Measurements.
 
@@ -190,7 +205,8 @@ class DoctorRun:
     def _disjoint(self) -> DoctorCheck:
         rounds = self.config.grad_accum_steps
         steps = [list(chain(*self.keys[i : i + rounds])) for i in range(0, len(self.keys), rounds)]
-        return checks.data_disjoint(gather_object([steps]), batch_size=self.config.batch_size)
+        images = len(self.trainer.stage.data)
+        return checks.data_disjoint(gather_object([steps]), batch_size=self.config.batch_size, images=images)
 
     def _memory(self) -> DoctorCheck:
         """The fullest GPU, or the sum of the ranks on the fullest machine."""

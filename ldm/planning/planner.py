@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ldm.config import CONFIGS, read_yaml
+from ldm.data.batch_sampler import fitting_batch_size
+from ldm.data.config import DRAWN_SOURCES
+from ldm.data.sources.base import HELD_OUT_FRACTION
 from ldm.planning.cost import Build, Cost, dry_run, time_step
 from ldm.planning.device import GIB, format_bytes, total_memory
 from ldm.stages import STAGES, CLIPStage, DiffusionStage, VAEStage
@@ -21,6 +24,7 @@ MEMORY_FRACTION = 0.9  # of the memory, that is used
 RUNTIME_OVERHEAD_BYTES = GIB  # that Python, or CUDA, needs for itself
 SKIP_FACTOR = 4  # a recipe that looks this many times too long, by its FLOP, is not measured
 MAX_SIZE_FACTOR = 2  # a recipe is used at resolutions up to this factor from its own
+UNPLANNED = ("exportable",)  # recipes that are chosen for the formats of other tools, not for what a machine can train
 LATENT_CACHE_FRACTION = 0.25  # of a rank's memory, for the latents of all images
 
 
@@ -117,12 +121,18 @@ def recipe_hours(recipe: Recipe) -> float:
 # Recipes.
 
 
-def recipes(resolution: int, machine: MachineSpec, num_images: int) -> dict[str, Recipe]:
-    """The recipes of configs/ that can be used at a resolution, as they are. ValueError: none."""
-    found, refused = {}, []
+def recipes(resolution: int, machine: MachineSpec, num_images: int, source: str) -> dict[str, Recipe]:
+    """The recipes of configs/ that can be used for a source at a resolution, as they are. ValueError: none.
+
+    Those of drawn images are for these alone.
+    """
+    found, refused, source = {}, [], "shapes" if source == "pairs" else source
     for file in sorted(CONFIGS.glob("*/ldm.yaml")):
-        own, name = read_recipe(file).data.resolution, file.parent.name
-        if own / MAX_SIZE_FACTOR <= resolution <= own * MAX_SIZE_FACTOR:
+        data, name = read_recipe(file).data, file.parent.name
+        if name in UNPLANNED:
+            continue
+        own, drawn = data.resolution, {data.source, source} & set(DRAWN_SOURCES)
+        if own / MAX_SIZE_FACTOR <= resolution <= own * MAX_SIZE_FACTOR and (not drawn or data.source == source):
             try:
                 found[name] = recipe_stages(file.parent, resolution, machine, num_images)
             except ValueError as error:
@@ -142,14 +152,13 @@ def recipe_stages(folder: Path, resolution: int, machine: MachineSpec, num_image
     """The stages of a recipe at another resolution; one that has no clip.yaml uses a published text tower.
 
     Latents are cached in memory where the recipe does so and those of all images fit. A VAE that is not trained at the
-    resolution of the U-Net stays at its own.
+    resolution of the U-Net stays at its own. A batch has no more images than there are to train on.
     """
     configs = {name: read_recipe(file) for name in STAGES if (file := folder / f"{name}.yaml").is_file()}
-    own = configs["ldm"].data.resolution
+    own, largest = configs["ldm"].data.resolution, fitting_batch_size(math.ceil((1 - HELD_OUT_FRACTION) * num_images))
     for name, config in configs.items():
-        if config.data.resolution == own:
-            data = config.data.model_copy(update={"resolution": resolution})
-            configs[name] = config.model_copy(update={"data": data})
+        data = config.data.model_copy(update={"resolution": resolution} if config.data.resolution == own else {})
+        configs[name] = config.model_copy(update={"data": data, "batch_size": min(config.batch_size, largest)})
     architecture = configs["clip"].clip.architecture(resolution) if "clip" in configs else None
     ldm, vae = configs["ldm"], configs["vae"].vae
     side = vae.latent_size(resolution)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ldm.cli import ScriptConfig
 from ldm.commands import quote, to_flags
-from ldm.config import CONFIGS, flatten
+from ldm.config import flatten
 from ldm.planning import planner
 from ldm.planning.cost import TIMED_STEPS
 from ldm.planning.device import format_bytes, format_duration
@@ -39,7 +39,7 @@ class PlanConfig(ScriptConfig):
 def make_plan(config: PlanConfig) -> list[str]:
     """The report, line by line. ValueError: no recipe for this resolution, or none that fits in the memory."""
     machine = planner.detect_machine(config.gpus, config.memory_gib, config.tflops)
-    found = planner.recipes(config.size, machine, config.num_images)
+    found = planner.recipes(config.size, machine, config.num_images, config.source)
     gpus = f"{machine.gpus} GPU" + "s" * (machine.gpus > 1) if machine.gpus else "no GPU"
     request = f"{config.num_images:,} images of {config.size} pixels, {gpus}, {config.hours:g} h"
     if machine.device is None and machine.tflops is None:
@@ -79,6 +79,11 @@ def make_plan(config: PlanConfig) -> list[str]:
     ]
 
 
+def relative(file: Path) -> Path:
+    """A file as it is found from the working directory: relative to it where it is below."""
+    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+
+
 def requirements_table(found: dict[str, Recipe], hours: float) -> list[str]:
     """What each recipe asks of a machine whose speed is unknown."""
     rows = [("recipe", "GFLOP/image", "memory from", "TFLOP/s a GPU needed")]
@@ -114,7 +119,7 @@ def training_command(plan: StagePlan, config: PlanConfig) -> str:
         words.append("--mixed_precision bf16")
     if gpus > 1:
         words.append(f"--multi_gpu --num_processes {gpus}")
-    words.append(f"scripts/train_{stage}.py --config {Path('configs') / plan.file.relative_to(CONFIGS)}")
+    words.append(f"scripts/train_{stage}.py --config {quote(str(relative(plan.file)))}")
     recipe, planned = flatten(planner.read_recipe(plan.file).to_dict()), flatten(plan.config.to_dict())
     planned |= {"run": str(config.run / stage), "data.source": config.source}
     words += [quote(*to_flags({key: value for key, value in planned.items() if value != recipe[key]}))]

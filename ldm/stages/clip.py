@@ -1,5 +1,6 @@
 """CLIP: an image tower and a text tower learn which caption belongs to which image (Radford et al. 2021)."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
 from ldm.data.loader import sample_batches
 from ldm.io.model_dir import write_manifest
 from ldm.rng import StepRNG
+from ldm.stages.start import announce, equal_captions
 from ldm.text.clip import CLIP, CLIPConfig, retrieval_accuracy
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Networks, Stage, Trainable
@@ -55,16 +57,21 @@ class CLIPStage(Stage):
 
     def open_data(self, accelerator: Accelerator) -> None:
         self.data, self.held_out = open_splits(self.config.data, seed=self.config.seed)
-        accelerator.print(self.data.describe())
-        if cut := self.clip.tokenizer.read_ahead(self.data.captions, self.held_out.captions):
-            accelerator.print(cut)
+        cut = self.clip.tokenizer.read_ahead(self.data.captions, self.held_out.captions)
+        announce(self, accelerator, cut, *equal_captions(self.data, self.clip.tokenizer, self.config.batch_size))
         self.validation = next(sample_batches(self.held_out, batch_size=128))
 
     def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
         """Symmetric cross-entropy between images and captions of the whole batch of all ranks."""
         images = batch["image"].to(rng.device, non_blocking=True)
         ids = self.clip.tokenizer(batch["caption"]).to(rng.device, non_blocking=True)
-        return {"loss": self.contrastive_loss(**networks["clip"](images, ids))}
+        features = networks["clip"](images, ids)
+        with torch.autocast(rng.device.type, enabled=False):  # logits of up to 100, whose differences count
+            return {"loss": self.contrastive_loss(**features)}
+
+    def chance_loss(self, name: str, batch: Batch, rng: StepRNG) -> float:
+        """All captions of the batch are equally likely."""
+        return math.log(rng.batch_size)
 
     def report(self) -> str:
         return self.clip.tokenizer.report()

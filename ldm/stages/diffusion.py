@@ -29,6 +29,7 @@ from ldm.pipeline.denoiser import text_conditioning
 from ldm.pipeline.load import load_components, load_vae
 from ldm.rng import StepRNG, generator
 from ldm.stages.latents import find_vae, open_latents, text_fingerprint
+from ldm.stages.start import announce
 from ldm.text import TextConditioner, TextConfig, TextEmbeddings, load_text_encoder
 from ldm.text.tokenizer import vocabulary
 from ldm.training.config import TrainingConfig
@@ -137,9 +138,7 @@ class DiffusionStage(Stage):
             folder, data = config.cached_latents, config.data
             self.data, self.held_out, words = open_latents(folder, data, config.seed, self.vae_sha256, self.text)
             cut = self.data.index.cut_captions
-        accelerator.print(self.data.describe())
-        if cut:
-            accelerator.print(cut)
+        announce(self, accelerator, cut)
         self.validation = next(sample_batches(self.held_out))
         if config.in_memory and self.vae:
             if not isinstance(self.data, ImageTextDataset) or self.data.is_sharded:
@@ -170,6 +169,11 @@ class DiffusionStage(Stage):
         # Weighted error.
         error = squared_error(prediction, self.diffusion.training_target(z, noise, t))
         return {"loss": (self.diffusion.loss_weight(t) * error).mean()}
+
+    def chance_loss(self, name: str, batch: Batch, rng: StepRNG) -> float:
+        """The mean of every target, which is 0, is predicted."""
+        networks: Any = {name: lambda z_t, timestep, cond: torch.zeros_like(z_t)}
+        return self.loss(name, networks, batch, rng)["loss"].item()
 
     def latents(self, batch: Batch, randn: Callable[[torch.Size], Tensor]) -> Tensor:
         """What is noised, (b, c, h, w); `randn` draws the noise of the posterior, for a shape (c, h, w)."""
@@ -284,8 +288,6 @@ def check_in_memory(config: TrainLDMConfig) -> None:
     """ValueError where latents cannot be cached in memory as the configuration says."""
     if config.in_memory and config.data.random_flip:
         raise ValueError("data.random_flip: cached latents cannot be mirrored; leave it off, or add --no-cache-latents")
-    if config.in_memory and config.data.bucket_step:
-        raise ValueError("data.bucket_step: cached latents have one shape; use cache_latents.py, or --no-cache-latents")
 
 
 def check_unet_dims(config: TrainLDMConfig, vae: VAE | None, text: TextConditioner | None) -> None:

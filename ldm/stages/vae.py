@@ -16,6 +16,7 @@ from ldm.imaging import image_grid, tensor_to_pil
 from ldm.io.tensors import init_weights
 from ldm.pipeline.load import load_vae, save_vae
 from ldm.rng import StepRNG
+from ldm.stages.start import announce
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Networks, Stage, Trainable
 from ldm.vae import VAE, VAEConfig
@@ -63,7 +64,7 @@ class VAEStage(Stage):
 
     def open_data(self, accelerator: Accelerator) -> None:
         self.data, self.held_out = open_splits(self.config.data, seed=self.config.seed)
-        accelerator.print(self.data.describe())
+        announce(self, accelerator)
         if self.vae.linear is not None and not self.config.init_from and not self.config.resume:
             self.vae.linear.init_from_pca(torch.cat(list(self.data.spread_images(2048))))
         self.validation = next(sample_batches(self.held_out))["image"]

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ldm.config import Config
-from ldm.io.atomic import write_tensors, write_text
+from ldm.io.atomic import write_text
+from ldm.io.tensors import save_weights
 from ldm.text.tokenizer import Tokenizer
 from ldm.text.weights import CONFIG_NAME, WEIGHTS_NAME
 
@@ -63,7 +64,7 @@ class CLIP(nn.Module):
         preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
         config = {"model_cfg": self.architecture, "preprocess_cfg": preprocess}
         write_text(folder / CONFIG_NAME, json.dumps(config, indent=2))
-        write_tensors(folder / WEIGHTS_NAME, self.model.state_dict())
+        save_weights(self.model, folder / WEIGHTS_NAME)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ class AnomalyMonitor:
 
     def __init__(self, *, limit: int) -> None:
         self.limit = limit  # consecutive steps that may be skipped
-        self.skipped = 0  # steps since the start of the run
+        self.skipped: list[int] = []  # steps since the start of the run
         self._run = 0  # consecutive skipped steps, up to the last one
         self._count, self._mean, self._variance = 0, 0.0, 0.0
         self._recorded: list[tuple[int, Tensor, Tensor]] = []
@@ -54,7 +54,7 @@ class AnomalyMonitor:
                     anomalies = anomalies._replace(nonfinite_run=(step - self._run + 1, step))
             elif self._is_spike(loss):
                 anomalies.spikes[step] = loss
-        self.skipped += len(anomalies.skipped)
+        self.skipped += anomalies.skipped
         return anomalies
 
     def _is_spike(self, loss: float) -> bool:

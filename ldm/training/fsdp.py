@@ -43,6 +43,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: its shard, or all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def shard_tensor(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     """The shard of a tensor that this rank holds; a single number stays whole."""
     if tensor.ndim == 0:

@@ -34,6 +34,8 @@ class Trainable:
 class TrainingData(Protocol):
     """A data set as the loop sees it."""
 
+    def __len__(self) -> int: ...
+
     def __getitem__(self, key: SampleKey) -> Any:
         """A sample; batches of them are collated."""
 
@@ -76,6 +78,13 @@ class Stage(Protocol):
         `networks` are all trainables as they are prepared for this machine (DDP, FSDP2), by name: call them through
         their forward. `batch` is on the CPU, `rng.device` is where the networks are.
         """
+
+    def chance_loss(self, name: str, batch: Batch, rng: StepRNG) -> float | None:
+        """The loss of a network that ignores its input, with the same batch and noise.
+
+        None where some twenty steps need not get below it, as those of a VAE from random weights.
+        """
+        return None
 
     def validate(self) -> dict[str, float]:
         """Scalars on held-out data, whose names begin with `validation`."""

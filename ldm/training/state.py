@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ldm.config import check_equal
-from ldm.io.tensors import load_strict
+from ldm.io.tensors import load_strict, nonfinite
 from ldm.training import checkpoint
 from ldm.training.anomalies import AnomalyMonitor
 from ldm.training.config import TrainingConfig
 from ldm.training.ema import EMA, trained_parameters
-from ldm.training.fsdp import apply_fsdp, full_tensor
+from ldm.training.fsdp import apply_fsdp, full_tensor, local_tensor
 from ldm.training.stage import Trainable
 
 
@@ -62,7 +62,10 @@ class TrainingState:
         }
 
     def save(self) -> None:
-        """Write a checkpoint of this step, if it was not just written; all ranks call this."""
+        """Write a checkpoint of this step, if it was not just written; all ranks call this.
+
+        ValueError, with nothing written, where a tensor of any rank is not finite.
+        """
         if self._saved_step == self.step:
             return
         tensors: dict[str, checkpoint.Tensors] = {}
@@ -70,8 +73,9 @@ class TrainingState:
             tensors[name] = self._tensors(name)
             tensors[f"{name}_ema"] = self.ema[name].shadow
             tensors[f"{name}_optimizer"] = checkpoint.optimizer_tensors(self.optimizers[name], [*self._trained(name)])
+        self._check_finite(tensors)
         progress: dict[str, Any] = {"fingerprint": self.fingerprint}
-        progress["skipped"] = {name: monitor.skipped for name, monitor in self.monitors.items()}
+        progress["skipped_steps"] = {name: monitor.skipped for name, monitor in self.monitors.items()}
         if self.accelerator.scaler is not None:  # fp16
             progress["scaler"] = self.accelerator.scaler.state_dict()
         self.finish_hashing()
@@ -87,6 +91,18 @@ class TrainingState:
         self._saved_step = self.step
         if self.accelerator.is_main_process:
             self._hashing = checkpoint.hash_in_background(path)
+
+    def _check_finite(self, tensors: dict[str, checkpoint.Tensors]) -> None:
+        flat = {f"{name}/{key}": local_tensor(t) for name, group in tensors.items() for key, t in group.items()}
+        if bad := gather_object(nonfinite(flat)):
+            names = ", ".join(list(dict.fromkeys(bad))[:5])
+            raise ValueError(f"step {self.step} has NaN or infinite numbers in {names}: not saved; {self.last_good()}")
+
+    def last_good(self) -> str:
+        """Which checkpoint is the last one, and what to do where numbers are not finite."""
+        saved = checkpoint.latest(self.folder)
+        found = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
+        return f"{found}: try a lower --learning-rate or float32"
 
     def finish_hashing(self) -> None:
         """Wait until the last checkpoint has its hashes."""
@@ -117,7 +133,7 @@ class TrainingState:
             checkpoint.restore_optimizer(self.optimizers[name], [*self._trained(name)], optimizer_tensors)
             for key, value in tensors[f"{name}_ema"].items():
                 self.ema[name].shadow[key].copy_(value)
-            self.monitors[name].skipped = progress["skipped"][name]
+            self.monitors[name].skipped = progress.get("skipped_steps", {}).get(name, [])  # older ones have counts
         if self.accelerator.scaler is not None and "scaler" in progress:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         self.step = progress["step"]

@@ -17,6 +17,7 @@ from ldm.config import config_diff, read_yaml, write_yaml
 from ldm.data.batch_sampler import EpochBatchSampler
 from ldm.data.loader import Batches, load_batches
 from ldm.io.atomic import disk_errors, write_text
+from ldm.io.tensors import NonFiniteError
 from ldm.rng import StepRNG
 from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
@@ -29,6 +30,8 @@ from ldm.training.optimizer import learning_rate, step_if_finite
 from ldm.training.stage import Stage, Trainable
 from ldm.training.state import TrainingState, check_resumable
 from ldm.training.stop import STOPPED_FILE, StopRequest
+
+MAX_LISTED = 10  # skipped steps that the end of a run names
 
 
 class FitResult(NamedTuple):
@@ -153,7 +156,7 @@ class Trainer:
 
     @contextmanager
     def open_logs(self, steps: int) -> Iterator[None]:
-        """Open logs around the steps, and tell at the end which images could not be read.
+        """Open logs around the steps, and tell at the end what was skipped or left out.
 
         A collective that fails since another rank is gone is a ValueError.
         """
@@ -162,6 +165,7 @@ class Trainer:
             with closing(self.logs), peer_errors(self.accelerator, self.config.timeout, self.logs.remedy):
                 yield
         finally:
+            self._report_skipped()
             for part in (self.stage.data, self.stage.held_out, self.stage):
                 if report := part.report():
                     self.accelerator.print(report)
@@ -204,8 +208,8 @@ class Trainer:
         for name, monitor in self.state.monitors.items():
             anomalies = monitor.collect(lambda values: self.accelerator.reduce(values, "mean"))
             if anomalies.skipped:
-                steps = ", ".join(map(str, anomalies.skipped))
-                self.logs.print(f"{name}: non-finite gradient, skipped step {steps} ({monitor.skipped} skipped so far)")
+                steps, so_far = ", ".join(map(str, anomalies.skipped)), len(monitor.skipped)
+                self.logs.print(f"{name}: non-finite gradient, skipped step {steps} ({so_far} skipped so far)")
                 self.logs.write_json(self.state.step, {"skipped": anomalies.skipped, "trainable": name})
             for step, loss in anomalies.spikes.items():
                 samples = self._batch_sampler(0).indices(step - 1)
@@ -213,12 +217,16 @@ class Trainer:
                 self.logs.write_json(step, {"spike": loss, "samples": samples, "trainable": name})
             if anomalies.nonfinite_run:
                 first, last = anomalies.nonfinite_run
-                saved = checkpoint.latest(self.state.folder)
-                remedy = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
-                raise ValueError(
-                    f"non-finite loss or gradient at steps {first}-{last} (all skipped); {remedy}: try a lower "
-                    "--learning-rate or float32"
-                )
+                steps = f"non-finite loss or gradient at steps {first}-{last} (all skipped)"
+                raise ValueError(f"{steps}; {self.state.last_good()}")
+
+    def _report_skipped(self) -> None:
+        """At the end of a run: how many steps changed nothing, and which."""
+        for name, monitor in self.state.monitors.items():
+            if count := len(monitor.skipped):
+                steps = ", ".join(map(str, monitor.skipped[:MAX_LISTED])) + ", ..." * (count > MAX_LISTED)
+                of = f"{count:,} of {self.state.step:,} steps skipped for a non-finite gradient: {steps}"
+                self.logs.print(f"{name}: {of}; log.jsonl has all; a lower --learning-rate or float32 may help")
 
     def with_ema_weights(self, action: Callable[[], Any]) -> None:
         """Run on rank 0 with the averaged weights in place, in eval mode, without gradients."""
@@ -297,8 +305,11 @@ class Trainer:
 
     def _finished(self) -> FitResult:
         folder = self.config.run / "model"
-        with self.logs.doing("saving the model"):
-            self.with_ema_weights(lambda: self.stage.save(folder))
+        try:
+            with self.logs.doing("saving the model"):
+                self.with_ema_weights(lambda: self.stage.save(folder))
+        except NonFiniteError as error:  # what `save` measures, as the weights are those of the checkpoint
+            raise ValueError(f"{error}; {self.state.last_good()}") from None
         self._finish_hashing()
         return FitResult(self.state.step, folder)
 

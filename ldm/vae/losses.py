@@ -42,7 +42,8 @@ def ssim(x: Tensor, y: Tensor, *, data_range: float = 2.0) -> Tensor:
     if min(x.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs sides of at least 11 pixels, got {tuple(x.shape[-2:])}: set ssim_weight to 0")
     x, y = x.float(), y.float()
-    mean_x, mean_y, xx, yy, xy = _blur(torch.cat([x, y, x * x, y * y, x * y], 1)).chunk(5, 1)
+    with torch.autocast(x.device.type, enabled=False):  # variances are small differences of moments, which bf16 loses
+        mean_x, mean_y, xx, yy, xy = _blur(torch.cat([x, y, x * x, y * y, x * y], 1)).chunk(5, 1)
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     variance = xx - mean_x**2 + yy - mean_y**2

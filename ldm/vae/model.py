@@ -13,6 +13,8 @@ from ldm.config import Config
 from ldm.layers import Upsample, check_group_norm, checkpointed, zero_init_
 from ldm.vae.blocks import Downsample, ResidualBlock, group_norm, mid_block
 
+MIN_PCA_SCALE = 1e-6  # of the components' standard deviation: below it is what rounding leaves of no variance
+
 
 class VAEConfig(Config):
     """The defaults are the Stable Diffusion VAE: factor 8, 4 latent channels, 83,653,863 parameters."""
@@ -139,15 +141,30 @@ class PCASkip(nn.Module):
         self.encode = nn.Conv2d(values, config.latent_channels, 1)
         self.decode = nn.Conv2d(config.latent_channels, values, 1)
 
+    def to_latents(self, images: Tensor) -> Tensor:
+        """Pixels (b, c, h, w) -> latents (b, latent_channels, h / patch, w / patch), in float32."""
+        with torch.autocast(images.device.type, enabled=False):  # what the networks add is small beside it
+            return self.encode(F.pixel_unshuffle(images.to(self.encode.weight), self.patch_size))
+
+    def to_images(self, latents: Tensor) -> Tensor:
+        """The inverse of `to_latents`, as far as there is one; in float32."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return F.pixel_shuffle(self.decode(latents.to(self.decode.weight)), self.patch_size)
+
     @torch.no_grad()
     def init_from_pca(self, images: Tensor) -> None:
-        """Set both maps from the principal components of the patches of (b, c, h, w) images."""
+        """Set both maps from the principal components of the patches of (b, c, h, w) images.
+
+        ValueError: they have no variance, and so no components.
+        """
         patches = rearrange(F.pixel_unshuffle(images, self.patch_size), "b v h w -> (b h w) v").double()
         mean = patches.mean(0)
         variance, directions = torch.linalg.eigh((patches - mean).mT @ (patches - mean) / len(patches))
         count = self.encode.out_channels
         basis = directions[:, -count:].flip(1)  # (values, latent channels), the largest variance first
-        scale = variance[-count:].mean().sqrt()
+        scale = variance[-count:].mean().clamp_min(0).sqrt()
+        if not scale > MIN_PCA_SCALE:
+            raise ValueError("images: all pixels have one colour, so there are no principal components: check the set")
         self.encode.weight.copy_((basis.mT / scale)[..., None, None])
         self.encode.bias.copy_(-(basis.mT @ mean) / scale)  # type: ignore[union-attr]
         self.decode.weight.copy_((basis * scale)[..., None, None])
@@ -182,14 +199,14 @@ class VAE(nn.Module):
         self.config.latent_shape(images)  # checks the sides
         mean, logvar = self.quant_conv(self.encoder(images)).float().chunk(2, dim=1)
         if self.linear is not None:
-            mean = mean + self.linear.encode(F.pixel_unshuffle(images, self.config.patch_size)).float()
+            mean = mean + self.linear.to_latents(images)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents (b, latent_channels, h, w) -> (b, c, h * factor, w * factor) pixels, about in [-1, 1]."""
         images = self.decoder(self.post_quant_conv(latents))
         if self.linear is not None:
-            images = images + F.pixel_shuffle(self.linear.decode(latents), self.config.patch_size)
+            images = images + self.linear.to_images(latents)
         return images
 
     def _pca_skip(self) -> PCASkip:
