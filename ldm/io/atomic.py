@@ -1,6 +1,7 @@
 """Atomic file writes: a temporary file in the same folder, then renamed into place."""
 
 import errno
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ def disk_errors(path: Path, remedy: str = "try again") -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         full = not isinstance(error, OSError) or error.errno in (None, *DISK_FULL_ERRNOS)
         first = "free some space" if full else "pass a writable folder"
+        first += " or close what has the file open" * isinstance(error, PermissionError)
         raise ValueError(f"{path} could not be written ({error}): {first} and {remedy}") from None
 
 
@@ -39,10 +41,34 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_write(path) as tmp_path:
-        tmp_path.write_text(text, encoding="utf-8")
+        tmp_path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically, with `metadata` in its header."""
     with atomic_write(path) as tmp_path:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, tmp_path, metadata)
+        save_tensors(tmp_path, tensors, metadata)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that others may read as any new file; safetensors itself makes a private one."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    if path.stat().st_mode != mode:
+        path.chmod(mode)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk; systems that cannot open a folder flush it themselves."""
+    is_folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows flushes none opened for reading
+    except PermissionError:
+        if is_folder:
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,6 +1,7 @@
 """Some real steps of a run, in a temporary run folder, and what they measure: for scripts/doctor.py."""
 
 import math
+import os
 import shutil
 import socket
 import time
@@ -37,7 +38,7 @@ def examine(stage_class: Buildable[Config], config: Config) -> list[DoctorCheck]
     """Take a few steps of a run; ValueError: what `fit` raises, too few steps, and one too large for the memory."""
     if config.steps < MIN_DOCTOR_STEPS:
         raise ValueError(f"--steps must be at least {MIN_DOCTOR_STEPS} for the doctor, not {config.steps}")
-    run = config.run.resolve()  # next to it `latest` finds the stages before it
+    run = Path(os.path.abspath(config.run))  # next to it, or to a link, `latest` finds the stages before it
     values = {"run": run.with_name(f".{run.name}-doctor"), "trackers": (), "resume": None}
     return train(stage_class, config.model_copy(update=values), fit=run_doctor)
 

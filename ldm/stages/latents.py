@@ -20,7 +20,8 @@ from ldm.io.tensors import sha256
 from ldm.pipeline.load import load_vae
 from ldm.text import TextConditioner, TextConfig, load_text_encoder
 from ldm.text.tokenizer import tokenizer_hash, vocabulary
-from ldm.training.distributed import peer_errors, process_group_timeout
+from ldm.training.distributed import peer_errors, start_accelerator
+from ldm.training.lock import only_writer
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 SAMPLE_CAPTIONS = 64
@@ -51,9 +52,11 @@ class CacheLatentsConfig(ScriptConfig):
 
 def cache_latents(config: CacheLatentsConfig) -> None:
     """Write what is not there yet, over all ranks, then the index."""
-    accelerator = Accelerator(kwargs_handlers=[process_group_timeout(config.timeout)])
+    accelerator = start_accelerator(config.timeout)
     with peer_errors(accelerator, config.timeout, "start cache_latents.py again"):
-        LatentWriter(config, accelerator).run()
+        writer = LatentWriter(config, accelerator)
+        with only_writer(config.out, accelerator):
+            writer.run()
 
 
 class LatentWriter:
@@ -79,7 +82,6 @@ class LatentWriter:
         config, accelerator = self.config, self.accelerator
         accelerator.print(self.sets["train"].describe())
         key = latents.content_key(self.fingerprint, config.images_per_file)
-        config.out.mkdir(parents=True, exist_ok=True)
         files = [(split, *file) for split in SPLITS for file in self._files(split)]
         missing = [file for file in files if not latents.is_valid(config.out / file[1], key)]
         accelerator.wait_for_everyone()  # all have seen the same files

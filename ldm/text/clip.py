@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -49,6 +48,8 @@ class CLIP(nn.Module):
 
     def __init__(self, architecture: dict[str, Any]) -> None:
         super().__init__()
+        import open_clip  # slow to import
+
         self.architecture = architecture
         self.model = open_clip.CLIP(**architecture, output_dict=True)
         self.tokenizer = Tokenizer(architecture["text_cfg"]["context_length"])

@@ -56,7 +56,7 @@ def _find(model_id: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
     else:
         return _find_public(model_id, pretrained)
     try:
-        cfg = dict(json.loads(config.read_text())["model_cfg"])
+        cfg = dict(json.loads(config.read_bytes())["model_cfg"])
         return cfg | {"embed_dim": cfg["embed_dim"], "text_cfg": dict(cfg["text_cfg"])}, weights
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{config} has no model_cfg of a text tower: save or download it again") from None

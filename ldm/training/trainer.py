@@ -21,6 +21,7 @@ from ldm.training.config import TrainingConfig
 from ldm.training.distributed import make_accelerator, on_rank0, peer_errors
 from ldm.training.ema import copy_params
 from ldm.training.fsdp import full_tensor, reshard
+from ldm.training.lock import only_writer
 from ldm.training.logger import RunLogger
 from ldm.training.optimizer import learning_rate, step_if_finite
 from ldm.training.stage import Stage, Trainable
@@ -275,7 +276,8 @@ def fit(
 
     ValueError: nothing to resume, a run folder in use, a checkpoint of another run, a loss that is not finite.
     """
-    return Trainer(config, accelerator, stage).run(on_step)
+    with only_writer(config.run, accelerator):
+        return Trainer(config, accelerator, stage).run(on_step)
 
 
 # A stage class, and what takes a built stage: `fit`, or the doctor.
