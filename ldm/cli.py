@@ -43,7 +43,11 @@ def command(
 
 
 class HarmlessFile(io.FileIO):
-    """A file descriptor to which writing never fails: where the other end is gone, what is written is lost."""
+    """The descriptor of a stream, to which writing never fails: where the other end is gone, all of it is lost."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        super().__init__(stream.fileno(), "w", closefd=False)
+        self.stream = stream  # which closes the descriptor when nothing refers to it
 
     def write(self, data: Any) -> int:
         """The number of bytes, whether they were written or not."""
@@ -65,7 +69,7 @@ def harmless_stream(stream: TextIO | None) -> TextIO:
         raw = getattr(stream.buffer, "raw", stream.buffer)  # `python -u` has no buffer
         if type(raw) is io.FileIO:  # not the console of Windows
             stream.flush()
-            file = HarmlessFile(stream.fileno(), "w", closefd=False)
+            file = HarmlessFile(stream)
             buffer = file if raw is stream.buffer else io.BufferedWriter(file)
             flags = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
             return io.TextIOWrapper(buffer, stream.encoding, stream.errors, **flags)  # type: ignore[arg-type]

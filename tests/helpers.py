@@ -4,7 +4,6 @@ import functools
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import tarfile
@@ -321,6 +320,8 @@ def toy_config(run_dir: Path, **values: Any) -> TrainingConfig:
 @contextmanager
 def full_disk() -> Iterator[None]:
     """Let the system refuse to write more than 64 bytes to a file."""
+    import resource  # not on Windows
+
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
     try:

@@ -79,7 +79,7 @@ def check_whole(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("kilobytes", "file"),
     [
-        (4, "tensorboard"),
+        (8, "tensorboard"),
         (16, "samples/step-000002.png"),
         (2000, "checkpoints"),
         (3000, "checkpoints"),

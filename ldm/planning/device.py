@@ -1,10 +1,10 @@
 """Memory of a machine and of this process, a clock, and numbers as people read them."""
 
+import os
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import torch
 
 try:
@@ -20,7 +20,12 @@ def total_memory(device: torch.device) -> int:
     """Bytes of a GPU, or of the machine: what its container may use, where there is one."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    total = psutil.virtual_memory().total
+    if hasattr(os, "sysconf"):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        import psutil
+
+        total = psutil.virtual_memory().total
     limit = CGROUP_MEMORY_LIMIT.read_text().strip() if CGROUP_MEMORY_LIMIT.is_file() else ""
     return min(total, int(limit)) if limit.isdigit() else total
 
@@ -31,10 +36,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 def peak_rss(*, children: bool = False) -> int:
-    """Largest resident memory of this process, or of its children, in bytes; 0 for those on Windows."""
+    """Largest resident memory of this process, or of its children, in bytes; 0 where the system does not tell it."""
     if resource is None:
-        info = psutil.Process().memory_info()
-        return 0 if children else getattr(info, "peak_wset", info.rss)
+        try:
+            import psutil
+        except ImportError:  # on other systems it needs `resource` itself
+            return 0
+        return 0 if children else getattr(psutil.Process().memory_info(), "peak_wset", 0)
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF).ru_maxrss * unit
 

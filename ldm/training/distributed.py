@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator, utils
 
@@ -114,6 +113,8 @@ def has_launcher() -> bool:
 
 def launcher_environment() -> dict[str, str]:
     """What a person set: the environment in which the launcher itself started; empty where it cannot be read."""
+    import psutil
+
     try:
         return psutil.Process(os.getppid()).environ()
     except (psutil.Error, OSError):

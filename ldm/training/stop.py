@@ -9,7 +9,6 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -68,9 +67,11 @@ class StopRequest:
 
     def _is_orphan(self) -> bool:
         """Whether the launcher is gone: its process has another parent then, but on Windows."""
-        launcher = self._launcher
-        gone = launcher is not None and sys.platform == "win32" and not psutil.pid_exists(launcher)
-        return gone or launcher not in (None, os.getppid())
+        if sys.platform == "win32" and self._launcher is not None:
+            import psutil
+
+            return not psutil.pid_exists(self._launcher)
+        return self._launcher not in (None, os.getppid())
 
     def last_answer(self) -> int:
         """The answer to the last poll with several ranks, which had not arrived then."""
