@@ -68,7 +68,7 @@ def read_ranks() -> int:
     local_world = local_world.split("(")[0].split(",")[0] or "1"  # Slurm has `4(x2)` for two machines
     if "MASTER_ADDR" not in os.environ and local_world != world:
         raise ValueError(f"MASTER_ADDR is not set: set it to the host name of rank 0 for all {world} ranks")
-    os.environ |= dict(zip(TORCH_VARIABLES, (rank, world, local_rank or rank, local_world), strict=True))
+    os.environ |= dict(zip(TORCH_VARIABLES, (rank, world, local_rank or "0", local_world), strict=True))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     return int(world)
