@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -51,10 +51,10 @@ class HarmlessFile(io.FileIO):
 
     def write(self, data: Any) -> int:
         """The number of bytes, whether they were written or not."""
-        try:
-            return super().write(data)
-        except OSError:
-            return len(memoryview(data))
+        with suppress(OSError):
+            if (written := super().write(data)) is not None:  # of a pipe that takes no more at this moment
+                return written
+        return len(memoryview(data))
 
 
 def harmless_stream(stream: TextIO | None) -> TextIO:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from types import FrameType
 
 import psutil
@@ -42,9 +43,10 @@ def launch(argv: list[str]) -> int:
 def _hand_on(number: int, _: FrameType | None) -> None:
     """Signal the ranks and go on to wait; a terminal sends Ctrl-C to all processes of the launcher's group itself."""
     for rank in psutil.Process().children():
-        own_group = hasattr(os, "getpgid") and os.getpgid(rank.pid) != os.getpgrp()
-        if number != signal.SIGINT or own_group:
-            rank.send_signal(number)
+        with suppress(psutil.Error, OSError):  # it ended at this moment
+            own_group = hasattr(os, "getpgid") and os.getpgid(rank.pid) != os.getpgrp()
+            if number != signal.SIGINT or own_group:
+                rank.send_signal(number)
 
 
 def _status(name: str, code: int) -> int:
