@@ -2,8 +2,9 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -51,13 +52,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file that others may read as any new file; safetensors itself makes a private one."""
-    path.unlink(missing_ok=True)  # a private one of a run that was killed
-    path.touch()
-    mode = path.stat().st_mode
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
-    if path.stat().st_mode != mode:
-        path.chmod(mode)
+    """Write a safetensors file that others may read as any new file.
+
+    safetensors itself writes a private one under a random name first, which stays where the process is killed: in a
+    folder of its own, which the next call removes.
+    """
+    folder = path.with_name(f"{path.name}.writing")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        file = folder / path.name
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file, metadata)
+        with suppress(PermissionError):  # of a disk that has no permissions
+            file.chmod(folder.stat().st_mode & 0o666)
+        file.replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
