@@ -2,12 +2,13 @@
 
 import argparse
 import io
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import tyro
 from pydantic import ValidationError
@@ -35,8 +36,7 @@ def command(
     """The `main(argv=None)` of a script: reads its configuration, acts on it and exits with the status or a message."""
 
     def main(argv: Sequence[str] | None = None) -> None:
-        if isinstance(sys.stdout, io.TextIOWrapper):  # shows names of files that are not UTF-8, as errors are shown
-            sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout, sys.stderr = harmless_stream(sys.stdout), harmless_stream(sys.stderr)
         config = parse_cli(cls, argv, default=default, description=str(description))
         with exit_on_user_error():
             status = action(config)
@@ -44,6 +44,40 @@ def command(
             raise SystemExit(status)
 
     return main
+
+
+class HarmlessFile(io.FileIO):
+    """The descriptor of a stream, to which writing never fails: where the other end is gone, all of it is lost."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        super().__init__(stream.fileno(), "w", closefd=False)
+        self.stream = stream  # which closes the descriptor when nothing refers to it
+
+    def write(self, data: Any) -> int:
+        """The number of bytes, whether they were written or not."""
+        with suppress(OSError):
+            if (written := super().write(data)) is not None:  # of a pipe that takes no more at this moment
+                return written
+        return len(memoryview(data))
+
+
+def harmless_stream(stream: TextIO | None) -> TextIO:
+    """A stream for stdout or stderr that ends no run and hides no error.
+
+    What its encoding lacks is written as backslash escapes, and nothing fails where a pipe or a terminal is closed.
+    """
+    if stream is None:  # it was closed before the start
+        return open(os.devnull, "w", errors="backslashreplace")
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+        raw = getattr(stream.buffer, "raw", stream.buffer)  # `python -u` has no buffer
+        if type(raw) is io.FileIO:  # not the console of Windows
+            stream.flush()
+            file = HarmlessFile(stream)
+            buffer = file if raw is stream.buffer else io.BufferedWriter(file)
+            flags = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            return io.TextIOWrapper(buffer, stream.encoding, stream.errors, **flags)  # type: ignore[arg-type]
+    return stream
 
 
 def parse_cli(cls: type[Script], argv: Sequence[str] | None, *, default: Path | None, description: str) -> Script:

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import tarfile
@@ -376,6 +375,9 @@ def toy_config(run_dir: Path, **values: Any) -> TrainingConfig:
 @contextmanager
 def full_disk() -> Iterator[None]:
     """Let the system refuse to write more than 64 bytes to a file."""
+
+    import resource  # not on Windows
+
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
     try:

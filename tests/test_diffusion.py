@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pretend_mps import OnMPS, pretend_mps
 from torch import Tensor
 
 from ldm.diffusion.process import Diffusion, DiffusionConfig
@@ -184,3 +185,26 @@ FLOW, EDM = {"noise_schedule": "flow"}, {"noise_schedule": "edm", "prediction": 
 def test_configurations_that_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DiffusionConfig.from_dict(values, source="test")
+
+
+@pytest.mark.parametrize("noise_schedule", ["linear", "scaled_linear", "cosine", "flow", "edm"])
+def test_a_device_without_float64_has_the_same_numbers(noise_schedule: str) -> None:
+    """As Apple's GPUs."""
+    log_normal = noise_schedule == "edm"
+    settings = {"t_distribution": "log_normal" if log_normal else "uniform", "prediction": "v"}
+    diffusion = diffusion_of(noise_schedule, **settings)
+    uniform, z, noise = torch.tensor([0.1, 0.5, 0.9]), randn(3, 4).float(), randn(3, 4).float() + 1
+
+    def numbers(device: str) -> list[Tensor]:
+        u, x, n = (tensor.to(device) for tensor in (uniform, z, noise))
+        t = diffusion.sample_t(u, torch.arange(3).to(device), 3)
+        z_t = diffusion.add_noise(x, n, t)
+        target = diffusion.training_target(x, n, t)
+        x0 = diffusion.predict_x0(target, z_t, t)
+        return [t, z_t, target, x0, diffusion.network_timestep(t), diffusion.loss_weight(t)]
+
+    want = numbers("cpu")
+    with pretend_mps():
+        found = numbers("mps")
+        assert all(isinstance(tensor, OnMPS) for tensor in found)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, want, strict=True))

@@ -120,7 +120,7 @@ def check_whole(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("kilobytes", "file", "checkpoint_every"),
     [
-        (4, "tensorboard", 2),
+        (8, "tensorboard", 2),
         (16, "samples/step-000002.png", 4),
         (2000, "checkpoints", 2),
         (3000, "checkpoints", 2),

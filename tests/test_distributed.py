@@ -61,6 +61,12 @@ def test_two_processes_equal_one(stage: str, flags: list[str], tiny_runs: Path, 
         assert len(sizes) == 2 and max(sizes) < 0.6 * sum(sizes)
 
 
+def test_ranks_find_each_other_without_a_gpu(tmp_path: Path) -> None:
+    """As torchrun starts them where nothing asks for the CPU."""
+    output = launch("clip", tmp_path / "clip", 2, [], environment={"ACCELERATE_USE_CPU": "false"})
+    assert output.count("configuration: ") == 1 and (tmp_path / "clip/model/model.json").is_file()
+
+
 def test_a_disk_that_is_full_for_one_process_stops_both(tmp_path: Path) -> None:
     output = launch("vae", tmp_path / "vae", 2, ["--fsdp"], harm=Harm("full", 1, 3), codes=[1, 1])
     assert output.count("step-000004 could not be written (") == 2 and "File too large" in output

@@ -1,6 +1,7 @@
 """The scripts, one after the other, as a person runs them."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -177,6 +178,30 @@ def test_resuming_on_another_vae_or_text_is_refused(tiny_runs: Path, tmp_path: P
 def test_cached_latents_cannot_be_mirrored(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="data.random_flip: cached latents cannot be mirrored; .*--no-cache-latents"):
         train("ldm", tmp_path / "ldm", "--data.random-flip", "--cache-latents")
+
+
+@pytest.mark.parametrize("system", ["windows", "apple"])
+def test_the_whole_chain_on_another_system(system: str, tmp_path: Path) -> None:
+    """Without what the system lacks, on a console that can show no name of an image, and whose reader goes away."""
+    photos, folder = tmp_path / "photos", tmp_path / "runs"
+    photos.mkdir()
+    for number in range(16):
+        shapes.render(shapes.scenes("train")[number], 16, seed=number).save(photos / f"{number:02} 猫.png")
+        (photos / f"{number:02} 猫.txt").write_text("猫", encoding="utf-8")
+    for number in range(4):
+        (photos / f"broken {number} 猫.jpg").write_bytes(b"no image")
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "tests", "scripts"))
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONIOENCODING": "cp1252:strict", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests/other_systems.py"), system, str(photos), str(folder)]
+    with (tmp_path / "errors").open("w") as errors:
+        chain = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors)
+    assert chain.stdout is not None
+    lines = list(iter(chain.stdout.readline, b"")) if system == "windows" else [chain.stdout.readline()]
+    chain.stdout.close()
+    assert chain.wait() == 0, (tmp_path / "errors").read_text()[-3000:]
+    assert lines and (system == "apple" or any(rb"\u732b.jpg: not a PNG" in line for line in lines))
+    assert (folder / "out/00000.png").is_file() and (folder / "latents/index.json").is_file()
+    assert all((folder / stage / "checkpoints/step-000002/sha256.json").is_file() for stage in ("clip", "vae", "ldm"))
 
 
 @pytest.mark.slow

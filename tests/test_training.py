@@ -86,6 +86,7 @@ def test_a_run_whose_launcher_is_gone_saves_and_stops(tmp_path: Path, monkeypatc
         parents = iter(range(100))
         with monkeypatch.context() as patch:
             patch.setenv(launcher, "no")
+            patch.delenv("OMP_NUM_THREADS", raising=False)
             result = toy(toy_config(tmp_path / launcher, checkpoint_every=8))
         assert result == FitResult(3, None, signal.SIGTERM) and result.exit_status == 128 + signal.SIGTERM
         assert [path.name for path in (tmp_path / launcher / "checkpoints").iterdir()] == ["step-000003"]
@@ -434,13 +435,13 @@ def test_checkpoints_are_pruned_after_the_new_one_is_whole(tmp_path: Path) -> No
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = checkpoint.save_file
+    original = checkpoint.save_tensors
 
-    def full(tensors: dict[str, Tensor], path: Path) -> None:
+    def full(path: Path, tensors: dict[str, Tensor]) -> None:
         with full_disk() if "step-000006" in str(path) else nullcontext():
-            original(tensors, path)
+            original(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
     with pytest.raises(
         ValueError,
         match=r"step-000006 .*File too large.*free some space.*, from step-000003",

@@ -215,7 +215,7 @@ def read_index(folder: Path) -> LatentIndex:
     if not path.is_file():
         raise ValueError(f"{folder} holds no finished latents (no {INDEX_FILE}): run scripts/cache_latents.py")
     try:
-        values = dict(json.loads(path.read_text()))
+        values = dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged: {REMEDY}") from None
     if (version := values.get("format")) != LATENTS_FORMAT:

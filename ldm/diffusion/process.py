@@ -69,7 +69,7 @@ class Diffusion:
     """z_t = alpha(t) x0 + sigma(t) noise with t in [0, 1], and a training target.
 
     The discrete schedules are defined at t = k / 1000; in between, alpha squared is linear in t. t is a scalar or (b,);
-    alpha and sigma are computed in float64 and returned in the dtype of t.
+    alpha and sigma are computed in float64 and returned in the dtype and on the device of t.
     """
 
     def __init__(self, config: DiffusionConfig) -> None:
@@ -82,11 +82,11 @@ class Diffusion:
 
     def alpha(self, t: Tensor) -> Tensor:
         """Factor of the signal, 1 at t = 0; shaped as t."""
-        return self._factors(t)[0].to(t.dtype)
+        return self._factors(t)[0].to(t)
 
     def sigma(self, t: Tensor) -> Tensor:
         """Factor of the noise, 0 at t = 0; shaped as t."""
-        return self._factors(t)[1].to(t.dtype)
+        return self._factors(t)[1].to(t)
 
     def noise_to_signal(self, t: Tensor) -> Tensor:
         """sigma / alpha, which EDM and k-diffusion call sigma; shaped as t."""
@@ -94,7 +94,7 @@ class Diffusion:
 
     def t_from_noise_to_signal(self, level: Tensor) -> Tensor:
         """The inverse of `noise_to_signal`, which grows with t; at most 1. Any shape, float64."""
-        level = level.double()
+        level = _float64(level)
         if self.config.noise_schedule == "flow":
             sigma, shift = level / (1 + level), self.config.shift
             return sigma / (shift - (shift - 1) * sigma)
@@ -111,9 +111,9 @@ class Diffusion:
         For edm it is 1000 c_noise = 250 ln(sigma), since the embedding expects numbers of that size.
         """
         if self.config.noise_schedule == "edm":
-            return (250 * self._edm_sigma(t).log()).to(t.dtype)
+            return (250 * self._edm_sigma(t).log()).to(t)
         if self.config.noise_schedule == "flow":
-            return (self._flow_sigma(t) * NUM_TRAIN_TIMESTEPS).to(t.dtype)
+            return (self._flow_sigma(t) * NUM_TRAIN_TIMESTEPS).to(t)
         return t * NUM_TRAIN_TIMESTEPS - 1
 
     def add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class Diffusion:
             normal = math.sqrt(2) * torch.erfinv((2 * uniform - 1).clamp(-0.999999, 0.999999))
             if self.config.t_distribution == "log_normal":  # Karras et al. 2022, table 1
                 mean, std = self.config.log_normal_mean_std
-                return self.t_from_noise_to_signal((mean + std * normal).exp()).to(t.dtype)
+                return self.t_from_noise_to_signal((mean + std * normal).exp()).to(t)
             t = torch.sigmoid(normal)  # Esser et al. 2024, equation 19
         if not self.discrete:
             return t.clamp_min(1e-4)
@@ -199,21 +199,26 @@ class Diffusion:
 
     def _flow_sigma(self, t: Tensor) -> Tensor:
         """sigma of the flow schedule at t, float64."""
-        t, shift = t.double(), self.config.shift
+        t, shift = _float64(t), self.config.shift
         return shift * t / (1 + (shift - 1) * t)
 
     def _edm_sigma(self, t: Tensor) -> Tensor:
         """sigma of EDM at t, float64."""
-        return EDM_SIGMA_MAX * t.double() ** EDM_RHO
+        return EDM_SIGMA_MAX * _float64(t) ** EDM_RHO
 
     def _alpha_bar_at(self, t: Tensor) -> Tensor:
         """alpha squared of a discrete schedule at t, float64."""
-        table = self._alpha_bar = self._alpha_bar.to(t.device)  # it stays there for the next step
-        step = t.double().clamp(0, 1) * NUM_TRAIN_TIMESTEPS
+        step = _float64(t).clamp(0, 1) * NUM_TRAIN_TIMESTEPS
+        table = self._alpha_bar = self._alpha_bar.to(step.device)  # it stays there for the next step
         if t.dtype != torch.float64:  # float32 is a little off the whole steps
             step = torch.where((step - step.round()).abs() < 1e-3, step.round(), step)
         low = step.floor().clamp_max(NUM_TRAIN_TIMESTEPS - 1).long()
         return torch.lerp(table[low], table[low + 1], step - low)
+
+
+def _float64(numbers: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has none, as Apple's GPUs."""
+    return (numbers.cpu() if numbers.device.type == "mps" else numbers).double()
 
 
 def _expand_as(factor: Tensor, like: Tensor) -> Tensor:

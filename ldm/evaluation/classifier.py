@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import Conv2dNormActivation
 
 from ldm import rng
 from ldm.data.sources import shapes
@@ -29,6 +28,8 @@ class AttributeClassifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        from torchvision.ops import Conv2dNormActivation  # slow to import
+
         self.features = nn.Sequential(
             *Conv2dNormActivation(3, 32, stride=2), *Conv2dNormActivation(32, 64), *Conv2dNormActivation(64, 64),
             *Conv2dNormActivation(64, 128, stride=2), *Conv2dNormActivation(128, 128),

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import resource
 import signal
 import subprocess
 import sys
@@ -65,11 +64,11 @@ def run_script(script: str, *arguments: str) -> float:
 
 def make_report(run: Path, model: Path, seconds: dict[str, float]) -> dict[str, Any]:
     """What was measured; the seconds of stages that were reused are those of the previous report."""
-    measured = json.loads((model.parent / "evaluation.json").read_text())
+    measured = json.loads((model.parent / "evaluation.json").read_bytes())
     file = run / "report.json"
-    previous = json.loads(file.read_text()) if file.is_file() else {"seconds": {}}
+    previous = json.loads(file.read_bytes()) if file.is_file() else {"seconds": {}}
     spent = {name: round(max(value, previous["seconds"].get(name, 0.0)), 1) for name, value in seconds.items()}
-    memory = max(peak_rss(who) for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
+    memory = max(peak_rss(), peak_rss(children=True))
     return {
         "seconds": spent,
         "total_minutes": round(sum(spent.values()) / 60, 2),

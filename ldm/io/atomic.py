@@ -2,8 +2,9 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -22,6 +23,7 @@ def disk_errors(path: Path, remedy: str = "try again") -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         full = not isinstance(error, OSError) or error.errno in (None, *DISK_FULL_ERRNOS)
         first = "free some space" if full else "pass a writable folder"
+        first += " or close what has the file open" * isinstance(error, PermissionError)
         raise ValueError(f"{path} could not be written ({error}): {first} and {remedy}") from None
 
 
@@ -52,10 +54,44 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_write(path) as tmp_path:
-        tmp_path.write_text(text, encoding="utf-8")
+        tmp_path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically, with `metadata` in its header."""
     with atomic_write(path) as tmp_path:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, tmp_path, metadata)
+        save_tensors(tmp_path, tensors, metadata)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that others may read as any new file.
+
+    safetensors itself writes a private one under a random name first, which stays where the process is killed: in a
+    folder of its own, which the next call removes.
+    """
+    folder = path.with_name(f"{path.name}.writing")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        file = folder / path.name
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file, metadata)
+        with suppress(PermissionError):  # of a disk that has no permissions
+            file.chmod(folder.stat().st_mode & 0o666)
+        file.replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk; systems that cannot open a folder flush it themselves."""
+    is_folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows flushes none opened for reading
+    except PermissionError:
+        if is_folder:
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,7 +1,8 @@
 """Model folders: their model.json, whose fields ldm/pipeline/load.py has, and how the newest finished one is found."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,10 +107,21 @@ def read_text(path: Path) -> str:
 
 def latest_model(kind: str, root: Path, *, script: str) -> Path:
     """The model folder of this kind below `root` that was finished last; ValueError names the script that makes one."""
-    paths = [path for path in root.glob("**/model/model.json") if read_json(path).get("kind") == kind]
+    paths = [path for path in _model_files(root) if read_json(path).get("kind") == kind]
     if not paths:
         raise ValueError(f"no finished {kind} below {root}: run `{script}` first, or pass one")
     return max(paths, key=lambda path: path.stat().st_mtime).parent
+
+
+def _model_files(root: Path) -> Iterator[Path]:
+    """Every model/model.json below a folder, also behind links, of which each is followed once."""
+    seen: set[str] = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+        elif Path(folder).name == "model" and "model.json" in files:
+            yield Path(folder) / "model.json"
+        seen.add(real)
 
 
 def _from_format_1(values: dict[str, Any], part: str = "") -> dict[str, Any]:

@@ -126,7 +126,7 @@ class Pipeline:
         noise = torch.randn(64, latents.shape[1], 2, 2, generator=rng.generator(0, "preview"))
         smooth = F.interpolate(noise, scale_factor=4, mode="bilinear").to(latents)
         pixels = F.avg_pool2d(self.decode(smooth), self.vae_factor)
-        inputs, outputs = (x.movedim(1, -1).flatten(0, -2).double().cpu() for x in (smooth, pixels))
+        inputs, outputs = (x.movedim(1, -1).flatten(0, -2).cpu().double() for x in (smooth, pixels))
         return torch.linalg.lstsq(F.pad(inputs, (0, 1), value=1), outputs).solution
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:

@@ -38,7 +38,7 @@ def examine(stage_class: Buildable[Config], config: Config) -> list[DoctorCheck]
     """Take a few steps of a run; ValueError: what `fit` raises, too few steps, and one too large for the memory."""
     if config.steps < MIN_DOCTOR_STEPS:
         raise ValueError(f"--steps must be at least {MIN_DOCTOR_STEPS} for the doctor, not {config.steps}")
-    run = config.run.resolve()  # next to it `latest` finds the stages before it
+    run = Path(os.path.abspath(config.run))  # next to it, or to a link, `latest` finds the stages before it
     folder = run.with_name(f".{run.name}-doctor")
     values = {"run": folder, "trackers": (), "resume": None}
     _remove(folder)  # what a killed one left

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from open_clip.loss import ClipLoss
 from torch import Tensor
 
 from ldm.commands import command_to_train
@@ -43,6 +42,8 @@ class CLIPStage(Stage):
             raise ValueError("grad_accum_steps: the contrastive loss compares all images of a batch; leave it at 1")
         if config.data.bucket_step:
             raise ValueError("data.bucket_step: the image tower needs squares; leave it at 0 for train_clip")
+        from open_clip.loss import ClipLoss  # slow to import
+
         self.config = config
         self.clip = CLIP(config.clip.architecture(config.data.resolution))
         self.contrastive_loss = ClipLoss(gather_with_grad=True, rank=rank, world_size=world)

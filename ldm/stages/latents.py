@@ -26,7 +26,8 @@ from ldm.io.tensors import sha256, weights_sha256
 from ldm.pipeline.load import load_vae
 from ldm.text import TextConditioner, TextConfig, load_text_encoder
 from ldm.text.tokenizer import tokenizer_hash, vocabulary
-from ldm.training.distributed import peer_errors, process_group_timeout
+from ldm.training.distributed import peer_errors, start_accelerator
+from ldm.training.lock import only_writer
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 SAMPLE_CAPTIONS = 64
@@ -58,10 +59,11 @@ class CacheLatentsConfig(ScriptConfig):
 
 def cache_latents(config: CacheLatentsConfig) -> None:
     """Write what is not there yet, over all ranks, then the index."""
-    accelerator = Accelerator(kwargs_handlers=[process_group_timeout(config.timeout)])
+    accelerator = start_accelerator(config.timeout)
     with peer_errors(accelerator, config.timeout, "start cache_latents.py again"):
         check_folder(config.out, "--out")
-        LatentWriter(config, accelerator).run()
+        with only_writer(config.out, accelerator):
+            LatentWriter(config, accelerator).run()
 
 
 class LatentWriter:

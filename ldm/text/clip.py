@@ -51,6 +51,7 @@ class CLIP(nn.Module):
         import open_clip  # slow, and `CLIPConfig` does without
 
         super().__init__()
+
         self.architecture = architecture
         self.model = open_clip.CLIP(**architecture, output_dict=True)
         self.tokenizer = Tokenizer(architecture["text_cfg"]["context_length"])

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import threading
@@ -14,14 +13,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
 from ldm.commands import resume_command
-from ldm.io.atomic import disk_errors
+from ldm.io.atomic import disk_errors, save_tensors, sync
 from ldm.io.tensors import sha256
 from ldm.training.distributed import on_rank0
 from ldm.training.fsdp import empty_shard, shard_tensor
@@ -85,12 +84,12 @@ def _finish_writing(temporary: Path, target: Path, progress: dict[str, Any], kee
     sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     (temporary / MANIFEST).write_text(json.dumps({"format": CHECKPOINT_FORMAT, "bytes": sizes}, indent=2))
     for path in [*temporary.iterdir(), temporary]:
-        _sync(path)
+        sync(path)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     for old in _list_checkpoints(target.parent)[:-keep]:
-        shutil.rmtree(old)
+        old.unlink() if old.is_symlink() else shutil.rmtree(old)
 
 
 def hash_in_background(path: Path) -> threading.Thread:
@@ -98,11 +97,11 @@ def hash_in_background(path: Path) -> threading.Thread:
 
     def add_hashes() -> None:
         with contextlib.suppress(OSError, ValueError):  # pruned meanwhile, or a full disk: it is whole without them
-            files = json.loads((path / MANIFEST).read_text())["bytes"]
+            files = json.loads((path / MANIFEST).read_bytes())["bytes"]
             hashes, temporary = {name: sha256(path / name) for name in [*files, MANIFEST]}, path / f".{HASHES}"
             temporary.write_text(json.dumps(hashes, indent=2))
-            _sync(temporary)
-            temporary.rename(path / HASHES)
+            sync(temporary)
+            temporary.replace(path / HASHES)
 
     thread = threading.Thread(target=add_hashes, daemon=True)
     thread.start()
@@ -111,7 +110,7 @@ def hash_in_background(path: Path) -> threading.Thread:
 
 def _write_groups(folder: Path, tensors: dict[str, Tensors]) -> None:
     for name, group in tensors.items():
-        save_file({key: t.detach().cpu().contiguous() for key, t in group.items()}, folder / f"{name}.safetensors")
+        save_tensors(folder / f"{name}.safetensors", group)
 
 
 def _write_sharded(folder: Path, tensors: dict[str, Tensors]) -> None:
@@ -271,18 +270,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text()))
+    return dict(json.loads(path.read_bytes()))
 
 
 def _list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [path for path in folder.glob("step-*") if PATTERN.match(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

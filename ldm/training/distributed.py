@@ -1,4 +1,4 @@
-"""Ranks: starting accelerate, threads, timeouts, and doing something on rank 0 for all."""
+"""Ranks: finding and connecting them, threads, timeouts, and doing something on rank 0 for all."""
 
 import os
 import re
@@ -12,28 +12,71 @@ from accelerate import Accelerator, utils
 
 from ldm.training.config import TrainingConfig
 
+# Where launchers tell a process its rank, how many there are, its rank on its machine, and how many are there.
+TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+LAUNCHER_VARIABLES = (
+    TORCH_VARIABLES,
+    tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),  # Open MPI
+    tuple(f"MV2_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),  # MVAPICH
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),  # srun
+)
+
 PEER_FAILURE = re.compile("timed? ?out|connection (closed|reset)|peer", re.IGNORECASE)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """accelerate's engine, with the precision and devices of `accelerate launch`."""
+    """accelerate's engine, with the precision and devices of `accelerate launch`; ValueError as `start_accelerator`."""
     if "wandb" in config.trackers and not utils.is_wandb_available():
         raise ValueError("trackers: wandb is not installed; `pip install wandb` or leave it out")
     folders = utils.ProjectConfiguration(str(config.run), logging_dir=str(config.run / "tensorboard"))
-    accelerator = Accelerator(
-        log_with=list(config.trackers) or None,
-        project_config=folders,
-        kwargs_handlers=[process_group_timeout(config.timeout)],
-    )
+    accelerator = start_accelerator(config.timeout, log_with=list(config.trackers) or None, project_config=folders)
     utils.set_seed(config.seed)  # initial weights; every later draw is keyed
+    return accelerator
+
+
+def start_accelerator(timeout: int, **settings: Any) -> Accelerator:
+    """An Accelerator of all ranks that a launcher started, whose collectives wait for `timeout` seconds.
+
+    ValueError where they would not know of each other: each would train alone, and write what the others write.
+    """
+    world = read_ranks()
+    if world > 1 and torch.accelerator.current_accelerator(check_available=True) is None:
+        os.environ["ACCELERATE_USE_CPU"] = "1"  # else accelerate connects no ranks where it finds no GPU
+    group = utils.InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
+    accelerator = Accelerator(kwargs_handlers=[group], **settings)
+    if accelerator.num_processes < world:
+        raise ValueError(f"{world} ranks were launched, which {accelerator.device.type} cannot connect: launch one")
     if accelerator.device.type == "cpu":
         restore_num_threads()
     return accelerator
 
 
-def process_group_timeout(seconds: int) -> utils.InitProcessGroupKwargs:
-    """How long collectives wait, for an `Accelerator`."""
-    return utils.InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
+def read_ranks() -> int:
+    """How many ranks a launcher started; its variables are also set under torch's names. ValueError: half of them."""
+    names = next((names for names in LAUNCHER_VARIABLES if os.environ.get(names[1])), TORCH_VARIABLES)
+    rank, world, local_rank, local_world = (os.environ.get(name, "") for name in names)
+    if not world and _launched_alone():
+        raise ValueError(
+            "--num_processes: accelerate launch started one process, since there are not as many GPUs: use "
+            "`python scripts/launch.py --num_processes N scripts/...`, or leave it out"
+        )
+    if world in ("", "1"):
+        return 1
+    if not rank:
+        raise ValueError(f"{names[1]} is {world}, but {names[0]} is not set: start all ranks with scripts/launch.py")
+    local_world = local_world.split("(")[0].split(",")[0] or "1"  # Slurm has `4(x2)` for two machines
+    if "MASTER_ADDR" not in os.environ and local_world != world:
+        raise ValueError(f"MASTER_ADDR is not set: set it to the host name of rank 0 for all {world} ranks")
+    os.environ |= dict(zip(TORCH_VARIABLES, (rank, world, local_rank or "0", local_world), strict=True))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    return int(world)
+
+
+def _launched_alone() -> bool:
+    """Whether `accelerate launch` was asked for several processes or machines, and did not tell this one its rank."""
+    return has_launcher() and "MASTER_ADDR" in os.environ and "MASTER_ADDR" not in launcher_environment()
 
 
 def on_rank0(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
@@ -68,8 +111,18 @@ def has_launcher() -> bool:
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def launcher_environment() -> dict[str, str]:
+    """What a person set: the environment in which the launcher itself started; empty where it cannot be read."""
+    import psutil
+
+    try:
+        return psutil.Process(os.getppid()).environ()
+    except (psutil.Error, OSError):
+        return {}
+
+
 def restore_num_threads() -> None:
-    """Share out all cores: launchers that find no GPU give each process one thread."""
-    if has_launcher() and os.environ.get("OMP_NUM_THREADS") == "1":
+    """Share out all cores: launchers that find no GPU give each process one thread, unless a person set a number."""
+    if has_launcher() and os.environ.get("OMP_NUM_THREADS") == "1" and "OMP_NUM_THREADS" not in launcher_environment():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -54,8 +55,7 @@ class StopRequest:
 
         With several ranks the answer is that of one step ago, which has arrived by now, so that no rank waits for it.
         """
-        orphaned = self._launcher not in (None, os.getppid())
-        own = self.signal or (int(signal.SIGTERM) if orphaned else 0)
+        own = self.signal or (int(signal.SIGTERM) if self._is_orphan() else 0)
         if self._group is None:
             return own
         requested = self.last_answer()
@@ -64,6 +64,14 @@ class StopRequest:
         assert work is not None
         self._pending = flag, work
         return requested
+
+    def _is_orphan(self) -> bool:
+        """Whether the launcher is gone: its process has another parent then, but on Windows."""
+        if sys.platform == "win32" and self._launcher is not None:
+            import psutil
+
+            return not psutil.pid_exists(self._launcher)
+        return self._launcher not in (None, os.getppid())
 
     def last_answer(self) -> int:
         """The answer to the last poll with several ranks, which had not arrived then."""

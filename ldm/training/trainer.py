@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -25,6 +24,7 @@ from ldm.training.distributed import make_accelerator, on_rank0, peer_errors
 from ldm.training.ema import copy_params
 from ldm.training.fsdp import full_tensor, reshard
 from ldm.training.items import check_items, write_items
+from ldm.training.lock import only_writer
 from ldm.training.logger import RunLogger
 from ldm.training.optimizer import learning_rate, step_if_finite
 from ldm.training.stage import Stage, Trainable
@@ -365,22 +365,14 @@ def train(
 ) -> Result:
     """Build a stage and run it, with `fit` or with what takes its place; what needs no data is checked first."""
     accelerator = make_accelerator(config)
-    saved = on_rank0(accelerator, lambda: check_run(config))
-    stage = stage_class.build(config, accelerator)
-    if saved:
-        path, progress = saved
-        check_resumable(path, progress, config, fingerprint_without_samples(config, stage))
-    stage.open_data(accelerator)
-    return fit(config, accelerator, stage)
-
-
-def check_run(config: TrainingConfig) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that a run goes on from, with its progress; ValueError where it can resume or write nothing."""
-    saved = checkpoint.peek(config.resume, config.run / "checkpoints")
-    with disk_errors(config.run):
-        config.run.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=config.run).close()
-    return saved
+    with only_writer(config.run, accelerator):
+        saved = on_rank0(accelerator, lambda: checkpoint.peek(config.resume, config.run / "checkpoints"))
+        stage = stage_class.build(config, accelerator)
+        if saved:
+            path, progress = saved
+            check_resumable(path, progress, config, fingerprint_without_samples(config, stage))
+        stage.open_data(accelerator)
+        return fit(config, accelerator, stage)
 
 
 def fingerprint_without_samples(config: TrainingConfig, stage: Stage) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class PCASkip(nn.Module):
 
         ValueError: they have no variance, and so no components.
         """
-        patches = rearrange(F.pixel_unshuffle(images, self.patch_size), "b v h w -> (b h w) v").double()
+        patches = rearrange(F.pixel_unshuffle(images, self.patch_size), "b v h w -> (b h w) v").cpu().double()
         mean = patches.mean(0)
         variance, directions = torch.linalg.eigh((patches - mean).mT @ (patches - mean) / len(patches))
         count = self.encode.out_channels
@@ -231,11 +231,11 @@ class VAE(nn.Module):
         count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for images in batches:
             posterior = self.encode(images)
-            mean = posterior.mean.double().transpose(0, 1).flatten(1)  # (c, b h w)
-            variance = posterior.logvar.double().exp().transpose(0, 1).flatten(1)
+            # On the CPU, as Apple's GPUs have no float64: (c, b h w) each.
+            mean, logvar = (x.cpu().double().transpose(0, 1).flatten(1) for x in (posterior.mean, posterior.logvar))
             count += mean.shape[1]
-            total = total.to(mean) + mean.sum(1)
-            squares = squares.to(mean) + (mean**2 + variance).sum(1)  # the means vary, and the samples around them
+            total = total + mean.sum(1)
+            squares = squares + (mean**2 + logvar.exp()).sum(1)  # the means vary, and the samples around them
         average = total / count
         self.latent_mean.copy_(average)
         self.latent_std.copy_((squares / count - average**2).clamp_min(1e-12).sqrt())

@@ -123,8 +123,8 @@ class ShardCache:
         return FileLock(self.folder / f".lock-{int(content_hash, 16) % 64}", timeout=timeout)
 
     def _evict_lru(self) -> None:
-        """Remove the least recently used files. A process that has one open can go on reading it."""
-        with contextlib.suppress(FileNotFoundError):  # another process removes some at this moment
+        """Remove the least recently used files. A process that has one open goes on reading; on Windows it stays."""
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # another process removes some at this moment
             files = sorted(self.folder.glob("[!.]*.arrow"), key=lambda path: path.stat().st_mtime)
             for path in files[: -self.max_files]:
                 path.unlink()
