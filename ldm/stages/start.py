@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ldm.config import relative_path
 from ldm.data import ImageTextDataset
 from ldm.data.batch_sampler import evenly_spaced, fitting_batch_size
 from ldm.data.config import DRAWN_SOURCES
@@ -38,7 +39,8 @@ def announce(stage: Any, accelerator: Accelerator, *more: str) -> None:
 def recipe_line(stage: Any) -> str:
     """The file of a recipe, the parameters of each network, resolution, steps and batch."""
     config = stage.config
-    name = f"{stage.default.parent.name}, the default recipe" if _is_default(stage) else config.config or "no file"
+    file = relative_path(config.config) if config.config else "no file"
+    name = f"{stage.default.parent.name}, the default recipe" if _is_default(stage) else file
     trained = [(trainable.name, trainable.module, "") for trainable in stage.trainables]
     networks = [*trained, *((name, module, " (frozen)") for name, module in stage.frozen.items())]
     sizes = [f"{name} {sum(p.numel() for p in module.parameters()):,}{frozen}" for name, module, frozen in networks]
