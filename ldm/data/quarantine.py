@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet
 
 from ldm.data.sources.base import first_names, one_line
-from ldm.data.sources.captions import DELIMITERS, SIDECAR_SUFFIXES, PathIndex
+from ldm.data.sources.captions import SIDECAR_SUFFIXES, PathIndex, find_dialect
 from ldm.data.sources.encoded import SUFFIXES
 from ldm.data.sources.folder import find_metadata
 from ldm.data.sources.sharded import is_sharded
@@ -106,9 +106,10 @@ def _divide_text(table: Path, moves: Callable[[Cells], bool]) -> DividedTable:
     content, is_csv = table.read_bytes(), table.suffix.lower() == ".csv"
     mark = BOM_UTF8 if content.startswith(BOM_UTF8) else b""
     lines = list(io.StringIO(content.removeprefix(mark).decode(), newline=""))
-    start = next((number for number, line in enumerate(lines, 1) if is_csv and line.strip()), 0)
+    dialect, before = find_dialect(lines)
+    start = before + 1 if is_csv else 0
     header = "".join(lines[:start])
-    rows = _csv_rows(lines[start:], max(DELIMITERS, key=header.count)) if is_csv else _json_rows(lines)
+    rows = _csv_rows(lines[start:], dialect) if is_csv else _json_rows(lines)
     kept, moved = [header], [header]
     for text, cells in rows:
         (moved if moves(cells) else kept).append(text)
@@ -120,9 +121,9 @@ def _json_rows(lines: list[str]) -> Iterator[tuple[str, Cells]]:
     return ((line, json.loads(line).values() if line.strip() else ()) for line in lines)
 
 
-def _csv_rows(lines: list[str], delimiter: str) -> Iterator[tuple[str, Cells]]:
+def _csv_rows(lines: list[str], dialect: type[csv.Dialect]) -> Iterator[tuple[str, Cells]]:
     """The same; a row may have several lines."""
-    reader, start = csv.reader(lines, delimiter=delimiter), 0
+    reader, start = csv.reader(lines, dialect), 0
     for cells in reader:
         yield "".join(lines[start : reader.line_num]), cells
         start = reader.line_num
