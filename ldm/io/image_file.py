@@ -5,7 +5,6 @@ import io
 import math
 import re
 import warnings
-from functools import partial
 from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
@@ -108,12 +107,10 @@ def turn_upright(image: Image.Image, orientation: int) -> Image.Image:
 
 def orientation_of(info: dict[Any, Any]) -> int:
     """What the EXIF in an image's `info` says, or else its XMP, from 1 to 8; 1 where neither can be read."""
-    profiles = (info.get(f"Raw profile type {name}", "") for name in ("exif", "APP1"))  # of ImageMagick
-    readers = (partial(bytes.fromhex, "".join(profile.split("\n")[3:])) for profile in profiles)
-    for read in (lambda: info.get("exif", b""), *readers):
+    for name in ("exif", "Raw profile type exif", "Raw profile type APP1"):  # the last two by ImageMagick, in PNGs
         with contextlib.suppress(Exception):
-            exif = Image.Exif()
-            exif.load(read())
+            data, exif = info[name], Image.Exif()
+            exif.load(data if isinstance(data, bytes) else bytes.fromhex("".join(data.split("\n")[3:])))
             if (orientation := exif.get(ExifTags.Base.Orientation)) in TRANSPOSES:
                 return int(orientation)
     xmp = info.get("xmp") or info.get("XML:com.adobe.xmp", "")
