@@ -180,6 +180,26 @@ def test_the_rows_of_a_table_move_along(tmp_path: Path, name: str, text: str, mo
     assert (target / "sub/bad.png").is_file() and (folder / "good.png").is_file()
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+def test_a_table_that_loses_all_rows_is_moved(tmp_path: Path, name: str) -> None:
+    """One without a row would be refused afterwards."""
+    folder, target = tmp_path / "photos", tmp_path / "bad"
+    (folder / "sub").mkdir(parents=True)
+    for image in ("good.png", "sub/bad.png"):
+        (folder / image).write_bytes(b"no image")
+    table, texts = (
+        folder / "sub" / name,
+        {"csv": "file_name,text\nbad.png,x\n\n,\n", "jsonl": '{"file_name": "bad.png"}\n\n'},
+    )
+    if text := texts.get(name.split(".")[1]):
+        table.write_text(text)
+    else:
+        pq.write_table(pa.Table.from_pylist([{"file_name": "bad.png", "text": "x"}]), table)
+    list(quarantine(folder, target, ["sub/bad.png"], ["good.png", "sub/bad.png"]))
+    assert not table.exists() and (target / "sub" / name).is_file()
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["good.png"]
+
+
 def test_the_rows_of_a_parquet_table_move_along(tmp_path: Path) -> None:
     """With their columns; a table that names none of the images stays as it is."""
     folder, target = tmp_path / "photos", tmp_path / "bad"

@@ -51,8 +51,11 @@ def quarantine(folder: Path, target: Path, bad: Collection[str], images: Iterabl
         raise ValueError(f"--quarantine: {first_names(taken)} exists already: pass another folder")
     for table, part in parts.items():  # first, so that no table ever names an image that is gone
         for path, content in ((moves[table], part.moved), (table, part.kept)):
-            with atomic_write(path) as tmp_path:
-                tmp_path.write_bytes(content)
+            if content:
+                with atomic_write(path) as tmp_path:
+                    tmp_path.write_bytes(content)
+            else:
+                path.unlink()
     for path in (*files, *texts):
         moves[path].parent.mkdir(parents=True, exist_ok=True)
         shutil.move(path, moves[path])
@@ -80,7 +83,7 @@ def _names_one_of(names: Collection[str], images: PathIndex, folder: PurePosixPa
 class DividedTable(NamedTuple):
     """The content of a table without some rows, that of a table of these alone, and their number."""
 
-    kept: bytes
+    kept: bytes  # none where no row is left
     moved: bytes
     rows: int
 
@@ -98,7 +101,7 @@ def _divide_parquet(table: Path, moves: Callable[[Cells], bool]) -> DividedTable
     is_moved = [moves(row.values()) for row in rows.to_pylist()]
     pyarrow.parquet.write_table(rows.filter([not out for out in is_moved]), kept)
     pyarrow.parquet.write_table(rows.filter(is_moved), moved)
-    return DividedTable(kept.getvalue(), moved.getvalue(), sum(is_moved))
+    return DividedTable(b"" if all(is_moved) else kept.getvalue(), moved.getvalue(), sum(is_moved))
 
 
 def _divide_text(table: Path, moves: Callable[[Cells], bool]) -> DividedTable:
@@ -110,10 +113,13 @@ def _divide_text(table: Path, moves: Callable[[Cells], bool]) -> DividedTable:
     start = before + 1 if is_csv else 0
     header = "".join(lines[:start])
     rows = _csv_rows(lines[start:], dialect) if is_csv else _json_rows(lines)
-    kept, moved = [header], [header]
+    kept, moved, left = [header], [header], False
     for text, cells in rows:
-        (moved if moves(cells) else kept).append(text)
-    return DividedTable(mark + "".join(kept).encode(), mark + "".join(moved).encode(), len(moved) - 1)
+        is_moved = moves(cells)
+        (moved if is_moved else kept).append(text)
+        left = left or (not is_moved and any(str(cell).strip() for cell in cells))
+    rest = mark + "".join(kept).encode() if left else b""
+    return DividedTable(rest, mark + "".join(moved).encode(), len(moved) - 1)
 
 
 def _json_rows(lines: list[str]) -> Iterator[tuple[str, Cells]]:
