@@ -109,8 +109,8 @@ def _divide_text(table: Path, moves: Callable[[Cells], bool]) -> DividedTable:
     content, is_csv = table.read_bytes(), table.suffix.lower() == ".csv"
     mark = BOM_UTF8 if content.startswith(BOM_UTF8) else b""
     lines = list(io.StringIO(content.removeprefix(mark).decode(), newline=""))
-    dialect, before = find_dialect(lines)
-    start = before + 1 if is_csv else 0
+    dialect, before = find_dialect(lines) if is_csv else (csv.excel, -1)
+    start = before + 1
     header = "".join(lines[:start])
     rows = _csv_rows(lines[start:], dialect) if is_csv else _json_rows(lines)
     kept, moved, left = [header], [header], False
