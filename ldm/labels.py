@@ -90,7 +90,8 @@ def split_clusters(text: str) -> list[str]:
     """The characters of a text, each with those that change it or are joined to it, such as accents."""
     clusters: list[str] = []
     for char in text:
-        if clusters and (unicodedata.category(char) in ATTACHED or clusters[-1].endswith(JOINER)):
+        before = clusters[-1] if clusters else " "
+        if not before.isspace() and (unicodedata.category(char) in ATTACHED or before.endswith(JOINER)):
             clusters[-1] += char
         else:
             clusters.append(char)

@@ -157,6 +157,8 @@ JSONL = '{"file_name": "sub/bad.png", "text": "é"}\n{"text": "é", "file_name":
     [
         ("metadata.csv", CSV, MOVED_CSV),
         ("Metadata.CSV", CSV.replace(",", ";"), MOVED_CSV.replace(",", ";")),
+        ("metadata.csv", "sep=;\n" + CSV.replace(",", ";"), "sep=;\n" + MOVED_CSV.replace(",", ";")),
+        ("metadata.csv", CSV.replace(',"two', ', "two'), MOVED_CSV),
         ("metadata.jsonl", JSONL, JSONL.splitlines(keepends=True)[0]),
     ],
 )
@@ -170,11 +172,32 @@ def test_the_rows_of_a_table_move_along(tmp_path: Path, name: str, text: str, mo
     lines = list(quarantine(folder, target, ["sub/bad.png"], ["sub/bad.png", "good.png", "b.png"]))
     assert (target / name).read_bytes() == moved.encode(encoding)
     rows = moved.splitlines(keepends=True)["csv" in name.lower() :]
+    rows = rows[moved.startswith("sep") :]
     for row in rows:
         text = text.replace(row, "", 1)
     assert (folder / name).read_bytes() == text.encode(encoding)
     assert f"{len(rows)} rows of {folder / name} moved to {target / name}" in lines
     assert (target / "sub/bad.png").is_file() and (folder / "good.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+def test_a_table_that_loses_all_rows_is_moved(tmp_path: Path, name: str) -> None:
+    """One without a row would be refused afterwards."""
+    folder, target = tmp_path / "photos", tmp_path / "bad"
+    (folder / "sub").mkdir(parents=True)
+    for image in ("good.png", "sub/bad.png"):
+        (folder / image).write_bytes(b"no image")
+    table, texts = (
+        folder / "sub" / name,
+        {"csv": "file_name,text\nbad.png,x\n\n,\n", "jsonl": '{"file_name": "bad.png"}\n\n'},
+    )
+    if text := texts.get(name.split(".")[1]):
+        table.write_text(text)
+    else:
+        pq.write_table(pa.Table.from_pylist([{"file_name": "bad.png", "text": "x"}]), table)
+    list(quarantine(folder, target, ["sub/bad.png"], ["good.png", "sub/bad.png"]))
+    assert not table.exists() and (target / "sub" / name).is_file()
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["good.png"]
 
 
 def test_the_rows_of_a_parquet_table_move_along(tmp_path: Path) -> None:

@@ -79,6 +79,9 @@ def test_commas_outside_of_quotes_are_the_captions(tmp_path: Path) -> None:
         ('text,file_name\n"a\ncat",0.png\na cat, red,1.png\n', "line 4 has 3 columns, the header 2; .* quotes"),
         ('file_name,text\n0.png,a\n1.png,"b\n2.png,c\n', "line 3 is not CSV .*; is a quote left open there"),
         ("0.png,a\n1.png,b\n", "no column file_name.* 0.png, a; write each image's path"),
+        ("file_name;words\n0.png;a\n", "no caption column; call it caption, text or prompt"),
+        ("file_name,text,Text\n0.png,a,b\n", "several columns are called text; rename or remove"),
+        ("file_name,text\n,a\n", r"names 1 files .* \(no path\); .* remove their lines"),
         ("file_name,words\n0.png,a\n", "no caption column; call it caption, text or prompt"),
         ("file_name,text\n7.png,a\n8.png,b\n", "names 2 files .* 7.png, 8.png; .* remove their lines"),
         ("file_name,text\n0.png,café\n".encode("cp1252"), "line 2 is not UTF-8 text; save it as UTF-8"),
@@ -98,6 +101,9 @@ def test_tables_that_are_refused_name_the_line(tmp_path: Path, rows: str | bytes
         "file_name;text\n0.png;a cat, red\n1.png;b\n",
         "file_name\ttext\r\n0.png\ta cat, red\r\n1.png\tb\r\n",
         '"File Name","Caption"\r"0.png","a cat, red"\r"1.png",b\r',
+        'sep=;\nfile_name;text\n0.png;"a cat, red"\n1.png;b\n',
+        'file_name, text\n0.png, "a cat, red"\n1.png, b\n',
+        'file_name,text\n0.png, "a cat,\nred"\n1.png,b\n',
         '\ufefffilename,TEXT,,\n\n0.png,"a cat, red",,\n,,,\n , ,\n1.png,b\n,\n,,,,,,,\n',
     ],
 )
@@ -106,6 +112,25 @@ def test_tables_of_other_tools(tmp_path: Path, rows: str) -> None:
     assert opened.captions == {"0.png": ["a cat, red"], "1.png": ["b"]}
     assert "captions from metadata.csv" in opened.summary and "2 captioned" in opened.summary
     assert opened.notes == ["1 images without a caption: 2.png"]
+
+
+def test_commas_after_spaces_are_the_captions(tmp_path: Path) -> None:
+    opened = read(fill(tmp_path, *THREE, metadata__csv='file_name, text\n0.png, "a, b"\n1.png, a cat, red\n2.png, c\n'))
+    assert opened.captions == {"0.png": ["a, b"], "1.png": ["a cat, red"], "2.png": ["c"]}
+    assert said(opened, "1 captions hold the delimiter outside of quotes", "line 3 of metadata.csv")
+
+
+def test_a_separator_of_lines_that_is_none_of_a_table(tmp_path: Path) -> None:
+    opened = read(fill(tmp_path, *THREE, metadata__csv="file_name,text\n0.png,a\x85cat\u2028sat\n1.png,b, c\n"))
+    assert opened.captions == {"0.png": ["a cat sat"], "1.png": ["b, c"]} and said(opened, "line 3 of metadata.csv")
+
+
+def test_what_is_not_read_of_a_table_is_told(tmp_path: Path) -> None:
+    """Columns, also a second one of captions, and rows of files that are not read."""
+    rows = "file_name,split,text,caption\n0.png,test,a,b\n3.bmp,train,c,d\n"
+    opened = read(fill(tmp_path, *THREE, metadata__csv=rows, **{"3__bmp": b"x"}))
+    assert opened.captions == {"0.png": ["b"]}
+    assert said(opened, "2 columns of tables skipped: split, text") and said(opened, "1 skipped", "3.bmp", "PNG")
 
 
 def test_json_lines_of_other_tools(tmp_path: Path) -> None:
@@ -118,7 +143,7 @@ def test_json_lines_of_other_tools(tmp_path: Path) -> None:
 
 def test_paths_of_other_systems(tmp_path: Path) -> None:
     images = ("img/0.png", "img/1.JPG", "a/cafe\u0301.png", "x/A.png", "x/a.png")
-    rows = ["img\\0.png,a", ".\\img\\1.jpg,b", "./A/caf\u00e9.png,c", "x/a.png,d"]
+    rows = ["img\\0.png,a", ".\\img\\1.jpg,b", "./A/caf\u00e9.png,c", "img\\..\\x/a.png,d"]
     opened = read(fill(tmp_path, *images, metadata__csv="\n".join(["file_name,text", *rows])))
     assert opened.captions == {"img/0.png": ["a"], "img/1.JPG": ["b"], "a/cafe\u0301.png": ["c"], "x/a.png": ["d"]}
     for name in ("X/A.PNG", "..\\x\\a.png", f"{tmp_path}/x/a.png", "C:\\x\\a.png"):  # one of several, or elsewhere
@@ -227,11 +252,18 @@ def test_names_that_all_say_a_split_are_splits(tmp_path: Path) -> None:
     assert len(opened.train) + len(opened.test) == 4 and not opened.notes
 
 
-def test_a_folder_without_both_is_divided_and_that_is_told(tmp_path: Path) -> None:
-    for number, (names, told) in enumerate({("train/0.png", "train/1.png"): 0, ("0.png", "test/1.png"): 1}.items()):
-        opened = read(fill(tmp_path / str(number), *names))
+def test_a_folder_of_one_split_is_divided_and_that_is_told(tmp_path: Path) -> None:
+    for number, (folder, told) in enumerate({"train": 0, "test": 1}.items()):
+        opened = read(fill(tmp_path / str(number), f"{folder}/0.png", f"{folder}/1.png"))
         assert (len(opened.train), len(opened.test)) == (1, 1)
-        assert len(opened.notes) == told == said(opened, "1 images", "test", "none in train/")
+        assert len(opened.notes) == told == said(opened, "2 images", "test", "none elsewhere")
+
+
+@pytest.mark.parametrize(("held_out", "kind"), [("test", "test"), ("val", "validation")])
+def test_a_held_out_folder_beside_images_is_held_out(tmp_path: Path, held_out: str, kind: str) -> None:
+    opened = read(fill(tmp_path, "0.png", "cats/1.png", f"{held_out}/2.png"))
+    assert [*opened.train] == ["0.png", "cats/1.png"] and [*opened.test] == [f"{held_out}/2.png"]
+    assert said(opened, f"held out: the 1 images of the {kind} split")
 
 
 # Links, and files that are not read.

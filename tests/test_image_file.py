@@ -27,12 +27,12 @@ TURNED = (0x112, 3, struct.pack("<HH", 6, 0))  # by a quarter
 EXIF = exif(TURNED)
 
 
-def png(kind: bytes, data: bytes, *, after: bool = False, checksum: int = 0) -> bytes:
+def png(kind: bytes, data: bytes, *, after: bool = False, checksum: int = 0, whole: bytes = PNG) -> bytes:
     """A PNG with one more chunk, before or after its pixels; `checksum` is added to its checksum."""
     crc = (zlib.crc32(kind + data) + checksum) % 2**32
-    whole = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
-    at = len(PNG) - 12 if after else 33
-    return PNG[:at] + whole + PNG[at:]
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+    at = len(whole) - 12 if after else 33
+    return whole[:at] + chunk + whole[at:]
 
 
 def jpeg(marker: int, data: bytes, whole: bytes = JPEG) -> bytes:
@@ -59,6 +59,7 @@ def test_the_orientation_of_a_png(after: bool) -> None:
     check(png(b"eXIf", EXIF[6:], after=after), turned=True)
     check(png(b"tEXt", b"Raw profile type exif\0" + profile, after=after), turned=True)
     check(png(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile), after=after), turned=True)
+    check(png(b"tEXt", b"Raw profile type APP1\0" + profile, after=after, whole=png(b"eXIf", b"garbage")), turned=True)
     for xmp in XMPS:
         for compressed in (True, False):
             check(png(b"iTXt", itxt(xmp, compressed=compressed), after=after), turned=True)

@@ -80,6 +80,7 @@ def test_emoji_are_drawn_in_color() -> None:
 
 def test_what_is_joined_stays_together() -> None:
     assert split_clusters("e\u0301a👩‍🚀👍🏽1️⃣b") == ["e\u0301", "a", "👩‍🚀", "👍🏽", "1️⃣", "b"]
+    assert split_clusters("a \u200d👩‍🚀") == ["a", " ", "\u200d👩‍🚀"]  # the font is found for the word
 
 
 def test_long_captions_are_wrapped_and_end_in_an_ellipsis() -> None:

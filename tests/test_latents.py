@@ -10,7 +10,7 @@ from typing import Any
 import cache_latents
 import pytest
 import torch
-from helpers import losses, train
+from helpers import losses, plain, train
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -179,6 +179,16 @@ def test_latents_of_something_else_are_refused(runs: Path, tmp_path: Path) -> No
     with pytest.raises(SystemExit, match="cached_latents: .*VAE and a text tower"):
         none = ["--vae", "none", "--unet.in-channels", "3"]
         train("ldm", runs / "other", *flags, *none)
+
+
+def test_images_of_one_colour_are_refused(runs: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        plain((0, 0, 0)).save(tmp_path / f"{number}.png")
+    vae, text = ("--vae", str(runs / "vae/model")), ("--text.model", f"local-dir:{runs}/clip/model")
+    flags = [*SIZE, *vae, *text, "--data.source", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"3 of 3 .* all are of one colour \(0, 0, 0\).*check_data"):
+        cache_latents.main(flags)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_a_changed_file_is_never_read(runs: Path, tmp_path: Path) -> None:

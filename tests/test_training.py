@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -198,6 +199,19 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(
     shutil.rmtree(tmp_path / "checkpoints/step-000008")
     toy(toy_config(tmp_path, resume="latest"), poison=[8])
     assert "skipped step 8 (4 skipped so far)" in capsys.readouterr().out
+
+
+def test_the_end_of_a_run_says_that_its_model_is_of_no_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights that are finite, but so large that the validation is not."""
+
+    class Overflown(Toy):
+        def validate(self) -> dict[str, float]:
+            return {"validation_a": float("nan"), "validation_b": 1.0}
+
+    for stage, want in ((Overflown, ["validation_a"]), (Toy, [])):
+        toy(toy_config(tmp_path / stage.__name__), stage=stage)
+        said = re.findall("warning: (.*): NaN, .* lower --learning-rate", capsys.readouterr().out)
+        assert said == want
 
 
 def test_the_end_of_a_run_says_which_steps_were_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet
 
 from ldm.data.sources.base import first_names, one_line
-from ldm.data.sources.captions import DELIMITERS, SIDECAR_SUFFIXES, PathIndex
+from ldm.data.sources.captions import SIDECAR_SUFFIXES, PathIndex, find_dialect
 from ldm.data.sources.encoded import SUFFIXES
 from ldm.data.sources.folder import find_metadata
 from ldm.data.sources.sharded import is_sharded
@@ -51,8 +51,11 @@ def quarantine(folder: Path, target: Path, bad: Collection[str], images: Iterabl
         raise ValueError(f"--quarantine: {first_names(taken)} exists already: pass another folder")
     for table, part in parts.items():  # first, so that no table ever names an image that is gone
         for path, content in ((moves[table], part.moved), (table, part.kept)):
-            with atomic_write(path) as tmp_path:
-                tmp_path.write_bytes(content)
+            if content:
+                with atomic_write(path) as tmp_path:
+                    tmp_path.write_bytes(content)
+            else:
+                path.unlink()
     for path in (*files, *texts):
         moves[path].parent.mkdir(parents=True, exist_ok=True)
         shutil.move(path, moves[path])
@@ -80,7 +83,7 @@ def _names_one_of(names: Collection[str], images: PathIndex, folder: PurePosixPa
 class DividedTable(NamedTuple):
     """The content of a table without some rows, that of a table of these alone, and their number."""
 
-    kept: bytes
+    kept: bytes  # none where no row is left
     moved: bytes
     rows: int
 
@@ -98,7 +101,7 @@ def _divide_parquet(table: Path, moves: Callable[[Cells], bool]) -> DividedTable
     is_moved = [moves(row.values()) for row in rows.to_pylist()]
     pyarrow.parquet.write_table(rows.filter([not out for out in is_moved]), kept)
     pyarrow.parquet.write_table(rows.filter(is_moved), moved)
-    return DividedTable(kept.getvalue(), moved.getvalue(), sum(is_moved))
+    return DividedTable(b"" if all(is_moved) else kept.getvalue(), moved.getvalue(), sum(is_moved))
 
 
 def _divide_text(table: Path, moves: Callable[[Cells], bool]) -> DividedTable:
@@ -106,13 +109,17 @@ def _divide_text(table: Path, moves: Callable[[Cells], bool]) -> DividedTable:
     content, is_csv = table.read_bytes(), table.suffix.lower() == ".csv"
     mark = BOM_UTF8 if content.startswith(BOM_UTF8) else b""
     lines = list(io.StringIO(content.removeprefix(mark).decode(), newline=""))
-    start = next((number for number, line in enumerate(lines, 1) if is_csv and line.strip()), 0)
+    dialect, before = find_dialect(lines) if is_csv else (csv.excel, -1)
+    start = before + 1
     header = "".join(lines[:start])
-    rows = _csv_rows(lines[start:], max(DELIMITERS, key=header.count)) if is_csv else _json_rows(lines)
-    kept, moved = [header], [header]
+    rows = _csv_rows(lines[start:], dialect) if is_csv else _json_rows(lines)
+    kept, moved, left = [header], [header], False
     for text, cells in rows:
-        (moved if moves(cells) else kept).append(text)
-    return DividedTable(mark + "".join(kept).encode(), mark + "".join(moved).encode(), len(moved) - 1)
+        is_moved = moves(cells)
+        (moved if is_moved else kept).append(text)
+        left = left or (not is_moved and any(str(cell).strip() for cell in cells))
+    rest = mark + "".join(kept).encode() if left else b""
+    return DividedTable(rest, mark + "".join(moved).encode(), len(moved) - 1)
 
 
 def _json_rows(lines: list[str]) -> Iterator[tuple[str, Cells]]:
@@ -120,9 +127,9 @@ def _json_rows(lines: list[str]) -> Iterator[tuple[str, Cells]]:
     return ((line, json.loads(line).values() if line.strip() else ()) for line in lines)
 
 
-def _csv_rows(lines: list[str], delimiter: str) -> Iterator[tuple[str, Cells]]:
+def _csv_rows(lines: list[str], dialect: type[csv.Dialect]) -> Iterator[tuple[str, Cells]]:
     """The same; a row may have several lines."""
-    reader, start = csv.reader(lines, delimiter=delimiter), 0
+    reader, start = csv.reader(lines, dialect), 0
     for cells in reader:
         yield "".join(lines[start : reader.line_num]), cells
         start = reader.line_num

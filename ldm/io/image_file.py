@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import re
+import warnings
 from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
@@ -19,6 +20,8 @@ TRANSPOSES = {  # by orientation, as EXIF numbers it: from what is stored to wha
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of damaged metadata, which do no harm
+
 XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])\s*["'<]""")
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -104,11 +107,12 @@ def turn_upright(image: Image.Image, orientation: int) -> Image.Image:
 
 def orientation_of(info: dict[Any, Any]) -> int:
     """What the EXIF in an image's `info` says, or else its XMP, from 1 to 8; 1 where neither can be read."""
-    with contextlib.suppress(Exception):
-        exif, profile = Image.Exif(), info.get("Raw profile type exif", "")
-        exif.load(info.get("exif") or bytes.fromhex("".join(profile.split("\n")[3:])))
-        if (orientation := exif.get(ExifTags.Base.Orientation)) in TRANSPOSES:
-            return int(orientation)
+    for name in ("exif", "Raw profile type exif", "Raw profile type APP1"):  # the last two by ImageMagick, in PNGs
+        with contextlib.suppress(Exception):
+            data, exif = info[name], Image.Exif()
+            exif.load(data if isinstance(data, bytes) else bytes.fromhex("".join(data.split("\n")[3:])))
+            if (orientation := exif.get(ExifTags.Base.Orientation)) in TRANSPOSES:
+                return int(orientation)
     xmp = info.get("xmp") or info.get("XML:com.adobe.xmp", "")
     found = XMP_ORIENTATION.search(xmp if isinstance(xmp, bytes) else xmp.encode())
     return int(found[1]) if found else 1

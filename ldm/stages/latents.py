@@ -24,6 +24,7 @@ from ldm.io.atomic import check_folder, write_text
 from ldm.io.model_dir import latest_model, read_text
 from ldm.io.tensors import sha256, weights_sha256
 from ldm.pipeline.load import load_vae
+from ldm.stages.start import pixel_notes
 from ldm.text import TextConditioner, TextConfig, load_text_encoder
 from ldm.text.tokenizer import tokenizer_hash, vocabulary
 from ldm.training.distributed import peer_errors, start_accelerator
@@ -87,11 +88,11 @@ class LatentWriter:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Write the missing files, then the index."""
+        """Write the missing files, then the index; ValueError: images that are all of one colour."""
         config, accelerator = self.config, self.accelerator
-        accelerator.print(self.sets["train"].describe())
-        if cut := self.text.tokenizer.read_ahead(*(data.captions for data in self.sets.values())):
-            accelerator.print(cut)
+        notes = [] if self.sets["train"].is_sharded else pixel_notes(self.sets["train"])
+        cut = self.text.tokenizer.read_ahead(*(data.captions for data in self.sets.values()))
+        accelerator.print("\n".join(filter(None, [self.sets["train"].describe(), *notes, cut])))
         key = latents.content_key(self.fingerprint, config.images_per_file)
         files = [(split, *file) for split in SPLITS for file in self._files(split)]
         missing = [file for file in files if not latents.is_valid(config.out / file[1], key)]

@@ -1,5 +1,6 @@
 """Training loop: each trainable takes one optimizer step per iteration; also logging, checkpointing, resuming."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -327,6 +328,9 @@ class Trainer:
         measured = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         after = f"; at step {step}: {measured}" if values else ""
         self.accelerator.print(f"finished after {result.step} steps: {result.model}{after}")
+        if unknown := ", ".join(name for name, value in values.items() if math.isnan(value)):
+            remedy = "the model is of no use; start again with a lower --learning-rate"
+            self.accelerator.print(f"warning: {unknown}: NaN, as the weights have grown too large: {remedy}")
         if command := self.stage.next_command():
             self.accelerator.print(f"next: {command}")
 

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
+from posixpath import normpath
 from typing import Any, NamedTuple
 
 import pyarrow.parquet
@@ -19,6 +20,7 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of se
 FILE_COLUMNS = ("file_name", "filename", "image", "file")  # the paths of images; as all columns in any case
 SIDECAR_SUFFIXES = (".txt", ".caption")
 DELIMITERS = ",;\t|"
+SEPARATOR_LINE = re.compile(r"sep=.\s*$")
 
 
 class FolderCaptions(NamedTuple):
@@ -37,11 +39,13 @@ def read_captions(root: Path, files: Sequence[str], images: Sequence[str]) -> Fo
     """
     paths, captions = PathIndex(images), defaultdict[str, list[str]](list)
     tables = find_tables(files)
-    columns, joined = [], []
+    others = PathIndex(set(files) - paths.names)
+    columns, joined, unread = [], [], list[str]()
     for table in tables:
-        column, lines = _add_table(root / table, PurePosixPath(table).parent, paths, captions)
-        columns.append(f"{table} column `{column}`")
-        joined += [f"line {line} of {table}" for line in lines]
+        added = _add_table(root / table, PurePosixPath(table).parent, paths, others, captions)
+        columns.append(f"{table} column `{added.column}`")
+        joined += [f"line {line} of {table}" for line in added.joined]
+        unread += [name for name in added.unread if name not in unread]
     sidecars = _find_sidecars([name for name in images if not captions.get(name)], files)
     for name, text in sidecars.items():
         captions[name] = parse_captions(_read_text(root / text), name)
@@ -52,6 +56,8 @@ def read_captions(root: Path, files: Sequence[str], images: Sequence[str]) -> Fo
             f"{len(joined):,} captions hold the delimiter outside of quotes and are read up to the end of their line, "
             f"as in {joined[0]}; put them in quotes to be sure"
         )
+    if unread:
+        notes.append(f"{len(unread):,} columns of tables skipped: {first_names(unread)}")
     kinds = sorted({f"*{PurePosixPath(text).suffix.lower()}" for text in sidecars.values()})
     return FolderCaptions(captions, {*tables, *sidecars.values()}, " and ".join([*origins, *kinds]), notes)
 
@@ -64,10 +70,10 @@ class PathIndex:
 
     def find(self, path: str, folder: PurePosixPath) -> str | None:
         """The file at a path in a folder; None when there is none, or several to choose from."""
-        name = str(folder / path)
-        if name in self.names:
-            return name
-        similar = self._similar.get(_simplify(str(folder / path.strip().replace("\\", "/"))), [])
+        names = str(folder / path), normpath(folder / path.strip().replace("\\", "/"))
+        if exact := next(filter(self.names.__contains__, names), None):
+            return exact
+        similar = self._similar.get(_simplify(names[-1]), [])
         return similar[0] if len(similar) == 1 else None
 
     @cached_property
@@ -116,12 +122,20 @@ def find_tables(files: Sequence[str]) -> list[str]:
     return sorted(tables.values())
 
 
+class AddedTable(NamedTuple):
+    """What was read of a table."""
+
+    column: str  # of the captions
+    joined: list[int]  # lines: see `_read_csv`
+    unread: list[str]  # columns
+
+
 def _add_table(
-    path: Path, folder: PurePosixPath, images: PathIndex, captions: dict[str, list[str]]
-) -> tuple[str, list[int]]:
+    path: Path, folder: PurePosixPath, images: PathIndex, others: PathIndex, captions: dict[str, list[str]]
+) -> AddedTable:
     """Add the captions of a table in a folder; an image that is listed twice has two.
 
-    Returns their column, and the lines that were joined: see `_read_csv`.
+    Rows of `others`, which are files that are not read, are passed over.
     """
     rows, joined = _read_rows(path)
     rows = [{_column(name): row[name] for name in sorted(row, key=lambda name: name == _column(name))} for row in rows]
@@ -137,18 +151,18 @@ def _add_table(
         raise ValueError(f"{path}: no caption column; call it caption, text or prompt")
     missing = set()
     for row in rows:
-        name = str(row.get(image))
+        name = str(row.get(image) or "")
         texts = parse_captions(row.get(caption), f"{path}: {one_line(name)}")
         if found_name := images.find(name, folder):
             captions[found_name] += texts
-        else:
-            missing.add(PurePosixPath(name).as_posix())
+        elif not others.find(name, folder):
+            missing.add(name.strip() or "(no path)")
     if missing:
         raise ValueError(
             f"{path} names {len(missing):,} files that are not there as PNG, JPEG or WEBP: "
             f"{first_names(sorted(missing))}; add them, remove their lines, or write paths relative to {path.parent}"
         )
-    return caption, joined
+    return AddedTable(caption, joined, sorted(columns - {image, caption, ""}))
 
 
 @cache
@@ -175,43 +189,61 @@ def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
     ValueError: not CSV, or such a line in a table where not only the caption can be meant.
     """
-    text, line = _read_text(path), 1
-    header: list[str] = []
+    lines = list(io.StringIO(_read_text(path)))
+    dialect, before = find_dialect(lines)
+    line, header = before + 1, list[str]()
     rows, joined = [], []
     try:
-        delimiter = _find_delimiter(text)
-        for cells in (reader := csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)):
+        for cells in (reader := csv.reader(lines[before:], dialect)):
             while len(cells) > len(header) and not cells[-1].strip():
                 cells.pop()
             if header and len(cells) > len(header):
-                cells = _join_caption(cells, header, delimiter, f"{path}: line {line}")
+                cells = _join_caption(cells, header, dialect, f"{path}: line {line}")
                 joined.append(line)
             if header and any(map(str.strip, cells)):
                 rows.append(dict(zip(header, cells, strict=False)))
-            header, line = header or cells, reader.line_num + 1
+            header, line = header or _check_header(cells, path), before + reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}: line {line} is not CSV ({error}); is a quote left open there?") from None
     return rows, joined
 
 
-def _join_caption(cells: list[str], header: list[str], delimiter: str, where: str) -> list[str]:
+def _check_header(cells: list[str], path: Path) -> list[str]:
+    """The names of the columns; ValueError: two are the same."""
+    names = list(filter(None, map(_column, cells)))
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path}: several columns are called {first_names(double)}; rename or remove all but one")
+    return cells
+
+
+def _join_caption(cells: list[str], header: list[str], dialect: type[csv.Dialect], where: str) -> list[str]:
     """The two cells of a line that has more: all but the path are the caption. ValueError where they may not be."""
+    delimiter = dialect.delimiter
     if len(header) != 2 or _column(header[1]) not in CAPTION_COLUMNS:
         raise ValueError(
             f"{where} has {len(cells)} columns, the header {len(header)}; "
             f"write captions that hold a `{delimiter}` in quotes"
         )
-    return [cells[0], delimiter.join(cells[1:])]
+    return [cells[0], (delimiter + " " * dialect.skipinitialspace).join(cells[1:])]
 
 
-def _find_delimiter(text: str) -> str:
-    """The one that divides the header into columns of paths and captions."""
-    header = next(filter(str.strip, text.split("\n")), "")
-    for delimiter in DELIMITERS:
-        columns = {_column(name) for name in next(csv.reader([header], delimiter=delimiter), [])}
-        if columns & set(FILE_COLUMNS) and columns & set(CAPTION_COLUMNS):
-            return delimiter
-    return ","
+def find_dialect(lines: Sequence[str]) -> tuple[type[csv.Dialect], int]:
+    """How a table is written, and the number of lines before its header: empty ones, and `sep=;`, as Excel writes."""
+    before = next((i for i, line in enumerate(lines) if line.strip() and not SEPARATOR_LINE.match(line)), 0)
+    header = lines[before] if lines else ""
+
+    def known_columns(mark: str) -> int:
+        columns = {_column(name) for name in next(csv.reader([header], delimiter=mark, skipinitialspace=True), [])}
+        return len(columns & {*FILE_COLUMNS}) + len(columns & {*CAPTION_COLUMNS})
+
+    mark = max(DELIMITERS, key=known_columns)
+    second_quoted = re.compile(rf'[^"{re.escape(mark)}]*{re.escape(mark)} +"')
+
+    class Found(csv.excel):
+        delimiter, strict = mark, True
+        skipinitialspace = f"{mark} " in header or any(map(second_quoted.match, lines))
+
+    return Found, before
 
 
 def _parse_row(line: str, where: str) -> dict[str, Any]:

@@ -138,15 +138,16 @@ def _choose_split(images: Sequence[str], split: Split) -> tuple[list[str], list[
     """The images of a split, and what to say of it: the folder's own splits, or else a part that is held out."""
     parts = _own_splits(images)
     own = next((kind for kind in HELD_OUT_SPLITS if kind in parts), None)
-    if own and "train" in parts:
+    trained = next((kind for kind in ("train", None) if kind in parts), "")  # a held-out folder may stand beside images
+    if own and trained != "":
         notes = [f"held out: the {len(parts[own]):,} images of the {own} split of this folder"]
-        others = sorted(name for kind, names in parts.items() if kind not in ("train", own) for name in names)
+        others = sorted(name for kind, names in parts.items() if kind not in (trained, own) for name in names)
         notes += [f"{len(others):,} images skipped, in neither split: {first_names(others)}"] if others else []
-        return parts[own if split == "test" else "train"], notes
+        return parts[own if split == "test" else trained], notes
     notes = []
     if own:
         notes.append(
-            f"{len(parts[own]):,} images are in folders named for a {own} split, but none in train/: "
+            f"{len(parts[own]):,} images are in folders named for a {own} split, but none elsewhere to train on: "
             f"{HELD_OUT_FRACTION:.0%} of all are held out"
         )
     return [images[i] for i in hash_split(images, split)], notes
