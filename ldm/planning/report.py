@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from ldm.cli import ScriptConfig
-from ldm.commands import quote, to_flags
+from ldm.commands import quote, relative, to_flags
 from ldm.config import flatten
 from ldm.planning import planner
 from ldm.planning.cost import TIMED_STEPS
@@ -79,11 +79,6 @@ def make_plan(config: PlanConfig) -> list[str]:
     ]
 
 
-def relative(file: Path) -> Path:
-    """A file as it is found from the working directory: relative to it where it is below."""
-    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-
-
 def requirements_table(found: dict[str, Recipe], hours: float) -> list[str]:
     """What each recipe asks of a machine whose speed is unknown."""
     rows = [("recipe", "GFLOP/image", "memory from", "TFLOP/s a GPU needed")]
@@ -119,7 +114,7 @@ def training_command(plan: StagePlan, config: PlanConfig) -> str:
         words.append("--mixed_precision bf16")
     if gpus > 1:
         words.append(f"--multi_gpu --num_processes {gpus}")
-    words.append(f"scripts/train_{stage}.py --config {quote(str(relative(plan.file)))}")
+    words.append(f"scripts/train_{stage}.py --config {quote(relative(plan.file).as_posix())}")
     recipe, planned = flatten(planner.read_recipe(plan.file).to_dict()), flatten(plan.config.to_dict())
     planned |= {"run": str(config.run / stage), "data.source": config.source}
     words += [quote(*to_flags({key: value for key, value in planned.items() if value != recipe[key]}))]
