@@ -140,7 +140,7 @@ def test_files_that_lie_are_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_weights_under_another_key_are_not_taken_for_none(tmp_path: Path) -> None:
     torch.save({"model": {"a": torch.ones(1)}, "step": 3}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"a\.pt cannot be read .*\(no tensors, but the keys: model, step\)"):
+    with pytest.raises(ValueError, match=r"a\.pt cannot be read .*\(no tensors below its keys: model, step\)"):
         read_pickle(tmp_path / "a.pt")
 
 

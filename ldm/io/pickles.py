@@ -62,7 +62,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     names = ", ".join(f"{name} ({count})" for name, count in inert.most_common(5))
     if not tensors:
         keys = ", ".join(str(name)[:50] for name, _ in [*items][:5])
-        raise _unreadable(path, f"no tensors, but {f'objects: {names}' if names else f'the keys: {keys}'}")
+        raise _unreadable(path, f"no tensors, but objects: {names}" if names else f"no tensors below its keys: {keys}")
     if inert:
         log.warning("%s: %d objects that are no tensors are left out: %s", path, inert.total(), names)
     return tensors
