@@ -40,11 +40,6 @@ class Config(BaseModel):
         return self.model_dump(mode="json")
 
 
-def relative_path(file: Path) -> Path:
-    """A file as it is found from the working directory: relative to it where it is below."""
-    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; ValueError names the file when it is missing or is no mapping."""
     if not path.is_file():

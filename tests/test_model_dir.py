@@ -160,7 +160,7 @@ def test_loss_weightings_of_format_1(old: dict[str, Any], new: dict[str, Any], t
     [
         ({"format": "ldm-model-0"}, "model.json has format ldm-model-0, .*ldm-model-2 and ldm-model-1: read it with"),
         ({"format": None}, "model.json has format None"),
-        ({"kind": "vae"}, "expected a pipeline, found a vae"),
+        ({"kind": "vae"}, "expected a pipeline, found a vae: pass RUN/model of a finished train_ldm run"),
         ({"kind": None}, "expected a pipeline, found a None"),
         ({"process": DIFFUSION_1 | {"paths": "flow"}}, "model.json: diffusion.paths: unknown key"),
         ({"unet": [UNET_1]}, "model.json: unet: "),

@@ -138,6 +138,12 @@ def test_files_that_lie_are_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
+def test_weights_under_another_key_are_not_taken_for_none(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.ones(1)}, "step": 3}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt cannot be read .*\(no tensors below its keys: model, step\)"):
+        read_pickle(tmp_path / "a.pt")
+
+
 def test_a_file_is_what_it_begins_with(tmp_path: Path) -> None:
     """Safetensors named .ckpt are read as such, and a pickle is one by any name."""
     save_file({"a": torch.ones(1)}, tmp_path / "a.ckpt")

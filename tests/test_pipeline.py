@@ -161,7 +161,7 @@ def test_another_vae_than_that_of_the_training_is_refused(tiny_model: Path, tmp_
 def test_other_and_incomplete_folders_are_errors(tiny_runs: Path, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no model.json.*pass RUN/model"):
         Pipeline.load(tmp_path)
-    with pytest.raises(ValueError, match="expected a pipeline.*vae"):
+    with pytest.raises(ValueError, match="is a VAE alone.*pass a whole model"):
         Pipeline.load(tiny_runs / "vae/model")
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     whole = (folder / "unet.safetensors").read_bytes()

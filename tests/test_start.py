@@ -20,8 +20,9 @@ def start(stage: str, run: Path, *flags: str) -> None:
     """Build the tiny recipe of a stage with its data, as a training does before its first step."""
     args = tiny_flags(stage, run, *flags)
     config = parse_cli(STAGES[stage].Config, args, default=STAGES[stage].default, description="")
+    accelerator = make_accelerator(config)
     with exit_on_user_error():
-        STAGES[stage].build(config, make_accelerator(config))
+        STAGES[stage].build(config, accelerator).open_data(accelerator)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from pydantic import Field
 from tyro.conf import Positional
 
 from ldm.cli import ScriptConfig
-from ldm.config import CONFIGS, read_yaml, relative_path
+from ldm.commands import relative
+from ldm.config import CONFIGS, read_yaml
 from ldm.data.config import DataConfig
 from ldm.data.dataset import open_source
 from ldm.data.quarantine import check_quarantine, quarantine
@@ -84,7 +85,7 @@ def check_data(config: CheckDataConfig, limit: TokenLimit | None) -> Iterator[st
     train, test = (open_source(data, split) for split in get_args(Split))
     yield from [train.description, *train.notes]
     tower = f"whose text tower reads {limit.max_tokens} tokens ({limit.origin})" if limit else "without a text tower"
-    side = f"{data.resolution} pixels ({'--size' if config.size else relative_path(config.config)})"
+    side = f"{data.resolution} pixels ({'--size' if config.size else relative(config.config)})"
     yield f"for a training at {side}, {tower}"
     items = [(source, index) for source in (train, test) for index in range(len(source.names))]
     enough = range(2 * config.sheet_images)  # to find that many readable ones

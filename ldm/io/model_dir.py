@@ -10,6 +10,7 @@ from ldm.io.atomic import write_text
 
 MODEL_FORMAT, MODEL_FORMAT_1 = "ldm-model-2", "ldm-model-1"
 VOCABULARY_FILES = {MODEL_FORMAT: "vocab.txt", MODEL_FORMAT_1: "words.txt"}
+SCRIPTS = {"text tower": "train_clip", "vae": "train_vae", "pipeline": "train_ldm"}  # that make each kind
 Manifest = TypeVar("Manifest")
 
 # What fields are called now that ldm-model-1 called otherwise, by the part of the manifest that they are in.
@@ -68,7 +69,8 @@ def read_manifest(folder: Path, kind: str, parse: Callable[..., Manifest]) -> Ma
         readable = " and ".join(VOCABULARY_FILES)
         raise ValueError(f"{path} has format {model_format}, expected {readable}: read it with the ldm that wrote it")
     if found_kind != kind:
-        raise ValueError(f"{folder}: expected a {kind}, found a {found_kind}")
+        remedy = f"pass RUN/model of a finished {SCRIPTS[kind]} run"
+        raise ValueError(f"{folder}: expected a {kind}, found a {found_kind}: {remedy}")
     if model_format == MODEL_FORMAT_1:
         values = _from_format_1(values)
     return parse(values, source=str(path))

@@ -58,10 +58,12 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged or hostile file can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise _unreadable(path, reason) from None
-    if inert := unpickler.counts:
-        names = ", ".join(f"{name} ({count})" for name, count in inert.most_common(5))
-        if not tensors:
-            raise _unreadable(path, f"no tensors, but objects: {names}")
+    inert = unpickler.counts
+    names = ", ".join(f"{name} ({count})" for name, count in inert.most_common(5))
+    if not tensors:
+        keys = ", ".join(str(name)[:50] for name, _ in [*items][:5])
+        raise _unreadable(path, f"no tensors, but objects: {names}" if names else f"no tensors below its keys: {keys}")
+    if inert:
         log.warning("%s: %d objects that are no tensors are left out: %s", path, inert.total(), names)
     return tensors
 

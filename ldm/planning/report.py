@@ -7,8 +7,8 @@ from pathlib import Path
 from pydantic import Field
 
 from ldm.cli import ScriptConfig
-from ldm.commands import quote, to_flags
-from ldm.config import flatten, relative_path
+from ldm.commands import quote, relative, to_flags
+from ldm.config import flatten
 from ldm.planning import planner
 from ldm.planning.cost import TIMED_STEPS
 from ldm.planning.device import format_bytes, format_duration
@@ -114,7 +114,7 @@ def training_command(plan: StagePlan, config: PlanConfig) -> str:
         words.append("--mixed_precision bf16")
     if gpus > 1:
         words.append(f"--multi_gpu --num_processes {gpus}")
-    words.append(f"scripts/train_{stage}.py --config {quote(str(relative_path(plan.file)))}")
+    words.append(f"scripts/train_{stage}.py --config {quote(relative(plan.file).as_posix())}")
     recipe, planned = flatten(planner.read_recipe(plan.file).to_dict()), flatten(plan.config.to_dict())
     planned |= {"run": str(config.run / stage), "data.source": config.source}
     words += [quote(*to_flags({key: value for key, value in planned.items() if value != recipe[key]}))]

@@ -1,16 +1,14 @@
 """What a training says before its first step: its recipe and sizes, and what it could not learn from its data."""
 
-import shlex
 from collections import Counter
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from ldm.config import relative_path
+from ldm.commands import quote, relative, script_command
 from ldm.data import ImageTextDataset
 from ldm.data.batch_sampler import evenly_spaced, fitting_batch_size
-from ldm.data.config import DRAWN_SOURCES
 from ldm.text.tokenizer import Tokenizer
 
 CHECKED_IMAGES, CHECKED_CAPTIONS = 64, 1024  # evenly spread over the training split
@@ -25,12 +23,13 @@ def announce(stage: Any, accelerator: Accelerator, *more: str) -> None:
     lines = [recipe_line(stage), stage.data.describe(), *batch_notes(stage.data, stage.config.batch_size), *more]
     if isinstance(stage.data, ImageTextDataset) and not stage.data.is_sharded:
         lines += pixel_notes(stage.data)
-    source, file = shlex.quote(stage.config.data.source), stage.default.name
-    if _is_default(stage) and source not in ("shapes", "pairs"):
-        recipe = source if source in DRAWN_SOURCES else "images-64"
+    data, default = stage.config.data, stage.default
+    if _is_default(stage) and data.source not in ("shapes", "pairs"):
+        recipe = relative(default.parents[1] / (data.drawn or "images-64") / default.name)
+        plan = f"{script_command('plan', launched=False)} --source {quote(data.source)}"
         lines.append(
-            f"warning: the default recipe is made for drawn shapes of 32 pixels; for {source} pass --config "
-            f"configs/{recipe}/{file}, or the recipe that `python scripts/plan.py --source {source}` proposes"
+            f"warning: the default recipe is made for drawn shapes of 32 pixels; for {data.source} pass "
+            f"--config {quote(recipe.as_posix())}, or the recipe that `{plan}` proposes"
         )
     for line in filter(None, lines):
         accelerator.print(line)
@@ -39,7 +38,7 @@ def announce(stage: Any, accelerator: Accelerator, *more: str) -> None:
 def recipe_line(stage: Any) -> str:
     """The file of a recipe, the parameters of each network, resolution, steps and batch."""
     config = stage.config
-    file = relative_path(config.config) if config.config else "no file"
+    file = relative(config.config) if config.config else "no file"
     name = f"{stage.default.parent.name}, the default recipe" if _is_default(stage) else file
     trained = [(trainable.name, trainable.module, "") for trainable in stage.trainables]
     networks = [*trained, *((name, module, " (frozen)") for name, module in stage.frozen.items())]
@@ -72,7 +71,7 @@ def pixel_notes(data: ImageTextDataset) -> list[str]:
     low, high = images.amin((0, 2, 3)), images.amax((0, 2, 3))
     constant = high - low <= 1.5 * GREY_LEVEL
     seen = f"{data.config.source}: {len(images)} of {len(data):,} training images were looked at"
-    check = f"check them with `python scripts/check_data.py {shlex.quote(data.config.source)}`"
+    check = f"check them with `{script_command('check_data', launched=False)} {quote(data.config.source)}`"
     color = ", ".join(f"{255 * (value + 1) / 2:.0f}" for value in low.tolist())
     if constant.all():
         raise ValueError(f"{seen}, and all are of one colour ({color}), from which nothing can be learned: {check}")

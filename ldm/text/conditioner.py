@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config import read_yaml, relative_path
+from ldm.commands import relative
+from ldm.config import read_yaml
 from ldm.io.model_dir import latest_model
 from ldm.io.tensors import to_device
 from ldm.text.clip import CLIPConfig
@@ -106,10 +107,10 @@ def planned_tokenizer(file: Path) -> tuple[Tokenizer | None, str]:
         values = read_yaml(path)
         if "clip" in values:
             clip = CLIPConfig.from_dict(values["clip"], source=f"{path}: clip")
-            return Tokenizer(clip.context_length), f"clip.context_length of {relative_path(path)}"
+            return Tokenizer(clip.context_length), f"clip.context_length of {relative(path)}"
         text = TextConfig.from_dict(values.get("text", {}), source=f"{path}: text")
         if text.model != "latest":
-            return _tokenizer(text), f"text.model {text.model} of {relative_path(path)}"
+            return _tokenizer(text), f"text.model {text.model} of {relative(path)}"
     runs_dir = Path(read_yaml(file).get("run", "runs/any")).parent
     model_id = f"{LOCAL}{latest_model('text tower', runs_dir, script='accelerate launch scripts/train_clip.py')}"
     return _tokenizer(TextConfig(model=model_id)), model_id
