@@ -12,8 +12,9 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import latent_flags, train
+from helpers import examine_tiny, latent_flags, train
 
+from ldm.stages import STAGES
 from ldm.training import distributed
 from ldm.training.distributed import TORCH_VARIABLES, launcher_environment, read_ranks
 from ldm.training.lock import only_writer
@@ -127,6 +128,28 @@ def test_a_run_folder_has_one_writer(tmp_path: Path) -> None:
         assert not (tmp_path / "config.yaml").exists()
     train("vae", tmp_path, "--steps", "1")
     assert not list(tmp_path.glob(".lock*"))
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
+    """Neither its own nor those above it, but what was there stays."""
+    resume = ["--resume", "latest", "--config", str(STAGES["vae"].default)]
+    with pytest.raises(SystemExit, match="has no checkpoint to resume from"):
+        train("vae", tmp_path / "runs/mine/vae", *resume)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="file/vae could not be written .*pass a writable folder"):
+        train("vae", tmp_path / "file/vae")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_doctor_leaves_the_folder_of_another_one(tmp_path: Path) -> None:
+    other = tmp_path / ".vae-doctor"
+    with only_writer(other, Accelerator()):
+        (other / "log.jsonl").touch()
+        with pytest.raises(ValueError, match=rf"{other} is written by process {os.getpid()}"):
+            examine_tiny("vae", tmp_path / "vae")
+        assert (other / "log.jsonl").exists() and (other / ".lock").exists()
+    examine_tiny("vae", tmp_path / "runs/vae")
+    assert [path.name for path in tmp_path.iterdir()] == [".vae-doctor"]
 
 
 def test_latents_have_one_writer(tiny_runs: Path, tmp_path: Path) -> None:

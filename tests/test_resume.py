@@ -85,10 +85,19 @@ def test_a_checkpoint_names_its_run(own: Path) -> None:
 
 def test_a_run_without_settings_is_named(tmp_path: Path) -> None:
     with pytest.raises(
-        SystemExit, match=r"missing/config.yaml: no such .*--run, .*--config, or start without --resume"
+        SystemExit, match=r"--resume latest: .*missing/config.yaml.*--run, .*--config, or start without --resume"
     ):
         parse("--run", str(tmp_path / "missing"), "--resume", "latest")
     assert parse("--run", str(tmp_path / "missing"), "--resume", "latest", "--config", str(VAEStage.default))
+
+
+def test_a_checkpoint_that_is_not_in_a_run_goes_on_with_a_recipe_or_a_run(own: Path) -> None:
+    saved = shutil.copytree(own / "runs/vae/checkpoints/step-000004", own / "backup/step-000004")
+    with pytest.raises(SystemExit, match="--resume .*step-000004: there is no .*config.yaml; name the run"):
+        parse("--resume", str(saved))
+    assert parse("--resume", str(saved), "--config", str(VAEStage.default)).run == Path("runs/shapes/vae")
+    config = parse("--resume", str(saved), "--run", str(own / "runs/vae"))
+    assert config.run == own / "runs/vae" and config.vae.base_channels == 32
 
 
 def test_a_finished_run_is_no_recipe_to_resume(own: Path) -> None:
