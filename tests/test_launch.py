@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import cache_latents
 import psutil
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from helpers import examine_tiny, latent_flags, train
 
 from ldm.stages import STAGES
@@ -112,10 +113,34 @@ def test_a_number_of_threads_that_a_person_set_stays(alone: pytest.MonkeyPatch) 
     set_all(alone, ACCELERATE_MIXED_PRECISION="no", OMP_NUM_THREADS="1")
     alone.setattr(distributed, "launcher_environment", lambda: {"OMP_NUM_THREADS": "1"})
     distributed.restore_num_threads()
-    assert threads == []
     alone.setattr(distributed, "launcher_environment", dict)
+    for flag in ("--num_cpu_threads_per_process", "--num-cpu-threads-per-process=1"):
+        alone.setattr(distributed, "launcher_command", lambda flag=flag: ["accelerate", "launch", flag, "1"])
+        distributed.restore_num_threads()
+    assert threads == []
+    alone.setattr(distributed, "launcher_command", lambda: ["accelerate", "launch", "--cpu"])
     distributed.restore_num_threads()
     assert len(threads) == 1
+
+
+@pytest.mark.parametrize(("error", "parted"), [(None, 1), (ValueError("bad"), 1), (RuntimeError("of this rank"), 0)])
+def test_ranks_part_after_what_happens_to_all(
+    error: Exception | None, parted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(PartialState, "destroy_process_group", lambda *_: calls.append(None))
+    with suppress(ValueError, RuntimeError), distributed.disconnect_at_end(Accelerator()):
+        if error:
+            raise error
+    assert len(calls) == parted
+
+
+def test_a_refused_training_parts_the_ranks(tiny_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(PartialState, "destroy_process_group", lambda *_: calls.append(None))
+    with pytest.raises(SystemExit, match="already has step-000004"):
+        train("vae", tiny_runs / "vae")
+    assert len(calls) == 1
 
 
 # One writer.
