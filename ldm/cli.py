@@ -117,19 +117,25 @@ def values_below_flags(cls: type[ScriptConfig], args: list[str], default: Path |
     values = {**(read_yaml(path) if path else {}), "config": path}
     if flags.resume is None or "resume" not in cls.model_fields:
         return values, str(path)
-    if flags.resume == "latest":
-        run = Path(flags.run or values.get("run") or cls.model_fields["run"].default)
-    else:
-        saved = Path(flags.resume)
-        run = (saved if len(saved.parts) > 2 else saved.absolute()).parent.parent
-    file, own = run / "config.yaml", {}
+    run = _resumed_run(flags, Path(values.get("run") or cls.model_fields["run"].default))
+    file = run / "config.yaml"
     try:
         own = read_yaml(file)
     except ValueError as error:
-        if flags.config is None:
-            remedy = "name the run to resume with --run, pass its recipe with --config, or start without --resume"
-            raise ValueError(f"{error}; {remedy}") from None
+        if flags.config:  # which may be all of its settings
+            return values, str(path)
+        problem = error if file.is_file() else f"--resume {flags.resume}: there is no {file}"
+        remedy = "name the run to resume with --run, pass its recipe with --config, or start without --resume"
+        raise ValueError(f"{problem}; {remedy}") from None
     return {"config": None, **merge(own, values if flags.config else {}), "run": str(run)}, str(file)
+
+
+def _resumed_run(flags: argparse.Namespace, default: Path) -> Path:
+    """The folder of the run whose settings go on: that of `--run`, or, where it has none, of the checkpoint."""
+    run, saved = Path(flags.run or default), Path(flags.resume)
+    if flags.resume == "latest" or (flags.run and (run / "config.yaml").is_file()):
+        return run
+    return (saved if len(saved.parts) > 2 else saved.absolute()).parent.parent
 
 
 def config_flag(args: list[str]) -> Path | None:

@@ -5,15 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import cache_latents
 import psutil
 import pytest
 import torch
-from accelerate import Accelerator
-from helpers import latent_flags, train
+from accelerate import Accelerator, PartialState
+from helpers import examine_tiny, latent_flags, train
 
+from ldm.stages import STAGES
 from ldm.training import distributed
 from ldm.training.distributed import TORCH_VARIABLES, launcher_environment, read_ranks
 from ldm.training.lock import only_writer
@@ -111,10 +113,34 @@ def test_a_number_of_threads_that_a_person_set_stays(alone: pytest.MonkeyPatch) 
     set_all(alone, ACCELERATE_MIXED_PRECISION="no", OMP_NUM_THREADS="1")
     alone.setattr(distributed, "launcher_environment", lambda: {"OMP_NUM_THREADS": "1"})
     distributed.restore_num_threads()
-    assert threads == []
     alone.setattr(distributed, "launcher_environment", dict)
+    for flag in ("--num_cpu_threads_per_process", "--num-cpu-threads-per-process=1"):
+        alone.setattr(distributed, "launcher_command", lambda flag=flag: ["accelerate", "launch", flag, "1"])
+        distributed.restore_num_threads()
+    assert threads == []
+    alone.setattr(distributed, "launcher_command", lambda: ["accelerate", "launch", "--cpu"])
     distributed.restore_num_threads()
     assert len(threads) == 1
+
+
+@pytest.mark.parametrize(("error", "parted"), [(None, 1), (ValueError("bad"), 1), (RuntimeError("of this rank"), 0)])
+def test_ranks_part_after_what_happens_to_all(
+    error: Exception | None, parted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(PartialState, "destroy_process_group", lambda *_: calls.append(None))
+    with suppress(ValueError, RuntimeError), distributed.disconnect_at_end(Accelerator()):
+        if error:
+            raise error
+    assert len(calls) == parted
+
+
+def test_a_refused_training_parts_the_ranks(tiny_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(PartialState, "destroy_process_group", lambda *_: calls.append(None))
+    with pytest.raises(SystemExit, match="already has step-000004"):
+        train("vae", tiny_runs / "vae")
+    assert len(calls) == 1
 
 
 # One writer.
@@ -127,6 +153,28 @@ def test_a_run_folder_has_one_writer(tmp_path: Path) -> None:
         assert not (tmp_path / "config.yaml").exists()
     train("vae", tmp_path, "--steps", "1")
     assert not list(tmp_path.glob(".lock*"))
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
+    """Neither its own nor those above it, but what was there stays."""
+    resume = ["--resume", "latest", "--config", str(STAGES["vae"].default)]
+    with pytest.raises(SystemExit, match="has no checkpoint to resume from"):
+        train("vae", tmp_path / "runs/mine/vae", *resume)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="file/vae could not be written .*pass a writable folder"):
+        train("vae", tmp_path / "file/vae")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_doctor_leaves_the_folder_of_another_one(tmp_path: Path) -> None:
+    other = tmp_path / ".vae-doctor"
+    with only_writer(other, Accelerator()):
+        (other / "log.jsonl").touch()
+        with pytest.raises(ValueError, match=rf"{other} is written by process {os.getpid()}"):
+            examine_tiny("vae", tmp_path / "vae")
+        assert (other / "log.jsonl").exists() and (other / ".lock").exists()
+    examine_tiny("vae", tmp_path / "runs/vae")
+    assert [path.name for path in tmp_path.iterdir()] == [".vae-doctor"]
 
 
 def test_latents_have_one_writer(tiny_runs: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from helpers import (
 
 from ldm import commands
 from ldm.cli import parse_cli
+from ldm.config import check_equal
 from ldm.data import DataConfig, open_dataset
 from ldm.stages import STAGES
 from ldm.stages.vae import TrainVAEConfig, VAEStage
@@ -85,10 +86,19 @@ def test_a_checkpoint_names_its_run(own: Path) -> None:
 
 def test_a_run_without_settings_is_named(tmp_path: Path) -> None:
     with pytest.raises(
-        SystemExit, match=r"missing/config.yaml: no such .*--run, .*--config, or start without --resume"
+        SystemExit, match=r"--resume latest: .*missing/config.yaml.*--run, .*--config, or start without --resume"
     ):
         parse("--run", str(tmp_path / "missing"), "--resume", "latest")
     assert parse("--run", str(tmp_path / "missing"), "--resume", "latest", "--config", str(VAEStage.default))
+
+
+def test_a_checkpoint_that_is_not_in_a_run_goes_on_with_a_recipe_or_a_run(own: Path) -> None:
+    saved = shutil.copytree(own / "runs/vae/checkpoints/step-000004", own / "backup/step-000004")
+    with pytest.raises(SystemExit, match="--resume .*step-000004: there is no .*config.yaml; name the run"):
+        parse("--resume", str(saved))
+    assert parse("--resume", str(saved), "--config", str(VAEStage.default)).run == Path("runs/shapes/vae")
+    config = parse("--resume", str(saved), "--run", str(own / "runs/vae"))
+    assert config.run == own / "runs/vae" and config.vae.base_channels == 32
 
 
 def test_a_finished_run_is_no_recipe_to_resume(own: Path) -> None:
@@ -130,6 +140,18 @@ def test_what_needs_no_data_is_checked_first(stage: str, tiny_runs: Path, tmp_pa
     refused("is at step 4, past --steps 3", run, *resume, *source, "--steps", "3")
     refused("has no checkpoint to resume from", tmp_path / "new", *resume, "--config", str(STAGES[stage].default))
     refused("no manifest.json: pass a folder", tmp_path / "new", "--resume", str(run / "checkpoints/none"))
+
+
+def test_a_checkpoint_or_latents_without_what_decides_them_are_refused(tiny_runs: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_runs / "clip", tmp_path / "vae"))  # of another kind
+    flags = ["--resume", "latest", "--config", str(VAEStage.default), "--data.source", str(tmp_path / "no_photos")]
+    with pytest.raises(SystemExit, match="config.yaml: clip: unknown key"):
+        train("vae", run, *flags)
+    (run / "config.yaml").unlink()
+    with pytest.raises(SystemExit, match="step-000004 has no vae.*: they must match to resume"):
+        train("vae", run, *flags)
+    with pytest.raises(ValueError, match="latents has no vae_sha256; seed 1, here 0: remedy"):
+        check_equal({"seed": 0, "vae_sha256": "ab"}, {"seed": 1}, "latents", "remedy")
 
 
 # The same images.

@@ -588,7 +588,7 @@ def test_accelerate_launch_leaves_all_cores_to_a_run_without_gpu(monkeypatch: py
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(distributed, "launcher_environment", dict)
+    monkeypatch.setattr(distributed, "launcher_environment", dict)  # whatever these tests were started with
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

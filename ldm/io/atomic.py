@@ -39,6 +39,20 @@ def check_folder(folder: Path, flag: str) -> None:
 
 
 @contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder where it is missing, also those above it; what is still empty at the end is removed again."""
+    with disk_errors(folder):
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # it holds something
+                path.rmdir()
+
+
+@contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path to write to, which then replaces `path`; ValueError when it fails, with `path` unchanged."""
     tmp_path = path.with_name(f".{path.name}")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ldm.data.batch_sampler import SampleKey
 from ldm.data.loader import Batches
+from ldm.io.atomic import new_folder
 from ldm.planning import checks
 from ldm.planning.checks import DoctorCheck
 from ldm.planning.device import clock, peak_memory, total_memory
@@ -27,6 +28,7 @@ from ldm.rng import StepRNG
 from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
 from ldm.training.fsdp import full_tensor, local_tensor
+from ldm.training.lock import has_writer
 from ldm.training.stage import Stage
 from ldm.training.trainer import Buildable, Config, Trainer, train
 
@@ -42,10 +44,11 @@ def examine(stage_class: Buildable[Config], config: Config) -> list[DoctorCheck]
     folder = run.with_name(f".{run.name}-doctor")
     values = {"run": folder, "trackers": (), "resume": None}
     _remove(folder)  # what a killed one left
-    try:
-        return train(stage_class, config.model_copy(update=values), fit=run_doctor)
-    finally:
-        _remove(folder)
+    with new_folder(folder.parent):
+        try:
+            return train(stage_class, config.model_copy(update=values), fit=run_doctor)
+        finally:
+            _remove(folder)
 
 
 def run_doctor(config: TrainingConfig, accelerator: Accelerator, stage: Stage) -> list[DoctorCheck]:
@@ -61,8 +64,8 @@ def run_doctor(config: TrainingConfig, accelerator: Accelerator, stage: Stage) -
 
 
 def _remove(folder: Path) -> None:
-    """On rank 0, before the ranks meet or after they parted."""
-    if os.environ.get("RANK", "0") == "0":
+    """On rank 0, before the ranks meet or after they parted, unless another doctor writes it."""
+    if os.environ.get("RANK", "0") == "0" and not has_writer(folder):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -27,7 +27,7 @@ from ldm.pipeline.load import load_vae
 from ldm.stages.start import pixel_notes
 from ldm.text import TextConditioner, TextConfig, load_text_encoder
 from ldm.text.tokenizer import tokenizer_hash, vocabulary
-from ldm.training.distributed import peer_errors, start_accelerator
+from ldm.training.distributed import disconnect_at_end, peer_errors, start_accelerator
 from ldm.training.lock import only_writer
 
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -61,7 +61,7 @@ class CacheLatentsConfig(ScriptConfig):
 def cache_latents(config: CacheLatentsConfig) -> None:
     """Write what is not there yet, over all ranks, then the index."""
     accelerator = start_accelerator(config.timeout)
-    with peer_errors(accelerator, config.timeout, "start cache_latents.py again"):
+    with disconnect_at_end(accelerator), peer_errors(accelerator, config.timeout, "start cache_latents.py again"):
         check_folder(config.out, "--out")
         with only_writer(config.out, accelerator):
             LatentWriter(config, accelerator).run()

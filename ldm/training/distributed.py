@@ -94,6 +94,20 @@ def on_rank0(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
 
 
 @contextmanager
+def disconnect_at_end(accelerator: Accelerator) -> Iterator[None]:
+    """Part the ranks when they are done, or have an error that is all of theirs: one that exits before may be aborted.
+
+    After another error the rank must exit at once, since its peers would wait for it.
+    """
+    try:
+        yield
+    except ValueError:
+        accelerator.state.destroy_process_group()
+        raise
+    accelerator.state.destroy_process_group()
+
+
+@contextmanager
 def peer_errors(accelerator: Accelerator, timeout: int, remedy: str) -> Iterator[None]:
     """Turn a collective that fails since another rank is gone into a ValueError; torch has no exception type for it."""
     try:
@@ -121,8 +135,24 @@ def launcher_environment() -> dict[str, str]:
         return {}
 
 
+def launcher_command() -> list[str]:
+    """The words with which a person started the launcher; none where they cannot be read."""
+    import psutil
+
+    try:
+        return psutil.Process(os.getppid()).cmdline()
+    except (psutil.Error, OSError):
+        return []
+
+
 def restore_num_threads() -> None:
     """Share out all cores: launchers that find no GPU give each process one thread, unless a person set a number."""
-    if has_launcher() and os.environ.get("OMP_NUM_THREADS") == "1" and "OMP_NUM_THREADS" not in launcher_environment():
+    if has_launcher() and os.environ.get("OMP_NUM_THREADS") == "1" and not _person_set_threads():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _person_set_threads() -> bool:
+    """Whether the launcher was given a number of threads, in its environment or by a flag of accelerate."""
+    flags = (word.split("=")[0].replace("-", "_") for word in launcher_command())
+    return "OMP_NUM_THREADS" in launcher_environment() or "__num_cpu_threads_per_process" in flags

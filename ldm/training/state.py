@@ -151,7 +151,7 @@ def check_resumable(path: Path, progress: dict[str, Any], config: TrainingConfig
     """ValueError where a checkpoint is of another run, as far as `fingerprint` tells, or past the last step."""
     check_equal(fingerprint, progress["fingerprint"], path, "they must match to resume")
     if progress["step"] > config.steps:
-        raise ValueError(f"{path} is at step {progress['step']}, past --steps {config.steps}")
+        raise ValueError(f"{path} is at step {progress['step']}, past --steps {config.steps}: raise it")
 
 
 def _mesh(config: TrainingConfig, accelerator: Accelerator) -> DeviceMesh | None:

@@ -21,7 +21,7 @@ from ldm.io.tensors import NonFiniteError
 from ldm.rng import StepRNG
 from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
-from ldm.training.distributed import make_accelerator, on_rank0, peer_errors
+from ldm.training.distributed import disconnect_at_end, make_accelerator, on_rank0, peer_errors
 from ldm.training.ema import copy_params
 from ldm.training.fsdp import full_tensor, reshard
 from ldm.training.items import check_items, write_items
@@ -369,7 +369,7 @@ def train(
 ) -> Result:
     """Build a stage and run it, with `fit` or with what takes its place; what needs no data is checked first."""
     accelerator = make_accelerator(config)
-    with only_writer(config.run, accelerator):
+    with disconnect_at_end(accelerator), only_writer(config.run, accelerator):
         saved = on_rank0(accelerator, lambda: checkpoint.peek(config.resume, config.run / "checkpoints"))
         stage = stage_class.build(config, accelerator)
         if saved:
