@@ -92,11 +92,6 @@ def to_flags(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def relative(file: Path) -> Path:
-    """A file as it is found from the working directory: relative to it where it is below."""
-    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-
-
 def quote(*words: str) -> str:
     """Words as one line for the shell of this system."""
     return shlex.join(words) if os.name == "posix" else subprocess.list2cmdline(words)

@@ -53,6 +53,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def relative(file: Path) -> Path:
+    """A file as it is found from the working directory: relative to it where it is below."""
+    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+
+
 def write_yaml(path: Path, config: Config) -> None:
     """Write the resolved configuration, and in `config` the path of the file it came from."""
     write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None, width=100))

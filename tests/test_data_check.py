@@ -14,7 +14,7 @@ import pytest
 from helpers import encoded, plain, train
 from PIL import Image, ImageDraw
 
-from ldm.config import CONFIGS
+from ldm.config import CONFIGS, relative
 from ldm.data.inspect import find_duplicates, inspect_image, signature
 from ldm.data.quarantine import quarantine
 from ldm.data.sources.folder import open_images
@@ -90,8 +90,8 @@ def test_captions_are_checked_against_the_tower_of_the_recipe(
         (tmp_path / f"{number}.txt").write_text("red " * words)
     file = CONFIGS / f"{recipe or 'images-64/clip'}.yaml"  # which is the default
     check_data.main([str(tmp_path), *(["--config", str(file)] if recipe else []), *flags])
-    report = capsys.readouterr().out
-    assert f"{size} pixels ({file}), whose text tower reads {tokens} tokens ({origin.format(CONFIGS)})\n" in report
+    report, origin = capsys.readouterr().out, origin.format(relative(CONFIGS))
+    assert f"{size} pixels ({relative(file)}), whose text tower reads {tokens} tokens ({origin})\n" in report
     assert f"\n1 images with a caption of over {tokens} tokens, which is cut\n  1.png ({tokens + 1})\n" in report
 
 

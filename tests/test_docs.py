@@ -44,7 +44,7 @@ CONFIG_CLASSES = {  # of each script but doctor, which names the stage, and laun
     "txt2img": Txt2ImgConfig,
     **{f"train_{name}": stage.Config for name, stage in STAGES.items()},
 }
-OTHER_FLAGS = {"help", "logdir", "mixed_precision", "num_processes"}  # of no script alone
+OTHER_FLAGS = {"help", "logdir", "mixed_precision", "num_processes", "quiet"}  # of no script alone
 
 
 def commands(file: str) -> list[str]:

@@ -8,7 +8,7 @@ from helpers import copy_stages_before, encoded, plain, tiny_flags, write_photos
 from PIL import Image
 
 from ldm.cli import exit_on_user_error, parse_cli
-from ldm.config import CONFIGS
+from ldm.config import CONFIGS, relative
 from ldm.data import DataConfig, open_dataset
 from ldm.stages import STAGES
 from ldm.stages.start import equal_captions
@@ -51,7 +51,7 @@ def test_a_recipe_for_own_images_is_named_without_a_warning(
     file = CONFIGS / "images-64/vae.yaml"
     start("vae", tmp_path / "vae", "--config", str(file), "--data.source", str(photos))
     output = capsys.readouterr().out
-    assert f"recipe: {file}; parameters: vae " in output and "warning" not in output
+    assert f"recipe: {relative(file)}; parameters: vae " in output and "warning" not in output
 
 
 def test_a_batch_larger_than_the_set_is_said(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,7 @@ from pydantic import Field
 from tyro.conf import Positional
 
 from ldm.cli import ScriptConfig
-from ldm.commands import relative
-from ldm.config import CONFIGS, read_yaml
+from ldm.config import CONFIGS, read_yaml, relative
 from ldm.data.config import DataConfig
 from ldm.data.dataset import open_source
 from ldm.data.quarantine import check_quarantine, quarantine

@@ -93,7 +93,7 @@ def vae_fidelity(pipeline: Pipeline, data: DataConfig, config: EvaluateConfig) -
     data.check_channels(pipeline.vae.config.image_channels)
     scores: dict[str, list[float]] = {"VAE PSNR, dB": [], "VAE SSIM": []}
     held_out = open_dataset(data, "test", seed=config.seed)
-    print(f"{held_out.describe()}, at {data.resolution} pixels")
+    print(f"at {data.resolution} pixels: {held_out.describe()}")
     for batch in held_out.spread_images(config.num_samples, batch_size=config.batch_size):
         images = batch.to(pipeline.device)
         output = pipeline.vae.decode(pipeline.vae.encode(images).mean).clamp(-1, 1)

@@ -7,8 +7,8 @@ from pathlib import Path
 from pydantic import Field
 
 from ldm.cli import ScriptConfig
-from ldm.commands import quote, relative, to_flags
-from ldm.config import flatten
+from ldm.commands import quote, to_flags
+from ldm.config import flatten, relative
 from ldm.planning import planner
 from ldm.planning.cost import TIMED_STEPS
 from ldm.planning.device import format_bytes, format_duration

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ldm.commands import quote, relative, script_command
+from ldm.commands import quote, script_command
+from ldm.config import relative
 from ldm.data import ImageTextDataset
 from ldm.data.batch_sampler import evenly_spaced, fitting_batch_size
 from ldm.text.tokenizer import Tokenizer

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.commands import relative
-from ldm.config import read_yaml
+from ldm.config import read_yaml, relative
 from ldm.io.model_dir import latest_model
 from ldm.io.tensors import to_device
 from ldm.text.clip import CLIPConfig
