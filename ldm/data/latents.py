@@ -87,7 +87,7 @@ class LatentIndex(Config):
     sample_captions: list[str]
     """the first captions of the test split, for sample grids"""
     cut_captions: str = ""
-    """what the tokenizer said of captions that it cut"""
+    """the report of captions that the text tower cuts"""
     groups_sha256: str | None = None
     """hash of buckets.safetensors, where images have buckets"""
 

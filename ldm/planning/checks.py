@@ -122,7 +122,7 @@ def loss_decreases(
 def memory(peak: int, total: int, *, on_gpu: bool) -> DoctorCheck:
     """Bytes at the peak of steps, validation, samples and saving, against what there is."""
     owner = "the GPU" if on_gpu else "the machine"
-    used = f"{format_bytes(peak)} at the peak ({peak / total:.0%})" if peak else "not told by this system"
+    used = f"{format_bytes(peak)} at the peak ({peak / total:.0%})" if peak else "not reported by this system"
     value = f"{used}, {owner} has {format_bytes(total)}"
     fix = "--grad-accum-steps 2 (smaller micro-batches), --gradient-checkpointing, or --fsdp on several GPUs"
     return DoctorCheck("memory headroom", peak <= MAX_MEMORY_FRACTION * total, value, fix)

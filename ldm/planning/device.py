@@ -36,7 +36,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def peak_rss(*, children: bool = False) -> int:
-    """Largest resident memory of this process, or of its children, in bytes; 0 where the system does not tell it."""
+    """Largest resident memory of this process, or of its children, in bytes; 0 where the system does not report it."""
     if resource is None:
         try:
             import psutil
