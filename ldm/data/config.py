@@ -9,15 +9,20 @@ from pydantic import Field
 from ldm.config import Config
 from ldm.data.loader import Batch
 
-DRAWN_SOURCES = ("shapes", "pairs", "emoji")  # values of `DataConfig.source`; all others are images of one's own
+DRAWN_SOURCES = (
+    "shapes",
+    "pairs",
+    "characters",
+    "emoji",
+)  # values of `DataConfig.source`; all others are images of one's own
 
 
 class DataConfig(Config):
     """Which images are read, and how they are cropped."""
 
     source: str = "shapes"
-    """shapes, pairs, emoji, a folder, a parquet file, the id `org/name` of a hub data set, or tar and parquet shards: a
-    folder of them, a pattern such as `photos/{000..099}.tar`, an address such as `s3://bucket/photos`"""
+    """shapes, pairs, characters, emoji, a folder, a parquet file, the id `org/name` of a hub data set, or tar and
+    parquet shards: a folder of them, a pattern such as `photos/{000..099}.tar`, an address such as `s3://bucket/photos`"""
     resolution: int = Field(32, ge=8)
     """side of the square images, in pixels"""
     bucket_step: int = Field(0, ge=0)
@@ -30,7 +35,8 @@ class DataConfig(Config):
     shard_streams: int = Field(16, ge=1)
     """shards that a step takes images of; three times as many are cached on each machine"""
     emoji_font: Path | None = None
-    """colour-emoji font file for source emoji; searched in the system's font folders when left out"""
+    """colour-emoji font file for sources characters and emoji; when left out, OpenMoji's for characters, and for emoji
+    the one in the system's font folders, or OpenMoji's where there is none"""
     max_unreadable: float = Field(0.01, ge=0, le=1)
     """fraction of the images that may be unreadable, each replaced by another one, before training stops"""
 

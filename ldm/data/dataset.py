@@ -16,6 +16,7 @@ from ldm.data.config import DataConfig
 from ldm.data.failures import FallbackReader
 from ldm.data.loader import sample_batches
 from ldm.data.sources.base import ImageTextSource, Split, check_split
+from ldm.data.sources.characters import open_characters
 from ldm.data.sources.emoji import open_emoji
 from ldm.data.sources.folder import open_images
 from ldm.data.sources.shapes import open_shapes
@@ -151,6 +152,8 @@ def open_source(config: DataConfig, split: Split) -> ImageTextSource:
     size, channels = config.resolution, config.channels
     if config.source in ("shapes", "pairs"):
         return open_shapes(split, size=size, channels=channels, pairs=config.source == "pairs")
+    if config.source == "characters":
+        return open_characters(split, size=size, channels=channels, font=config.emoji_font)
     if config.source == "emoji":
         return open_emoji(split, size=size, channels=channels, font=config.emoji_font)
     if is_sharded(config.source):

@@ -1,0 +1,65 @@
+"""The sets whose images are drawn here, so that what a prompt asks for can be checked: shapes, pairs and characters."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from ldm.data import DataConfig
+from ldm.data.sources import characters, shapes
+from ldm.data.sources.base import Split
+
+
+class DrawnSet(NamedTuple):
+    """Scenes, which have an attribute each by its name, their captions, and how they are drawn."""
+
+    name: str
+    attributes: Mapping[str, tuple[str, ...]]  # the values of each
+    scenes: Callable[[Split], Sequence[Any]]
+    captions: Callable[[Any], tuple[str, ...]]  # the last names all that any names
+    render: Callable[..., Image.Image]  # (scene, size, seed=)
+
+    def labels(self, scene: Any) -> dict[str, str]:
+        """The value of each attribute of a scene."""
+        return {name: getattr(scene, name) for name in self.attributes}
+
+    def asked(self, scene: Any, caption: str) -> dict[str, str]:
+        """Those that a caption of the scene names; the others it leaves open."""
+        return {name: value for name, value in self.labels(scene).items() if re.search(rf"\b{value}\b", caption)}
+
+    def named(self, scene: Any) -> dict[str, str]:
+        """Those that captions can name; the others are always open."""
+        return self.asked(scene, self.captions(scene)[-1])
+
+    def held_out(self, count: int) -> tuple[list[str], list[dict[str, str]]]:
+        """`count` captions, evenly spread over the scenes that training never shows, and what each asks for."""
+        scenes, prompts = self.scenes("test"), []
+        for i in range(count):
+            scene = scenes[i * len(scenes) // count % len(scenes)]
+            texts = self.captions(scene)
+            prompts.append((texts[i % len(texts)], scene))
+        return [text for text, _ in prompts], [self.asked(scene, text) for text, scene in prompts]
+
+
+def drawn_set(data: DataConfig) -> DrawnSet | None:
+    """The set that a model was trained on, if it is one of these, in colour."""
+    if data.channels != 3:
+        return None
+    if data.source == "shapes":
+        colors = tuple(shapes.COLORS)
+        values = {"shape": shapes.SHAPES, "color": colors, "background": colors}
+        values |= {"position": tuple(shapes.POSITIONS), "size": tuple(shapes.SIZES)}
+        return DrawnSet("shapes", values, shapes.scenes, shapes.captions, shapes.render)
+    if data.source == "pairs":
+        colors = tuple(shapes.COLORS)
+        values = {"shape": shapes.SHAPES, "color": colors, "other_shape": shapes.SHAPES, "other_color": colors}
+        values |= {"background": colors, "relation": tuple(shapes.RELATIONS)}
+        return DrawnSet("pairs", values, shapes.pair_scenes, shapes.captions, shapes.render)
+    if data.source == "characters":
+        values = {"creature": tuple(characters.CREATURES), "role": tuple(characters.ROLES)}
+        values |= {"background": tuple(characters.BACKGROUNDS), "facing": characters.FACINGS}
+        render = partial(characters.render, font=data.emoji_font)
+        return DrawnSet("characters", values, characters.pairs, characters.captions, render)
+    return None

@@ -1,0 +1,90 @@
+"""Whether images of a drawn set show what their prompts ask for, and vary in what these leave open."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm import rng
+from ldm.evaluation.classifier import AttributeClassifier, attributes_shown, to_batch
+from ldm.evaluation.drawn import DrawnSet
+from ldm.evaluation.estimates import Estimate, mean_ci, proportion_ci
+
+REAL_DRAWS = 1000  # repeated draws of as many real images as there are generated ones
+FLAT = 2 / 255  # in [-1, 1]: below it a difference is none of a drawn background
+
+
+def prompt_accuracy(
+    classifier: AttributeClassifier, images: Tensor, asked: Sequence[Mapping[str, str]]
+) -> dict[str, Estimate]:
+    """The share of images (b, 3, h, w) that show each attribute that their prompts ask for, and all of these."""
+    shown = attributes_shown(classifier, images, asked)
+    return {f"prompt accuracy, {name}": proportion_ci(sum(v), len(v)) for name, v in shown.items() if v}
+
+
+@torch.no_grad()
+def variety(
+    drawn: DrawnSet, classifier: AttributeClassifier, images: Tensor, asked: Sequence[Mapping[str, str]], *, seed: int
+) -> dict[str, Estimate]:
+    """How far what prompts leave open is distributed from how it is in training, for each attribute.
+
+    The total variation distance, half the sum of absolute differences, of images (b, 3, h, w) whose prompts do not name
+    the attribute; and beside it that of as many real draws, which is not 0 either.
+    """
+    found, estimates = classifier(images), {}
+    for name, values in drawn.attributes.items():
+        open_ones = [i for i, wanted in enumerate(asked) if name not in wanted]
+        if not open_ones:
+            continue
+        training = _shares([values.index(getattr(scene, name)) for scene in drawn.scenes("train")], len(values))
+        chosen = found[name][open_ones].argmax(1).numpy()
+        generator = np.random.Generator(np.random.PCG64(rng.fold_seed(seed, "variety", name)))
+        again = generator.choice(chosen, (REAL_DRAWS, len(chosen)))
+        real = generator.choice(len(values), (REAL_DRAWS, len(chosen)), p=training)
+        of_real = np.array([_distance(row, training) for row in real])
+        beyond = [_distance(row, training) - of_real.mean() for row in (chosen, *again)]
+        estimates[f"{name} left open: distance beyond that of real draws"] = _percentiles(
+            beyond[0], beyond, len(chosen)
+        )
+    return estimates
+
+
+def _shares(indices: Any, count: int) -> np.ndarray:
+    return np.bincount(indices, minlength=count) / len(indices)
+
+
+def _distance(indices: np.ndarray, training: np.ndarray) -> float:
+    """Total variation distance of the shares of indices to those of training."""
+    return float(np.abs(_shares(indices, len(training)) - training).sum() / 2)
+
+
+def _percentiles(value: float, repeated: Sequence[float], count: int) -> Estimate:
+    low, high = np.quantile(repeated, (0.025, 0.975)).tolist()
+    return Estimate(value, low, high, count)
+
+
+def background_deviation(drawn: DrawnSet, images: Tensor, scenes: Sequence[Any]) -> Estimate:
+    """The standard deviation of generated images (b, 3, h, w) where renders of their scenes have a flat background.
+
+    In steps of 8 bits, a mean over the channels and images.
+    """
+    return mean_ci(
+        [
+            _deviation(image, background_mask(drawn, scene, image.shape[-1]))
+            for image, scene in zip(images, scenes, strict=True)
+        ]
+    )
+
+
+def _deviation(image: Tensor, mask: Tensor) -> float:
+    return 127.5 * image[:, mask].std(1).mean().item()
+
+
+def background_mask(drawn: DrawnSet, scene: Any, size: int) -> Tensor:
+    """Where all renders of a scene, whatever its captions never name, are as their upper left corner: (h, w)."""
+    unnamed = {name: values for name, values in drawn.attributes.items() if name not in drawn.named(scene)}
+    variants = [scene._replace(**{name: value}) for name, values in unnamed.items() for value in values] or [scene]
+    renders = to_batch([drawn.render(variant, size, seed=seed) for variant in variants for seed in range(4)])
+    return ((renders - renders[..., :1, :1]).abs() <= FLAT).all(1).all(0)
