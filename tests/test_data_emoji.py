@@ -1,26 +1,24 @@
 """Emoji: what the font lacks is left out, sequences are one image, names are captions."""
 
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import emoji as emoji_names
 import matplotlib
 import numpy as np
 import pytest
 from matplotlib import font_manager
-from PIL import features
+from PIL import ImageFont
 
 from ldm.data import DataConfig, open_dataset
 from ldm.data.batch_sampler import SampleKey
-from ldm.data.sources import emoji
+from ldm.data.sources import emoji, emoji_font
+from ldm.data.sources.base import Split
+from ldm.data.sources.emoji_font import EmojiFont
 
-FONT: Path | None
-try:
-    FONT = emoji.find_font()
-except ValueError:
-    FONT = None
-
-needs_font = pytest.mark.skipif(FONT is None, reason="no colour-emoji font on this machine")
-needs_raqm = pytest.mark.skipif(not features.check("raqm"), reason="Pillow found no libraqm, which joins sequences")
+FONT = emoji_font.find_font()
+SPLITS = get_args(Split)
 UNJOINED = "🚀\u200d🚀"  # no emoji, so two images in any font
 
 
@@ -38,11 +36,9 @@ def known(monkeypatch, *texts: str) -> dict[str, dict]:
 
 
 def drawn_in_both() -> set[str]:
-    assert FONT is not None
-    return {text for split in ("train", "test") for text, _ in emoji.drawable(FONT, split)}  # type: ignore[arg-type]
+    return {text for split in SPLITS for text, _ in EmojiFont(FONT).drawable(emoji.emoji_of(split))}
 
 
-@needs_font
 def test_rows_are_colour_drawings_on_white(rows):
     assert set(rows.column_names) == {"image", "caption", "captions", "emoji"}
     assert len(rows) > 20
@@ -56,7 +52,6 @@ def test_rows_are_colour_drawings_on_white(rows):
     assert sum(min(row["image"].getpixel((0, 0))) > 240 for row in rows) > 0.7 * len(rows)
 
 
-@needs_font
 def test_the_caption_is_the_name_and_comes_first(rows):
     for row in rows:
         assert row["caption"] == row["captions"][0]
@@ -71,47 +66,40 @@ def test_names_and_captions():
     assert all(len(set(w)) == len(w) >= 4 for w in map(emoji.captions, list(emoji_names.EMOJI_DATA)[:300]))
 
 
-@needs_font
 def test_the_splits_share_no_emoji(monkeypatch):
     table = known(monkeypatch, *list(emoji_names.EMOJI_DATA)[:60])
-    parts = [{text for text, _ in emoji.drawable(FONT, split)} for split in ("train", "test")]  # type: ignore[arg-type]
+    parts = [{text for text, _ in EmojiFont(FONT).drawable(emoji.emoji_of(split))} for split in SPLITS]
     assert all(parts) and not parts[0] & parts[1]
     assert parts[0] | parts[1] <= set(table)
 
 
-@needs_font
 def test_what_the_font_lacks_is_left_out(monkeypatch):
-    known(monkeypatch, "😀", "🚀", emoji.MISSING_GLYPH, "\U000ffffd", UNJOINED)
+    known(monkeypatch, "😀", "🚀", emoji_font.MISSING_GLYPH, "\U000ffffd", UNJOINED)
     assert drawn_in_both() == {"😀", "🚀"}
 
 
-@needs_font
-@needs_raqm
 def test_a_sequence_is_one_image(monkeypatch):
     known(monkeypatch, "👨‍🚀", "👨", "🚀")
     assert drawn_in_both() == {"👨‍🚀", "👨", "🚀"}
-    font = emoji.open_font(FONT)  # type: ignore[arg-type]
-    assert emoji.draw(font, "👨‍🚀") != emoji.draw(font, "👨")
+    font = EmojiFont(FONT)
+    assert font.draw("👨‍🚀") != font.draw("👨")
 
 
-@needs_font
 def test_half_written_forms_do_not_double_the_images(monkeypatch):
     half = [t for t, data in emoji_names.EMOJI_DATA.items() if data["status"] > emoji_names.STATUS["fully_qualified"]]
     known(monkeypatch, "😀", "🚀", *half[:5])
     assert drawn_in_both() == {"😀", "🚀"}
 
 
-@needs_font
 def test_drawings_are_centred_and_keep_their_aspect():
-    font = emoji.open_font(FONT)  # type: ignore[arg-type]
-    image = np.asarray(emoji.draw(font, "🔴"))
+    font = EmojiFont(FONT)
+    image = np.asarray(font.draw("🔴"))
     assert image.shape[0] == image.shape[1]
     ys, xs = np.nonzero(image.min(-1) < 200)
     assert abs(ys.mean() / len(image) - 0.5) < 0.06 and abs(xs.mean() / len(image) - 0.5) < 0.06
     assert 0.9 < (np.ptp(xs) / np.ptp(ys)) < 1.1
 
 
-@needs_font
 def test_captions_change_with_the_epoch_in_training_alone(monkeypatch):
     known(monkeypatch, *list(emoji_names.EMOJI_DATA)[:60])
     config = DataConfig(source="emoji", resolution=16)
@@ -124,28 +112,28 @@ def test_captions_change_with_the_epoch_in_training_alone(monkeypatch):
     assert train.describe() == f"emoji: drawn with {FONT}; {len(train):,} in the train split"
 
 
-@needs_font
-def test_it_says_when_sequences_cannot_be_joined(monkeypatch):
-    known(monkeypatch, "😀", "🚀")
-    monkeypatch.setattr(features, "check", lambda feature: False)
-    text = open_dataset(DataConfig(source="emoji", resolution=16), "train", seed=0).describe()
-    assert "without flags and other joined ones" in text and "libraqm" in text
+@pytest.mark.parametrize("path", {FONT, emoji_font.openmoji()}, ids=lambda path: path.name)
+def test_sequences_are_joined_without_libraqm(monkeypatch, path):
+    texts = ("👩‍🚀", "👮🏻", "🧑‍⚕️", "🕵️", "🇫🇷")
+    with_raqm = dict(EmojiFont(path).drawable(texts))
+    basic = partial(ImageFont.truetype, layout_engine=ImageFont.Layout.BASIC)
+    monkeypatch.setattr(ImageFont, "truetype", basic)
+    without = dict(EmojiFont(path).drawable(texts))
+    assert list(without) == list(texts) and without == with_raqm
 
 
-def test_no_font(monkeypatch, tmp_path):
+def test_openmoji_is_drawn_where_the_system_has_no_emoji_font(monkeypatch, tmp_path):
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(tmp_path / "NotoSans.ttf")])
-    with pytest.raises(ValueError) as caught:
-        emoji.load("train", 16)
-    text = str(caught.value)
-    assert "no colour-emoji font" in text and "apt install fonts-noto-color-emoji" in text
-    assert "macOS and Windows" in text and "--data.emoji-font" in text and "\n" not in text
+    known(monkeypatch, *list(emoji_names.EMOJI_DATA)[:60])
+    assert emoji_font.find_font() == emoji_font.openmoji()
+    assert len(emoji.load("train", 16)) > 40
 
 
 @pytest.mark.parametrize("name", ["NotoColorEmoji.ttf", "NotoColorEmoji-Regular.ttf", "Apple Color Emoji.ttc"])
 def test_the_font_is_found_by_its_name(monkeypatch, tmp_path, name):
     fonts = [tmp_path / "a.ttf", tmp_path / "deep" / name]
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(font) for font in fonts])
-    assert emoji.find_font() == tmp_path / "deep" / name
+    assert emoji_font.find_font() == tmp_path / "deep" / name
 
 
 def test_a_font_without_colour_and_a_file_that_is_none(tmp_path):
@@ -157,7 +145,6 @@ def test_a_font_without_colour_and_a_file_that_is_none(tmp_path):
             emoji.load("train", 16, font=path)
 
 
-@needs_font
 def test_messages():
     with pytest.raises(ValueError, match="split 'val' .*train or test"):
         emoji.load("val", 16)  # type: ignore[arg-type]
