@@ -8,4 +8,4 @@ __version__ = "0.1.0"
 # Threads that wait for others spin 300,000 times before they sleep where torch uses libgomp. Beside other busy
 # processes that takes the cores from those they wait for (benchmarks/spinning.py). It is read once, as torch is loaded.
 if sys.platform == "linux" and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
