@@ -150,12 +150,11 @@ def test_a_film_has_every_state_and_loops(tiny_model: Path, tmp_path: Path) -> N
     assert durations[0] == durations[-2] < durations[-1], "the last frame is held"
 
 
-def test_a_film_of_pure_noise_is_below_a_mebibyte(tmp_path: Path) -> None:
-    """The worst case: three prompts of 64 pixels, shown as the film shows them, in 16 frames."""
+def test_a_film_of_64_pixels_is_below_a_mebibyte(tmp_path: Path) -> None:
+    """Three prompts, shown as the film shows them, in 16 frames: z_t is pure noise in all of them, the guess is not."""
     draw = random.Random(0)
-    noise = [Image.frombytes("RGB", (64, 64), draw.randbytes(3 * 64**2)) for _ in range(6)]
-    rows = {f"prompt {i}": noise[2 * i : 2 * i + 2] for i in range(3)}
-    frame = labelled_rows(rows, width=150)
+    pairs = [[Image.frombytes("RGB", (64, 64), draw.randbytes(3 * 64**2)), plain(size=(64, 64))] for _ in range(3)]
+    frame = labelled_rows({f"prompt {i}": pair for i, pair in enumerate(pairs)}, width=150)
     save_film([ImageOps.invert(frame) if i % 2 else frame for i in range(16)], tmp_path / "film.gif")
     assert (tmp_path / "film.gif").stat().st_size < 2**20
 

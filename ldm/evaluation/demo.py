@@ -137,7 +137,7 @@ def to_markdown(report: dict[str, Any], figures: FiguresConfig) -> str:
         table(["measure", "value", "95 % interval", "samples"], measures),
         table(["part", "seconds"], times),
         total,
-        "Captions that were held out, with the seeds 0, 1, ...",
+        "Generated images, with the seeds 0, 1, ...",
         "![samples](samples.png)",
         "Denoising: left what the network gets, z_t, decoded; right what it makes of it, the predicted x0.",
         "![denoising](denoising.gif)",

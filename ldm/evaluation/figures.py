@@ -71,7 +71,7 @@ def denoising_film(pipeline: Pipeline, prompts: Sequence[str], *, steps: int = 3
         pairs = torch.stack([state.z, state.denoised], 1).flatten(0, 1)
         images = tensor_to_pil(pipeline.decode(pairs))
         rows = {prompt: images[2 * i : 2 * i + 2] for i, prompt in enumerate(prompts)}
-        frames.append(headed(labelled_rows(rows, width=150), f"t = {state.t:.3f}: z_t, and what it is taken for"))
+        frames.append(headed(labelled_rows(rows, width=150), f"t = {state.t:.3f}: z_t, and the predicted x0"))
     return frames
 
 
