@@ -1,15 +1,26 @@
 """The demo: what is finished is reused, what was stopped continues, and the report has all of it."""
 
+import html.parser
 import json
+import random
 import shutil
 from pathlib import Path
 
 import demo as script
+import make_figures
 import pytest
-from helpers import train
-from PIL import Image
+import torch
+from helpers import plain, train
+from PIL import Image, ImageOps
 
+from ldm.config import CONFIGS
 from ldm.evaluation import demo
+from ldm.evaluation.figures import FiguresConfig, denoising_film, labelled_rows, sampling_states, save_film
+from ldm.evaluation.html import to_html
+from ldm.evaluation.machine import ConvShape, measure_machine, recipe_conv
+from ldm.pipeline import Pipeline
+
+FIGURES = {"samples.png", "denoising.gif", "seeds.png", "losses.png"}
 
 
 @pytest.fixture
@@ -19,13 +30,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def run_script(script: str, *arguments: str) -> float:
         if script.startswith("train_"):
-            run, flags = Path(arguments[1]), arguments[2:]
+            assert arguments[0] == "--config" and Path(arguments[1]).parent == CONFIGS / "shapes"
+            run, flags = Path(arguments[3]), arguments[4:]
             recorded.append(" ".join([script, *flags]))
             train(script.removeprefix("train_").removesuffix(".py"), run, *flags)
         elif script == "evaluate.py":
             measure = {"value": 0.9, "low": 0.8, "high": 1.0, "samples": 7}
             path = Path(arguments[1]).parent / "evaluation.json"
             path.write_text(json.dumps({"model": "m", "prompt accuracy, all": measure}))
+        elif script == "make_figures.py":
+            for name in FIGURES - {"losses.png"}:
+                plain().save(Path(arguments[5]) / name)
         return 60.0
 
     monkeypatch.setattr(demo, "run_script", run_script)
@@ -39,7 +54,10 @@ def test_a_second_demo_continues_or_reuses(
     script.main(run)
     assert calls == ["train_clip.py", "train_vae.py", "train_ldm.py"]
     text = capsys.readouterr().out
-    assert "90.0% of 7 unseen captions" in text and f"samples:   {tmp_path}/samples.png" in text and "try next" in text
+    assert "90.0% of 7 unseen captions" in text and "try next" in text
+    assert "GFLOP/s" in text.splitlines()[0], "what the machine is worth comes first"
+    for file in ("report.html", *FIGURES):
+        assert f"{tmp_path}/{file}" in text
     assert Image.open(tmp_path / "losses.png").size[0] > 100
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["total_minutes"] == 5
@@ -59,3 +77,114 @@ def test_a_second_demo_continues_or_reuses(
 def test_a_stage_that_fails_stops_the_demo(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"evaluate.py ended with status 1; `make demo` continues from there"):
         demo.run_script("evaluate.py", "--model", str(tmp_path))
+
+
+def test_a_run_of_other_data_is_not_reused(calls: list[str], tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip/config.yaml").write_text("data: {source: emoji}")
+    with pytest.raises(SystemExit, match=r"clip was trained on emoji, not on shapes of .*clip.yaml: .*--run"):
+        script.main(["--run", str(tmp_path)])
+    assert not calls
+    with pytest.raises(SystemExit, match=r"nowhere/figures.yaml: no such configuration file"):
+        script.main(["--run", str(tmp_path), "--recipe", "nowhere"])
+
+
+class Addresses(html.parser.HTMLParser):
+    """The addresses in a page, and its tags."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+
+def test_the_report_has_the_machine_all_measures_and_all_figures(tmp_path: Path) -> None:
+    """In both forms; the page needs nothing beside it."""
+    for name in FIGURES:
+        plain().save(tmp_path / name)
+    speed = measure_machine(ConvShape(batch=2, channels=8, side=4), seconds=0.01)._asdict()
+    measures = {"prompt accuracy, all": {"value": 0.9, "low": 0.8, "high": 1.0, "samples": 7}}
+    report = {"seconds": {"clip": 61.0, "evaluate": 9.0}, "total_minutes": 1.2, "peak_memory_gib": 1.5,
+              "machine": "Linux", "measures": measures, "speed": speed}  # fmt: skip
+    demo.write_report(tmp_path, report, FiguresConfig(captions=("a red star",), open_caption="a blue star"))
+    text, page = ((tmp_path / f"report.{kind}").read_text() for kind in ("md", "html"))
+    parts = (speed["processor"], "GFLOP/s", "3x3, 8 channels, 4 x 4, batch 2", "prompt accuracy, all", "0.800 to 1.000")
+    for part in (*parts, "1.5 GiB", "evaluate", "a blue star"):
+        assert part in text and part in page, part
+    assert text.index("GFLOP/s") < text.index("prompt accuracy")
+    for name in FIGURES:
+        assert f"]({name})" in text and (tmp_path / name).is_file()
+    seen = Addresses(page)
+    assert len(seen.addresses) == len(FIGURES) and {"table", "style", "title"} <= seen.tags
+    assert all(address.startswith(("data:image/png;base64,", "data:image/gif;base64,")) for address in seen.addresses)
+    assert "url(" not in page and "@import" not in page and "script" not in seen.tags
+
+
+def test_a_page_is_escaped_and_titled() -> None:
+    page = to_html("# A < B\n\ntext", Path())
+    assert "<title>A &lt; B</title>" in page and "<p>text</p>" in page
+
+
+def test_what_a_machine_is_worth() -> None:
+    conv = recipe_conv(CONFIGS / "shapes")
+    assert conv == ConvShape(batch=32, channels=128, side=4)
+    assert conv.flop == 3 * 2 * 32 * 4 * 4 * 128 * 128 * 9
+    speed = measure_machine(conv, seconds=0.02)
+    assert speed.cores >= 1 and speed.processor and 0.1 < speed.conv_gflops < 1e6 and 0.1 < speed.matmul_gflops < 1e6
+
+
+def test_a_film_has_every_state_and_loops(tiny_model: Path, tmp_path: Path) -> None:
+    pipeline, prompts = Pipeline.load(tiny_model), ["a red star", "a blue ring"]
+    save_film(denoising_film(pipeline, prompts, steps=6), tmp_path / "film.gif")
+    film = Image.open(tmp_path / "film.gif")
+    assert film.n_frames == 4 and film.info["loop"] == 0, "0 is for ever"
+    durations = []
+    for index in range(film.n_frames):
+        film.seek(index)
+        durations.append(film.info["duration"])
+    assert durations[0] == durations[-2] < durations[-1], "the last frame is held"
+
+
+def test_a_film_of_64_pixels_is_below_a_mebibyte(tmp_path: Path) -> None:
+    """Three prompts, shown as the film shows them, in 16 frames: z_t is pure noise in all of them, the guess is not."""
+    draw = random.Random(0)
+    pairs = [[Image.frombytes("RGB", (64, 64), draw.randbytes(3 * 64**2)), plain(size=(64, 64))] for _ in range(3)]
+    frame = labelled_rows({f"prompt {i}": pair for i, pair in enumerate(pairs)}, width=150)
+    save_film([ImageOps.invert(frame) if i % 2 else frame for i in range(16)], tmp_path / "film.gif")
+    assert (tmp_path / "film.gif").stat().st_size < 2**20
+
+
+def test_the_states_of_sampling_end_in_the_image(tiny_model: Path) -> None:
+    pipeline, prompts = Pipeline.load(tiny_model), ["a red star", "a blue ring"]
+    states = sampling_states(pipeline, prompts, steps=3)
+    assert [state.t for state in states] == sorted((state.t for state in states), reverse=True)
+    assert states[0].t == 1 and states[-1].t == 0
+    assert torch.equal(pipeline.decode(states[-1].z), pipeline.sample(prompts, range(2), steps=3))
+
+
+def test_all_figures_of_a_model(tiny_model: Path, tmp_path: Path) -> None:
+    texts = {"captions": ["a red star", "a blue ring", "a star"], "open_caption": "a star"}
+    edit = {"image": "a red star", "wanted": "a blue star", "inverted": ["a ring", "a star"]}
+    (tmp_path / "figures.yaml").write_text(json.dumps({**texts, "edit": edit}))
+    make_figures.main(["--config", str(tmp_path / "figures.yaml"), "--model", str(tiny_model), "--out", str(tmp_path)])
+    names = ("samples", "noising", "denoising", "seeds", "guidance", "edits", "latents")
+    sizes = {name: Image.open(tmp_path / f"{name}.png").size for name in names}
+    assert sizes["seeds"][0] > 8 * 90 and sizes["seeds"][1] < 110, "eight beside each other"
+    assert Image.open(tmp_path / "denoising.gif").n_frames == 16
+
+
+def test_figures_of_a_model_that_does_not_name_its_data(tiny_model: Path, tmp_path: Path) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    pipeline.components = pipeline.components._replace(metadata={})
+    pipeline.save(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"model does not name its data.*--prompts") as caught:
+        make_figures.main(flags)
+    assert "\n" not in str(caught.value)
+    make_figures.main([*flags, "--prompts", "a red star"])
+    assert (tmp_path / "prompts.png").is_file()

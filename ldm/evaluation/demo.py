@@ -6,15 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm.cli import ScriptConfig
-from ldm.config import CONFIGS
-from ldm.evaluation.figures import loss_curves
+from ldm.config import CONFIGS, read_yaml
+from ldm.evaluation.figures import FiguresConfig, loss_curves
+from ldm.evaluation.html import to_html
+from ldm.evaluation.machine import measure_machine, recipe_conv
 from ldm.io.atomic import write_text
 from ldm.io.tensors import sha256
 from ldm.planning.device import GIB, peak_rss
+
+STAGE_NAMES = ("clip", "vae", "ldm")
 
 
 class DemoConfig(ScriptConfig):
@@ -22,29 +27,60 @@ class DemoConfig(ScriptConfig):
 
     run: Path = Path("runs/demo")
     """folder of the demo"""
+    recipe: Path = CONFIGS / "shapes"
+    """folder with the configuration of each stage, clip.yaml, vae.yaml and ldm.yaml, and figures.yaml"""
 
 
 def run_demo(config: DemoConfig) -> None:
     """Train what is not trained yet, evaluate, draw the figures, and write the report."""
-    runs = {stage: config.run / stage for stage in ("clip", "vae", "ldm")}
-    seconds = {stage: train_stage(stage, run) for stage, run in runs.items()}
-    model = runs["ldm"] / "model"
+    figures_file = config.recipe / "figures.yaml"
+    figures = FiguresConfig.from_dict(read_yaml(figures_file), source=str(figures_file))
+    for stage in STAGE_NAMES:
+        check_source(config.run / stage, config.recipe / f"{stage}.yaml")
+    previous = read_report(config.run)
+    speed = previous.get("speed") or measure_machine(recipe_conv(config.recipe))._asdict()
+    print(describe_speed(speed), flush=True)
+    seconds = {stage: train_stage(stage, config.recipe, config.run / stage) for stage in STAGE_NAMES}
+    model = config.run / "ldm/model"
     seconds["evaluate"] = run_script("evaluate.py", "--model", str(model))
-    seconds["figures"] = run_script("make_figures.py", "--model", str(model), "--out", str(config.run))
-    loss_curves(list(runs.values()), config.run / "losses.png")
-    report = make_report(config.run, model, seconds)
-    write_text(config.run / "report.json", json.dumps(report, indent=2))
-    write_text(config.run / "report.md", to_markdown(report))
-    print(summary(config.run, model, report))
+    drawing = ["--config", str(figures_file), "--model", str(model), "--out", str(config.run)]
+    seconds["figures"] = run_script("make_figures.py", *drawing)
+    loss_curves([config.run / stage for stage in STAGE_NAMES], config.run / "losses.png")
+    report = {"speed": speed, **make_report(previous, model, seconds)}
+    write_report(config.run, report, figures)
+    print(summary(config.run, model, report, figures.captions[0]))
 
 
-def train_stage(stage: str, run: Path) -> float:
+def read_report(run: Path) -> dict[str, Any]:
+    """The report of the previous call, {} where there is none."""
+    file = run / "report.json"
+    return json.loads(file.read_bytes()) if file.is_file() else {}
+
+
+def write_report(run: Path, report: dict[str, Any], figures: FiguresConfig) -> None:
+    """As JSON, as Markdown with image files beside it, and as one HTML file."""
+    text = to_markdown(report, figures)
+    write_text(run / "report.json", json.dumps(report, indent=2))
+    write_text(run / "report.md", text)
+    write_text(run / "report.html", to_html(text, run))
+
+
+def train_stage(stage: str, recipe: Path, run: Path) -> float:
     """Run one training script, from its newest checkpoint if it was stopped; returns the seconds it took."""
+    file = recipe / f"{stage}.yaml"
     if (run / "model/model.json").is_file():
         print(f"{run} is finished; reusing it", flush=True)
         return 0.0
     resume = ["--resume", "latest"] if any((run / "checkpoints").glob("step-*")) else []
-    return run_script(f"train_{stage}.py", "--run", str(run), *resume)
+    return run_script(f"train_{stage}.py", "--config", str(file), "--run", str(run), *resume)
+
+
+def check_source(run: Path, recipe_file: Path) -> None:
+    """ValueError where a run that was started trains on another data source than its recipe."""
+    if (run / "config.yaml").is_file():
+        own, wanted = (read_yaml(file)["data"]["source"] for file in (run / "config.yaml", recipe_file))
+        if own != wanted:
+            raise ValueError(f"{run} was trained on {own}, not on {wanted} of {recipe_file}: pass another --run")
 
 
 def run_script(script: str, *arguments: str) -> float:
@@ -62,12 +98,11 @@ def run_script(script: str, *arguments: str) -> float:
     return time.perf_counter() - start
 
 
-def make_report(run: Path, model: Path, seconds: dict[str, float]) -> dict[str, Any]:
+def make_report(previous: dict[str, Any], model: Path, seconds: dict[str, float]) -> dict[str, Any]:
     """What was measured; the seconds of stages that were reused are those of the previous report."""
     measured = json.loads((model.parent / "evaluation.json").read_bytes())
-    file = run / "report.json"
-    previous = json.loads(file.read_bytes()) if file.is_file() else {"seconds": {}}
-    spent = {name: round(max(value, previous["seconds"].get(name, 0.0)), 1) for name, value in seconds.items()}
+    before = previous.get("seconds", {})
+    spent = {name: round(max(value, before.get(name, 0.0)), 1) for name, value in seconds.items()}
     memory = max(peak_rss(), peak_rss(children=True))
     return {
         "seconds": spent,
@@ -79,30 +114,56 @@ def make_report(run: Path, model: Path, seconds: dict[str, float]) -> dict[str, 
     }
 
 
-def to_markdown(report: dict[str, Any]) -> str:
+def describe_speed(speed: dict[str, Any]) -> str:
+    """What the machine is worth, in a line."""
+    return (
+        f"{speed['processor']}, {speed['cores']} cores, torch {speed['torch']}, in float32: "
+        f"{speed['matmul_gflops']:,.0f} GFLOP/s in a {speed['matmul']} matrix product, "
+        f"{speed['conv_gflops']:,.0f} GFLOP/s in the recipe's convolution ({speed['conv']})"
+    )
+
+
+def to_markdown(report: dict[str, Any], figures: FiguresConfig) -> str:
     """The report as Markdown."""
-    rows = "\n".join(
-        f"| {name} | {m['value']:.3f} | {m['low']:.3f} to {m['high']:.3f} | {m['samples']} |"
+    measures = [
+        [name, f"{m['value']:.3f}", f"{m['low']:.3f} to {m['high']:.3f}", m["samples"]]
         for name, m in report["measures"].items()
-    )
-    times = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
-    return (
-        "# Demo\n\n![samples](samples.png)\n\n"
-        f"| measure | value | 95 % interval | samples |\n|---|---|---|---|\n{rows}\n\n"
-        f"{report['total_minutes']} minutes ({times}); peak memory {report['peak_memory_gib']} GiB.\n\n"
-        "Denoising, step by step: z_t, and the denoised latents.\n\n![denoising](denoising.png)\n\n"
-        "![losses](losses.png)\n"
-    )
+    ]
+    times = [[name, f"{value:.0f}"] for name, value in report["seconds"].items()]
+    total = f"{report['total_minutes']} minutes in all; peak memory {report['peak_memory_gib']} GiB."
+    parts = [
+        "# Demo",
+        f"The machine: {describe_speed(report['speed'])}. {report['machine']}.",
+        table(["measure", "value", "95 % interval", "samples"], measures),
+        table(["part", "seconds"], times),
+        total,
+        "Generated images, with the seeds 0, 1, ...",
+        "![samples](samples.png)",
+        "Denoising: left what the network gets, z_t, decoded; right what it makes of it, the predicted x0.",
+        "![denoising](denoising.gif)",
+        f"The seeds 0 to 7 of one caption that leaves something open, “{figures.open_caption}”.",
+        "![seeds](seeds.png)",
+        "Losses and validation scores of the three trainings.",
+        "![losses](losses.png)",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def summary(run: Path, model: Path, report: dict[str, Any]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def summary(run: Path, model: Path, report: dict[str, Any], prompt: str) -> str:
     """The last lines of the demo."""
-    accuracy = report["measures"]["prompt accuracy, all"]
+    accuracy = report["measures"].get("prompt accuracy, all")
+    result = f"all right in {accuracy['value']:.1%} of {accuracy['samples']} unseen captions, " if accuracy else ""
     return (
-        f"\nall five attributes right: {accuracy['value']:.1%} of {accuracy['samples']} unseen captions, "
-        f"after {report['total_minutes']} minutes\n"
-        f"report:    {run}/report.md\nsamples:   {run}/samples.png\ndenoising: {run}/denoising.png\n"
+        f"\n{result}after {report['total_minutes']} minutes\n"
+        f"report:    {run}/report.html, and report.md\nsamples:   {run}/samples.png\n"
+        f"denoising: {run}/denoising.gif\nseeds:     {run}/seeds.png\n"
         f"losses:    {run}/losses.png\nmodel:     {model}\n\ntry next:\n"
-        f'  .venv/bin/python scripts/txt2img.py "a large blue star in the center on a red background" --model {model}\n'
+        f'  .venv/bin/python scripts/txt2img.py "{prompt}" --model {model}\n'
         "  .venv/bin/accelerate launch scripts/train_clip.py --config configs/emoji-cpu/clip.yaml"
     )

@@ -1,0 +1,92 @@
+"""What a machine is worth: the speed of a matrix product and of a recipe's convolution, to compare times by."""
+
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ldm.pipeline.load import resolve_device
+from ldm.planning.device import clock
+from ldm.planning.planner import read_recipe
+
+MATRIX_SIDE = 1024
+CPU_INFO = Path("/proc/cpuinfo")  # on Linux
+
+
+class ConvShape(NamedTuple):
+    """The 3x3 convolution of the first level of a U-Net in a training step."""
+
+    batch: int
+    channels: int
+    side: int
+
+    @property
+    def flop(self) -> int:
+        """Of the forward pass, and twice as much of the backward pass; the padding counts."""
+        return 3 * 2 * 9 * self.batch * self.channels**2 * self.side**2
+
+    def __str__(self) -> str:
+        return f"3x3, {self.channels} channels, {self.side} x {self.side}, batch {self.batch}, forward and backward"
+
+
+class MachineSpeed(NamedTuple):
+    """A machine, and what it computes in float32."""
+
+    processor: str  # where the networks are
+    cores: int
+    torch: str
+    matmul_gflops: float
+    conv_gflops: float
+    matmul: str  # the shapes
+    conv: str
+
+
+def recipe_conv(recipe: Path) -> ConvShape:
+    """The convolution of a recipe: a folder with vae.yaml and ldm.yaml."""
+    ldm, vae = read_recipe(recipe / "ldm.yaml"), read_recipe(recipe / "vae.yaml").vae
+    side = vae.latent_size(ldm.data.resolution) // ldm.unet.patch_size
+    return ConvShape(ldm.batch_size, ldm.unet.channel_mult[0] * ldm.unet.model_channels, side)
+
+
+def measure_machine(conv: ConvShape, *, seconds: float = 1.0) -> MachineSpeed:
+    """Measure each for about so many seconds, on the device that would train."""
+    device = resolve_device(None)
+    a = torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device)
+    matmul = 2 * MATRIX_SIDE**3 / fastest_seconds(lambda: a @ a, seconds)
+    shape = (conv.batch, conv.channels, conv.side, conv.side)
+    images = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(conv.channels, conv.channels, 3, 3, device=device, requires_grad=True)
+    gradient = torch.ones_like(images)
+
+    def step() -> object:
+        return torch.autograd.grad(F.conv2d(images, weight, padding=1), (images, weight), gradient)
+
+    convolution = conv.flop / fastest_seconds(step, seconds)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    speeds = round(matmul / 1e9, 1), round(convolution / 1e9, 1)
+    return MachineSpeed(name, cores, torch.__version__, *speeds, f"{MATRIX_SIDE} x {MATRIX_SIDE}", str(conv))
+
+
+def fastest_seconds(action: Callable[[], object], seconds: float) -> float:
+    """Of all calls in so many seconds: what else the machine does makes calls slower, never faster."""
+    times: list[float] = []
+    end = clock() + seconds
+    while not times or clock() < end:
+        begin = clock()
+        action()
+        times.append(clock() - begin)
+    return min(times)
+
+
+def cpu_name() -> str:
+    """As the system knows it."""
+    if CPU_INFO.is_file():
+        for line in CPU_INFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
