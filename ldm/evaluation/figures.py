@@ -20,6 +20,14 @@ from ldm.labels import LabelFont
 from ldm.pipeline import Pipeline
 
 SCALE = 3  # by which images are enlarged
+CURVES = {  # what is drawn of a log, with its colour
+    "loss": "C0",
+    "validation_loss": "C1",
+    "validation_loss_shuffled": "C2",
+    "validation_loss_empty": "C3",
+    "validation_psnr": "C1",
+    "validation_retrieval": "C1",
+}
 
 
 def noising(images: Tensor, diffusion: Diffusion, *, columns: int = 9) -> Image.Image:
@@ -98,17 +106,16 @@ def loss_curves(runs: Sequence[Path], path: Path) -> None:
     axes = figure.subplots(1, len(runs), squeeze=False)
     for left, run in zip(axes[0], runs, strict=True):
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        for name in ("loss", "validation_loss", "validation_psnr", "validation_retrieval"):
+        for name, color in CURVES.items():
             if points := [(line["step"], line[name]) for line in lines if name in line]:
-                axis = left if name.endswith("loss") else left.twinx()
-                label, color = name.replace("_", " "), "C0" if name == "loss" else "C1"
+                axis = left if "loss" in name else left.twinx()
+                label = name.replace("_", " ")
                 axis.plot(*zip(*points, strict=True), label=label, color=color)
-                if name == "validation_loss":
-                    axis.legend()
-                else:
-                    axis.set_ylabel(label, color=color)
-                if axis is left:
+                if name == "loss":
                     axis.set_yscale("log")
+                elif axis is not left:
+                    axis.set_ylabel(label, color=color)
+        left.legend()
         left.set_title(run.name)
         left.set_xlabel("step")
     figure.tight_layout()

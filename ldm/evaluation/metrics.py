@@ -1,0 +1,132 @@
+"""How far generated images are from real ones, by the features of both: FD, KID, CMMD, and what each set covers."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.evaluation.estimates import Estimate, bootstrap_ci, bootstrap_counts
+from ldm.evaluation.frechet import weighted_frechet_distance
+
+Kernel = Callable[[Tensor, Tensor], Tensor]  # features (n, d) and (m, d) -> (n, m)
+PRECISION_K, DENSITY_K = 3, 5  # neighbours, as in Kynkäänniemi et al. 2019 and in Naeem et al. 2020
+BLOCK = 1024  # rows of a matrix of distances that are in memory at a time
+CMMD_SCALE = 1000
+FD, MMD, NEIGHBOURS = "fd", "kid and cmmd", "precision, recall, density and coverage"  # what needs how many images
+
+
+def compare_features(real: Tensor, other: Tensor, *, prefix: str, suffix: str) -> dict[str, Estimate]:
+    """Every metric of features (n, d) and (m, d), as `prefix`fd_`suffix` and so on, that has enough images.
+
+    `missing_metrics` tells which have not.
+    """
+    missing, count = missing_metrics(real, other), len(other)
+    weights = bootstrap_counts(len(real), "real"), bootstrap_counts(count, "other")
+    found: dict[str, Estimate] = {}
+    if FD not in missing:
+        rows = tqdm(zip(*weights, strict=True), f"{prefix}fd_{suffix}", len(weights[0]), leave=False, unit="resample")
+        distances = [weighted_frechet_distance(real, other, *pair) for pair in rows]
+        found["fd"] = bootstrap_ci(torch.tensor(distances, dtype=torch.float64), count)
+    if MMD not in missing:
+        found["kid"] = bootstrap_ci(squared_mmd(real, other, polynomial_kernel, *weights), count)
+        unit = F.normalize(real, dim=1), F.normalize(other, dim=1)
+        found["cmmd"] = bootstrap_ci(CMMD_SCALE * squared_mmd(*unit, gaussian_kernel, *weights), count)
+    if NEIGHBOURS not in missing:
+        for name, (values, over) in covered(real, other).items():
+            found[name] = bootstrap_ci((weights[over] @ values.double()) / weights[over].sum(1), len(values))
+    return {f"{prefix}{name}_{suffix}": estimate for name, estimate in found.items()}
+
+
+def missing_metrics(real: Tensor, other: Tensor) -> dict[str, str]:
+    """What each metric needs more images for than there are."""
+    count, width = min(len(real), len(other)), real.shape[1]
+    needed = {
+        FD: (width + 1, f", one more than the {width} dimensions of its features"),
+        MMD: (2, ""),
+        NEIGHBOURS: (DENSITY_K + 1, ""),
+    }
+    return {
+        name: f"{name}: at least {least:,} images of each set are needed{reason}; there are {count:,}"
+        for name, (least, reason) in needed.items()
+        if count < least
+    }
+
+
+# Kernel distances.
+
+
+def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """(x y / d + 1)^3, of KID: Bińkowski et al. 2018."""
+    return (x @ y.mT / x.shape[1] + 1) ** 3
+
+
+def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """exp(-|x - y|^2 / (2 10^2)), of CMMD: Jayasumana et al. 2024, for features of length 1."""
+    return (-torch.cdist(x, y).square() / (2 * 10**2)).exp()
+
+
+def squared_mmd(a: Tensor, b: Tensor, kernel: Kernel, weights_a: Tensor, weights_b: Tensor) -> Tensor:
+    """Squared maximum mean discrepancy of features (n, d) and (m, d) for each row of weights (k, n), (k, m): (k,).
+
+    The estimate without bias of Gretton et al. 2012 (equation 3): 0 on average for samples of one distribution. No
+    sample is compared with itself, also where a bootstrap draws it twice.
+    """
+    a, b = a.double(), b.double()
+    cross = _pair_sum(a, b, kernel, weights_a, weights_b) / (weights_a.sum(1) * weights_b.sum(1))
+    return _within(a, kernel, weights_a) + _within(b, kernel, weights_b) - 2 * cross
+
+
+def _within(x: Tensor, kernel: Kernel, weights: Tensor) -> Tensor:
+    """The mean of the kernel over pairs of different samples, (k,)."""
+    itself = torch.cat([kernel(rows, rows).diagonal() for rows in x.split(BLOCK)])
+    squares = weights.square()
+    return (_pair_sum(x, x, kernel, weights, weights) - squares @ itself) / (weights.sum(1) ** 2 - squares.sum(1))
+
+
+def _pair_sum(x: Tensor, y: Tensor, kernel: Kernel, weights_x: Tensor, weights_y: Tensor) -> Tensor:
+    """The sum of weight x weight x kernel over all pairs, (k,)."""
+    blocks = zip(x.split(BLOCK), weights_x.split(BLOCK, dim=1), strict=True)
+    return torch.stack([(w * (weights_y @ kernel(y, rows))).sum(1) for rows, w in blocks]).sum(0)
+
+
+# Neighbours.
+
+
+def covered(real: Tensor, other: Tensor) -> dict[str, tuple[Tensor, int]]:
+    """Precision, recall, density and coverage, each as the values of which it is the mean, and of whose samples.
+
+    The samples are those of `real`, 0, or of `other`, 1. A sample's ball reaches to its k-th neighbour in its own set.
+    Precision: whether an image is in a ball of a real one; recall: the other way round (Kynkäänniemi et al. 2019).
+    Density: in how many real balls it is, by k; coverage: whether a real ball holds an image (Naeem et al. 2020).
+    Bootstrap intervals take the balls as given.
+    """
+    narrow, wide = neighbour_radii(real, PRECISION_K), neighbour_radii(real, DENSITY_K)
+    own = neighbour_radii(other, PRECISION_K)
+    precise, density = torch.zeros(len(other), dtype=torch.bool), torch.zeros(len(other))
+    recalled, filled = [], []
+    for rows, distances in _distance_blocks(real, other):
+        precise |= (distances <= narrow[rows, None]).any(0)
+        inside = distances <= wide[rows, None]
+        density += inside.sum(0) / DENSITY_K
+        filled.append(inside.any(1))
+        recalled.append((distances <= own).any(1))
+    return {
+        "precision": (precise, 1),
+        "recall": (torch.cat(recalled), 0),
+        "density": (density, 1),
+        "coverage": (torch.cat(filled), 0),
+    }
+
+
+def neighbour_radii(x: Tensor, k: int) -> Tensor:
+    """The distance of each of the features (n, d) to its k-th neighbour among the others, (n,)."""
+    return torch.cat([distances.topk(k + 1, largest=False).values[:, k] for _, distances in _distance_blocks(x, x)])
+
+
+def _distance_blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of x at a time, and their distances to all of y."""
+    for first in range(0, len(x), BLOCK):
+        rows = slice(first, min(first + BLOCK, len(x)))
+        yield rows, torch.cdist(x[rows], y, compute_mode="donot_use_mm_for_euclid_dist")
