@@ -83,7 +83,7 @@ def test_weights_of_a_kernel_distance_repeat_samples() -> None:
 
 def test_equal_distributions_are_at_distance_zero_on_average_and_within_their_intervals() -> None:
     """Of KID and CMMD, whose estimates have no bias; the intervals are of 95 %."""
-    trials = [compare_features(normal(60, 64, i), normal(50, 64, 1000 + i), prefix="", suffix="x") for i in range(60)]
+    trials = [compare_features(normal(60, 64, i), normal(50, 64, 1000 + i), name="{}_x") for i in range(60)]
     for name in ("kid_x", "cmmd_x"):
         values = torch.tensor([trial[name].value for trial in trials])
         assert abs(values.mean()) < 3 * values.std() / len(values) ** 0.5
@@ -108,13 +108,13 @@ def test_covered_modes() -> None:
     """Samples of one of two modes are precise and leave half out; far ones are nothing, equal ones everything."""
     one, two = normal(100, 8, 10), normal(100, 8, 11) + 50
     both = torch.cat([one, two])
-    half = compare_features(both, normal(200, 8, 12), prefix="", suffix="x")
+    half = compare_features(both, normal(200, 8, 12), name="{}_x")
     assert half["precision_x"].value > 0.7 and half["density_x"].value == pytest.approx(1, abs=0.25)
     assert 0.3 < half["recall_x"].value <= 0.5 and 0.4 < half["coverage_x"].value <= 0.5
     assert half["recall_x"].samples == half["precision_x"].samples == 200
-    far = compare_features(both, both + 1000, prefix="r", suffix="x")
+    far = compare_features(both, both + 1000, name="r{}_x")
     assert all(far[f"r{name}_x"].value == 0 for name in ("precision", "recall", "density", "coverage"))
-    same = compare_features(both, both.clone(), prefix="", suffix="x")
+    same = compare_features(both, both.clone(), name="{}_x")
     assert all(same[f"{name}_x"].value == 1 for name in ("precision", "recall", "coverage"))
     assert same["density_x"].value == pytest.approx(6 / 5), "each of the balls of 5 neighbours holds its own centre"
 
@@ -130,5 +130,5 @@ def test_metrics_say_how_many_images_they_need() -> None:
     assert told["fd"] == "fd: at least 33 images of each set are needed, one more than the 32 dimensions of its " \
         "features; there are 5"  # fmt: skip
     assert set(told) == {"fd", "precision, recall, density and coverage"}
-    assert set(compare_features(real, other, prefix="", suffix="x")) == {"kid_x", "cmmd_x"}
+    assert set(compare_features(real, other, name="{}_x")) == {"kid_x", "cmmd_x"}
     assert not missing_metrics(real, real)

@@ -152,7 +152,7 @@ def measure(subject: Subject, config: EvaluateConfig, out: Path) -> Report:
         report.measures |= vae_fidelity(subject.images, reconstructions)
         if extractor and reference is not None:
             features = extract(extractor, reconstructions)
-            report.measures |= compare_features(reference, features, prefix="r", suffix=extractor.suffix)
+            report.measures |= compare_features(reference, features, name=f"r{{}}_{extractor.suffix}")
     if pipeline.unet.config.cond_channels:
         report.notes.append("an inpainting model generates from images: only its VAE is measured")
         return checked(report)
@@ -161,6 +161,7 @@ def measure(subject: Subject, config: EvaluateConfig, out: Path) -> Report:
     generated = generate(subject, config)
     if extractor and reference is not None:
         report.measures |= image_quality(subject, extractor, reference, generated)
+        report.measures |= other_real_images(subject, extractor, reference, config)
         report.notes += missing_metrics(reference, generated).values()
     nearest = search_training(subject, generated, config, out, report) if config.max_train_images else {}
     save_image(captioned_grid(tensor_to_pil(generated[:24]), subject.captions[:24], columns=8), out / "samples.png")
@@ -185,7 +186,7 @@ def start_report(subject: Subject, config: EvaluateConfig) -> Report:
         },
         settings={
             "data": config.data.source,
-            "extractor_name": extractor and extractor.name,
+            **({"extractor_name": extractor.name} if extractor else {}),
             "guidance_scale": scale,
             "steps": config.steps,
             "sampler": config.sampler,
@@ -266,12 +267,24 @@ def extract(extractor: Extractor, images: Tensor) -> Tensor:
 def image_quality(subject: Subject, extractor: Extractor, reference: Tensor, generated: Tensor) -> dict[str, Estimate]:
     """What compares features of generated images with those of the reference (m, d), and with captions."""
     features = extract(extractor, generated)
-    found = compare_features(reference, features, prefix="", suffix=extractor.suffix)
+    found = compare_features(reference, features, name=f"{{}}_{extractor.suffix}")
     if extractor.encode_text and any(subject.captions):
         found |= {f"clip_score_{extractor.suffix}": clip_score(extractor, features, subject.captions)}
         real = extract(extractor, subject.images)
         found |= {f"clip_score_{extractor.suffix}, real images": clip_score(extractor, real, subject.captions)}
     return found
+
+
+def other_real_images(
+    subject: Subject, extractor: Extractor, reference: Tensor, config: EvaluateConfig
+) -> dict[str, Estimate]:
+    """What real images that are not in the reference get, which is what a perfect model would."""
+    images = subject.images
+    if config.reference == "test":
+        training = open_centered(config.data, "train", config.seed)
+        indices = training.source.evenly_spaced(len(images))
+        images = torch.cat([batch["image"] for batch in sample_batches(training, indices)])
+    return compare_features(reference, extract(extractor, images), name=f"{{}}_{extractor.suffix}, real images")
 
 
 def clip_score(extractor: Extractor, features: Tensor, captions: Sequence[str]) -> Estimate:
@@ -390,5 +403,5 @@ def sweep_measure(subject: Subject, config: EvaluateConfig) -> tuple[str, Callab
     if missing := missing_metrics(reference, subject.images).get(FD):
         raise ValueError(f"--sweep: {missing}: raise --num-samples or add held-out images")
     return name, lambda chosen: compare_features(
-        reference, extract(extractor, generate(subject, chosen)), prefix="", suffix=extractor.suffix
+        reference, extract(extractor, generate(subject, chosen)), name=f"{{}}_{extractor.suffix}"
     )[name]

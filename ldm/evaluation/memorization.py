@@ -98,11 +98,13 @@ def rank_test(small: Tensor, large: Tensor) -> tuple[float, float]:
 def closest_pairs(
     samples: Tensor, nearest: Nearest, held_out: Tensor, read: Callable[[Sequence[int]], Tensor], *, count: int = 8
 ) -> Image.Image:
-    """The samples that are nearest to a training image, each above it; `read` gives training images by index.
+    """The samples that are nearest to a training image, each above its own; `read` gives training images by index.
 
     Below: the distance, and how many of the distances of held-out images (m,) are smaller.
     """
-    order = nearest.distances.argsort()[:count]
+    by_distance = nearest.distances.argsort().tolist()
+    firsts = {int(nearest.indices[i]): i for i in reversed(by_distance)}  # the nearest sample of each training image
+    order = torch.tensor(sorted(firsts.values(), key=by_distance.index)[:count])
     below = [f"{(held_out < d).float().mean():.0%}" for d in nearest.distances[order]]
     pairs = zip(nearest.distances[order].tolist(), below, strict=True)
     labels = [f"distance {distance:.3f}; {share} of held-out images are nearer" for distance, share in pairs]

@@ -17,16 +17,16 @@ CMMD_SCALE = 1000
 FD, MMD, NEIGHBOURS = "fd", "kid and cmmd", "precision, recall, density and coverage"  # what needs how many images
 
 
-def compare_features(real: Tensor, other: Tensor, *, prefix: str, suffix: str) -> dict[str, Estimate]:
-    """Every metric of features (n, d) and (m, d), as `prefix`fd_`suffix` and so on, that has enough images.
+def compare_features(real: Tensor, other: Tensor, *, name: str) -> dict[str, Estimate]:
+    """Every metric of features (n, d) and (m, d), that has enough images; `name` is a format such as "{}_self".
 
-    `missing_metrics` tells which have not.
+    `missing_metrics` tells which have not enough.
     """
     missing, count = missing_metrics(real, other), len(other)
     weights = bootstrap_counts(len(real), "real"), bootstrap_counts(count, "other")
     found: dict[str, Estimate] = {}
     if FD not in missing:
-        rows = tqdm(zip(*weights, strict=True), f"{prefix}fd_{suffix}", len(weights[0]), leave=False, unit="resample")
+        rows = tqdm(zip(*weights, strict=True), name.format("fd"), len(weights[0]), leave=False, unit="resample")
         distances = [weighted_frechet_distance(real, other, *pair) for pair in rows]
         found["fd"] = bootstrap_ci(torch.tensor(distances, dtype=torch.float64), count)
     if MMD not in missing:
@@ -34,9 +34,9 @@ def compare_features(real: Tensor, other: Tensor, *, prefix: str, suffix: str) -
         unit = F.normalize(real, dim=1), F.normalize(other, dim=1)
         found["cmmd"] = bootstrap_ci(CMMD_SCALE * squared_mmd(*unit, gaussian_kernel, *weights), count)
     if NEIGHBOURS not in missing:
-        for name, (values, over) in covered(real, other).items():
-            found[name] = bootstrap_ci((weights[over] @ values.double()) / weights[over].sum(1), len(values))
-    return {f"{prefix}{name}_{suffix}": estimate for name, estimate in found.items()}
+        for metric, (values, over) in covered(real, other).items():
+            found[metric] = bootstrap_ci((weights[over] @ values.double()) / weights[over].sum(1), len(values))
+    return {name.format(metric): estimate for metric, estimate in found.items()}
 
 
 def missing_metrics(real: Tensor, other: Tensor) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from ldm.io.atomic import atomic_write, write_text
 from ldm.io.model_dir import read_json
 
 FILE = "evaluation.json"
-COVERED = ("precision", "recall", "density", "coverage")
+COVERED = re.compile(r"r?(precision|recall|density|coverage)_|prompt accuracy")  # measures from 0 to about 1
 
 
 @dataclass
@@ -63,7 +64,9 @@ class Report:
             for name, e in self.measures.items()
         ]
         facts = [[name, str(value)] for name, value in {**self.model, **self.protocol, **self.settings}.items()]
-        parts = ["# Evaluation", markdown_table(["measure", "value", "95 % interval", "samples"], rows)]
+        parts = ["# Evaluation"]
+        if rows:
+            parts.append(markdown_table(["measure", "value", "95 % interval", "samples"], rows))
         if self.memorization:
             parts += ["## Memorization", *self.findings()]
         parts += [f"![{file.removesuffix('.png')}]({file})" for file in self.figures]
@@ -93,8 +96,7 @@ def plot(measures: Mapping[str, Estimate], nearest: Mapping[str, Mapping[str, Ne
     """Write the measures between 0 and 1 with their intervals, and how near images are to the training images."""
     from matplotlib.figure import Figure
 
-    bars = {name: e for name, e in measures.items() if any(name.lstrip("r").startswith(kind) for kind in COVERED)}
-    bars |= {name: e for name, e in measures.items() if name.startswith("prompt accuracy")}
+    bars = {name: e for name, e in measures.items() if COVERED.match(name)}
     count = bool(bars) + len(nearest)
     if not count:
         return
