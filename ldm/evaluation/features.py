@@ -127,7 +127,8 @@ def open_clip_tower(name: str, own: str | None) -> Extractor:
         tokenizer = open_clip.get_tokenizer(model_id)
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"--extractor {name} could not be loaded ({reason}): pass {CHOICES}") from None
+        remedy = "check the network, or pass the `local-dir:FOLDER` of one that is on the disk"
+        raise ValueError(f"--extractor {name} could not be loaded ({reason}): {remedy}") from None
     config = open_clip.get_model_preprocess_cfg(model)
     side = config["size"] if isinstance(config["size"], int) else config["size"][0]
     expects = Normalization(side, torch.tensor(config["mean"]), torch.tensor(config["std"]))

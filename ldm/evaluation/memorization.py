@@ -15,6 +15,7 @@ from ldm.evaluation.estimates import Estimate, proportion_ci
 from ldm.imaging import captioned_grid, tensor_to_pil
 
 Embed = Callable[[Tensor], Tensor]  # images (b, c, h, w) in [-1, 1] -> vectors (b, d) on the CPU
+SIGNIFICANT = 1e-3  # a p-value that is told as evidence: there are up to nine in a report
 PERCENTILES = (1, 5)  # of the distances of held-out images, each of which needs 100 / percentile of them
 
 
@@ -25,22 +26,32 @@ class Nearest(NamedTuple):
     indices: Tensor  # (n,), in the training images
 
 
+class Share(NamedTuple):
+    """How many samples are nearer to the training images than a percentile of held-out images."""
+
+    share: Estimate
+    p_value: float  # of so large a share, where samples are no nearer than held-out images
+
+
 class Memorization(NamedTuple):
     """Distances of samples to their nearest training image, against those of held-out images."""
 
-    nearer: dict[int, Estimate]  # share of samples nearer than this percentile of held-out images
+    nearer: dict[int, Share]  # than this percentile of held-out images
     auc: float  # probability that a sample is nearer than a held-out image: 1/2 where nothing is memorized
-    p_value: float  # of so large an `auc`, where samples are no nearer than held-out images
+    p_value: float  # of so large an `auc`
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
-        nearer = {f"nearer_than_{percent}_percent": share._asdict() for percent, share in self.nearer.items()}
-        return {**nearer, "auc": self.auc, "p_value": self.p_value}
+        shares = {
+            f"nearer_than_{percent}_percent": {**found.share._asdict(), "p_value": found.p_value}
+            for percent, found in self.nearer.items()
+        }
+        return {**shares, "auc": self.auc, "p_value": self.p_value}
 
     @property
     def is_evident(self) -> bool:
-        """Whether chance does not explain how many samples are near."""
-        return any(share.low > percent / 100 for percent, share in self.nearer.items())
+        """Whether chance does not explain how near the samples are, all of them or the nearest."""
+        return min(self.p_value, *(found.p_value for found in self.nearer.values()), 1.0) < SIGNIFICANT
 
 
 def find_nearest(
@@ -76,9 +87,20 @@ def _nearer(before: Nearest, x: Tensor, candidates: Tensor, first: int) -> Neare
 def compare_distances(samples: Tensor, held_out: Tensor) -> Memorization:
     """From the distances of samples (n,) and of held-out images (m,) to their nearest training image."""
     enough = [percent for percent in PERCENTILES if len(held_out) * percent >= 100]
-    limits = {percent: held_out.quantile(percent / 100) for percent in enough}
-    nearer = {percent: proportion_ci(int((samples < limit).sum()), len(samples)) for percent, limit in limits.items()}
-    return Memorization(nearer, *rank_test(samples, held_out))
+    return Memorization({p: share_nearer(samples, held_out, p) for p in enough}, *rank_test(samples, held_out))
+
+
+def share_nearer(samples: Tensor, held_out: Tensor, percent: int) -> Share:
+    """How many samples (n,) are below the k-th of the held-out distances (m,), where k / m is this percentile.
+
+    Where both are alike their order is random, so the p-value is exact, and also knows that the percentile is a guess
+    from m images: it is the chance that fewer than k of the first (count + k - 1) are held-out images.
+    """
+    n, m, k = len(samples), len(held_out), len(held_out) * percent // 100
+    count = int((samples < held_out.sort().values[k - 1]).sum())
+    first = count + k - 1
+    ways = sum(math.comb(m, j) * math.comb(n, first - j) for j in range(min(k, first + 1)))
+    return Share(proportion_ci(count, n), ways / math.comb(n + m, first))
 
 
 def rank_test(small: Tensor, large: Tensor) -> tuple[float, float]:

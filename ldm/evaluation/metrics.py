@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.evaluation.estimates import Estimate, bootstrap_ci, bootstrap_counts
+from ldm.evaluation.estimates import Estimate, bootstrap_ci, bootstrap_counts, proportion_ci
 from ldm.evaluation.frechet import weighted_frechet_distance
 
 Kernel = Callable[[Tensor, Tensor], Tensor]  # features (n, d) and (m, d) -> (n, m)
@@ -28,14 +28,13 @@ def compare_features(real: Tensor, other: Tensor, *, name: str) -> dict[str, Est
     if FD not in missing:
         rows = tqdm(zip(*weights, strict=True), name.format("fd"), len(weights[0]), leave=False, unit="resample")
         distances = [weighted_frechet_distance(real, other, *pair) for pair in rows]
-        found["fd"] = bootstrap_ci(torch.tensor(distances, dtype=torch.float64), count)
+        found["fd"] = bootstrap_ci(torch.tensor(distances, dtype=torch.float64), count, least=0)
     if MMD not in missing:
         found["kid"] = bootstrap_ci(squared_mmd(real, other, polynomial_kernel, *weights), count)
         unit = F.normalize(real, dim=1), F.normalize(other, dim=1)
         found["cmmd"] = bootstrap_ci(CMMD_SCALE * squared_mmd(*unit, gaussian_kernel, *weights), count)
     if NEIGHBOURS not in missing:
-        for metric, (values, over) in covered(real, other).items():
-            found[metric] = bootstrap_ci((weights[over] @ values.double()) / weights[over].sum(1), len(values))
+        found |= covered(real, other, weights[1])
     return {name.format(metric): estimate for metric, estimate in found.items()}
 
 
@@ -94,29 +93,28 @@ def _pair_sum(x: Tensor, y: Tensor, kernel: Kernel, weights_x: Tensor, weights_y
 # Neighbours.
 
 
-def covered(real: Tensor, other: Tensor) -> dict[str, tuple[Tensor, int]]:
-    """Precision, recall, density and coverage, each as the values of which it is the mean, and of whose samples.
+def covered(real: Tensor, other: Tensor, weights: Tensor) -> dict[str, Estimate]:
+    """Precision, recall, density and coverage of features (n, d) and (m, d); weights (k, m) are those of a bootstrap.
 
-    The samples are those of `real`, 0, or of `other`, 1. A sample's ball reaches to its k-th neighbour in its own set.
-    Precision: whether an image is in a ball of a real one; recall: the other way round (Kynkäänniemi et al. 2019).
-    Density: in how many real balls it is, by k; coverage: whether a real ball holds an image (Naeem et al. 2020).
-    Bootstrap intervals take the balls as given.
+    A sample's ball reaches to its k-th neighbour in its own set. Precision is the share of images that are in the ball
+    of a real one, recall the other way round (Kynkäänniemi et al. 2019). Density is in how many real balls an image is,
+    by k, and coverage the share of real balls that hold an image (Naeem et al. 2020). Intervals take balls as given;
+    those of shares are Wilson's, which are right for 0 and 1, too.
     """
     narrow, wide = neighbour_radii(real, PRECISION_K), neighbour_radii(real, DENSITY_K)
     own = neighbour_radii(other, PRECISION_K)
-    precise, density = torch.zeros(len(other), dtype=torch.bool), torch.zeros(len(other))
-    recalled, filled = [], []
+    precise, density, recalled, filled = torch.zeros(len(other), dtype=torch.bool), torch.zeros(len(other)), 0, 0
     for rows, distances in _distance_blocks(real, other):
         precise |= (distances <= narrow[rows, None]).any(0)
         inside = distances <= wide[rows, None]
         density += inside.sum(0) / DENSITY_K
-        filled.append(inside.any(1))
-        recalled.append((distances <= own).any(1))
+        filled += int(inside.any(1).sum())
+        recalled += int((distances <= own).any(1).sum())
     return {
-        "precision": (precise, 1),
-        "recall": (torch.cat(recalled), 0),
-        "density": (density, 1),
-        "coverage": (torch.cat(filled), 0),
+        "precision": proportion_ci(int(precise.sum()), len(other)),
+        "recall": proportion_ci(recalled, len(real)),
+        "density": bootstrap_ci(weights @ density.double() / len(other), len(other), least=0),
+        "coverage": proportion_ci(filled, len(real)),
     }
 
 

@@ -76,12 +76,13 @@ class Report:
 
 def describe(space: str, found: Memorization) -> str:
     """Memorization in one space, in a sentence."""
-    shares = "; ".join(
-        f"{share.value:.1%} [{share.low:.1%}, {share.high:.1%}] of samples nearer than {percent} % of held-out images"
-        for percent, share in found.nearer.items()
-    )
-    verdict = ": training images are repeated" if found.is_evident else ""
-    return f"to training images, in {space}: {shares or 'nearest distances'}; p = {found.p_value:.2g}{verdict}"
+    parts = [
+        f"{share.value:.1%} [{share.low:.1%}, {share.high:.1%}] of samples are nearer than the nearest {percent} % of "
+        f"held-out images (p = {p_value:.2g})"
+        for percent, (share, p_value) in found.nearer.items()
+    ]
+    parts.append(f"a sample is nearer than a held-out image with probability {found.auc:.2f} (p = {found.p_value:.2g})")
+    return f"to training images, in {space}: {'; '.join(parts)}" + ": training images are repeated" * found.is_evident
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
