@@ -91,6 +91,20 @@ def test_equal_distributions_are_at_distance_zero_on_average_and_within_their_in
     assert "fd_x" not in trials[0], "60 images are too few for 64 dimensions"
 
 
+def test_pairs_are_left_out_and_resampled_together() -> None:
+    """An image and its reconstruction are no two samples: their distance is 0 on average, with a narrow interval."""
+    found = []
+    for i in range(20):
+        real = normal(50, 8, i)
+        close = real + 0.3 * normal(50, 8, 100 + i)
+        found.append([compare_features(real, close / 1.09**0.5, name="{}", paired=pair) for pair in (True, False)])
+    paired, single = ([one[i]["kid"] for one in found] for i in (0, 1))
+    values = torch.tensor([e.value for e in paired])
+    assert abs(values.mean()) < 3 * values.std() / 20**0.5
+    assert sum(e.value for e in single) / 20 < -2 * values.std() / 20**0.5, "without: below 0"
+    assert sum(e.high - e.low for e in paired) < 0.6 * sum(e.high - e.low for e in single)
+
+
 def test_bootstrap_of_a_mean() -> None:
     """Is the normal interval, nearly; a statistic that resampling moves upwards is not moved."""
     values = normal(200, 1, 9)[:, 0].double()

@@ -152,7 +152,8 @@ def measure(subject: Subject, config: EvaluateConfig, out: Path) -> Report:
         report.measures |= vae_fidelity(subject.images, reconstructions)
         if extractor and reference is not None:
             features = extract(extractor, reconstructions)
-            report.measures |= compare_features(reference, features, name=f"r{{}}_{extractor.suffix}")
+            paired = config.reference == "test"
+            report.measures |= compare_features(reference, features, name=f"r{{}}_{extractor.suffix}", paired=paired)
     if pipeline.unet.config.cond_channels:
         report.notes.append("an inpainting model generates from images: only its VAE is measured")
         return checked(report)
@@ -160,7 +161,7 @@ def measure(subject: Subject, config: EvaluateConfig, out: Path) -> Report:
         report.measures |= prompt_accuracy(pipeline, subject.folder, config)
     generated = generate(subject, config)
     if extractor and reference is not None:
-        report.measures |= image_quality(subject, extractor, reference, generated)
+        report.measures |= image_quality(subject, extractor, reference, generated, config)
         report.measures |= other_real_images(subject, extractor, reference, config)
         report.notes += missing_metrics(reference, generated).values()
     nearest = search_training(subject, generated, config, out, report) if config.max_train_images else {}
@@ -245,7 +246,7 @@ def to_8_bits(images: Tensor) -> Tensor:
 def reference_features(subject: Subject, extractor: Extractor, config: EvaluateConfig) -> Tensor:
     """Features (m, d) of the real images: computed, or those in the file `--features`."""
     images: Iterator[Tensor] = iter(subject.images.split(64))
-    about = {"images": data_sha256(subject.held_out), "reference": config.reference, "count": f"{len(subject.images)}"}
+    about = {"reference": config.reference, "images": data_sha256(subject.held_out), "count": f"{len(subject.images)}"}
     if config.reference == "train":
         training = open_centered(config.data, "train", config.seed)
         indices = training.source.evenly_spaced(config.max_train_images or config.num_samples)
@@ -264,10 +265,12 @@ def extract(extractor: Extractor, images: Tensor) -> Tensor:
     return torch.cat([extractor(batch) for batch in images.split(64)])
 
 
-def image_quality(subject: Subject, extractor: Extractor, reference: Tensor, generated: Tensor) -> dict[str, Estimate]:
+def image_quality(
+    subject: Subject, extractor: Extractor, reference: Tensor, generated: Tensor, config: EvaluateConfig
+) -> dict[str, Estimate]:
     """What compares features of generated images with those of the reference (m, d), and with captions."""
-    features = extract(extractor, generated)
-    found = compare_features(reference, features, name=f"{{}}_{extractor.suffix}")
+    features, paired = extract(extractor, generated), config.reference == "test"
+    found = compare_features(reference, features, name=f"{{}}_{extractor.suffix}", paired=paired)
     if extractor.encode_text and any(subject.captions):
         found |= {f"clip_score_{extractor.suffix}": clip_score(extractor, features, subject.captions)}
         real = extract(extractor, subject.images)

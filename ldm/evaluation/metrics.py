@@ -17,24 +17,29 @@ CMMD_SCALE = 1000
 FD, MMD, NEIGHBOURS = "fd", "kid and cmmd", "precision, recall, density and coverage"  # what needs how many images
 
 
-def compare_features(real: Tensor, other: Tensor, *, name: str) -> dict[str, Estimate]:
-    """Every metric of features (n, d) and (m, d), that has enough images; `name` is a format such as "{}_self".
+def compare_features(real: Tensor, other: Tensor, *, name: str, paired: bool = False) -> dict[str, Estimate]:
+    """Every metric of features (n, d) and (m, d) that has enough images; `name` is a format such as "{}_self".
 
-    `missing_metrics` tells which have not enough.
+    Those that are `paired` belong together row by row, as an image and its reconstruction or its caption's: they are
+    resampled together, and kernel distances leave each pair out. `missing_metrics` tells which have not enough images.
     """
     missing, count = missing_metrics(real, other), len(other)
-    weights = bootstrap_counts(len(real), "real"), bootstrap_counts(count, "other")
+    weights_real = bootstrap_counts(len(real), "real")
+    weights = weights_real if paired else bootstrap_counts(count, "other")
     found: dict[str, Estimate] = {}
     if FD not in missing:
-        rows = tqdm(zip(*weights, strict=True), name.format("fd"), len(weights[0]), leave=False, unit="resample")
+        rows = tqdm(
+            zip(weights_real, weights, strict=True), name.format(FD), len(weights), leave=False, unit="resample"
+        )
         distances = [weighted_frechet_distance(real, other, *pair) for pair in rows]
         found["fd"] = bootstrap_ci(torch.tensor(distances, dtype=torch.float64), count, least=0)
     if MMD not in missing:
-        found["kid"] = bootstrap_ci(squared_mmd(real, other, polynomial_kernel, *weights), count)
         unit = F.normalize(real, dim=1), F.normalize(other, dim=1)
-        found["cmmd"] = bootstrap_ci(CMMD_SCALE * squared_mmd(*unit, gaussian_kernel, *weights), count)
+        kid = squared_mmd(real, other, polynomial_kernel, weights_real, weights, paired=paired)
+        cmmd = CMMD_SCALE * squared_mmd(*unit, gaussian_kernel, weights_real, weights, paired=paired)
+        found |= {"kid": bootstrap_ci(kid, count), "cmmd": bootstrap_ci(cmmd, count)}
     if NEIGHBOURS not in missing:
-        found |= covered(real, other, weights[1])
+        found |= covered(real, other, weights)
     return {name.format(metric): estimate for metric, estimate in found.items()}
 
 
@@ -66,22 +71,28 @@ def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
     return (-torch.cdist(x, y).square() / (2 * 10**2)).exp()
 
 
-def squared_mmd(a: Tensor, b: Tensor, kernel: Kernel, weights_a: Tensor, weights_b: Tensor) -> Tensor:
+def squared_mmd(
+    a: Tensor, b: Tensor, kernel: Kernel, weights_a: Tensor, weights_b: Tensor, *, paired: bool = False
+) -> Tensor:
     """Squared maximum mean discrepancy of features (n, d) and (m, d) for each row of weights (k, n), (k, m): (k,).
 
-    The estimate without bias of Gretton et al. 2012 (equation 3): 0 on average for samples of one distribution. No
-    sample is compared with itself, also where a bootstrap draws it twice.
+    The estimates without bias of Gretton et al. 2012 (equation 3; equation 4 for `paired` rows): 0 on average for
+    samples of one distribution. No sample is compared with itself, also where a bootstrap draws it twice.
     """
     a, b = a.double(), b.double()
-    cross = _pair_sum(a, b, kernel, weights_a, weights_b) / (weights_a.sum(1) * weights_b.sum(1))
-    return _within(a, kernel, weights_a) + _within(b, kernel, weights_b) - 2 * cross
+    if paired:
+        cross = _off_diagonal(a, b, kernel, weights_a)
+    else:
+        cross = _pair_sum(a, b, kernel, weights_a, weights_b) / (weights_a.sum(1) * weights_b.sum(1))
+    return _off_diagonal(a, a, kernel, weights_a) + _off_diagonal(b, b, kernel, weights_b) - 2 * cross
 
 
-def _within(x: Tensor, kernel: Kernel, weights: Tensor) -> Tensor:
-    """The mean of the kernel over pairs of different samples, (k,)."""
-    itself = torch.cat([kernel(rows, rows).diagonal() for rows in x.split(BLOCK)])
+def _off_diagonal(x: Tensor, y: Tensor, kernel: Kernel, weights: Tensor) -> Tensor:
+    """The mean of the kernel over pairs of different rows, (k,)."""
+    both = zip(x.split(BLOCK), y.split(BLOCK), strict=True)
+    diagonal = torch.cat([kernel(rows, others).diagonal() for rows, others in both])
     squares = weights.square()
-    return (_pair_sum(x, x, kernel, weights, weights) - squares @ itself) / (weights.sum(1) ** 2 - squares.sum(1))
+    return (_pair_sum(x, y, kernel, weights, weights) - squares @ diagonal) / (weights.sum(1) ** 2 - squares.sum(1))
 
 
 def _pair_sum(x: Tensor, y: Tensor, kernel: Kernel, weights_x: Tensor, weights_y: Tensor) -> Tensor:
