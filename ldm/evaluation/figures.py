@@ -110,12 +110,14 @@ def loss_curves(runs: Sequence[Path], path: Path) -> None:
             if points := [(line["step"], line[name]) for line in lines if name in line]:
                 axis = left if "loss" in name else left.twinx()
                 label = name.replace("_", " ")
-                axis.plot(*zip(*points, strict=True), label=label, color=color)
-                if name == "loss":
-                    axis.set_yscale("log")
-                elif axis is not left:
+                marker = None if name == "loss" else "."  # a validation may be the only one
+                axis.plot(*zip(*points, strict=True), label=label, color=color, marker=marker)
+                if "loss" not in name:
                     axis.set_ylabel(label, color=color)
-        left.legend()
+        left.set_yscale("log")
+        left.set_ylabel("loss", color=CURVES["loss"])
+        if len(left.lines) > 1:
+            left.legend()
         left.set_title(run.name)
         left.set_xlabel("step")
     figure.tight_layout()
