@@ -108,7 +108,7 @@ def test_other_data_is_measured_at_the_size_of_the_model(
         assert part in told
     report = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert report["settings"]["data"] == str(photos) and report["measures"]["VAE SSIM"]["samples"] >= 2
-    assert "prompt accuracy, all" not in report["measures"] and "rkid_self" in report["measures"]
+    assert "prompt accuracy, all" not in report["measures"] and "clip_score_self" not in report["measures"]
     assert own == (file.read_bytes() if file.exists() else None)
     config = parse_cli(EvaluateConfig, ["--model", str(tiny_model), "--data.source", "x"], default=None, description="")
     assert config.data == DataConfig(source="x", resolution=16)

@@ -59,8 +59,10 @@ def test_any_data_with_captions(
         SystemExit, match=r"real.safetensors has features of .* reference test; here .* reference train"
     ):
         measure(tiny_model, out, *source, "--features", str(tmp_path / "real.safetensors"), "--reference", "train")
-    few = measure(tiny_model, out, *source, "--reference", "train", "--num-samples", "4", "--max-train-images", "0")
-    told = "fd: at least 17 images of each set are needed, one more than the 16 dimensions of its features; there are 4"
+    few = measure(tiny_model, out, *source, "--reference", "train", "--num-samples", "12", "--max-train-images", "0")
+    told = (
+        "fd: at least 17 images of each set are needed, one more than the 16 dimensions of its features; there are 12"
+    )
     assert told in capsys.readouterr().out and told in few["notes"]
     assert "fd_self" not in few["measures"] and "kid_self" in few["measures"] and not few["memorization"]
 

@@ -14,6 +14,7 @@ Kernel = Callable[[Tensor, Tensor], Tensor]  # features (n, d) and (m, d) -> (n,
 PRECISION_K, DENSITY_K = 3, 5  # neighbours, as in Kynkäänniemi et al. 2019 and in Naeem et al. 2020
 BLOCK = 1024  # rows of a matrix of distances that are in memory at a time
 CMMD_SCALE = 1000
+MMD_IMAGES = 10  # of fewer, a resample may hold one image alone, which has no pair
 FD, MMD, NEIGHBOURS = "fd", "kid and cmmd", "precision, recall, density and coverage"  # what needs how many images
 
 
@@ -48,7 +49,7 @@ def missing_metrics(real: Tensor, other: Tensor) -> dict[str, str]:
     count, width = min(len(real), len(other)), real.shape[1]
     needed = {
         FD: (width + 1, f", one more than the {width} dimensions of its features"),
-        MMD: (2, ""),
+        MMD: (MMD_IMAGES, " for the resamples of its interval"),
         NEIGHBOURS: (DENSITY_K + 1, ""),
     }
     return {
