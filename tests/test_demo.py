@@ -37,7 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         elif script == "evaluate.py":
             measure = {"value": 0.9, "low": 0.8, "high": 1.0, "samples": 7}
             path = Path(arguments[1]).parent / "evaluation.json"
-            path.write_text(json.dumps({"model": "m", "prompt accuracy, all": measure}))
+            path.write_text(json.dumps({"measures": {"prompt accuracy, all": measure}}))
         elif script == "make_figures.py":
             for name in FIGURES - {"losses.png"}:
                 plain().save(Path(arguments[5]) / name)

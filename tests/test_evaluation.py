@@ -20,7 +20,8 @@ from ldm.evaluation.classifier import (
     render_batch,
     train_classifier,
 )
-from ldm.evaluation.evaluate import EvaluateConfig, mean_ci, proportion_ci
+from ldm.evaluation.estimates import mean_ci, proportion_ci
+from ldm.evaluation.evaluate import EvaluateConfig
 from ldm.imaging import pil_to_tensor
 from ldm.pipeline import Pipeline
 
@@ -75,7 +76,7 @@ def test_evaluate_reports_fidelity_and_prompt_accuracy(
     evaluate.main(
         ["--model", str(tiny_model), "--num-samples", "6", "--steps", "2", "--batch-size", "4", "--device", "cpu"]
     )
-    report = json.loads((tiny_runs / "ldm/evaluation.json").read_text())
+    report = json.loads((tiny_runs / "ldm/evaluation.json").read_text())["measures"]
     names = ["VAE PSNR, dB", "VAE SSIM", *(f"prompt accuracy, {name}" for name in [*ATTRIBUTES, "all"])]
     for name in names:
         assert report[name]["samples"] == 6 and report[name]["low"] <= report[name]["value"] <= report[name]["high"]
@@ -98,16 +99,16 @@ def measure(model: Path, *flags: str) -> None:
 def test_other_data_is_measured_at_the_size_of_the_model(
     tiny_runs: Path, tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of it the VAE alone, which is told; what was measured on the model's own data stays."""
+    """At the size of the model, which is told; what was measured on the model's own data stays."""
     file = tiny_runs / "ldm/evaluation.json"
     own = file.read_bytes() if file.exists() else None
     measure(tiny_model, "--data.source", str(photos), "--out", str(tmp_path / "out"))
     told = capsys.readouterr().out
-    for part in (f"in {photos}/", "at 16 pixels", "only the VAE is measured", f"not on {photos}"):
+    for part in (f"in {photos}/", "at 16 pixels", "fd: at least 17 images of each set are needed"):
         assert part in told
     report = json.loads((tmp_path / "out/evaluation.json").read_text())
-    assert report["data"] == str(photos) and report["VAE SSIM"]["samples"] >= 2
-    assert "prompt accuracy, all" not in report
+    assert report["settings"]["data"] == str(photos) and report["measures"]["VAE SSIM"]["samples"] >= 2
+    assert "prompt accuracy, all" not in report["measures"] and "clip_score_self" not in report["measures"]
     assert own == (file.read_bytes() if file.exists() else None)
     config = parse_cli(EvaluateConfig, ["--model", str(tiny_model), "--data.source", "x"], default=None, description="")
     assert config.data == DataConfig(source="x", resolution=16)
@@ -128,7 +129,7 @@ def test_a_model_whose_data_is_gone_or_unknown(
         measure(Path("model"))
     monkeypatch.chdir(tmp_path)
     measure(Path("run/model"))
-    assert "only the VAE is measured" in capsys.readouterr().out and Path("run/evaluation.json").is_file()
+    assert "VAE PSNR" in capsys.readouterr().out and Path("run/evaluation.json").is_file()
     pipeline.components = pipeline.components._replace(metadata={})
     pipeline.save(tmp_path / "converted/model")
     with pytest.raises(SystemExit, match="does not name its data.*pass --data.source"):

@@ -109,7 +109,7 @@ def make_report(previous: dict[str, Any], model: Path, seconds: dict[str, float]
         "total_minutes": round(sum(spent.values()) / 60, 2),
         "peak_memory_gib": max(round(memory / GIB, 2), previous.get("peak_memory_gib", 0.0)),
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "measures": {name: value for name, value in measured.items() if isinstance(value, dict)},
+        "measures": measured["measures"],
         "model_hash": sha256(model / "unet.safetensors")[:10],
     }
 

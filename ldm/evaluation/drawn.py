@@ -33,14 +33,14 @@ class DrawnSet(NamedTuple):
         """Those that captions can name; the others are always open."""
         return self.asked(scene, self.captions(scene)[-1])
 
-    def held_out(self, count: int) -> tuple[list[str], list[dict[str, str]]]:
-        """`count` captions, evenly spread over the scenes that training never shows, and what each asks for."""
-        scenes, prompts = self.scenes("test"), []
-        for i in range(count):
-            scene = scenes[i * len(scenes) // count % len(scenes)]
-            texts = self.captions(scene)
-            prompts.append((texts[i % len(texts)], scene))
-        return [text for text, _ in prompts], [self.asked(scene, text) for text, scene in prompts]
+    def by_caption(self, split: Split) -> dict[str, Any]:
+        """A scene that each caption of a split describes; others differ from it in what the caption leaves open."""
+        return {text: scene for scene in self.scenes(split) for text in self.captions(scene)}
+
+    def open_captions(self) -> list[str]:
+        """The captions of the test split that leave open what others name."""
+        scenes = self.by_caption("test")
+        return [text for text, scene in scenes.items() if self.asked(scene, text) != self.named(scene)]
 
 
 def drawn_set(data: DataConfig) -> DrawnSet | None:

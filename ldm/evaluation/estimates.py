@@ -52,12 +52,12 @@ def bootstrap_counts(count: int, stream: str) -> Tensor:
     return torch.cat([torch.ones(1, count, dtype=torch.float64), counts])
 
 
-def bootstrap_ci(values: Tensor, samples: int) -> Estimate:
-    """The estimate of a statistic (1 + RESAMPLES,): its value, and then its replicates.
+def bootstrap_ci(values: Tensor, samples: int, *, least: float = -math.inf) -> Estimate:
+    """The estimate of a statistic (1 + RESAMPLES,): its value, and then its replicates; it is `least` or more.
 
     The interval is the spread of the replicates about their mean. A distance of distributions is larger for resampled
     images, which are fewer different ones; so the percentiles themselves would lie above the value.
     """
     value, replicates = float(values[0]), values[1:]
     low, high = (replicates - replicates.mean()).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return Estimate(value, value + min(low, 0.0), value + max(high, 0.0), samples)
+    return Estimate(value, max(least, value + min(low, 0.0)), value + max(high, 0.0), samples)

@@ -25,6 +25,14 @@ from ldm.pipeline.inputs import initial_noise
 SIDE = 96  # pixels that an image is enlarged to, about
 FRAME_MS, LAST_FRAME_MS = 200, 3000  # how long the frames of a film are shown
 FILM_COLORS = 64  # of a frame: noise does not compress, so its colours decide the size of the file
+CURVES = {  # what is drawn of a log, with its colour
+    "loss": "C0",
+    "validation_loss": "C1",
+    "validation_loss_shuffled": "C2",
+    "validation_loss_empty": "C3",
+    "validation_psnr": "C1",
+    "validation_retrieval": "C1",
+}
 
 
 def noising(images: Tensor, diffusion: Diffusion, *, columns: int = 9) -> Image.Image:
@@ -158,17 +166,18 @@ def loss_curves(runs: Sequence[Path], path: Path) -> None:
     axes = figure.subplots(1, len(runs), squeeze=False)
     for left, run in zip(axes[0], runs, strict=True):
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        for name in ("loss", "validation_loss", "validation_psnr", "validation_retrieval"):
+        for name, color in CURVES.items():
             if points := [(line["step"], line[name]) for line in lines if name in line]:
-                axis = left if name.endswith("loss") else left.twinx()
-                label, color = name.replace("_", " "), "C0" if name == "loss" else "C1"
-                axis.plot(*zip(*points, strict=True), label=label, color=color)
-                if name == "validation_loss":
-                    axis.legend()
-                else:
+                axis = left if "loss" in name else left.twinx()
+                label = name.replace("_", " ")
+                marker = None if name == "loss" else "."  # a validation may be the only one
+                axis.plot(*zip(*points, strict=True), label=label, color=color, marker=marker)
+                if "loss" not in name:
                     axis.set_ylabel(label, color=color)
-                if axis is left:
-                    axis.set_yscale("log")
+        left.set_yscale("log")
+        left.set_ylabel("loss", color=CURVES["loss"])
+        if len(left.lines) > 1:
+            left.legend()
         left.set_title(run.name)
         left.set_xlabel("step")
     figure.tight_layout()

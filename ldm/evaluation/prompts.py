@@ -26,21 +26,19 @@ def prompt_accuracy(
 
 @torch.no_grad()
 def variety(
-    drawn: DrawnSet, classifier: AttributeClassifier, images: Tensor, asked: Sequence[Mapping[str, str]], *, seed: int
+    drawn: DrawnSet, classifier: AttributeClassifier, images: Tensor, open_names: Sequence[str]
 ) -> dict[str, Estimate]:
-    """How far what prompts leave open is distributed from how it is in training, for each attribute.
+    """How far attributes that prompts leave open are distributed from how they are in training.
 
-    The total variation distance, half the sum of absolute differences, of images (b, 3, h, w) whose prompts do not name
-    the attribute; and beside it that of as many real draws, which is not 0 either.
+    The total variation distance, half the sum of absolute differences, of images (b, 3, h, w), less the mean of that of
+    as many real draws, which is not 0 either.
     """
     found, estimates = classifier(images), {}
-    for name, values in drawn.attributes.items():
-        open_ones = [i for i, wanted in enumerate(asked) if name not in wanted]
-        if not open_ones:
-            continue
+    for name in open_names:
+        values = drawn.attributes[name]
         training = _shares([values.index(getattr(scene, name)) for scene in drawn.scenes("train")], len(values))
-        chosen = found[name][open_ones].argmax(1).numpy()
-        generator = np.random.Generator(np.random.PCG64(rng.fold_seed(seed, "variety", name)))
+        chosen = found[name].argmax(1).numpy()
+        generator = np.random.Generator(np.random.PCG64(rng.fold_seed("variety", name)))
         again = generator.choice(chosen, (REAL_DRAWS, len(chosen)))
         real = generator.choice(len(values), (REAL_DRAWS, len(chosen)), p=training)
         of_real = np.array([_distance(row, training) for row in real])

@@ -223,17 +223,31 @@ class DiffusionStage(Stage):
     # Validation, samples, model folder.
 
     def validate(self) -> dict[str, float]:
-        """The unweighted loss on held-out samples at fixed t, with fixed noise."""
-        count = len(self.validation["sizes"])
+        """The unweighted loss on held-out samples at fixed t, with fixed noise; and under other captions.
+
+        `validation_loss_shuffled` is that under the captions of other samples, `validation_loss_empty` that without
+        captions: a model that listens is worse at both.
+        """
+        batch, count = self.validation, len(self.validation["sizes"])
         shape = self.pipeline.latent_shape(self.config.data.resolution, self.config.data.resolution)
         noise = torch.randn(2, count, *shape, generator=generator(self.config.seed, "validation")).to(self.device)
-        z, cond = self.latents(self.validation, lambda _: noise[0]), self.conditioning(self.validation)
+        z = self.latents(batch, lambda _: noise[0])
+        losses = self._losses_at_t(z, noise[1], self.conditioning(batch))
+        if self.text is not None and count > 1:
+            shuffled = self.conditioning(shift_captions(batch))
+            empty = self.conditioning(batch, torch.ones(count, dtype=torch.bool))
+            for name, cond in (("shuffled", shuffled), ("empty", empty)):
+                losses[f"validation_loss_{name}"] = self._losses_at_t(z, noise[1], cond)["validation_loss"]
+        return losses
+
+    def _losses_at_t(self, z: Tensor, noise: Tensor, cond: Conditioning) -> dict[str, float]:
+        """The mean unweighted loss of latents and noise (b, c, h, w) at each t, and of all."""
         losses = {}
         for value in VALIDATION_T:
-            t = torch.full((count,), value, device=self.device)
-            z_t = self.diffusion.add_noise(z, noise[1], t)
+            t = torch.full((len(z),), value, device=self.device)
+            z_t = self.diffusion.add_noise(z, noise, t)
             prediction = self.unet(z_t, self.diffusion.network_timestep(t), cond)
-            error = squared_error(prediction, self.diffusion.training_target(z, noise[1], t))
+            error = squared_error(prediction, self.diffusion.training_target(z, noise, t))
             losses[f"validation_loss_t{value}"] = error.mean().item()
         return {"validation_loss": sum(losses.values()) / len(losses), **losses}
 
@@ -279,6 +293,16 @@ def drop_captions(values: Tensor, dropped: Tensor | None, empty: Tensor) -> Tens
         return values
     where = dropped.to(values.device, non_blocking=True).view(-1, *[1] * (values.ndim - 1))
     return torch.where(where, empty.to(values.device), values)
+
+
+def shift_captions(batch: Batch) -> Batch:
+    """A batch in which each sample has the caption of the one before it."""
+    shifted: Any = dict(batch)
+    for key in shifted.keys() & {"ids", "hidden_states", "pooled"}:
+        shifted[key] = shifted[key].roll(1, 0)
+    if "caption" in shifted:
+        shifted["caption"] = [*shifted["caption"][-1:], *shifted["caption"][:-1]]
+    return shifted
 
 
 # Checks of the configuration.

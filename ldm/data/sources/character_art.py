@@ -41,9 +41,9 @@ class CharacterArt:
         _check_glyphs(font, path, {**creatures, **roles, "two skin tones": LIGHT, "two tones": DARK})
         person, light, dark = (font.layer(text, side) for text in (PERSON, LIGHT, DARK))
         skin = np.abs(np.asarray(light, float) - np.asarray(dark, float)).sum(-1) > SKIN_DIFFERENCE
-        head, bottom = _find_head(skin), person.getbbox()[3]
+        head, bottom = _find_head(skin), _box(person)[3]
         bodies = {name: font.layer(text, side) for name, text in roles.items()}
-        height = (1 + HEADROOM) * (bottom - min(body.getbbox()[1] for body in bodies.values()))
+        height = (1 + HEADROOM) * (bottom - min(_box(body)[1] for body in bodies.values()))
         frame = (head.x - height / 2, bottom - height, head.x + height / 2, bottom)
         scale = side / height
         self.side, self.head = side, _Head(side / 2, (head.y - frame[1]) * scale, head.width * scale)
@@ -98,7 +98,14 @@ def _check_glyphs(font: EmojiFont, path: Path, wanted: Mapping[str, str]) -> Non
 
 
 def _cropped(image: Image.Image) -> Image.Image:
-    return image.crop(image.getbbox())
+    return image.crop(_box(image))
+
+
+def _box(image: Image.Image) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of what is drawn."""
+    box = image.getbbox()
+    assert box, "a glyph that is drawable has pixels"
+    return box
 
 
 def _scaled(image: Image.Image, extent: float) -> Image.Image:

@@ -66,7 +66,7 @@ def captions(scene: Character) -> tuple[str, ...]:
     """The captions of a character: the first half of them leave the background open."""
     creature, role, background, _ = scene
     if scene.role == ALONE:
-        named = (_a(creature), f"the face of {_a(creature)}")
+        named: tuple[str, ...] = (_a(creature), f"the face of {_a(creature)}")
     elif scene.creature == ALONE:
         named = (_a(role), f"a person who is {_a(role)}")
     else:

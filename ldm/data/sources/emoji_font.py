@@ -100,7 +100,7 @@ def _map_ligatures(path: Path) -> tuple[io.BytesIO | str, dict[str, str]]:
     if "GSUB" not in font or not tables:
         return str(path), {}
     characters = {name: chr(code) for code, name in sorted(font.getBestCmap().items(), reverse=True)}
-    joined = {}
+    joined: dict[str, str] = {}
     for names, glyph in _ligatures(font):
         if all(name in characters for name in names):
             text = "".join(characters[name] for name in names).replace(EMOJI_STYLE, "")

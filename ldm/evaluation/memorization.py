@@ -1,0 +1,135 @@
+"""Whether a model repeats its training images: how near samples are to them, and how near held-out images are.
+
+Source: Meehan et al. 2020, who test the two sets of distances against each other, so that no threshold is invented.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.evaluation.estimates import Estimate, proportion_ci
+from ldm.imaging import captioned_grid, tensor_to_pil
+
+Embed = Callable[[Tensor], Tensor]  # images (b, c, h, w) in [-1, 1] -> vectors (b, d) on the CPU
+SIGNIFICANT = 1e-3  # a p-value that is told as evidence: there are up to nine in a report
+PERCENTILES = (1, 5)  # of the distances of held-out images, each of which needs 100 / percentile of them
+
+
+class Nearest(NamedTuple):
+    """The nearest training image of each image of a set."""
+
+    distances: Tensor  # (n,), root of the mean squared difference
+    indices: Tensor  # (n,), in the training images
+
+
+class Share(NamedTuple):
+    """How many samples are nearer to the training images than a percentile of held-out images."""
+
+    share: Estimate
+    p_value: float  # of so large a share, where samples are no nearer than held-out images
+
+
+class Memorization(NamedTuple):
+    """Distances of samples to their nearest training image, against those of held-out images."""
+
+    nearer: dict[int, Share]  # than this percentile of held-out images
+    auc: float  # probability that a sample is nearer than a held-out image: 1/2 where nothing is memorized
+    p_value: float  # of so large an `auc`
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        shares = {
+            f"nearer_than_{percent}_percent": {**found.share._asdict(), "p_value": found.p_value}
+            for percent, found in self.nearer.items()
+        }
+        return {**shares, "auc": self.auc, "p_value": self.p_value}
+
+    @property
+    def is_evident(self) -> bool:
+        """Whether chance does not explain how near the samples are, all of them or the nearest."""
+        return min(self.p_value, *(found.p_value for found in self.nearer.values()), 1.0) < SIGNIFICANT
+
+
+def find_nearest(
+    sets: Mapping[str, Tensor], training: Iterable[Tensor], spaces: Mapping[str, Embed]
+) -> dict[str, dict[str, Nearest]]:
+    """The nearest of the training images, which come in batches, in each space: found[space][set]."""
+    points = {space: {name: embed(images) for name, images in sets.items()} for space, embed in spaces.items()}
+    found = {
+        space: {name: Nearest(torch.full((len(x),), torch.inf), torch.zeros(len(x), dtype=torch.long))
+                for name, x in of_sets.items()}
+        for space, of_sets in points.items()
+    }  # fmt: skip
+    first = 0
+    for batch in training:
+        for space, embed in spaces.items():
+            candidates = embed(batch)
+            for name, x in points[space].items():
+                found[space][name] = _nearer(found[space][name], x, candidates, first)
+        first += len(batch)
+    return found
+
+
+def _nearer(before: Nearest, x: Tensor, candidates: Tensor, first: int) -> Nearest:
+    """The nearest so far, or of these candidates, the first of which is training image `first`."""
+    exact = torch.cdist(x, candidates, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(x.shape[1])
+    distances, indices = exact.min(1)
+    closer = distances < before.distances
+    return Nearest(
+        torch.where(closer, distances, before.distances), torch.where(closer, indices + first, before.indices)
+    )
+
+
+def compare_distances(samples: Tensor, held_out: Tensor) -> Memorization:
+    """From the distances of samples (n,) and of held-out images (m,) to their nearest training image."""
+    enough = [percent for percent in PERCENTILES if len(held_out) * percent >= 100]
+    return Memorization({p: share_nearer(samples, held_out, p) for p in enough}, *rank_test(samples, held_out))
+
+
+def share_nearer(samples: Tensor, held_out: Tensor, percent: int) -> Share:
+    """How many samples (n,) are below the k-th of the held-out distances (m,), where k / m is this percentile.
+
+    Where both are alike their order is random, so the p-value is exact, and also knows that the percentile is a guess
+    from m images: it is the chance that fewer than k of the first (count + k - 1) are held-out images.
+    """
+    n, m, k = len(samples), len(held_out), len(held_out) * percent // 100
+    count = int((samples < held_out.sort().values[k - 1]).sum())
+    first = count + k - 1
+    ways = sum(math.comb(m, j) * math.comb(n, first - j) for j in range(min(k, first + 1)))
+    return Share(proportion_ci(count, n), ways / math.comb(n + m, first))
+
+
+def rank_test(small: Tensor, large: Tensor) -> tuple[float, float]:
+    """The probability that a number of `small` (n,) is below one of `large` (m,), and its p-value against 1/2.
+
+    The one-sided test of Mann and Whitney 1947, by its normal approximation, where equal numbers count half.
+    """
+    n, m = len(small), len(large)
+    _, inverse, counts = torch.cat([small, large]).unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[inverse]  # equal numbers share their mean rank
+    auc = 1 - (float(ranks[:n].sum()) - n * (n + 1) / 2) / (n * m)
+    ties = float((counts.double() ** 3 - counts).sum()) / ((n + m) * (n + m - 1))
+    deviation = math.sqrt(max((n + m + 1 - ties) / (12 * n * m), 1e-12))
+    return auc, math.erfc((auc - 0.5) / deviation / math.sqrt(2)) / 2
+
+
+def closest_pairs(
+    samples: Tensor, nearest: Nearest, held_out: Tensor, read: Callable[[Sequence[int]], Tensor], *, count: int = 8
+) -> Image.Image:
+    """The samples that are nearest to a training image, each above its own; `read` gives training images by index.
+
+    Below: the distance, and how many of the distances of held-out images (m,) are smaller.
+    """
+    by_distance = nearest.distances.argsort().tolist()
+    firsts = {int(nearest.indices[i]): i for i in reversed(by_distance)}  # the nearest sample of each training image
+    order = torch.tensor(sorted(firsts.values(), key=by_distance.index)[:count])
+    below = [f"{(held_out < d).float().mean():.0%}" for d in nearest.distances[order]]
+    pairs = zip(nearest.distances[order].tolist(), below, strict=True)
+    labels = [f"distance {distance:.3f}; {share} of held-out images are nearer" for distance, share in pairs]
+    training = tensor_to_pil(read(nearest.indices[order].tolist()))
+    titles = [f"sample {i}" for i in order.tolist()] + [f"its nearest training image: {label}" for label in labels]
+    return captioned_grid(tensor_to_pil(samples[order]) + training, titles, columns=len(order))
