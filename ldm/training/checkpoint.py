@@ -52,8 +52,8 @@ def save_checkpoint(
 
     There is one safetensors file for each group of tensors, or, with `sharded`, one for the shards of each rank. They
     are written to a temporary folder with a manifest of their sizes, synced to the disk and then renamed. A whole
-    checkpoint of this step is left as it is, unless `replace`. ValueError when writing fails, for example on a full disk; the previous
-    checkpoint is whole.
+    checkpoint of this step is left as it is, unless `replace`. ValueError when writing fails, for example on a full
+    disk; the previous checkpoint is whole.
     """
     target = folder / f"step-{step:06d}"
     temporary = folder / f"{WRITING}step-{step:06d}"

@@ -79,19 +79,21 @@ class Stage(Protocol):
         """Scalar terms of the loss of trainable `name`; "loss" is minimized.
 
         `networks` are all trainables as they are prepared for this machine (DDP, FSDP2), by name: call them through
-        their forward. `batch` is on the CPU, `rng.device` is where the networks are. Only the parameters of `name` require
-        a gradient. In each step all micro-batches come for the first trainable, then for the next.
+        their forward. `batch` is on the CPU, `rng.device` is where the networks are. Only the parameters of `name`
+        require a gradient. In each step all micro-batches come for the first trainable, then for the next.
         """
 
     def after_step(self, mean: Callable[[Tensor], Tensor]) -> None:
         """Called on every rank after each step; `mean` averages a tensor over all ranks."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What else the next steps depend on, such as weights of losses that training finds: numbers for checkpoints."""
+        """What else the next steps depend on, such as weights of losses that training finds: for checkpoints."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
+        return None
 
     def chance_loss(self, name: str, batch: Batch, rng: StepRNG) -> float | None:
         """The loss of a network that ignores its input, with the same batch and noise.

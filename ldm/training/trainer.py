@@ -239,7 +239,7 @@ class Trainer:
         complaint, seen = watchdog.complaint(), watchdog.state_dict()
         path = on_rank0(self.accelerator, lambda: checkpoint.go_back(state.folder, watchdog.good_step))
         if path is None:
-            remedy = f"save one before step {watchdog.good_step} with --checkpoint-every, or start again with less weight"
+            remedy = f"lower --checkpoint-every, so that there is one by step {watchdog.good_step}, and start again"
             raise ValueError(f"{complaint}, and there is no checkpoint to go back to: {remedy}")
         state.restore(path)
         watchdog.load_state_dict(seen)
