@@ -5,10 +5,13 @@ import json
 import shutil
 from pathlib import Path
 
+import distill_decoder
 import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ldm.data.sources import shapes
 from ldm.diffusion.guidance import GuidanceConfig
@@ -434,3 +437,25 @@ def test_previews_look_like_the_image(tiny_model: Path) -> None:
     assert preview.size == (8, 8)
     error = pixels(preview) - pixels(whole)
     assert (error**2).mean() < 0.1 * pixels(whole).var()
+
+
+def test_a_distilled_decoder_gives_previews_of_the_whole_size(tiny_model: Path, tmp_path: Path) -> None:
+    """It is as good as the VAE's own decoder to some dB, is kept beside the model, and belongs to its VAE."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    distill_decoder.main(["--model", str(model), "--run", str(tmp_path / "run"), "--steps=300", "--warmup-steps=20"])
+    measured = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])["validation_psnr"]
+    pipeline = Pipeline.load(model)
+    latents = pipeline.prepare_init_image(shapes.render(shapes.scenes("test")[0], 16, seed=0), 1.0).latents
+    preview, whole = pipeline.preview(latents)[0], tensor_to_pil(pipeline.decode(latents))[0]
+    assert preview.size == whole.size == (16, 16) and measured > 20
+    small = pipeline.linear_preview(latents)[0]
+    errors = [((pixels(image.resize((16, 16))) - pixels(whole)) ** 2).mean() for image in (preview, small)]
+    assert errors[0] < errors[1]
+    with safe_open(model / "preview.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, model / "preview.safetensors", {"vae_sha256": "0" * 64})
+    with pytest.raises(ValueError, match=r"preview.safetensors imitates another VAE .* run scripts/distill_decoder.py"):
+        Pipeline.load(model).preview(latents)
+    (model / "preview.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"preview.safetensors is damaged .*: run scripts/distill_decoder.py again"):
+        Pipeline.load(model).preview(latents)
