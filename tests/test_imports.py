@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": BASE - {"conditioning"} | {"cli", "commands", "data"},
     "stages": BASE | {"cli", "commands", "data", "diffusion", "pipeline", "text", "training", "unet", "vae"},
     "planning": BASE - {"conditioning"} | {"cli", "commands", "data", "stages", "text", "training", "vae"},
-    "evaluation": BASE - {"conditioning"} | {"cli", "data", "diffusion", "pipeline", "planning", "vae"},
+    "evaluation": BASE - {"conditioning"} | {"cli", "data", "diffusion", "pipeline", "planning", "text", "vae"},
 }
 # Of data, the loop sees what a batch is, and the order and the loading of samples: it knows no data set and no model.
 OF_DATA_IN_TRAINING = {"ldm.data.batch_sampler", "ldm.data.loader"}

@@ -17,7 +17,7 @@ from ldm.data.sources import shapes
 from ldm.diffusion.guidance import GuidanceConfig
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.diffusion.samplers import SAMPLERS, SamplerStep, final_latents
-from ldm.imaging import tensor_to_pil
+from ldm.imaging import pil_to_tensor, tensor_to_pil
 from ldm.pipeline import Pipeline
 from ldm.pipeline.generate import Img2ImgConfig
 from ldm.pipeline.inputs import initial_noise, slerp
@@ -445,11 +445,15 @@ def test_a_distilled_decoder_gives_previews_of_the_whole_size(tiny_model: Path, 
     distill_decoder.main(["--model", str(model), "--run", str(tmp_path / "run"), "--steps=300", "--warmup-steps=20"])
     measured = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])["validation_psnr"]
     pipeline = Pipeline.load(model)
-    latents = pipeline.prepare_init_image(shapes.render(shapes.scenes("test")[0], 16, seed=0), 1.0).latents
-    preview, whole = pipeline.preview(latents)[0], tensor_to_pil(pipeline.decode(latents))[0]
-    assert preview.size == whole.size == (16, 16) and measured > 20
-    small = pipeline.linear_preview(latents)[0]
-    errors = [((pixels(image.resize((16, 16))) - pixels(whole)) ** 2).mean() for image in (preview, small)]
+    images = [shapes.render(scene, 16, seed=0) for scene in shapes.scenes("test")[:32]]
+    latents = pipeline.encode(torch.stack([pil_to_tensor(image, 3) for image in images]))
+    whole, previews = tensor_to_pil(pipeline.decode(latents)), pipeline.preview(latents)
+    assert previews[0].size == (16, 16) and measured > 20
+    small = [image.resize((16, 16), Image.Resampling.BILINEAR) for image in pipeline.linear_preview(latents)]
+    errors = [
+        sum(((pixels(a) - pixels(b)) ** 2).mean() for a, b in zip(made, whole, strict=True))
+        for made in (previews, small)
+    ]
     assert errors[0] < errors[1]
     with safe_open(model / "preview.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
