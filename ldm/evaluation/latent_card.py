@@ -131,6 +131,8 @@ def draw_card(card: dict[str, Any], vae: VAE, image: Tensor, path: Path) -> None
     left.vlines(channels, card["lowest"], card["highest"], color="0.75", linewidth=4, label="range")
     left.errorbar(channels, card["mean"], card["deviation"], fmt="o", capsize=4, label="mean and deviation")
     left.set_xlabel("channel of the raw latent")
+    for axis in (left.xaxis, right.xaxis, right.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     left.legend()
     shades = right.imshow(card["correlation"], cmap="RdBu", vmin=-1, vmax=1)
     below.colorbar(shades, ax=right, label="correlation")

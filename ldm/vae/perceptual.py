@@ -37,13 +37,10 @@ class LPIPS(nn.Module):
     std: Tensor
 
     def __init__(self) -> None:
-        from torchvision.models import vgg16  # slow to import
+        from torchvision.models.vgg import cfgs, make_layers  # slow to import
 
         super().__init__()
-        self.vgg = vgg16(weights=None).features[: max(VGG_CHANNELS) + 1]
-        for module in self.vgg:
-            if isinstance(module, nn.ReLU):
-                module.inplace = False  # the outputs before it are needed
+        self.vgg = make_layers(cfgs["D"])[: max(VGG_CHANNELS) + 1]  # VGG16 without what classifies
         self.heads = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for channels in VGG_CHANNELS.values())
         self.register_buffer("mean", torch.tensor(VGG_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(VGG_STD).view(3, 1, 1), persistent=False)
