@@ -9,6 +9,7 @@ import torch
 from ldm.io.tensors import load_strict, read_tensors
 from ldm.text.tower import TextTower
 
+FIELDS = {"text": ("text.model", "text.pretrained"), "image": ("image tower", "its pretrained tag")}  # for messages
 LOCAL, HUB, CONVERTED = "local-dir:", "hf-hub:", "converted"  # prefixes of `model`; a tower read from another format
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
 # Settings of open_clip's text towers and tokenizer that ours do not have, with the only value that is supported.
@@ -60,7 +61,7 @@ def _find(model_id: str, pretrained: str | None, kind: str) -> tuple[dict[str, A
 
         config, weights = (Path(hf_hub_download(model_id.removeprefix(HUB), name)) for name in names)
     else:
-        return _find_public(model_id, pretrained)
+        return _find_public(model_id, pretrained, kind)
     try:
         values = dict(json.loads(config.read_bytes()))
         cfg = dict(values["model_cfg"])
@@ -71,23 +72,25 @@ def _find(model_id: str, pretrained: str | None, kind: str) -> tuple[dict[str, A
         raise ValueError(f"{config} has no model_cfg of a {kind} tower: save or download it again") from None
 
 
-def public_architecture(name: str) -> dict[str, Any]:
+def public_architecture(name: str, *, kind: str = "text") -> dict[str, Any]:
     """open_clip's `model_cfg` of a published tower, without its weights; ValueError: there is none of this name."""
     import open_clip  # slow to import, and needed only for its list of models
 
     cfg = open_clip.get_model_config(name)
     if cfg is None:
-        raise ValueError(f"text.model {name!r} is not in open_clip: pass one, `local-dir:FOLDER` or `hf-hub:ORG/NAME`")
+        field = FIELDS[kind][0]
+        raise ValueError(f"{field} {name!r} is not in open_clip: pass one, `local-dir:FOLDER` or `hf-hub:ORG/NAME`")
     return cfg
 
 
-def _find_public(name: str, pretrained: str | None) -> tuple[dict[str, Any], dict[str, Any], Path]:
+def _find_public(name: str, pretrained: str | None, kind: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
     import open_clip
 
-    cfg = public_architecture(name)
+    cfg = public_architecture(name, kind=kind)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in tags:
-        raise ValueError(f"text.model {name}: set text.pretrained to one of {', '.join(tags)}, not {pretrained}")
+        field, tag = FIELDS[kind]
+        raise ValueError(f"{field} {name}: set {tag} to one of {', '.join(tags)}, not {pretrained}")
     entry = open_clip.get_pretrained_cfg(name, pretrained)
     cfg = cfg | {"quick_gelu": entry.get("quick_gelu", cfg.get("quick_gelu", False))}
     return cfg, entry, Path(open_clip.download_pretrained(entry, prefer_hf_hub=True))
