@@ -20,6 +20,7 @@ from ldm.pipeline.generate import Img2ImgConfig, Txt2ImgConfig
 from ldm.planning.report import PlanConfig
 from ldm.stages import STAGES, split_stage
 from ldm.stages.latents import CacheLatentsConfig
+from ldm.stages.preview import DistillConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ("README.md", *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").glob("*.md")))
@@ -32,11 +33,19 @@ class NoModelNeeded(EvaluateConfig):
         return {}
 
 
+class DistillNoModel(DistillConfig):
+    """The flags of distill_decoder, without the model likewise."""
+
+    def values_below(self) -> dict[str, Any]:
+        return {}
+
+
 CONFIG_CLASSES = {  # of each script but doctor, which names the stage, and launch, which has none
     "cache_latents": CacheLatentsConfig,
     "check_data": CheckDataConfig,
     "convert": ConvertConfig,
     "demo": DemoConfig,
+    "distill_decoder": DistillNoModel,
     "evaluate": NoModelNeeded,
     "img2img": Img2ImgConfig,
     "make_figures": FiguresConfig,

@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "imaging": {"io", "labels"},
     "conditioning": set(),
     "diffusion": {"config"},
-    "vae": {"config", "layers"},
+    "vae": {"config", "layers", "io"},
     "unet": {"config", "layers", "conditioning"},
     "text": {"config", "io"},
     "data": BASE - {"conditioning"} | {"cli"},

@@ -5,16 +5,19 @@ import json
 import shutil
 from pathlib import Path
 
+import distill_decoder
 import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ldm.data.sources import shapes
 from ldm.diffusion.guidance import GuidanceConfig
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.diffusion.samplers import SAMPLERS, SamplerStep, final_latents
-from ldm.imaging import tensor_to_pil
+from ldm.imaging import pil_to_tensor, tensor_to_pil
 from ldm.pipeline import Pipeline
 from ldm.pipeline.generate import Img2ImgConfig
 from ldm.pipeline.inputs import initial_noise, slerp
@@ -434,3 +437,29 @@ def test_previews_look_like_the_image(tiny_model: Path) -> None:
     assert preview.size == (8, 8)
     error = pixels(preview) - pixels(whole)
     assert (error**2).mean() < 0.1 * pixels(whole).var()
+
+
+def test_a_distilled_decoder_gives_previews_of_the_whole_size(tiny_model: Path, tmp_path: Path) -> None:
+    """It is as good as the VAE's own decoder to some dB, is kept beside the model, and belongs to its VAE."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    distill_decoder.main(["--model", str(model), "--run", str(tmp_path / "run"), "--steps=300", "--warmup-steps=20"])
+    measured = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])["validation_psnr"]
+    pipeline = Pipeline.load(model)
+    images = [shapes.render(scene, 16, seed=0) for scene in shapes.scenes("test")[:32]]
+    latents = pipeline.encode(torch.stack([pil_to_tensor(image, 3) for image in images]))
+    whole, previews = tensor_to_pil(pipeline.decode(latents)), pipeline.preview(latents)
+    assert previews[0].size == (16, 16) and measured > 20
+    small = [image.resize((16, 16), Image.Resampling.BILINEAR) for image in pipeline.linear_preview(latents)]
+    errors = [
+        sum(((pixels(a) - pixels(b)) ** 2).mean() for a, b in zip(made, whole, strict=True))
+        for made in (previews, small)
+    ]
+    assert errors[0] < errors[1]
+    with safe_open(model / "preview.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, model / "preview.safetensors", {"vae_sha256": "0" * 64})
+    with pytest.raises(ValueError, match=r"preview.safetensors imitates another VAE .* run scripts/distill_decoder.py"):
+        Pipeline.load(model).preview(latents)
+    (model / "preview.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"preview.safetensors is damaged .*: run scripts/distill_decoder.py again"):
+        Pipeline.load(model).preview(latents)

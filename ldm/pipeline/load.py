@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ldm.config import Config
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.interop import compvis, diffusers
 from ldm.interop.components import ModelComponents
-from ldm.io.atomic import write_text
+from ldm.io.atomic import write_tensors, write_text
 from ldm.io.model_dir import (
     MODEL_FORMAT,
     VOCABULARY_FILES,
@@ -20,13 +21,14 @@ from ldm.io.model_dir import (
     read_vocabulary,
     write_manifest,
 )
-from ldm.io.tensors import load_weights, save_weights, sha256
+from ldm.io.tensors import check_finite, load_weights, save_weights, sha256, weights_sha256
 from ldm.text import TextConditioner, TextConfig, TextEncoder, combine_encoders
 from ldm.text.weights import LOCAL
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
+from ldm.vae.tiny import TinyDecoder
 
-UNET_FILE, VAE_FILE = "unet.safetensors", "vae.safetensors"
+UNET_FILE, VAE_FILE, PREVIEW_FILE = "unet.safetensors", "vae.safetensors", "preview.safetensors"
 TEXT_FOLDERS = ("text", "second_text")
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -140,6 +142,30 @@ def save_vae(vae: VAE, folder: Path, data: dict[str, Any] | None = None) -> None
     """Write the model folder of a VAE alone, with the settings of the data that it was trained on, where known."""
     digest = save_weights(vae, folder / VAE_FILE)
     write_manifest(folder, "vae", VAEManifest(data=data or {}, vae=vae.config, vae_sha256=digest).to_dict())
+
+
+def save_preview_decoder(decoder: TinyDecoder, folder: Path, vae_sha256: str) -> None:
+    """Write a tiny decoder into a model folder, with the hash of the VAE that it imitates."""
+    check_finite(decoder.state_dict(), folder / PREVIEW_FILE)
+    write_tensors(folder / PREVIEW_FILE, decoder.state_dict(), {"vae_sha256": vae_sha256})
+
+
+def load_preview_decoder(folder: Path, vae: VAE) -> TinyDecoder | None:
+    """The tiny decoder of a model folder, on the CPU, if it has one; ValueError: damaged, or of another VAE."""
+    path, again = folder / PREVIEW_FILE, "run scripts/distill_decoder.py again, or remove it"
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): {again}") from None
+    if metadata.get("vae_sha256") != weights_sha256(vae):
+        raise ValueError(f"{path} imitates another VAE than that of this model: {again}")
+    with torch.device("meta"):
+        decoder = TinyDecoder(vae.config)
+    load_weights(decoder, path)
+    return decoder.requires_grad_(False).eval()
 
 
 def _read_folder(folder: Path) -> ModelComponents:

@@ -1,6 +1,7 @@
 """The pipeline: prompts -> guided denoiser -> sampler -> latents -> images."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from ldm.pipeline.inputs import (
     upright_mask,
     upright_rgb,
 )
-from ldm.pipeline.load import load_components, resolve_device, save_components
+from ldm.pipeline.load import load_components, load_preview_decoder, resolve_device, save_components
 from ldm.text.prompt_weights import strip_weights
 from ldm.text.tokenizer import split_words
 from ldm.unet import UNet
 from ldm.vae.tiling import tiled_decode
+from ldm.vae.tiny import TinyDecoder
 
 DEFAULT_GUIDANCE = GuidanceConfig()
 FALLBACK_GUIDANCE_SCALE = 7.5  # of models that record none
@@ -111,10 +113,28 @@ class Pipeline:
             return self.vae.decode(latents).clamp(-1, 1)
         return tiled_decode(self.vae.decode, latents, factor=self.vae_factor, tile=tile).clamp(-1, 1)
 
+    @torch.no_grad()
     def preview(self, latents: Tensor) -> list[Image.Image]:
-        """Small images (h x w) of standardized latents (b, c, h, w): linear in them, so cheap; 27 dB for the demo."""
+        """Images of standardized latents (b, c, h, w), at little cost.
+
+        A model folder with a `preview.safetensors` (scripts/distill_decoder.py) has a tiny decoder, whose images have
+        their whole size. Without one they are small (h x w), and linear in the latents. ValueError: see
+        `load_preview_decoder`.
+        """
         if self.vae is None:
             return tensor_to_pil(latents)
+        if decoder := self._preview_decoder:
+            return tensor_to_pil(decoder(latents).clamp(-1, 1))
+        return self.linear_preview(latents)
+
+    @cached_property
+    def _preview_decoder(self) -> TinyDecoder | None:
+        is_folder = self.vae is not None and self.path is not None and self.path.is_dir()
+        decoder = load_preview_decoder(self.path, self.vae) if is_folder else None  # type: ignore[arg-type]
+        return decoder.to(self.device) if decoder else None
+
+    def linear_preview(self, latents: Tensor) -> list[Image.Image]:
+        """Small images (h x w) of standardized latents (b, c, h, w) of a VAE; 27 dB for the demo."""
         if self._preview_map is None:
             self._preview_map = self._fit_preview_map(latents)
         weight = self._preview_map.to(latents)

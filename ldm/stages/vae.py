@@ -1,5 +1,11 @@
-"""The VAE: an encoder compresses images to latents, a decoder gives them back (Rombach et al. 2022, section 3.1)."""
+"""The VAE: an encoder compresses images to latents, a decoder gives them back (Rombach et al. 2022, section 3.1).
 
+With `loss.adversarial_weight` a discriminator is trained beside it.
+"""
+
+import random
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +19,29 @@ from ldm.config import CONFIGS, check_equal
 from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
 from ldm.data.loader import sample_batches
 from ldm.imaging import image_grid, tensor_to_pil
+from ldm.io.model_dir import latest_model
 from ldm.io.tensors import init_weights
 from ldm.pipeline.load import load_vae, save_vae
-from ldm.rng import StepRNG
+from ldm.rng import StepRNG, fold_seed
 from ldm.stages.start import announce
+from ldm.text.image_tower import ImageTower
+from ldm.text.weights import LOCAL
 from ldm.training.config import TrainingConfig
+from ldm.training.optimizer import adamw
 from ldm.training.stage import Networks, Stage, Trainable
+from ldm.training.watchdog import Watchdog, WatchdogConfig
 from ldm.vae import VAE, VAEConfig
+from ldm.vae.discriminator import (
+    DiscriminatorConfig,
+    PatchDiscriminator,
+    adaptive_weight,
+    hinge_loss,
+    last_layer_gradients,
+    used_weights,
+)
+from ldm.vae.equivariance import ScaleTurn, draw_scale_turn
 from ldm.vae.losses import VAELossConfig, psnr, ssim, vae_loss
+from ldm.vae.perceptual import LPIPS, FeatureDistance
 
 
 class TrainVAEConfig(TrainingConfig):
@@ -30,12 +51,14 @@ class TrainVAEConfig(TrainingConfig):
     data: DataConfig = DataConfig()
     vae: VAEConfig = VAEConfig()
     loss: VAELossConfig = VAELossConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     init_from: Path | None = None
     """start from the VAE of a finished model: a model folder, a diffusers folder or a single file"""
 
 
 class VAEStage(Stage):
-    """Trains a VAE and measures the statistics of its latents."""
+    """Trains a VAE, alone or against a discriminator, and measures the statistics of its latents."""
 
     Config, default = TrainVAEConfig, CONFIGS / "shapes/vae.yaml"
     data: ImageTextDataset
@@ -50,16 +73,37 @@ class VAEStage(Stage):
         self.config = config
         self.vae = VAE(config.vae, gradient_checkpointing=config.gradient_checkpointing)
         self.trainables, self.frozen = [Trainable("vae", self.vae)], {}
+        if config.loss.adversarial_weight:
+            self._add_discriminator(config)
+
+    def _add_discriminator(self, config: TrainVAEConfig) -> None:
+        if config.data.resolution < config.discriminator.smallest_side:
+            least = f"data.resolution {config.data.resolution} is below {config.discriminator.smallest_side} pixels"
+            raise ValueError(f"{least}, so it has no patch: lower discriminator.num_layers")
+        start, optimizer = (
+            config.loss.adversarial_start,
+            partial(adamw, learning_rate=config.discriminator.learning_rate),
+        )
+        discriminator = PatchDiscriminator(config.discriminator, config.vae.image_channels)
+        self.trainables = [*self.trainables, Trainable("discriminator", discriminator, optimizer, start)]
+        self.watchdog = Watchdog(config.watchdog, "validation_psnr", start=start)
+        self.adaptive_weight = torch.zeros(())  # of the step before
+        self._gradients: list[Tensor] = []  # of the last layer, in each micro-batch of this step
+        self._pairs: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # real and made images, until both are judged
 
     @classmethod
     def build(cls, config: TrainVAEConfig, accelerator: Accelerator) -> "VAEStage":
-        """With the weights of `init_from`; ValueError where these do not fit."""
+        """With the weights of `init_from` and of a perceptual network; ValueError where these do not fit."""
         stage = cls(config)
         stage.device = accelerator.device
         if config.init_from and not config.resume:
             source = load_vae(config.init_from)
             check_equal(config.vae.to_dict(), source.config.to_dict(), config.init_from, "they must be equal")
             init_weights(stage.vae, source.state_dict(), config.init_from)
+        if config.loss.perceptual_weight:
+            train_clip = command_to_train(config, "clip", cls.default)
+            distance = load_perceptual(config.loss, config.run.parent, train_clip)
+            stage.frozen = {"perceptual": distance.to(accelerator.device)}
         return stage
 
     def open_data(self, accelerator: Accelerator) -> None:
@@ -69,12 +113,72 @@ class VAEStage(Stage):
             self.vae.linear.init_from_pca(torch.cat(list(self.data.spread_images(2048))))
         self.validation = next(sample_batches(self.held_out))["image"]
 
+    # Losses.
+
     def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
-        """Absolute error, SSIM and a small KL term of a reconstruction through a sampled latent."""
+        """Of the VAE: a reconstruction through a sampled latent. Of the discriminator: both, made and real images."""
+        if name == "discriminator":
+            real, made = self._pairs.pop(tuple(rng.positions))
+            logits = networks["discriminator"](torch.cat([real, made]))
+            return {"loss": hinge_loss(*logits.chunk(2))}
         images = batch["image"].to(rng.device, non_blocking=True)
         noise = rng.randn("latent", self.config.vae.latent_shape(images))
-        output, posterior = networks["vae"](images, noise)
-        return vae_loss(images, output, posterior, self.config.loss)
+        change = self._scale_turn(images, rng)
+        with used_weights(_inner(networks["vae"]).decoder.conv_out) as weights:
+            output, posterior = networks["vae"](images, noise, change)
+        if change:
+            images = change(images, factor=self.config.vae.factor)
+        terms = vae_loss(images, output, posterior, self.config.loss, self.frozen.get("perceptual"))
+        if self.watchdog is None:
+            return terms
+        self._pairs[tuple(rng.positions)] = (images, output.detach())
+        if rng.step >= self.config.loss.adversarial_start:
+            terms |= self._adversarial_terms(terms["loss"], output, weights[0], networks)
+        return terms
+
+    def _adversarial_terms(
+        self, loss: Tensor, output: Tensor, last_layer: Tensor, networks: Networks
+    ) -> dict[str, Tensor]:
+        """The loss with the adversarial one added, which has the weight that the step before measured."""
+        assert self.watchdog is not None
+        adversarial = -networks["discriminator"](output).mean()
+        self._gradients.append(last_layer_gradients([loss, adversarial], last_layer))
+        self.adaptive_weight = self.adaptive_weight.to(loss.device)
+        weight = self.config.loss.adversarial_weight * self.watchdog.factor * self.adaptive_weight
+        return {"loss": loss + weight * adversarial, "adversarial": adversarial, "adversarial_weight": weight}
+
+    def _scale_turn(self, images: Tensor, rng: StepRNG) -> ScaleTurn | None:
+        """What happens to all latents of this step, if anything."""
+        draw = random.Random(fold_seed(rng.seed, "equivariance", rng.step))
+        if draw.random() >= self.config.loss.equivariance_probability:
+            return None
+        smallest = 11 if self.config.loss.ssim_weight else 1  # pixels
+        if self.watchdog is not None:
+            smallest = max(smallest, self.config.discriminator.smallest_side)
+        _, height, width = self.config.vae.latent_shape(images)
+        return draw_scale_turn(draw, height, width, smallest=-(-smallest // self.config.vae.factor))
+
+    def after_step(self, mean: Callable[[Tensor], Tensor]) -> None:
+        """Measure the adaptive weight on the whole batch: on every rank it is that of one rank with all samples."""
+        if self.watchdog is None or not self._gradients:
+            return
+        gradients = mean(torch.stack(self._gradients).mean(0))
+        weight = adaptive_weight(gradients, largest=self.config.loss.max_adaptive_weight)
+        self.adaptive_weight = torch.where(weight.isfinite(), weight, self.adaptive_weight)
+        self._gradients = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The adaptive weight, and what the watchdog remembers."""
+        if self.watchdog is None:
+            return {}
+        return {"adaptive_weight": self.adaptive_weight.item(), "watchdog": self.watchdog.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.watchdog is not None and state:
+            self.adaptive_weight = torch.tensor(state["adaptive_weight"])
+            self.watchdog.load_state_dict(state["watchdog"])
+
+    # What the loop calls besides.
 
     def example_batch(self, count: int) -> Batch:
         return self.config.data.example_batch(count)
@@ -84,10 +188,11 @@ class VAEStage(Stage):
         return self.vae.decode(self.vae.encode(images).mean).clamp(-1, 1)
 
     def validate(self) -> dict[str, float]:
-        """PSNR in dB and SSIM of held-out images."""
+        """PSNR in dB and SSIM of held-out images, and their perceptual distance where it is trained on."""
         images = self.validation.to(self.device)
         output = self.reconstruct(images)
         quality = {"psnr": psnr(output, images), "ssim": ssim(output, images)}
+        quality |= {name: distance(output, images) for name, distance in self.frozen.items()}
         return {f"validation_{name}": value.mean().item() for name, value in quality.items()}
 
     def sample(self) -> Image.Image:
@@ -105,4 +210,22 @@ class VAEStage(Stage):
         return command_to_train(self.config, "ldm", self.default)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"data": self.config.data.fingerprint(), "vae": self.config.vae.to_dict()}
+        networks = {"vae": self.config.vae.to_dict()}
+        if self.watchdog is not None:
+            networks["discriminator"] = self.config.discriminator.to_dict()
+        return {"data": self.config.data.fingerprint(), **networks}
+
+
+def load_perceptual(config: VAELossConfig, runs: Path, train_clip: str) -> FeatureDistance | LPIPS:
+    """The distance that a configuration names; `train_clip` is the command that makes what `latest` looks for."""
+    if config.lpips_files:
+        return LPIPS.load(*config.lpips_files)
+    name = config.perceptual
+    if name == "latest":
+        name = f"{LOCAL}{latest_model('text tower', runs, script=train_clip)}"
+    return FeatureDistance(ImageTower.load(name, config.perceptual_pretrained))
+
+
+def _inner(network: Any) -> Any:
+    """The network within DDP."""
+    return getattr(network, "module", network)

@@ -1,4 +1,4 @@
-"""Text towers on disk, on the Hugging Face hub and in open_clip's list: found, checked and loaded."""
+"""Towers of a CLIP on disk, on the Hugging Face hub and in open_clip's list: found, checked and loaded."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from ldm.io.tensors import load_strict, read_tensors
 from ldm.text.tower import TextTower
 
+FIELDS = {"text": ("text.model", "text.pretrained"), "image": ("image tower", "its pretrained tag")}  # for messages
 LOCAL, HUB, CONVERTED = "local-dir:", "hf-hub:", "converted"  # prefixes of `model`; a tower read from another format
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
 # Settings of open_clip's text towers and tokenizer that ours do not have, with the only value that is supported.
@@ -27,11 +28,7 @@ def load_tower(model_id: str, pretrained: str | None = None) -> tuple[TextTower,
 
     ValueError: an unknown name or tag, a failed download, an architecture that is not supported, a damaged file.
     """
-    try:
-        cfg, path = _find(model_id, pretrained)
-    except OSError as error:
-        reason = f"download failed ({' '.join(str(error).split())})"
-        raise ValueError(f"text tower {model_id}: {reason}: check the network or pass `local-dir:FOLDER`") from None
+    cfg, _, path = find_tower(model_id, pretrained)
     _check_supported(cfg, model_id)
     with torch.device("meta"):
         tower = TextTower(cfg)
@@ -41,47 +38,62 @@ def load_tower(model_id: str, pretrained: str | None = None) -> tuple[TextTower,
     return tower, path
 
 
-def _find(model_id: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
-    """open_clip's `model_cfg` and the weights file; OSError when a download fails."""
+def find_tower(
+    model_id: str, pretrained: str | None, *, kind: str = "text"
+) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    """open_clip's `model_cfg` and `preprocess_cfg`, and the weights file; ValueError: see `load_tower`."""
+    try:
+        return _find(model_id, pretrained, kind)
+    except OSError as error:
+        reason = f"download failed ({' '.join(str(error).split())})"
+        raise ValueError(f"{kind} tower {model_id}: {reason}: check the network or pass `local-dir:FOLDER`") from None
+
+
+def _find(model_id: str, pretrained: str | None, kind: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
     names = (CONFIG_NAME, WEIGHTS_NAME)
     if model_id.startswith(LOCAL):
         config, weights = (Path(model_id.removeprefix(LOCAL)) / name for name in names)
         if missing := [file.name for file in (config, weights) if not file.is_file()]:
             remedy = "train one with `accelerate launch scripts/train_clip.py`, or pass a folder that open_clip saved"
-            raise ValueError(f"text tower {model_id} has no {missing[0]}: {remedy}")
+            raise ValueError(f"{kind} tower {model_id} has no {missing[0]}: {remedy}")
     elif model_id.startswith(HUB):
         from huggingface_hub import hf_hub_download
 
         config, weights = (Path(hf_hub_download(model_id.removeprefix(HUB), name)) for name in names)
     else:
-        return _find_public(model_id, pretrained)
+        return _find_public(model_id, pretrained, kind)
     try:
-        cfg = dict(json.loads(config.read_bytes())["model_cfg"])
-        return cfg | {"embed_dim": cfg["embed_dim"], "text_cfg": dict(cfg["text_cfg"])}, weights
+        values = dict(json.loads(config.read_bytes()))
+        cfg = dict(values["model_cfg"])
+        key = {"text": "text_cfg", "image": "vision_cfg"}[kind]
+        cfg |= {"embed_dim": cfg["embed_dim"], key: dict(cfg[key])}
+        return cfg, dict(values.get("preprocess_cfg", {})), weights
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{config} has no model_cfg of a text tower: save or download it again") from None
+        raise ValueError(f"{config} has no model_cfg of a {kind} tower: save or download it again") from None
 
 
-def public_architecture(name: str) -> dict[str, Any]:
+def public_architecture(name: str, *, kind: str = "text") -> dict[str, Any]:
     """open_clip's `model_cfg` of a published tower, without its weights; ValueError: there is none of this name."""
     import open_clip  # slow to import, and needed only for its list of models
 
     cfg = open_clip.get_model_config(name)
     if cfg is None:
-        raise ValueError(f"text.model {name!r} is not in open_clip: pass one, `local-dir:FOLDER` or `hf-hub:ORG/NAME`")
+        field = FIELDS[kind][0]
+        raise ValueError(f"{field} {name!r} is not in open_clip: pass one, `local-dir:FOLDER` or `hf-hub:ORG/NAME`")
     return cfg
 
 
-def _find_public(name: str, pretrained: str | None) -> tuple[dict[str, Any], Path]:
+def _find_public(name: str, pretrained: str | None, kind: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
     import open_clip
 
-    cfg = public_architecture(name)
+    cfg = public_architecture(name, kind=kind)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in tags:
-        raise ValueError(f"text.model {name}: set text.pretrained to one of {', '.join(tags)}, not {pretrained}")
+        field, tag = FIELDS[kind]
+        raise ValueError(f"{field} {name}: set {tag} to one of {', '.join(tags)}, not {pretrained}")
     entry = open_clip.get_pretrained_cfg(name, pretrained)
     cfg = cfg | {"quick_gelu": entry.get("quick_gelu", cfg.get("quick_gelu", False))}
-    return cfg, Path(open_clip.download_pretrained(entry, prefer_hf_hub=True))
+    return cfg, entry, Path(open_clip.download_pretrained(entry, prefer_hf_hub=True))
 
 
 def _check_supported(cfg: dict[str, Any], model_id: str) -> None:

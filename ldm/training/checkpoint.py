@@ -42,14 +42,18 @@ def save_checkpoint(
     accelerator: Accelerator,
     *,
     keep: int,
+    spare: int = 0,
+    replace: bool = False,
     sharded: bool,
 ) -> Path:
     """Write `folder`/step-XXXXXX, then prune all but the newest `keep`; returns its path. All ranks call this.
 
+    The newest one that is not past step `spare` is not pruned either.
+
     There is one safetensors file for each group of tensors, or, with `sharded`, one for the shards of each rank. They
     are written to a temporary folder with a manifest of their sizes, synced to the disk and then renamed. A whole
-    checkpoint of this step is left as it is. ValueError when writing fails, for example on a full disk; the previous
-    checkpoint is whole.
+    checkpoint of this step is left as it is, unless `replace`. ValueError when writing fails, for example on a full
+    disk; the previous checkpoint is whole.
     """
     target = folder / f"step-{step:06d}"
     temporary = folder / f"{WRITING}step-{step:06d}"
@@ -57,21 +61,22 @@ def save_checkpoint(
     remedy = f"restart with {resume_command(folder.parent)}, from {previous.name}" if previous else "start again"
     try:
         with disk_errors(target, remedy):
-            if on_rank0(accelerator, lambda: _start_writing(temporary, target)):
+            if on_rank0(accelerator, lambda: _start_writing(temporary, target, replace=replace)):
                 if sharded:
                     _write_sharded(temporary, tensors)
                 else:
                     on_rank0(accelerator, lambda: _write_groups(temporary, tensors))
-                on_rank0(accelerator, lambda: _finish_writing(temporary, target, {"step": step, **progress}, keep))
+                on_rank0(accelerator, lambda: _finish_writing(temporary, target, {"step": step, **progress}))
+                on_rank0(accelerator, lambda: _prune(folder, keep, spare))
     except ValueError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target
 
 
-def _start_writing(temporary: Path, target: Path) -> bool:
+def _start_writing(temporary: Path, target: Path, *, replace: bool) -> bool:
     """Make the temporary folder; False where the checkpoint is whole already."""
-    if target.exists() and find_corruption(target) is None:
+    if not replace and target.exists() and find_corruption(target) is None:
         return False
     for left in target.parent.glob(f"{WRITING}*"):  # of runs that were killed
         shutil.rmtree(left)
@@ -79,17 +84,38 @@ def _start_writing(temporary: Path, target: Path) -> bool:
     return True
 
 
-def _finish_writing(temporary: Path, target: Path, progress: dict[str, Any], keep: int) -> None:
+def _finish_writing(temporary: Path, target: Path, progress: dict[str, Any]) -> None:
     (temporary / PROGRESS).write_text(json.dumps(progress, indent=2))
     sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     (temporary / MANIFEST).write_text(json.dumps({"format": CHECKPOINT_FORMAT, "bytes": sizes}, indent=2))
     for path in [*temporary.iterdir(), temporary]:
         sync(path)
-    shutil.rmtree(target, ignore_errors=True)
+    old = target.with_name(f"{WRITING}old-{target.name}")
+    if target.exists():
+        target.rename(old)
     temporary.rename(target)
     sync(target.parent)
-    for old in _list_checkpoints(target.parent)[:-keep]:
-        old.unlink() if old.is_symlink() else shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _prune(folder: Path, keep: int, spare: int) -> None:
+    spared = [path for path in _list_checkpoints(folder) if _step(path) <= spare][-1:]
+    for old in _list_checkpoints(folder)[:-keep]:
+        if old not in spared:
+            _remove(old)
+
+
+def _remove(path: Path) -> None:
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
+def go_back(folder: Path, step: int) -> Path | None:
+    """The newest whole checkpoint that is not past `step`, if there is one; newer ones are removed then."""
+    found = _list_checkpoints(folder)
+    good = next((path for path in reversed(found) if _step(path) <= step and find_corruption(path) is None), None)
+    for path in found[found.index(good) + 1 :] if good else []:
+        _remove(path)
+    return good
 
 
 def hash_in_background(path: Path) -> threading.Thread:
@@ -275,5 +301,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [path for path in folder.glob("step-*") if PATTERN.match(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((path for path in folder.glob("step-*") if PATTERN.match(path.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

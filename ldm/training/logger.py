@@ -47,12 +47,12 @@ class RunLogger:
 
     def validate(self, step: int, values: dict[str, float]) -> None:
         """Log the measures of a validation."""
-        self.validation = step, values
+        self.validation = step, {name: _rounded(value) for name, value in values.items()}  # as a resumed run reads them
         self.write(step, values)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append a line to log.jsonl and log to the trackers."""
-        self.write_json(step, {name: float(f"{value:.6g}") for name, value in values.items()})
+        self.write_json(step, {name: _rounded(value) for name, value in values.items()})
         with disk_errors(self.run / "tensorboard", self.remedy):
             self.accelerator.log(values, step=step)
 
@@ -101,6 +101,10 @@ class RunLogger:
             self.accelerator.end_training()
         except OSError as error:
             self.print(f"{self.run}/tensorboard could not be written to the end ({error})")
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def _truncate_log(path: Path, start: int) -> list[dict[str, Any]]:

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from ldm.training.config import TrainingConfig
 
 
-def adamw(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) in one fused kernel."""
-    return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+def adamw(
+    parameters: list[nn.Parameter], config: TrainingConfig, *, learning_rate: float | None = None
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) in one fused kernel; `learning_rate` is the run's unless it is given."""
+    rate = config.learning_rate if learning_rate is None else learning_rate
+    return torch.optim.AdamW(parameters, lr=rate, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(config: TrainingConfig, step: int, peak: float | None = None) -> float:

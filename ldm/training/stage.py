@@ -15,6 +15,7 @@ from ldm.data.loader import Batch
 from ldm.rng import StepRNG
 from ldm.training.config import TrainingConfig
 from ldm.training.optimizer import adamw
+from ldm.training.watchdog import Watchdog
 
 Networks = Mapping[str, nn.Module]
 
@@ -29,6 +30,7 @@ class Trainable:
     name: str
     module: nn.Module
     make_optimizer: Callable[[list[nn.Parameter], TrainingConfig], torch.optim.Optimizer] = adamw
+    start: int = 0  # steps before the first one in which it is trained
 
 
 class TrainingData(Protocol):
@@ -68,6 +70,7 @@ class Stage(Protocol):
     frozen: Mapping[str, nn.Module]
     data: TrainingData
     held_out: TrainingData  # for `validate` and `sample`
+    watchdog: Watchdog | None = None  # looks at what `validate` measures
 
     def open_data(self, accelerator: Accelerator) -> None:
         """Open both data sets, and make what needs them before the first step, such as initial weights."""
@@ -76,8 +79,21 @@ class Stage(Protocol):
         """Scalar terms of the loss of trainable `name`; "loss" is minimized.
 
         `networks` are all trainables as they are prepared for this machine (DDP, FSDP2), by name: call them through
-        their forward. `batch` is on the CPU, `rng.device` is where the networks are.
+        their forward. `batch` is on the CPU, `rng.device` is where the networks are. Only the parameters of `name`
+        require a gradient. In each step all micro-batches come for the first trainable, then for the next.
         """
+
+    def after_step(self, mean: Callable[[Tensor], Tensor]) -> None:
+        """Called on every rank after each step; `mean` averages a tensor over all ranks."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What else the next steps depend on, such as weights of losses that training finds: for checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        return None
 
     def chance_loss(self, name: str, batch: Batch, rng: StepRNG) -> float | None:
         """The loss of a network that ignores its input, with the same batch and noise.

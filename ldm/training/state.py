@@ -1,7 +1,6 @@
 """The state of a run, which a checkpoint holds: networks, optimizers, averages, and the number of steps taken."""
 
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ldm.training.anomalies import AnomalyMonitor
 from ldm.training.config import TrainingConfig
 from ldm.training.ema import EMA, trained_parameters
 from ldm.training.fsdp import apply_fsdp, full_tensor, local_tensor
-from ldm.training.stage import Trainable
+from ldm.training.stage import Stage, Trainable
 
 
 class TrainingState:
@@ -29,10 +28,11 @@ class TrainingState:
         self,
         config: TrainingConfig,
         accelerator: Accelerator,
-        trainables: Sequence[Trainable],
+        stage: Stage,
         fingerprint: dict[str, Any],
     ) -> None:
-        self.config, self.accelerator, self.fingerprint = config, accelerator, fingerprint
+        self.config, self.accelerator, self.fingerprint, self.stage = config, accelerator, fingerprint, stage
+        trainables = stage.trainables
         self.folder = config.run / "checkpoints"
         self.step = 0
         self.mesh = _mesh(config, accelerator)
@@ -61,12 +61,13 @@ class TrainingState:
             for name, module in self.modules.items()
         }
 
-    def save(self) -> None:
+    def save(self, *, replace: bool = False) -> None:
         """Write a checkpoint of this step, if it was not just written; all ranks call this.
 
-        ValueError, with nothing written, where a tensor of any rank is not finite.
+        With `replace` it takes the place of one of this step. The one to which the stage's watchdog would go back is
+        not pruned. ValueError, with nothing written, where a tensor of any rank is not finite.
         """
-        if self._saved_step == self.step:
+        if self._saved_step == self.step and not replace:
             return
         tensors: dict[str, checkpoint.Tensors] = {}
         for name in self.modules:
@@ -76,6 +77,7 @@ class TrainingState:
         self._check_finite(tensors)
         progress: dict[str, Any] = {"fingerprint": self.fingerprint}
         progress["skipped_steps"] = {name: monitor.skipped for name, monitor in self.monitors.items()}
+        progress["stage"] = self.stage.state_dict()
         if self.accelerator.scaler is not None:  # fp16
             progress["scaler"] = self.accelerator.scaler.state_dict()
         self.finish_hashing()
@@ -86,6 +88,8 @@ class TrainingState:
             progress,
             self.accelerator,
             keep=self.config.keep_checkpoints,
+            spare=self.stage.watchdog.good_step if self.stage.watchdog else 0,
+            replace=replace,
             sharded=self.mesh is not None,
         )
         self._saved_step = self.step
@@ -136,6 +140,7 @@ class TrainingState:
             self.monitors[name].skipped = progress.get("skipped_steps", {}).get(name, [])  # older ones have counts
         if self.accelerator.scaler is not None and "scaler" in progress:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
+        self.stage.load_state_dict(progress.get("stage", {}))
         self.step = progress["step"]
 
     def _trained(self, name: str) -> dict[str, nn.Parameter]:

@@ -22,7 +22,7 @@ from ldm.rng import StepRNG
 from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
 from ldm.training.distributed import disconnect_at_end, make_accelerator, on_rank0, peer_errors
-from ldm.training.ema import copy_params
+from ldm.training.ema import copy_params, trained_parameters
 from ldm.training.fsdp import full_tensor, reshard
 from ldm.training.items import check_items, write_items
 from ldm.training.lock import only_writer
@@ -55,7 +55,7 @@ class Trainer:
         self.config, self.accelerator, self.stage = config, accelerator, stage
         fingerprint = fingerprint_without_samples(config, stage)
         fingerprint["data"] = {**fingerprint.get("data", {}), **stage.data.fingerprint()}
-        self.state = TrainingState(config, accelerator, stage.trainables, fingerprint)
+        self.state = TrainingState(config, accelerator, stage, fingerprint)
         self._resume_or_start()
         self.networks = self.state.prepare_networks()
         self.losses: dict[str, Tensor] = {}  # of the last step, with the norms of its gradients
@@ -70,13 +70,16 @@ class Trainer:
         return result
 
     def _take_steps(self, on_step: Callable[["Trainer"], None]) -> FitResult:
-        stop, batches = StopRequest(timeout=self.config.timeout), self.batches(start=self.state.step)
+        stop = StopRequest(timeout=self.config.timeout)
         with stop.listening():
             self._catch_up()
+            batches = self.batches(start=self.state.step)
             while self.state.step < self.config.steps:
                 self.train_step(batches)
                 on_step(self)
                 self._log_save_validate()
+                if self._go_back():
+                    batches = self.batches(start=self.state.step)
                 if signal := stop.poll():
                     return self._stopped(signal)
         if signal := stop.last_answer():
@@ -88,8 +91,24 @@ class Trainer:
         micro_batches = [next(batches) for _ in range(self.config.grad_accum_steps)]
         self.losses = {}
         for trainable in self.stage.trainables:
-            self._optimizer_step(trainable, micro_batches)
+            if self.state.step >= trainable.start:
+                with self._others_frozen(trainable.name):
+                    self._optimizer_step(trainable, micro_batches)
+        self.stage.after_step(lambda values: self.accelerator.reduce(values, "mean"))
         self.state.step += 1
+
+    @contextmanager
+    def _others_frozen(self, name: str) -> Iterator[None]:
+        """Only the parameters of one network require a gradient, so its loss leaves none in the others."""
+        others = [self.state.modules[other] for other in self.state.modules if other != name]
+        parameters = [p for module in others for p in trained_parameters(module).values()]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
     def _optimizer_step(self, trainable: Trainable, micro_batches: list[Any]) -> None:
         name, state, accelerator = trainable.name, self.state, self.accelerator
@@ -203,6 +222,34 @@ class Trainer:
         if step:
             done = on_rank0(self.accelerator, lambda: (logs.validation[0] == step, logs.sample_file(step).is_file()))
             self._validate_and_sample(validated=done[0], sampled=done[1])
+            self._go_back()
+
+    def _go_back(self) -> bool:
+        """Whether the stage's watchdog sends training back to its last good checkpoint, and, if so, go there.
+
+        ValueError: there is none, or it was sent back too often.
+        """
+        watchdog, state, step = self.stage.watchdog, self.state, self.state.step
+        if watchdog is None or not (step % self.config.validate_every == 0 or step == self.config.steps):
+            return False
+        if not watchdog.observe(*on_rank0(self.accelerator, lambda: self.logs.validation)):
+            return False
+        self._report_anomalies()
+        state.finish_hashing()
+        complaint, seen = watchdog.complaint(), watchdog.state_dict()
+        path = on_rank0(self.accelerator, lambda: checkpoint.go_back(state.folder, watchdog.good_step))
+        if path is None:
+            remedy = f"lower --checkpoint-every, so that there is one by step {watchdog.good_step}, and start again"
+            raise ValueError(f"{complaint}, and there is no checkpoint to go back to: {remedy}")
+        state.restore(path)
+        watchdog.load_state_dict(seen)
+        watchdog.go_back(state.step)
+        state.save(replace=True)  # with the lower weight, so that a resumed run takes the same course
+        self.logs.print(f"{complaint}: back to {path.name}, with {watchdog.factor:g} of the weight")
+        self.logs.write_json(state.step, {"went_back_from": step, "weight_factor": watchdog.factor})
+        self.logs.step(state.step)
+        self.logs.restart_clock(state.step)
+        return True
 
     def _report_anomalies(self) -> None:
         """Log skipped steps and loss spikes; ValueError when too many consecutive steps were skipped."""

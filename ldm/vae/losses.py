@@ -1,8 +1,12 @@
-"""The VAE's training loss: absolute error, structural similarity, and a small KL term."""
+"""The VAE's training loss: error of the pixels, structural similarity, features, and a small KL term."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ldm.config import Config
@@ -10,27 +14,62 @@ from ldm.vae.model import Posterior
 
 
 class VAELossConfig(Config):
-    """Weights of the terms."""
+    """The terms and their weights, relative to the error of the pixels."""
 
+    pixel_loss: Literal["l1", "l2"] = "l1"
+    """mean absolute or mean squared error of the pixels"""
     ssim_weight: float = Field(0.1, ge=0)
-    """weight of 1 - SSIM, relative to the mean absolute error"""
+    """weight of 1 - SSIM"""
     kl_weight: float = Field(1e-6, ge=0)
     """weight of the KL divergence of an image, relative to errors summed over its pixels"""
+    perceptual_weight: float = Field(0.0, ge=0)
+    """weight of the distance between features of images"""
+    perceptual: str = "latest"
+    """whose features: an OpenCLIP image tower (`local-dir:FOLDER`, an open_clip name, `hf-hub:ORG/NAME`; `latest`: that
+    of the newest finished train_clip run near this run), or `lpips`"""
+    perceptual_pretrained: str | None = None
+    """open_clip's tag of the tower's weights, such as openai"""
+    lpips_files: tuple[Path, Path] | None = None
+    """torchvision's VGG16 weights (vgg16-397923af.pth) and LPIPS' linear layers (vgg.pth)"""
+    adversarial_weight: float = Field(0.0, ge=0)
+    """above 0 a discriminator is trained too; 1 lets it move the last layer as much as all other terms do"""
+    adversarial_start: int = Field(0, ge=0)
+    """steps before the discriminator begins"""
+    max_adaptive_weight: float = Field(100.0, gt=0)
+    """upper limit of the factor that makes the adversarial loss move the last layer as the other terms do"""
+    equivariance_probability: float = Field(0.0, ge=0, le=1)
+    """share of steps in which scaled and turned latents must decode to scaled and turned images (EQ-VAE)"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "VAELossConfig":
+        if self.perceptual_weight and (self.perceptual == "lpips") != (self.lpips_files is not None):
+            given = f"perceptual {self.perceptual}, lpips_files {self.lpips_files}"
+            raise ValueError(f"{given}: lpips needs both of its files, which are not downloaded, and nothing else does")
+        return self
 
 
-def vae_loss(images: Tensor, output: Tensor, posterior: Posterior, config: VAELossConfig) -> dict[str, Tensor]:
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Two batches of images (b, c, h, w) -> their mean distance."""
+
+
+def vae_loss(
+    images: Tensor, output: Tensor, posterior: Posterior, config: VAELossConfig, perceptual: Distance | None = None
+) -> dict[str, Tensor]:
     """Scalar terms by name, of images and output (b, c, h, w); "loss" is the one to minimize.
 
-    It is the objective of Rombach et al. 2022 (appendix G) as means over pixels, which compare between sizes, and with
-    SSIM instead of LPIPS, whose weights would have to be downloaded.
+    It is the objective of Rombach et al. 2022 (appendix G) as means over pixels, which compare between sizes, with SSIM
+    beside the features. The adversarial loss comes on top, as it needs another network.
     """
-    error = F.l1_loss(output, images)
+    error = (F.l1_loss if config.pixel_loss == "l1" else F.mse_loss)(output, images)
     kl = posterior.kl().mean() / images[0].numel()
-    terms = {"l1": error, "kl": kl}
+    terms = {config.pixel_loss: error, "kl": kl}
     loss = error + config.kl_weight * kl
     if config.ssim_weight:
         terms["structure"] = 1 - ssim(output, images).mean()
         loss = loss + config.ssim_weight * terms["structure"]
+    if perceptual is not None:
+        terms["perceptual"] = perceptual(output, images)
+        loss = loss + config.perceptual_weight * terms["perceptual"]
     return {"loss": loss, **terms}
 
 

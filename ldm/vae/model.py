@@ -1,6 +1,6 @@
 """The convolutional KL autoencoder (Rombach et al. 2022, section 3.1), down to the exact Stable Diffusion one."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -216,10 +216,16 @@ class VAE(nn.Module):
         nn.init.constant_(zero_init_(self.quant_conv).bias[self.config.latent_channels :], -6.0)  # type: ignore[index]
         return PCASkip(self.config)
 
-    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
-        """Images (b, c, h, w) reconstructed through a sampled latent, and its posterior; `noise` has its shape."""
+    def forward(
+        self, images: Tensor, noise: Tensor, change: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Posterior]:
+        """Images (b, c, h, w) reconstructed through a sampled latent, and its posterior; `noise` has its shape.
+
+        With `change`, what is decoded is what it makes of the latents.
+        """
         posterior = self.encode(images)
-        return self.decode(posterior.sample(noise)), posterior
+        latents = posterior.sample(noise)
+        return self.decode(change(latents) if change else latents), posterior
 
     def standardize(self, latents: Tensor) -> Tensor:
         """Raw latents (b, c, h, w) -> zero mean and unit variance in each channel."""

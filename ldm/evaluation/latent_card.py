@@ -1,0 +1,157 @@
+"""The latent card beside a VAE's weights: what its latents are like, as latents.json and latents.png."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ldm.data import DataConfig, open_dataset
+from ldm.evaluation.frechet import frechet_distance
+from ldm.io.atomic import atomic_write, write_text
+from ldm.io.model_dir import latest_model, read_manifest
+from ldm.pipeline.load import VAEManifest, load_vae, resolve_device
+from ldm.text.image_tower import ImageTower
+from ldm.text.weights import LOCAL
+from ldm.vae import VAE
+from ldm.vae.equivariance import ScaleTurn
+from ldm.vae.losses import psnr, ssim
+
+NUM_IMAGES = 512  # held-out ones
+Features = Callable[[Tensor], Tensor]
+"""Images (b, 3, h, w) in [-1, 1] -> features (b, d)."""
+
+
+def write_latent_card(folder: Path, *, runs: Path | None = None) -> dict[str, Any]:
+    """Measure the VAE of a finished train_vae run on its held-out images, and write both files into its model folder.
+
+    `rfd_self` is measured with the image tower of the newest train_clip run below `runs`, if there is one.
+    """
+    manifest = read_manifest(folder, "vae", VAEManifest.from_dict)
+    device = resolve_device(None)
+    vae = load_vae(folder).to(device)
+    held_out = open_dataset(DataConfig.from_dict(manifest.data, source=str(folder)), "test", seed=0)
+    images = [batch.to(device) for batch in held_out.spread_images(NUM_IMAGES)]
+    features = newest_features(runs, device) if runs else None
+    card = {"vae_sha256": manifest.vae_sha256, **measure_latents(vae, images, features=features)}
+    draw_card(card, vae, images[0][:1], folder / "latents.png")
+    write_text(folder / "latents.json", json.dumps(card, indent=1))
+    return card
+
+
+def newest_features(runs: Path, device: torch.device) -> Features | None:
+    """Those of the image tower of the newest finished train_clip run below `runs`; None where there is none."""
+    try:
+        folder = latest_model("text tower", runs, script="scripts/train_clip.py")
+    except ValueError:
+        return None
+    return ImageTower.load(f"{LOCAL}{folder}").to(device).embed
+
+
+@torch.no_grad()
+def measure_latents(
+    vae: VAE,
+    batches: Iterable[Tensor],
+    *,
+    features: Features | None = None,
+    distance: Callable[[Tensor, Tensor], float] = frechet_distance,
+) -> dict[str, Any]:
+    """All numbers of the card, of batches of images (b, c, h, w).
+
+    Moments are those of the posterior's mean, raw; `moved` compares standardized latents. With `features`, `rfd_self`
+    is the `distance` between those of the images and those of their reconstructions.
+    """
+    latents, quality, pairs, moved = [], [], [], []
+    for images in batches:
+        mean = vae.encode(images).mean
+        output = vae.decode(mean).clamp(-1, 1)
+        latents.append(mean.movedim(1, -1).flatten(0, -2).cpu().double())
+        quality.append(torch.stack([psnr(output, images), ssim(output, images)]).cpu())
+        moved.append(torch.tensor(list(moved_latents(vae, images).values())))
+        if features is not None:
+            pairs.append(torch.stack([features(x.expand(-1, 3, -1, -1)) for x in (images, output)]).cpu())
+    z, count = torch.cat(latents), sum(part.shape[1] for part in quality)
+    scores = torch.cat(quality, 1).mean(1).tolist()
+    card: dict[str, Any] = {
+        "images": count,
+        "mean": _list(z.mean(0)),
+        "deviation": _list(z.std(0)),
+        "lowest": _list(z.amin(0)),
+        "highest": _list(z.amax(0)),
+        "correlation": [_list(row) for row in torch.atleast_2d(z.T.corrcoef())],
+        "psnr": round(scores[0], 3),
+        "ssim": round(scores[1], 4),
+        "moved": dict(zip(moved_latents(vae, images), _list(torch.stack(moved).mean(0)), strict=True)),
+    }
+    if features is not None:
+        card["rfd_self"] = float(f"{distance(*torch.cat(pairs, 1)):.5g}")
+    return card
+
+
+def moved_latents(vae: VAE, images: Tensor) -> dict[str, float]:
+    """How far the latent of a changed image is from the changed latent of the image, relative to the latter's norm.
+
+    Shifts are to the right, by a cell of the latent and by half of one, and leave out the border.
+    """
+    factor, z = vae.config.factor, _standard(vae, images)
+    (height, width), inner = z.shape[-2:], (..., slice(1, -1), slice(1, -1))
+    half = ScaleTurn(max(1, height // 2), max(1, width // 2))
+    turn = ScaleTurn(height, width, 1)
+    cell = (images.roll(factor, -1), z.roll(1, -1))
+    half_cell = (images.roll(factor // 2, -1), (z + z.roll(1, -1)) / 2)
+    pairs = {
+        "shift by a cell": (_standard(vae, cell[0])[inner], cell[1][inner]),
+        "shift by half a cell": (_standard(vae, half_cell[0])[inner], half_cell[1][inner]),
+        "scale by 0.5": (_standard(vae, half(images, factor=factor)), half(z)),
+        "turn by 90 degrees": (_standard(vae, turn(images, factor=factor)), turn(z)),
+    }
+    return {name: ((a - b).norm() / b.norm()).item() for name, (a, b) in pairs.items()}
+
+
+def draw_card(card: dict[str, Any], vae: VAE, image: Tensor, path: Path) -> None:
+    """Channels of the latent of an image (1, c, h, w), their means, deviations and ranges, and their correlation."""
+    from matplotlib.figure import Figure  # slow to import
+
+    channels = list(range(len(card["mean"])))
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    above, below = cast(Any, figure.subfigures(2, 1, height_ratios=[1, 1.6]))
+    shown = channels[:7]
+    planes = _standard(vae, image)[0].cpu()
+    axes = above.subplots(1, 1 + len(shown), squeeze=False)[0]
+    axes[0].imshow(((image[0].cpu() + 1) / 2).movedim(0, -1).clamp(0, 1), cmap="gray")
+    axes[0].set_title("image")
+    for axis, channel in zip(axes[1:], shown, strict=True):
+        axis.imshow(planes[channel], cmap="gray", vmin=-3, vmax=3)
+        axis.set_title(f"channel {channel}")
+    for axis in axes:
+        axis.axis("off")
+    left, right = below.subplots(1, 2, width_ratios=[1.6, 1])
+    left.vlines(channels, card["lowest"], card["highest"], color="0.75", linewidth=4, label="range")
+    left.errorbar(channels, card["mean"], card["deviation"], fmt="o", capsize=4, label="mean and deviation")
+    left.set_xlabel("channel of the raw latent")
+    for axis in (left.xaxis, right.xaxis, right.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    left.legend()
+    shades = right.imshow(card["correlation"], cmap="RdBu", vmin=-1, vmax=1)
+    below.colorbar(shades, ax=right, label="correlation")
+    figure.suptitle(card_line(card))
+    with atomic_write(path) as tmp_path:
+        figure.savefig(tmp_path, format="png", dpi=90)
+
+
+def card_line(card: dict[str, Any]) -> str:
+    """The fidelity, and how far changes of the image move the latent, in one line."""
+    rfd = f", rfd_self {card['rfd_self']:g}" if "rfd_self" in card else ""
+    moved = ", ".join(f"{name} {value:.2f}" for name, value in card["moved"].items())
+    return f"PSNR {card['psnr']:.2f} dB, SSIM {card['ssim']:.3f}{rfd}; moved: {moved}"
+
+
+@torch.no_grad()
+def _standard(vae: VAE, images: Tensor) -> Tensor:
+    return vae.standardize(vae.encode(images).mean)
+
+
+def _list(values: Tensor) -> list[float]:
+    return [float(f"{value:.5g}") for value in values.flatten().tolist()]
