@@ -122,10 +122,15 @@ class VAEStage(Stage):
             logits = networks["discriminator"](torch.cat([real, made]))
             return {"loss": hinge_loss(*logits.chunk(2))}
         images = batch["image"].to(rng.device, non_blocking=True)
-        noise = rng.randn("latent", self.config.vae.latent_shape(images))
-        change = self._scale_turn(images, rng)
+        shape = self.config.vae.latent_shape(images)
+        noise, change = rng.randn("latent", shape), self._scale_turn(images, rng)
+        added = self._added_noise(shape, rng)
+
+        def alter(latents: Tensor) -> Tensor:
+            return change(latents + added) if change else latents + added
+
         with used_weights(_inner(networks["vae"]).decoder.conv_out) as weights:
-            output, posterior = networks["vae"](images, noise, change)
+            output, posterior = networks["vae"](images, noise, alter)
         if change:
             images = change(images, factor=self.config.vae.factor)
         terms = vae_loss(images, output, posterior, self.config.loss, self.frozen.get("perceptual"))
@@ -146,6 +151,13 @@ class VAEStage(Stage):
         self.adaptive_weight = self.adaptive_weight.to(loss.device)
         weight = self.config.loss.adversarial_weight * self.watchdog.factor * self.adaptive_weight
         return {"loss": loss + weight * adversarial, "adversarial": adversarial, "adversarial_weight": weight}
+
+    def _added_noise(self, shape: tuple[int, ...], rng: StepRNG) -> Tensor | float:
+        """What is added to the latents that are decoded: noise of another level for each image, or nothing."""
+        if not self.config.loss.latent_noise:
+            return 0.0
+        level = self.config.loss.latent_noise * rng.rand("noise level")
+        return level[:, None, None, None] * rng.randn("added noise", shape)
 
     def _scale_turn(self, images: Tensor, rng: StepRNG) -> ScaleTurn | None:
         """What happens to all latents of this step, if anything."""

@@ -22,6 +22,9 @@ class VAELossConfig(Config):
     """weight of 1 - SSIM"""
     kl_weight: float = Field(1e-6, ge=0)
     """weight of the KL divergence of an image, relative to errors summed over its pixels"""
+    latent_noise: float = Field(0.0, ge=0)
+    """largest deviation of the noise that is added to latents before they are decoded, another for each image: the
+    decoder learns to remove the small errors of generated latents"""
     perceptual_weight: float = Field(0.0, ge=0)
     """weight of the distance between features of images"""
     perceptual: str = "latest"
