@@ -30,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def run_script(script: str, *arguments: str) -> float:
         if script.startswith("train_"):
-            assert arguments[0] == "--config" and Path(arguments[1]).parent == CONFIGS / "shapes"
+            assert arguments[0] == "--config" and Path(arguments[1]).parent == CONFIGS / "characters"
             run, flags = Path(arguments[3]), arguments[4:]
             recorded.append(" ".join([script, *flags]))
             train(script.removeprefix("train_").removesuffix(".py"), run, *flags)
@@ -82,7 +82,7 @@ def test_a_stage_that_fails_stops_the_demo(tmp_path: Path) -> None:
 def test_a_run_of_other_data_is_not_reused(calls: list[str], tmp_path: Path) -> None:
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip/config.yaml").write_text("data: {source: emoji}")
-    with pytest.raises(SystemExit, match=r"clip was trained on emoji, not on shapes of .*clip.yaml: .*--run"):
+    with pytest.raises(SystemExit, match=r"clip was trained on emoji, not on characters of .*clip.yaml: .*--run"):
         script.main(["--run", str(tmp_path)])
     assert not calls
     with pytest.raises(SystemExit, match=r"nowhere/figures.yaml: no such configuration file"):
