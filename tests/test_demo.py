@@ -30,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def run_script(script: str, *arguments: str) -> float:
         if script.startswith("train_"):
-            assert arguments[0] == "--config" and Path(arguments[1]).parent == CONFIGS / "characters"
+            assert arguments[0] == "--config" and Path(arguments[1]).parent == CONFIGS / "shapes"
             run, flags = Path(arguments[3]), arguments[4:]
             recorded.append(" ".join([script, *flags]))
             train(script.removeprefix("train_").removesuffix(".py"), run, *flags)
@@ -50,7 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_second_demo_continues_or_reuses(
     calls: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = ["--run", str(tmp_path)]
+    run = ["--run", str(tmp_path), "--recipe", str(CONFIGS / "shapes")]
     script.main(run)
     assert calls == ["train_clip.py", "train_vae.py", "train_ldm.py"]
     text = capsys.readouterr().out
