@@ -80,9 +80,9 @@ def test_the_image_tower_of_a_clip_run_is_open_clips(tiny_runs: Path) -> None:
     tower = ImageTower.load(f"local-dir:{folder}")
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(16, 16, 3).permute(2, 0, 1)[None]
     with torch.no_grad():
-        want = model.encode_image(preprocess(image)[None])
-        torch.testing.assert_close(tower.embed(pixels / 127.5 - 1), want, rtol=1e-4, atol=1e-5)
+        [want] = model.visual.forward_intermediates(preprocess(image)[None])["image_intermediates"]
         [features] = tower(pixels / 127.5 - 1)
+    torch.testing.assert_close(features, want, rtol=1e-4, atol=1e-5)
     assert features.shape == (1, 32, 2, 2) and not any(p.requires_grad for p in tower.parameters())
 
 
