@@ -104,7 +104,7 @@ def test_a_vae_learns_from_the_features_of_the_latest_clip_run(tiny_runs: Path, 
         ({"perceptual": "local-dir:nowhere"}, "image tower local-dir:nowhere has no open_clip_config.json: train one"),
         ({"perceptual": "ViT-X"}, "image tower 'ViT-X' is not in open_clip: pass one"),
         ({"perceptual": "ViT-B-32"}, "image tower ViT-B-32: set its pretrained tag to one of openai, .*, not None"),
-        ({"perceptual": "lpips", "lpips_files": ("vgg", "heads")}, "vgg is missing"),
+        ({"perceptual": "lpips", "lpips_files": ("vgg", "heads")}, "lpips_files: there is no vgg: download it"),
     ],
 )
 def test_features_that_are_not_there_are_named(settings: Any, message: str, tmp_path: Path) -> None:

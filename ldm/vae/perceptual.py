@@ -50,6 +50,8 @@ class LPIPS(nn.Module):
     @classmethod
     def load(cls, vgg: Path, heads: Path) -> "LPIPS":
         """From torchvision's VGG16 (vgg16-397923af.pth) and LPIPS' linear layers (vgg.pth); ValueError: others."""
+        if missing := [str(file) for file in (vgg, heads) if not file.is_file()]:
+            raise ValueError(f"loss.lpips_files: there is no {missing[0]}: download it, or choose other features")
         network, wanted = cls(), "features."
         tensors = read_tensors(vgg, pickles=True)
         own = {name.removeprefix(wanted): t for name, t in tensors.items() if name.startswith(wanted)}
