@@ -1,4 +1,4 @@
-"""Train all three stages on the shapes set and report the results; a second call continues or reuses what is there."""
+"""Train all three stages on the characters set and report the results; a second call continues or reuses what is there."""
 
 from ldm.cli import command
 from ldm.evaluation.demo import DemoConfig, run_demo

@@ -71,6 +71,19 @@ def test_one_timestep_and_one_row_of_sizes_serve_a_batch() -> None:
 
 def test_a_new_network_predicts_zero() -> None:
     assert not UNet(SMALL)(*inputs()).any()
+    assert not UNet(SMALL.model_copy(update={"refine_channels": 8}))(*inputs()).any()
+
+
+def test_the_refinement_corrects_a_prediction_from_z_at_every_cell() -> None:
+    """What the network's patches cannot tell apart, it can."""
+    unet, (z, t, cond) = random_unet(SMALL.model_copy(update={"refine_channels": 8, "patch_size": 2})), inputs()
+    with torch.no_grad():
+        for parameter in (unet.conv_out.weight, unet.conv_out.bias):  # the rest of the network is silent
+            parameter.zero_()  # type: ignore[union-attr]
+    moved = z.clone()
+    moved[..., 0, 0] += 1
+    change = (unet(moved, t, cond) - unet(z, t, cond)).abs().sum(1)
+    assert change[:, :4, :4].any() and not change[:, 4:, 4:].any()
 
 
 def test_every_parameter_gets_a_gradient() -> None:

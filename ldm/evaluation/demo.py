@@ -27,7 +27,7 @@ class DemoConfig(ScriptConfig):
 
     run: Path = Path("runs/demo")
     """folder of the demo"""
-    recipe: Path = CONFIGS / "shapes"
+    recipe: Path = CONFIGS / "characters"
     """folder with the configuration of each stage, clip.yaml, vae.yaml and ldm.yaml, and figures.yaml"""
 
 

@@ -223,7 +223,7 @@ def make_figures(config: FiguresConfig) -> None:
         save_image(labelled_rows(rows, width=160), config.out / "prompts.png")
         return
     if not config.captions or not config.open_caption:
-        raise ValueError("captions, open_caption: pass those of a recipe, --config configs/shapes/figures.yaml")
+        raise ValueError("captions, open_caption: pass those of a recipe, --config configs/characters/figures.yaml")
     if "data" not in pipeline.metadata:
         raise ValueError(f"{folder} does not name its data, as it was not trained here: pass --prompts to draw alone")
     held_out = open_dataset(DataConfig(**pipeline.metadata["data"]), "test", seed=0)

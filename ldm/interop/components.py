@@ -65,7 +65,7 @@ class ExportComponents(NamedTuple):
         unet, is_xl = self.unet.config, self.version == "XL"
         configs: dict[str, Any] = {"unet": unet, "vae": self.vae.config, "diffusion": self.diffusion.config}
         configs |= zip(("text", "second_text"), (encoder.config for encoder in self.text.encoders), strict=False)
-        in_all_formats = {"patch_size": 1, "coord_conv": False}
+        in_all_formats = {"patch_size": 1, "coord_conv": False, "refine_channels": 0}
         in_all_formats |= {} if is_xl else {"pooled_dim": 0, "size_embed_dim": 0}
         only = {**only, "unet": {**in_all_formats, **only.get("unet", {})}, "vae": {**VAE_ONLY, **only.get("vae", {})}}
         others = {

@@ -142,3 +142,20 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
+
+
+class Refinement(nn.Module):
+    """A correction of a prediction from what the network was given, at full resolution; it starts as 0."""
+
+    def __init__(self, channels: int, width: int, time_width: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(2 * channels, width, 3, padding=1)
+        self.time = nn.Linear(time_width, 2 * width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_out = zero_init_(nn.Conv2d(width, channels, 3, padding=1))
+
+    def forward(self, prediction: Tensor, z: Tensor, t_embed: Tensor) -> Tensor:
+        """prediction and z (b, c, h, w), t_embed (b or 1, width) -> (b, c, h, w)."""
+        scale, shift = self.time(F.silu(t_embed))[..., None, None].chunk(2, dim=1)
+        h = self.conv_in(torch.cat([prediction, z], dim=1)) * (1 + scale) + shift
+        return self.conv_out(F.silu(self.conv(F.silu(h))))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm.conditioning import Conditioning
 from ldm.config import Config
 from ldm.layers import Upsample, check_group_norm, checkpointed, zero_init_
-from ldm.unet.blocks import Context, Downsample, ResidualBlock, SpatialTransformer, timestep_embedding
+from ldm.unet.blocks import Context, Downsample, Refinement, ResidualBlock, SpatialTransformer, timestep_embedding
 
 NUM_SIZE_CONDS = 6  # original height and width, crop top and left, height and width
 UNCONDITIONAL = Conditioning()
@@ -49,6 +49,9 @@ class UNetConfig(Config):
     """let the time embedding scale and shift normed features, as in ADM; Stable Diffusion adds it"""
     coord_conv: bool = False
     """append the coordinates x and y to the input as two more channels (Liu et al. 2018)"""
+    refine_channels: int = Field(0, ge=0)
+    """width of three convolutions at the resolution of z that correct the prediction, from z and the prediction itself;
+    0 means none. A network whose patches hold more numbers than its layers have channels cannot copy what it sees"""
     norm_num_groups: int = Field(32, ge=1)
     """groups of each GroupNorm"""
     norm_min_group_channels: int = Field(1, ge=1)
@@ -164,6 +167,8 @@ class UNet(nn.Module):
 
         self.norm_out = nn.GroupNorm(config.num_groups(widths[0]), widths[0], eps=1e-5)
         self.conv_out = zero_init_(nn.Conv2d(widths[0], config.in_channels * config.patch_size**2, 3, padding=1))
+        if config.refine_channels:
+            self.refine = Refinement(config.in_channels, config.refine_channels, time_width)
 
     def forward(self, z: Tensor, timestep: Tensor, cond: Conditioning = UNCONDITIONAL) -> Tensor:
         """z (b, in_channels, h, w) at the network's timestep (b,) or (1,) -> prediction (b, in_channels, h, w).
@@ -195,7 +200,8 @@ class UNet(nn.Module):
                 h = self._run(block, torch.cat([h, skips.pop()], dim=1), t_embed, context, mask)
             if level < len(self.upsample):
                 h = self.upsample[level](h)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch_size)
+        prediction = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch_size)
+        return prediction + self.refine(prediction, z, t_embed) if self.config.refine_channels else prediction
 
     def _embed(self, timestep: Tensor, cond: Conditioning, z: Tensor) -> Tensor:
         """The time embedding (b or 1, 4 model_channels), to which the pooled vector and the sizes are added."""

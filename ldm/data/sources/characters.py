@@ -50,7 +50,7 @@ ALONE = "none"  # the creature of a role without one, and the role of a creature
 HELD_OUT_FRACTION = 0.1
 SUPERSAMPLING = 2  # images are drawn larger by it, and reduced
 # What varies, at most: of the side, in radians, of the face, of the hue's circle, of the brightness.
-MAX_SHIFT, MAX_TILT, MAX_ZOOM, MAX_HUE, MAX_VALUE = 0.016, 0.06, 0.04, 0.012, 0.02
+MAX_SHIFT, MAX_TILT, MAX_ZOOM, MAX_HUE, MAX_VALUE = 0.01, 0.04, 0.025, 0.012, 0.02
 
 
 class Character(NamedTuple):
