@@ -60,6 +60,8 @@ def test_widths_and_sizes_that_do_not_fit_are_refused(tmp_path: Path, capsys: py
         DiscriminatorConfig(base_channels=20)
     with pytest.raises(SystemExit, match="data.resolution 16 is below 24 pixels.* lower discriminator.num_layers"):
         train("vae", tmp_path / "vae", "--loss.adversarial-weight=1")
+    with pytest.raises(SystemExit, match="adversarial_start 4 is not below steps 4, .* lower it"):
+        train("vae", tmp_path / "vae", *GAN, "--loss.adversarial-start=4")
 
 
 def test_the_hinge_loss_is_zero_beyond_the_margin_and_one_at_chance() -> None:
@@ -143,6 +145,7 @@ def test_the_watchdog_needs_a_lasting_fall_after_the_start() -> None:
     assert (dog.best, dog.good_step) == (21.0, 7)
     again = Watchdog(dog.config, "db", start=3)
     again.load_state_dict(json.loads(json.dumps(dog.state_dict())))
+    assert not again.observe(8, {"db": 19.0}) and again.worse == 1  # a resumed run looks at its last step once more
     assert again.observe(9, {"db": float("nan")}) and again.complaint() == (
         "db fell from 21 to nan and stayed low for 2 validations"
     )
@@ -184,12 +187,18 @@ def test_a_ruined_vae_goes_back_with_half_the_weight(tmp_path: Path, capsys: pyt
         assert_same(tensors_of(tmp_path / "whole", 8), tensors_of(run, 8))
 
 
-def test_a_discriminator_of_too_much_weight_is_weakened_until_the_run_gives_up(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"validation_psnr fell from .* also with 1/32 of the weight: lower"):
-        train("vae", tmp_path / "vae", *WATCHED, "--loss.adversarial-weight=1e4")
-    factors = list(logged(tmp_path / "vae", "weight_factor").values())
-    assert factors[-1] == 1 / 32
-    assert len(list((tmp_path / "vae/checkpoints").glob("step-*"))) >= 1
+@pytest.mark.parametrize("two_ranks", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_discriminator_of_too_much_weight_is_weakened_until_the_run_gives_up(two_ranks: bool, tmp_path: Path) -> None:
+    """Two ranks with shards go back to the same steps as one."""
+    flags, message = [*WATCHED, "--loss.adversarial-weight=1e4"], "also with 1/32 of the weight: lower"
+    with pytest.raises(SystemExit, match=f"validation_psnr fell from .* {message}"):
+        train("vae", tmp_path / "one", *flags)
+    assert len(list((tmp_path / "one/checkpoints").glob("step-*"))) >= 1
+    assert list(logged(tmp_path / "one", "weight_factor").values())[-1] == 1 / 32
+    if two_ranks:
+        assert message in launch("vae", tmp_path / "two", 2, [*flags, "--fsdp"], codes=[1, 1])
+        for name in ("weight_factor", "went_back_from"):
+            assert logged(tmp_path / "one", name) == logged(tmp_path / "two", name)
 
 
 def test_a_watchdog_without_a_checkpoint_stops_the_run(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ldm.evaluation.frechet import frechet_distance
 from ldm.evaluation.latent_card import measure_latents, moved_latents, write_latent_card
 from ldm.vae import VAE, VAEConfig
 
@@ -26,20 +25,6 @@ def linear() -> VAE:
     assert vae.linear is not None
     vae.linear.init_from_pca(F.interpolate(torch.randn(64, 3, 6, 6), size=32, mode="bicubic").clamp(-1, 1))
     return vae
-
-
-def test_the_distance_of_two_gaussians_is_that_of_their_moments() -> None:
-    """Diagonal covariances: the squared differences of means and of deviations."""
-    torch.manual_seed(0)
-    white = torch.linalg.qr(torch.randn(200, 5).double() - torch.randn(200, 5).double().mean(0)).Q
-    white = white - white.mean(0)
-    white = torch.linalg.solve_triangular(torch.linalg.cholesky(white.T.cov()).mT, white, upper=True, left=False)
-    shift, scale = torch.tensor([1.0, -2, 0, 0, 3]), torch.tensor([2.0, 1, 1, 0.5, 0])
-    want = (shift.square().sum() + (scale - 1).square().sum()).item()
-    assert frechet_distance(white, white * scale + shift) == pytest.approx(want)
-    assert frechet_distance(white, white) == pytest.approx(0, abs=1e-9)
-    with pytest.raises(ValueError, match="two images of each set at least, not 200 and 1"):
-        frechet_distance(white, white[:1])
 
 
 def test_what_moves_a_latent_that_sees_single_patches(linear: VAE) -> None:

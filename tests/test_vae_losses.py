@@ -80,9 +80,9 @@ def test_the_image_tower_of_a_clip_run_is_open_clips(tiny_runs: Path) -> None:
     tower = ImageTower.load(f"local-dir:{folder}")
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(16, 16, 3).permute(2, 0, 1)[None]
     with torch.no_grad():
-        want = model.encode_image(preprocess(image)[None])
-        torch.testing.assert_close(tower.embed(pixels / 127.5 - 1), want, rtol=1e-4, atol=1e-5)
+        [want] = model.visual.forward_intermediates(preprocess(image)[None])["image_intermediates"]
         [features] = tower(pixels / 127.5 - 1)
+    torch.testing.assert_close(features, want, rtol=1e-4, atol=1e-5)
     assert features.shape == (1, 32, 2, 2) and not any(p.requires_grad for p in tower.parameters())
 
 
@@ -104,7 +104,7 @@ def test_a_vae_learns_from_the_features_of_the_latest_clip_run(tiny_runs: Path, 
         ({"perceptual": "local-dir:nowhere"}, "image tower local-dir:nowhere has no open_clip_config.json: train one"),
         ({"perceptual": "ViT-X"}, "image tower 'ViT-X' is not in open_clip: pass one"),
         ({"perceptual": "ViT-B-32"}, "image tower ViT-B-32: set its pretrained tag to one of openai, .*, not None"),
-        ({"perceptual": "lpips", "lpips_files": ("vgg", "heads")}, "vgg is missing"),
+        ({"perceptual": "lpips", "lpips_files": ("vgg", "heads")}, "lpips_files: there is no vgg: download it"),
     ],
 )
 def test_features_that_are_not_there_are_named(settings: Any, message: str, tmp_path: Path) -> None:

@@ -24,7 +24,15 @@ from ldm.diffusion.samplers import get_sampler
 from ldm.evaluation.classifier import AttributeClassifier, load_classifier
 from ldm.evaluation.drawn import DrawnSet, drawn_set
 from ldm.evaluation.estimates import Estimate, mean_ci
-from ldm.evaluation.features import CHOICES, Extractor, open_extractor, own_extractor, read_features, write_features
+from ldm.evaluation.features import (
+    CHOICES,
+    Extractor,
+    open_extractor,
+    own_extractor,
+    read_features,
+    to_8_bits,
+    write_features,
+)
 from ldm.evaluation.memorization import Nearest, closest_pairs, compare_distances, find_nearest
 from ldm.evaluation.metrics import FD, compare_features, missing_metrics
 from ldm.evaluation.prompts import background_deviation, prompt_accuracy, variety
@@ -248,11 +256,6 @@ def generate(subject: Subject, captions: Sequence[str], config: EvaluateConfig) 
         settings |= {"guidance_scale": config.guidance_scale, "literal": True}
         images.append(to_8_bits(subject.pipeline.sample(batch, seeds, **settings)))
     return torch.cat(images)
-
-
-def to_8_bits(images: Tensor) -> Tensor:
-    """Images in [-1, 1] in the steps of a PNG, on the CPU."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().cpu() / 127.5 - 1
 
 
 def reference_features(subject: Subject, extractor: Extractor, config: EvaluateConfig) -> Tensor:

@@ -73,6 +73,11 @@ class Extractor:
         return self.encode_text(captions).float().cpu()
 
 
+def to_8_bits(images: Tensor) -> Tensor:
+    """Images in [-1, 1] in the steps of a PNG, on the CPU."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().cpu() / 127.5 - 1
+
+
 # Opening.
 
 

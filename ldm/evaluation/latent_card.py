@@ -3,31 +3,32 @@
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ldm.data import DataConfig, open_dataset
+from ldm.evaluation.features import open_extractor, to_8_bits
 from ldm.evaluation.frechet import frechet_distance
 from ldm.io.atomic import atomic_write, write_text
 from ldm.io.model_dir import latest_model, read_manifest
 from ldm.pipeline.load import VAEManifest, load_vae, resolve_device
-from ldm.text.image_tower import ImageTower
 from ldm.text.weights import LOCAL
 from ldm.vae import VAE
 from ldm.vae.equivariance import ScaleTurn
 from ldm.vae.losses import psnr, ssim
 
-NUM_IMAGES = 512  # held-out ones
+NUM_IMAGES = 256  # held-out ones
 Features = Callable[[Tensor], Tensor]
-"""Images (b, 3, h, w) in [-1, 1] -> features (b, d)."""
+"""Images (b, c, h, w) in [-1, 1], in steps of 8 bits -> features (b, d)."""
 
 
 def write_latent_card(folder: Path, *, runs: Path | None = None) -> dict[str, Any]:
     """Measure the VAE of a finished train_vae run on its held-out images, and write both files into its model folder.
 
-    `rfd_self` is measured with the image tower of the newest train_clip run below `runs`, if there is one.
+    `rfd_self` is measured on the features of the newest train_clip run below `runs`, if there is one.
     """
     manifest = read_manifest(folder, "vae", VAEManifest.from_dict)
     device = resolve_device(None)
@@ -42,12 +43,12 @@ def write_latent_card(folder: Path, *, runs: Path | None = None) -> dict[str, An
 
 
 def newest_features(runs: Path, device: torch.device) -> Features | None:
-    """Those of the image tower of the newest finished train_clip run below `runs`; None where there is none."""
+    """Those of the newest finished train_clip run below `runs`; None where there is none."""
     try:
         folder = latest_model("text tower", runs, script="scripts/train_clip.py")
     except ValueError:
         return None
-    return ImageTower.load(f"{LOCAL}{folder}").to(device).embed
+    return open_extractor(f"{LOCAL}{folder}", device)
 
 
 @torch.no_grad()
@@ -60,18 +61,19 @@ def measure_latents(
 ) -> dict[str, Any]:
     """All numbers of the card, of batches of images (b, c, h, w).
 
-    Moments are those of the posterior's mean, raw; `moved` compares standardized latents. With `features`, `rfd_self`
-    is the `distance` between those of the images and those of their reconstructions.
+    Moments are those of the posterior's mean, raw; `moved` compares standardized latents. With `features`, and more
+    than one image, `rfd_self` is the `distance` between those of the images and those of their reconstructions.
     """
-    latents, quality, pairs, moved = [], [], [], []
+    latents, quality, pairs = [], [], []
+    moved: list[dict[str, float]] = []
     for images in batches:
         mean = vae.encode(images).mean
         output = vae.decode(mean).clamp(-1, 1)
         latents.append(mean.movedim(1, -1).flatten(0, -2).cpu().double())
         quality.append(torch.stack([psnr(output, images), ssim(output, images)]).cpu())
-        moved.append(torch.tensor(list(moved_latents(vae, images).values())))
+        moved.append(moved_latents(vae, images))
         if features is not None:
-            pairs.append(torch.stack([features(x.expand(-1, 3, -1, -1)) for x in (images, output)]).cpu())
+            pairs.append(torch.stack([features(images), features(to_8_bits(output))]))
     z, count = torch.cat(latents), sum(part.shape[1] for part in quality)
     scores = torch.cat(quality, 1).mean(1).tolist()
     card: dict[str, Any] = {
@@ -83,9 +85,9 @@ def measure_latents(
         "correlation": [_list(row) for row in torch.atleast_2d(z.T.corrcoef())],
         "psnr": round(scores[0], 3),
         "ssim": round(scores[1], 4),
-        "moved": dict(zip(moved_latents(vae, images), _list(torch.stack(moved).mean(0)), strict=True)),
+        "moved": {name: float(f"{fmean(batch[name] for batch in moved):.5g}") for name in moved[0]},
     }
-    if features is not None:
+    if features is not None and count > 1:
         card["rfd_self"] = float(f"{distance(*torch.cat(pairs, 1)):.5g}")
     return card
 
@@ -93,21 +95,26 @@ def measure_latents(
 def moved_latents(vae: VAE, images: Tensor) -> dict[str, float]:
     """How far the latent of a changed image is from the changed latent of the image, relative to the latter's norm.
 
-    Shifts are to the right, by a cell of the latent and by half of one, and leave out the border.
+    Shifts are to the right, by a cell of the latent and by half of one, and leave out the border; where that is all of
+    the latent, they are left out.
     """
     factor, z = vae.config.factor, _standard(vae, images)
-    (height, width), inner = z.shape[-2:], (..., slice(1, -1), slice(1, -1))
+    height, width = z.shape[-2:]
     half = ScaleTurn(max(1, height // 2), max(1, width // 2))
     turn = ScaleTurn(height, width, 1)
-    cell = (images.roll(factor, -1), z.roll(1, -1))
-    half_cell = (images.roll(factor // 2, -1), (z + z.roll(1, -1)) / 2)
     pairs = {
-        "shift by a cell": (_standard(vae, cell[0])[inner], cell[1][inner]),
-        "shift by half a cell": (_standard(vae, half_cell[0])[inner], half_cell[1][inner]),
-        "scale by 0.5": (_standard(vae, half(images, factor=factor)), half(z)),
-        "turn by 90 degrees": (_standard(vae, turn(images, factor=factor)), turn(z)),
+        "scale by 0.5": (half(images, factor=factor), half(z)),
+        "turn by 90 degrees": (turn(images, factor=factor), turn(z)),
     }
-    return {name: ((a - b).norm() / b.norm()).item() for name, (a, b) in pairs.items()}
+    inner: tuple[Any, ...] = (..., slice(1, -1), slice(1, -1))
+    if min(height, width) > 2:
+        pairs["shift by a cell"] = images.roll(factor, -1), z.roll(1, -1)
+        pairs["shift by half a cell"] = images.roll(factor // 2, -1), (z + z.roll(1, -1)) / 2
+    moved = {}
+    for name, (changed, want) in pairs.items():
+        part = inner if name.startswith("shift") else ...
+        moved[name] = ((_standard(vae, changed) - want)[part].norm() / want[part].norm()).item()
+    return moved
 
 
 def draw_card(card: dict[str, Any], vae: VAE, image: Tensor, path: Path) -> None:

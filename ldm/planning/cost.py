@@ -112,8 +112,9 @@ def _networks(stage: Stage) -> nn.Module:
 
 
 def _forward_backward(stage: Stage, batch: Batch, images: int, device: torch.device, *, bf16: bool) -> None:
-    """Of each trainable, with the loss of the stage."""
-    rng = StepRNG(0, 0, range(images), images, device)
+    """Of each trainable, with the loss of the stage, in a step in which all are trained."""
+    step = max(trainable.start for trainable in stage.trainables)
+    rng = StepRNG(0, step, range(images), images, device)
     networks = {trainable.name: trainable.module for trainable in stage.trainables}
     for name in networks:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

@@ -41,7 +41,11 @@ class DistillConfig(TrainingConfig):
         """The newest model, and the data that the model was trained on."""
         path = self.model or latest_model("pipeline", Path("runs"), script="make demo")
         manifest = read_json(path / "model.json")
-        return {"model": path, "data": manifest.get("data") or manifest.get("metadata", {}).get("data", {})}
+        data = manifest.get("data") or manifest.get("metadata", {}).get("data")
+        return {
+            "model": path,
+            "data": data if isinstance(data, dict) else {},
+        }  # a model of another kind is refused later
 
 
 class PreviewStage(Stage):
@@ -53,9 +57,9 @@ class PreviewStage(Stage):
 
     def __init__(self, config: DistillConfig, device: torch.device) -> None:
         assert config.model is not None  # `values_below` finds one
+        self.config, self.device, self.vae = config, device, load_vae(config.model)
         if not config.data.source:
             raise ValueError(f"{config.model} does not name its data, as it was not trained here: pass --data.source")
-        self.config, self.device, self.vae = config, device, load_vae(config.model)
         self.decoder = TinyDecoder(self.vae.config)
         self.trainables, self.frozen = [Trainable("decoder", self.decoder)], {"vae": self.vae.to(device)}
         self.vae_sha256 = weights_sha256(self.vae)

@@ -80,10 +80,11 @@ class VAEStage(Stage):
         if config.data.resolution < config.discriminator.smallest_side:
             least = f"data.resolution {config.data.resolution} is below {config.discriminator.smallest_side} pixels"
             raise ValueError(f"{least}, so it has no patch: lower discriminator.num_layers")
-        start, optimizer = (
-            config.loss.adversarial_start,
-            partial(adamw, learning_rate=config.discriminator.learning_rate),
-        )
+        start = config.loss.adversarial_start
+        if start >= config.steps:
+            late = f"loss.adversarial_start {start} is not below steps {config.steps}"
+            raise ValueError(f"{late}, so no discriminator would be trained: lower it, or set adversarial_weight to 0")
+        optimizer = partial(adamw, learning_rate=config.discriminator.learning_rate)
         discriminator = PatchDiscriminator(config.discriminator, config.vae.image_channels)
         self.trainables = [*self.trainables, Trainable("discriminator", discriminator, optimizer, start)]
         self.watchdog = Watchdog(config.watchdog, "validation_psnr", start=start)
@@ -102,6 +103,8 @@ class VAEStage(Stage):
             init_weights(stage.vae, source.state_dict(), config.init_from)
         if config.loss.perceptual_weight:
             train_clip = command_to_train(config, "clip", cls.default)
+            if config.loss.lpips_files and config.data.resolution < LPIPS.smallest_side:
+                raise ValueError(f"data.resolution {config.data.resolution}: lpips needs {LPIPS.smallest_side} pixels")
             distance = load_perceptual(config.loss, config.run.parent, train_clip)
             stage.frozen = {"perceptual": distance.to(accelerator.device)}
         return stage
@@ -134,10 +137,8 @@ class VAEStage(Stage):
         if change:
             images = change(images, factor=self.config.vae.factor)
         terms = vae_loss(images, output, posterior, self.config.loss, self.frozen.get("perceptual"))
-        if self.watchdog is None:
-            return terms
-        self._pairs[tuple(rng.positions)] = (images, output.detach())
-        if rng.step >= self.config.loss.adversarial_start:
+        if self.watchdog is not None and rng.step >= self.config.loss.adversarial_start:
+            self._pairs[tuple(rng.positions)] = (images, output.detach())
             terms |= self._adversarial_terms(terms["loss"], output, weights[0], networks)
         return terms
 
@@ -167,6 +168,8 @@ class VAEStage(Stage):
         smallest = 11 if self.config.loss.ssim_weight else 1  # pixels
         if self.watchdog is not None:
             smallest = max(smallest, self.config.discriminator.smallest_side)
+        if self.config.loss.lpips_files:
+            smallest = max(smallest, LPIPS.smallest_side)
         _, height, width = self.config.vae.latent_shape(images)
         return draw_scale_turn(draw, height, width, smallest=-(-smallest // self.config.vae.factor))
 

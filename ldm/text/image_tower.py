@@ -1,4 +1,4 @@
-"""The image half of a CLIP: open_clip's own network, frozen, for distances and measures."""
+"""The image half of a CLIP: open_clip's own network, frozen, for distances."""
 
 from typing import Any
 
@@ -27,7 +27,8 @@ class ImageTower(nn.Module):
         self.visual = _build_vision_tower(cfg["embed_dim"], cfg["vision_cfg"], cfg.get("quick_gelu", False))
         size = self.visual.image_size
         self.size = (size, size) if isinstance(size, int) else tuple(size)
-        layers = cfg["vision_cfg"].get("layers", 12)
+        timm = getattr(self.visual, "trunk", None)
+        layers = len(timm.feature_info) if timm else cfg["vision_cfg"].get("layers", 12)
         count = layers if isinstance(layers, int) else 1 + len(layers)
         self.blocks = sorted({round((i + 1) * count / MAX_BLOCKS) - 1 for i in range(MAX_BLOCKS)} - {-1})
         for name, default in (("mean", OPENAI_MEAN), ("std", OPENAI_STD)):
@@ -48,15 +49,8 @@ class ImageTower(nn.Module):
         return tower
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        result = self.visual.forward_intermediates(self._prepare(images), self.blocks, intermediates_only=True)
-        return list(result["image_intermediates"])
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (b, 3, h, w) in [-1, 1] -> CLIP's image features (b, embed_dim), not normalized."""
-        return self.visual(self._prepare(images))
-
-    def _prepare(self, images: Tensor) -> Tensor:
-        """Resized to the tower's size, which also changes their shape, and normalized as in its training."""
-        if images.shape[-2:] != self.size:
+        if images.shape[-2:] != self.size:  # which also changes their shape
             images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
-        return ((images + 1) / 2 - self.mean) / self.std
+        images = ((images + 1) / 2 - self.mean) / self.std
+        result = self.visual.forward_intermediates(images, self.blocks, intermediates_only=True)
+        return list(result["image_intermediates"])

@@ -26,12 +26,18 @@ class RunLogger:
         self.bar = tqdm(total=steps, initial=start, disable=hidden, desc=run.name, unit="step", mininterval=1.0)
         self.file, self.remedy = run / "log.jsonl", f"restart with {resume_command(run)}"
         self.validation: tuple[int, dict[str, float]] = (0, {})  # the last one, and its step
+        self.start_from(start)
+
+    def start_from(self, step: int) -> None:
+        """Forget what was logged past `step`, from which training goes on."""
         if self.is_rank0:
-            lines = _truncate_log(self.file, start)
+            with disk_errors(self.file, self.remedy):
+                lines = _truncate_log(self.file, step)
             for line in lines:
                 if any(name.startswith("validation") for name in line):
                     self.validation = line.pop("step"), line
-        self.restart_clock(start)
+        self.step(step)
+        self.restart_clock(step)
 
     def step(self, step: int) -> None:
         """Move the bar to `step`."""
@@ -108,7 +114,7 @@ def _rounded(value: float) -> float:
 
 
 def _truncate_log(path: Path, start: int) -> list[dict[str, Any]]:
-    """Remove lines past step `start`, where a resumed run begins, and lines that were cut off; returns what is left."""
+    """Remove lines past step `start`, where training goes on, and lines that were cut off; returns what is left."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with suppress(ValueError):

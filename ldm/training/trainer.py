@@ -245,10 +245,9 @@ class Trainer:
         watchdog.load_state_dict(seen)
         watchdog.go_back(state.step)
         state.save(replace=True)  # with the lower weight, so that a resumed run takes the same course
+        self.logs.start_from(state.step)
         self.logs.print(f"{complaint}: back to {path.name}, with {watchdog.factor:g} of the weight")
         self.logs.write_json(state.step, {"went_back_from": step, "weight_factor": watchdog.factor})
-        self.logs.step(state.step)
-        self.logs.restart_clock(state.step)
         return True
 
     def _report_anomalies(self) -> None:

@@ -28,10 +28,11 @@ class Watchdog:
     def __init__(self, config: WatchdogConfig, measure: str, *, start: int) -> None:
         self.config, self.measure, self.start = config, measure, start  # `start`: the step from which it may go back
         self.best: float | None = None
-        self.good_step = 0  # of the last validation that was not worse
+        self.seen_step = 0  # of the last validation
+        self.good_step = 0  # of the last one that was not worse
         self.worse = 0  # validations since then
         self.returns = 0
-        self.last = 0.0  # the measure at the last validation
+        self.last = 0.0  # the measure at `seen_step`
 
     @property
     def factor(self) -> float:
@@ -40,11 +41,12 @@ class Watchdog:
 
     def observe(self, step: int, values: Mapping[str, float]) -> bool:
         """Whether to go back, after a validation at `step`; one that was seen before changes nothing."""
-        if step <= self.good_step:
+        if step <= self.seen_step:
             return False
-        self.last = values[self.measure]
-        if self.best is None or self.last >= self.best - self.config.drop:  # NaN is worse
-            self.best = max(self.last, self.best or self.last)
+        self.seen_step, self.last = step, values[self.measure]
+        best = self.last if self.best is None else self.best
+        if self.best is None or self.last >= best - self.config.drop:  # NaN is worse
+            self.best = max(best, self.last)
             self.good_step, self.worse = step, 0
         elif step > self.start:
             self.worse += 1
@@ -54,7 +56,8 @@ class Watchdog:
         """Weaken the loss and go on from the checkpoint of `step`; ValueError: it did so too often."""
         if self.returns == MAX_RETURNS:
             raise ValueError(f"{self.complaint()}, also with 1/{2**self.returns} of the weight: lower --learning-rate")
-        self.good_step, self.worse, self.returns = step, 0, self.returns + 1
+        self.seen_step = self.good_step = step
+        self.worse, self.returns = 0, self.returns + 1
 
     def complaint(self) -> str:
         """What is wrong, with the numbers."""
@@ -63,7 +66,7 @@ class Watchdog:
 
     def state_dict(self) -> dict[str, Any]:
         """What it remembers."""
-        names = ("best", "good_step", "worse", "returns", "last")
+        names = ("best", "seen_step", "good_step", "worse", "returns", "last")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -33,6 +33,7 @@ class FeatureDistance(nn.Module):
 class LPIPS(nn.Module):
     """LPIPS with VGG16 (Zhang et al. 2018, equation 1), from the two files of its weights."""
 
+    smallest_side = 16  # of an image, in pixels: VGG16 halves it four times
     mean: Tensor
     std: Tensor
 
@@ -49,6 +50,8 @@ class LPIPS(nn.Module):
     @classmethod
     def load(cls, vgg: Path, heads: Path) -> "LPIPS":
         """From torchvision's VGG16 (vgg16-397923af.pth) and LPIPS' linear layers (vgg.pth); ValueError: others."""
+        if missing := [str(file) for file in (vgg, heads) if not file.is_file()]:
+            raise ValueError(f"loss.lpips_files: there is no {missing[0]}: download it, or choose other features")
         network, wanted = cls(), "features."
         tensors = read_tensors(vgg, pickles=True)
         own = {name.removeprefix(wanted): t for name, t in tensors.items() if name.startswith(wanted)}
@@ -60,7 +63,9 @@ class LPIPS(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean distance of images (b, 1 or 3, h, w) in [-1, 1], with a gradient for both."""
         pairs = zip(*(self._features(images.expand(-1, 3, -1, -1)) for images in (x, y)), strict=True)
-        return torch.stack([head(_squares(a, b)).mean() for head, (a, b) in zip(self.heads, pairs, strict=True)]).sum()
+        weights = (head.get_parameter("weight") for head in self.heads)  # not convolutions: autocast rounds those
+        terms = [(w * _squares(a, b)).sum(1).mean() for w, (a, b) in zip(weights, pairs, strict=True)]
+        return torch.stack(terms).sum()
 
     def _features(self, images: Tensor) -> Sequence[Tensor]:
         h, found = (images - self.mean) / self.std, []
