@@ -1,7 +1,8 @@
-"""Measure a trained model on held-out data: the VAE's fidelity and, for shapes, whether prompts are followed."""
+"""Measure a model: its VAE, its images against real ones, whether prompts are followed, and what it memorized."""
 
 from ldm.cli import command
-from ldm.evaluation.evaluate import EvaluateConfig, evaluate
+from ldm.evaluation.evaluate import evaluate
+from ldm.evaluation.subject import EvaluateConfig
 
 main = command(EvaluateConfig, evaluate, __doc__)
 

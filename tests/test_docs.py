@@ -13,8 +13,8 @@ from ldm.cli import parse_cli
 from ldm.config import CONFIGS, flatten
 from ldm.data.inspect import CheckDataConfig
 from ldm.evaluation.demo import DemoConfig
-from ldm.evaluation.evaluate import EvaluateConfig
 from ldm.evaluation.figures import FiguresConfig
+from ldm.evaluation.subject import EvaluateConfig
 from ldm.pipeline.convert import ConvertConfig
 from ldm.pipeline.generate import Img2ImgConfig, Txt2ImgConfig
 from ldm.planning.report import PlanConfig

@@ -12,18 +12,20 @@ from ldm.data import DataConfig
 from ldm.data.sources import shapes
 from ldm.evaluation import classifier as module
 from ldm.evaluation.classifier import (
-    ATTRIBUTES,
     CLASSIFIER_VERSION,
     AttributeClassifier,
+    attributes_shown,
     check_classifier,
-    count_correct,
-    render_batch,
+    to_batch,
     train_classifier,
 )
+from ldm.evaluation.drawn import drawn_set
 from ldm.evaluation.estimates import mean_ci, proportion_ci
-from ldm.evaluation.evaluate import EvaluateConfig
-from ldm.imaging import pil_to_tensor
+from ldm.evaluation.subject import EvaluateConfig
 from ldm.pipeline import Pipeline
+
+SHAPES = drawn_set(DataConfig(source="shapes"))
+assert SHAPES is not None
 
 
 def test_wilsons_interval() -> None:
@@ -43,44 +45,41 @@ def test_interval_of_a_mean() -> None:
 
 def test_an_untrained_classifier_refuses_to_judge() -> None:
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match=r"reads only \d+ of 1008 real renders at 16 pixels, 99.5% are needed"):
-        check_classifier(AttributeClassifier().eval(), 16)
+    model = AttributeClassifier(SHAPES.attributes).eval()
+    with pytest.raises(ValueError, match=r"reads only \S+% of 1000 real renders at 16 pixels, 99.5% are needed"):
+        check_classifier(model, SHAPES, 16)
 
 
-def test_right_answers_are_counted_by_attribute() -> None:
+def test_right_answers_are_told_by_attribute() -> None:
     scene = shapes.scenes("test")[0]
-    classifier = AttributeClassifier().eval()
+    classifier = AttributeClassifier(SHAPES.attributes).eval()
     with torch.no_grad():
         for name, head in classifier.heads.items():
+            values = SHAPES.attributes[name]
             head.weight.zero_()  # type: ignore[operator]
-            head.bias.copy_(torch.eye(len(ATTRIBUTES[name]))[ATTRIBUTES[name].index(getattr(scene, name))])  # type: ignore[operator]
-    other = scene._replace(size="small" if scene.size == "large" else "large")
-    right = count_correct(classifier, torch.zeros(3, 3, 16, 16), [scene, scene, other])
-    assert right == {"shape": 3, "color": 3, "background": 3, "position": 3, "size": 2, "all": 2}
-
-
-def test_renders_are_the_images_of_the_data_set() -> None:
-    scenes = shapes.scenes("test")[:2]
-    images = render_batch(scenes, 16, seed=5)
-    for index, scene in enumerate(scenes):
-        assert torch.equal(images[index], pil_to_tensor(shapes.render(scene, 16, seed=5 + index), 3))
-    assert not torch.equal(images, render_batch(scenes, 16, seed=6)), "the seed moves the objects a little"
+            head.bias.copy_(torch.eye(len(values))[values.index(getattr(scene, name))])  # type: ignore[operator]
+    wrong = SHAPES.labels(scene) | {"size": "small" if scene.size == "large" else "large"}
+    asked = [SHAPES.labels(scene), wrong, {"color": scene.color}]
+    shown = attributes_shown(classifier, torch.zeros(3, 3, 16, 16), asked)
+    assert shown["size"] == [True, False] and shown["shape"] == [True, True] and shown["color"] == [True] * 3
+    assert shown["all"] == [True, False, True], "what is not asked for is not counted"
 
 
 def test_evaluate_reports_fidelity_and_prompt_accuracy(
     tiny_runs: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the tiny model, with a classifier that need not prove itself: every figure with its count and interval."""
-    monkeypatch.setattr(module, "train_classifier", lambda size: AttributeClassifier().eval())
-    monkeypatch.setattr(module, "check_classifier", lambda model, size: 1.0)
+    monkeypatch.setattr(module, "train_classifier", lambda drawn, size: AttributeClassifier(drawn.attributes).eval())
+    monkeypatch.setattr(module, "check_classifier", lambda model, drawn, size: 1.0)
     evaluate.main(
         ["--model", str(tiny_model), "--num-samples", "6", "--steps", "2", "--batch-size", "4", "--device", "cpu"]
     )
     report = json.loads((tiny_runs / "ldm/evaluation.json").read_text())["measures"]
-    names = ["VAE PSNR, dB", "VAE SSIM", *(f"prompt accuracy, {name}" for name in [*ATTRIBUTES, "all"])]
+    names = ["VAE PSNR, dB", "VAE SSIM", *(f"prompt accuracy, {name}" for name in [*SHAPES.attributes, "all"])]
+    names.append("background deviation, 8-bit steps")
     for name in names:
         assert report[name]["samples"] == 6 and report[name]["low"] <= report[name]["value"] <= report[name]["high"]
-    assert (tiny_runs / f"classifier-{CLASSIFIER_VERSION}-16.safetensors").is_file()
+    assert (tiny_runs / f"classifier-shapes-{CLASSIFIER_VERSION}-16.safetensors").is_file()
 
 
 @pytest.fixture
@@ -140,5 +139,7 @@ def test_a_model_whose_data_is_gone_or_unknown(
 def test_the_classifier_learns_to_read_renders() -> None:
     """A tenth of its training at half the resolution; the demo trains it to 99.5 % and checks that at every use."""
     scenes = shapes.scenes("test")[:200]
-    correct = count_correct(train_classifier(16, steps=40, batch_size=48), render_batch(scenes, 16, seed=1), scenes)
-    assert correct["background"] > 160 and correct["position"] > 120
+    images = to_batch([shapes.render(scene, 16, seed=1) for scene in scenes])
+    model = train_classifier(SHAPES, 16, steps=40, batch_size=48)
+    shown = attributes_shown(model, images, [*map(SHAPES.labels, scenes)])
+    assert sum(shown["background"]) > 160 and sum(shown["position"]) > 120

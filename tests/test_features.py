@@ -47,13 +47,20 @@ def test_images_are_resized_as_the_report_says(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("local-dir:{folder}", r"--extractor local-dir:\S+ has no weights of an image tower: pass .* train_clip run"),
-        ("ViT-B-32", "--extractor ViT-B-32 names no weights: ViT-B-32 has .*ViT-B-32:laion400m_e32"),
-        ("ViT-B-32:none", "--extractor ViT-B-32:none names no weights: ViT-B-32 has"),
-        ("nothing:x", "--extractor nothing:x names no weights: pass `local-dir:FOLDER`"),
+        (
+            "local-dir:{folder}",
+            r"--extractor local-dir:\S+: image tower .* has no weights in .*: pass a CLIP",
+        ),
+        ("local-dir:nowhere", "--extractor local-dir:nowhere: image tower .* has no open_clip_config.json: train one"),
+        (
+            "ViT-B-32",
+            "--extractor ViT-B-32: .* set its pretrained tag to one of .*laion400m_e32.*; .*NAME:TAG",
+        ),
+        ("ViT-B-32:none", "--extractor ViT-B-32:none: .* to one of .*, not none"),
+        ("nothing:x", "--extractor nothing:x: image tower 'nothing' is not in open_clip: pass one"),
         ("inception:{folder}/a.pth", r"a.pth has no weights, there is no such file: download inception_v3"),
         ("inception:{folder}/open_clip_model.safetensors", "does not fit this network"),
-        ("hf-hub:org/name", "--extractor hf-hub:org/name could not be loaded.*check the network"),
+        ("hf-hub:org/name", "--extractor hf-hub:org/name: image tower .* download failed .*: check the network"),
     ],
 )
 def test_an_extractor_without_weights(name: str, message: str, tiny_model: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from helpers import train
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.sources import shapes
+from ldm.data.sources import characters, shapes
+from ldm.data.sources.base import Split
 from ldm.evaluation.memorization import (
     Memorization,
     closest_pairs,
@@ -69,6 +70,22 @@ def test_new_images_of_held_out_combinations_come_out_as_new() -> None:
     found = memorization(renders(list(shapes.scenes("test")[160:320]), 50_000))
     assert not found.is_evident and found.p_value > 0.05
     assert found.nearer[5].share.value < 0.1
+
+
+def test_characters_of_held_out_pairs_come_out_as_new() -> None:
+    """Samples of the captions of the held-out images, as evaluate generates them; copies of training images do not."""
+
+    def draw(split: Split, count: int, seed: int) -> Tensor:
+        scenes = enumerate(characters.pairs(split)[:count])
+        return torch.stack([pil_to_tensor(characters.render(scene, 32, seed=seed + i), 3) for i, scene in scenes])
+
+    training, held_out, new = draw("train", 400, 0), draw("test", 120, 10_000), draw("test", 120, 20_000)
+    copies = training[:120] + 0.02 * torch.randn(120, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    sets = {"new": new, "copies": copies, "held-out images": held_out}
+    nearest = find_nearest(sets, training.split(100), PIXELS)["pixels"]
+    found = {name: compare_distances(nearest[name].distances, nearest["held-out images"].distances) for name in sets}
+    assert not found["new"].is_evident and found["new"].p_value > 0.01 and found["new"].nearer[5].share.value < 0.12
+    assert found["copies"].is_evident and found["copies"].nearer[1].share.value > 0.9
 
 
 def test_the_p_value_of_the_nearest_is_exact() -> None:

@@ -20,6 +20,7 @@ class DrawnSet(NamedTuple):
     scenes: Callable[[Split], Sequence[Any]]
     captions: Callable[[Any], tuple[str, ...]]  # the last names all that any names
     render: Callable[..., Image.Image]  # (scene, size, seed=)
+    classifier_steps: int  # after which its classifier reads held-out renders
 
     def labels(self, scene: Any) -> dict[str, str]:
         """The value of each attribute of a scene."""
@@ -51,15 +52,15 @@ def drawn_set(data: DataConfig) -> DrawnSet | None:
         colors = tuple(shapes.COLORS)
         values = {"shape": shapes.SHAPES, "color": colors, "background": colors}
         values |= {"position": tuple(shapes.POSITIONS), "size": tuple(shapes.SIZES)}
-        return DrawnSet("shapes", values, shapes.scenes, shapes.captions, shapes.render)
+        return DrawnSet("shapes", values, shapes.scenes, shapes.captions, shapes.render, 400)
     if data.source == "pairs":
         colors = tuple(shapes.COLORS)
         values = {"shape": shapes.SHAPES, "color": colors, "other_shape": shapes.SHAPES, "other_color": colors}
         values |= {"background": colors, "relation": tuple(shapes.RELATIONS)}
-        return DrawnSet("pairs", values, shapes.pair_scenes, shapes.captions, shapes.render)
+        return DrawnSet("pairs", values, shapes.pair_scenes, shapes.captions, shapes.render, 400)
     if data.source == "characters":
         values = {"creature": tuple(characters.CREATURES), "role": tuple(characters.ROLES)}
         values |= {"background": tuple(characters.BACKGROUNDS), "facing": characters.FACINGS}
         render = partial(characters.render, font=data.emoji_font)
-        return DrawnSet("characters", values, characters.pairs, characters.captions, render)
+        return DrawnSet("characters", values, characters.pairs, characters.captions, render, 150)
     return None

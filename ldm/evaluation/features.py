@@ -15,6 +15,8 @@ from ldm.io.atomic import write_tensors
 from ldm.io.model_dir import model_kind
 from ldm.io.tensors import check_finite, load_strict, read_tensors, weights_sha256
 from ldm.pipeline import Pipeline
+from ldm.text import TextConfig, TextEncoder
+from ldm.text.image_tower import ImageTower
 from ldm.text.weights import CONFIG_NAME, HUB, LOCAL, WEIGHTS_NAME
 
 INCEPTION = "inception:"  # prefix of --extractor
@@ -40,6 +42,7 @@ class Extractor:
     expects: Normalization
     encode_image: Callable[[Tensor], Tensor]
     encode_text: Callable[[list[str]], Tensor] | None = None
+    no_text: str = ""  # why a CLIP encodes no captions
 
     @cached_property
     def sha256(self) -> str:
@@ -76,6 +79,11 @@ class Extractor:
 def to_8_bits(images: Tensor) -> Tensor:
     """Images in [-1, 1] in the steps of a PNG, on the CPU."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().cpu() / 127.5 - 1
+
+
+def extract(extractor: Extractor, images: Tensor) -> Tensor:
+    """Features (n, d) of images (n, c, h, w)."""
+    return torch.cat([extractor(batch) for batch in images.split(64)])
 
 
 # Opening.
@@ -116,43 +124,24 @@ def has_image_tower(folder: Path) -> bool:
 
 
 def open_clip_tower(name: str, own: str | None) -> Extractor:
-    """A CLIP, by open_clip: a folder, a hub id, or a published NAME:TAG. ValueError: see `open_extractor`."""
-    import open_clip  # slow to import
-
-    folder = Path(name.removeprefix(LOCAL)) if name.startswith(LOCAL) else None
-    if folder is not None and not has_image_tower(folder):
-        raise ValueError(
-            f"--extractor {name} has no weights of an image tower: pass the model folder of a train_clip run"
-        )
+    """A CLIP: a folder, a hub id, or a published NAME:TAG. ValueError: see `open_extractor`."""
     model_id, _, tag = (name, "", "") if name.startswith((LOCAL, HUB)) else name.partition(":")
-    if folder is None and not model_id.startswith(HUB):
-        check_tag(model_id, tag)
     try:
-        model, _, _ = open_clip.create_model_and_transforms(model_id, tag or None, weights_only=True)
-        tokenizer = open_clip.get_tokenizer(model_id)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        remedy = "check the network, or pass the `local-dir:FOLDER` of one that is on the disk"
-        raise ValueError(f"--extractor {name} could not be loaded ({reason}): {remedy}") from None
-    config = open_clip.get_model_preprocess_cfg(model)
-    side = config["size"] if isinstance(config["size"], int) else config["size"][0]
-    expects = Normalization(side, torch.tensor(config["mean"]), torch.tensor(config["std"]))
-    is_own = folder is not None and (name == own or model_kind(folder) == "text tower")
+        image = ImageTower.load(model_id, tag or None)
+    except ValueError as error:
+        raise ValueError(f"--extractor {name}: {error}; it is one of {CHOICES}") from None
+    expects = Normalization(image.size[0], image.mean.flatten(), image.std.flatten())
+    trained_here = name.startswith(LOCAL) and model_kind(Path(name.removeprefix(LOCAL))) == "text tower"
+    suffix = "self" if trained_here or (name == own and name.startswith(LOCAL)) else "clip"
+    try:
+        text = TextEncoder.load(TextConfig(model=model_id, pretrained=tag or None))
+    except ValueError as error:  # its images can be compared all the same
+        return Extractor(name, suffix, image, expects, image.visual, no_text=f"clip_score is left out: {error}")
 
     def encode_text(captions: list[str]) -> Tensor:
-        return model.encode_text(tokenizer(captions).to(next(model.parameters()).device))
+        return text.encode_ids(text.tokenizer(captions)).pooled
 
-    return Extractor(name, "self" if is_own else "clip", model, expects, model.encode_image, encode_text)
-
-
-def check_tag(model: str, tag: str) -> None:
-    """ValueError unless open_clip has weights of this tag for a published model."""
-    import open_clip
-
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    if tag not in tags:
-        listed = f"{model} has {', '.join(f'{model}:{t}' for t in tags[:5])}" if tags else f"pass {CHOICES}"
-        raise ValueError(f"--extractor {':'.join(filter(None, (model, tag)))} names no weights: {listed}")
+    return Extractor(name, suffix, nn.ModuleList([image, text]), expects, image.visual, encode_text)
 
 
 def open_inception(path: Path) -> Extractor:

@@ -4,14 +4,22 @@ Source: Meehan et al. 2020, who test the two sets of distances against each othe
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
+from ldm.data.inspect import find_duplicates, signature
+from ldm.data.loader import sample_batches
 from ldm.evaluation.estimates import Estimate, proportion_ci
+from ldm.evaluation.features import extract
+from ldm.evaluation.subject import Subject
 from ldm.imaging import captioned_grid, tensor_to_pil
 
 Embed = Callable[[Tensor], Tensor]  # images (b, c, h, w) in [-1, 1] -> vectors (b, d) on the CPU
@@ -76,8 +84,8 @@ def find_nearest(
 
 def _nearer(before: Nearest, x: Tensor, candidates: Tensor, first: int) -> Nearest:
     """The nearest so far, or of these candidates, the first of which is training image `first`."""
-    exact = torch.cdist(x, candidates, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(x.shape[1])
-    distances, indices = exact.min(1)
+    indices = torch.cdist(x, candidates).argmin(1)  # fast, but of rounded distances
+    distances = (x - candidates[indices]).square().mean(1).sqrt()
     closer = distances < before.distances
     return Nearest(
         torch.where(closer, distances, before.distances), torch.where(closer, indices + first, before.indices)
@@ -133,3 +141,53 @@ def closest_pairs(
     training = tensor_to_pil(read(nearest.indices[order].tolist()))
     titles = [f"sample {i}" for i in order.tolist()] + [f"its nearest training image: {label}" for label in labels]
     return captioned_grid(tensor_to_pil(samples[order]) + training, titles, columns=len(order))
+
+
+# In a model.
+
+
+def search_training(
+    subject: Subject, generated: Tensor, max_images: int
+) -> tuple[dict[str, dict[str, Nearest]], dict[str, Any], Image.Image]:
+    """Of generated images (n, c, h, w): what is nearest in each space, duplicates in training data, the closest pairs.
+
+    What is nearest is that of "samples" and of "held-out images". At most `max_images` training images are searched.
+    """
+    training = subject.training
+    indices = training.source.evenly_spaced(max_images)
+    signatures: list[NDArray[np.int16]] = []
+
+    def batches() -> Iterator[Tensor]:
+        for batch in tqdm(sample_batches(training, indices), "training images", -(-len(indices) // 64), unit="batch"):
+            signatures.extend(map(signature, tensor_to_pil(batch["image"])))
+            yield batch["image"]
+
+    sets = {"samples": generated, "held-out images": subject.images}
+    nearest = find_nearest(sets, batches(), spaces(subject))
+    groups = [[training.source.names[indices[i]] for i in group] for group in find_duplicates(signatures)]
+    duplicates = {
+        "images": len(training),
+        "searched": len(indices),
+        "look_like_another": sum(len(group) - 1 for group in groups),
+        "examples": groups[:5],
+    }
+
+    def read(positions: Sequence[int]) -> Tensor:
+        return next(sample_batches(training, [indices[i] for i in positions]))["image"]
+
+    closest = nearest[list(nearest)[-1]]  # in features, where there are any
+    pairs = closest_pairs(generated, closest["samples"], closest["held-out images"].distances, read)
+    return nearest, duplicates, pairs
+
+
+def spaces(subject: Subject) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Where images are near each other: in pixels, and in the latents and features that there are."""
+    pipeline, extractor = subject.pipeline, subject.extractor
+    found: dict[str, Callable[[Tensor], Tensor]] = {"pixels": lambda images: images.flatten(1)}
+    if pipeline.vae is not None:
+        found["latents"] = lambda images: torch.cat(
+            [pipeline.encode(batch).flatten(1).float().cpu() for batch in images.split(64)]
+        )
+    if extractor is not None:
+        found["features"] = lambda images: F.normalize(extract(extractor, images), dim=1)
+    return found

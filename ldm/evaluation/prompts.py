@@ -10,9 +10,11 @@ from torch import Tensor
 from ldm import rng
 from ldm.evaluation.classifier import AttributeClassifier, attributes_shown, to_batch
 from ldm.evaluation.drawn import DrawnSet
-from ldm.evaluation.estimates import Estimate, mean_ci, proportion_ci
+from ldm.evaluation.estimates import RESAMPLES, Estimate, bootstrap_ci, mean_ci, proportion_ci
+from ldm.evaluation.subject import EvaluateConfig, Subject, generate
 
 REAL_DRAWS = 1000  # repeated draws of as many real images as there are generated ones
+SEEDS_OF_A_CAPTION = 8  # where it is measured what a caption leaves open
 FLAT = 2 / 255  # in [-1, 1]: below it a difference is none of a drawn background
 
 
@@ -39,13 +41,12 @@ def variety(
         training = _shares([values.index(getattr(scene, name)) for scene in drawn.scenes("train")], len(values))
         chosen = found[name].argmax(1).numpy()
         generator = np.random.Generator(np.random.PCG64(rng.fold_seed("variety", name)))
-        again = generator.choice(chosen, (REAL_DRAWS, len(chosen)))
+        again = generator.choice(chosen, (RESAMPLES, len(chosen)))
         real = generator.choice(len(values), (REAL_DRAWS, len(chosen)), p=training)
         of_real = np.array([_distance(row, training) for row in real])
         beyond = [_distance(row, training) - of_real.mean() for row in (chosen, *again)]
-        estimates[f"{name} left open: distance beyond that of real draws"] = _percentiles(
-            beyond[0], beyond, len(chosen)
-        )
+        measure = f"{name} left open: distance beyond that of real draws"
+        estimates[measure] = bootstrap_ci(torch.tensor(beyond, dtype=torch.float64), len(chosen))
     return estimates
 
 
@@ -56,11 +57,6 @@ def _shares(indices: Any, count: int) -> np.ndarray:
 def _distance(indices: np.ndarray, training: np.ndarray) -> float:
     """Total variation distance of the shares of indices to those of training."""
     return float(np.abs(_shares(indices, len(training)) - training).sum() / 2)
-
-
-def _percentiles(value: float, repeated: Sequence[float], count: int) -> Estimate:
-    low, high = np.quantile(repeated, (0.025, 0.975)).tolist()
-    return Estimate(value, low, high, count)
 
 
 def background_deviation(drawn: DrawnSet, images: Tensor, scenes: Sequence[Any]) -> Estimate:
@@ -86,3 +82,29 @@ def background_mask(drawn: DrawnSet, scene: Any, size: int) -> Tensor:
     variants = [scene._replace(**{name: value}) for name, values in unnamed.items() for value in values] or [scene]
     renders = to_batch([drawn.render(variant, size, seed=seed) for variant in variants for seed in range(4)])
     return ((renders - renders[..., :1, :1]).abs() <= FLAT).all(1).all(0)
+
+
+def what_is_shown(subject: Subject, generated: Tensor, config: EvaluateConfig) -> dict[str, Estimate]:
+    """Whether images of the held-out captions show what these ask for, vary as in training, on flat backgrounds."""
+    drawn = subject.drawn
+    assert drawn is not None
+    classifier, scenes = subject.classifier, drawn.by_caption("test")
+    chosen = [scenes[caption] for caption in subject.captions]
+    found = asked_for(subject, generated)
+    found |= {"background deviation, 8-bit steps": background_deviation(drawn, generated, chosen)}
+    if captions := drawn.open_captions():
+        count = max(config.num_samples // SEEDS_OF_A_CAPTION, 1)
+        spread = [captions[i * len(captions) // count] for i in range(count) for _ in range(SEEDS_OF_A_CAPTION)]
+        named = drawn.asked(scenes[captions[0]], captions[0])
+        left_open = [name for name in drawn.attributes if name not in named]
+        found |= variety(drawn, classifier, generate(subject, spread, config), left_open)
+    return found
+
+
+def asked_for(subject: Subject, generated: Tensor) -> dict[str, Estimate]:
+    """The prompt accuracy of images of the held-out captions."""
+    drawn = subject.drawn
+    assert drawn is not None
+    scenes = drawn.by_caption("test")
+    asked = [drawn.asked(scenes[caption], caption) for caption in subject.captions]
+    return prompt_accuracy(subject.classifier, generated, asked)

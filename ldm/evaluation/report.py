@@ -93,14 +93,14 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # Plots.
 
 
-def plot(measures: Mapping[str, Estimate], nearest: Mapping[str, Mapping[str, Nearest]], path: Path) -> None:
-    """Write the measures between 0 and 1 with their intervals, and how near images are to the training images."""
+def plot(measures: Mapping[str, Estimate], nearest: Mapping[str, Mapping[str, Nearest]], path: Path) -> bool:
+    """Draw the measures between 0 and 1 with intervals, and how near training images are; False: neither is there."""
     from matplotlib.figure import Figure
 
     bars = {name: e for name, e in measures.items() if COVERED.match(name)}
     count = bool(bars) + len(nearest)
     if not count:
-        return
+        return False
     figure = Figure(figsize=(4 * count, 3.2))
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     if bars:
@@ -115,6 +115,7 @@ def plot(measures: Mapping[str, Estimate], nearest: Mapping[str, Mapping[str, Ne
     figure.tight_layout()
     with atomic_write(path) as tmp_path:
         figure.savefig(tmp_path, dpi=110, format="png")
+    return True
 
 
 def _bars(axis: Any, bars: Mapping[str, Estimate]) -> None:

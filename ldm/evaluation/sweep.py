@@ -1,11 +1,19 @@
 """A sweep over guidance scales, steps and samplers, drawn as heat maps: where a model is at its best."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
 from ldm.evaluation.estimates import Estimate
+from ldm.evaluation.features import CHOICES, extract
+from ldm.evaluation.metrics import FD, compare_features, missing_metrics
+from ldm.evaluation.prompts import asked_for
+from ldm.evaluation.quality import clip_score, reference_features
+from ldm.evaluation.subject import EvaluateConfig, Subject, generate
 from ldm.io.atomic import atomic_write, write_text
 
 
@@ -54,3 +62,36 @@ def heat_map(measure: str, points: Sequence[SweepPoint], path: Path) -> None:
 
 def _enumerate(grid: Sequence[Sequence[float]]) -> list[tuple[tuple[int, int], Any]]:
     return [((row, column), value) for row, values in enumerate(grid) for column, value in enumerate(values)]
+
+
+def sweep(subject: Subject, config: EvaluateConfig, out: Path) -> None:
+    """Measure every combination of guidance scale, steps and sampler, and draw it."""
+    name, value = sweep_measure(subject, config)
+    points = []
+    combinations = list(product(config.sweep_samplers, config.sweep_steps, config.sweep_scales))
+    for sampler, steps, scale in tqdm(combinations, "sweep", unit="combination"):
+        settings = {"sampler": sampler, "steps": steps, "guidance_scale": scale}
+        points.append(SweepPoint(sampler, steps, scale, value(config.model_copy(update=settings))))
+    write_sweep(name, points, out)
+    print(f"{name}: {out / 'sweep.png'}, {out / 'sweep.json'}")
+
+
+def sweep_measure(subject: Subject, config: EvaluateConfig) -> tuple[str, Callable[[EvaluateConfig], Estimate]]:
+    """What a sweep measures: prompt accuracy where there is a classifier, else the CLIP score, else the FD."""
+    captions = subject.captions
+    if subject.drawn:
+        name = "prompt accuracy, all"
+        return name, lambda chosen: asked_for(subject, generate(subject, captions, chosen))[name]
+    extractor = subject.extractor
+    if extractor is None:
+        raise ValueError(f"--sweep needs --extractor, as the model has no image tower: {CHOICES}")
+    if extractor.encode_text and any(subject.captions):
+        return f"clip_score_{extractor.suffix}", lambda chosen: clip_score(
+            extractor, extract(extractor, generate(subject, captions, chosen)), subject.captions
+        )
+    reference, name = reference_features(subject, extractor, config), f"fd_{extractor.suffix}"
+    if missing := missing_metrics(reference, subject.images).get(FD):
+        raise ValueError(f"--sweep: {missing}: raise --num-samples or add held-out images")
+    return name, lambda chosen: compare_features(
+        reference, extract(extractor, generate(subject, captions, chosen)), name=f"{{}}_{extractor.suffix}"
+    )[name]

@@ -43,8 +43,11 @@ class ImageTower(nn.Module):
         ValueError: it is not there, a failed download, a damaged file, or a CLIP without images.
         """
         cfg, preprocess, path = find_tower(model_id, pretrained, kind="image")
-        tower, tensors = cls(cfg, preprocess), read_tensors(path, pickles=True)
+        tensors = read_tensors(path, pickles=True)
         own = {name.removeprefix("visual."): t for name, t in tensors.items() if name.startswith("visual.")}
+        if not own:
+            raise ValueError(f"image tower {model_id} has no weights in {path}: pass a CLIP with both towers")
+        tower = cls(cfg, preprocess)
         load_strict(tower.visual, own, path)
         return tower
 
