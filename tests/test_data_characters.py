@@ -160,6 +160,19 @@ def test_a_font_that_lacks_emoji_is_refused_with_the_first_five(tmp_path):
     assert "fox" not in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_held_out_pair_asked_for_in_training():
+    asked = [("cat", "cook"), ("cat", "astronaut")]
+    with pytest.raises(ValueError, match="only: cat astronaut is held out: it is in split 'test' alone"):
+        characters.load("train", 16, only=asked)
+    with pytest.raises(ValueError, match="only: cat wizard is no pair of CREATURES and ROLES"):
+        characters.load("test", 16, only=[("cat", "wizard")])
+    shown = characters.pairs("train")[0][:2]
+    with pytest.raises(ValueError, match="only: .* is in split 'train' alone"):
+        characters.load("test", 16, only=[shown])
+    rows = characters.load("test", 16, only=[("cat", "astronaut")])
+    assert set(zip(rows["creature"], rows["role"], strict=True)) == {("cat", "astronaut")} and len(rows) == 16
+
+
 def test_a_file_that_is_no_font_and_an_unknown_split(tmp_path):
     (tmp_path / "a.ttf").write_text("no font")
     with pytest.raises(ValueError, match=r"a\.ttf: not a font with colour emoji; .*--data.emoji-font"):

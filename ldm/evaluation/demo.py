@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ldm.config import CONFIGS, read_yaml
 from ldm.evaluation.figures import FiguresConfig, loss_curves
 from ldm.evaluation.html import to_html
 from ldm.evaluation.machine import measure_machine, recipe_conv
+from ldm.evaluation.report import markdown_table
 from ldm.io.atomic import write_text
 from ldm.io.tensors import sha256
 from ldm.planning.device import GIB, peak_rss
@@ -134,8 +134,8 @@ def to_markdown(report: dict[str, Any], figures: FiguresConfig) -> str:
     parts = [
         "# Demo",
         f"The machine: {describe_speed(report['speed'])}. {report['machine']}.",
-        table(["measure", "value", "95 % interval", "samples"], measures),
-        table(["part", "seconds"], times),
+        markdown_table(["measure", "value", "95 % interval", "samples"], measures),
+        markdown_table(["part", "seconds"], times),
         total,
         "Generated images, with the seeds 0, 1, ...",
         "![samples](samples.png)",
@@ -147,12 +147,6 @@ def to_markdown(report: dict[str, Any], figures: FiguresConfig) -> str:
         "![losses](losses.png)",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def summary(run: Path, model: Path, report: dict[str, Any], prompt: str) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ldm.diffusion.samplers import get_sampler
+from ldm.evaluation.classifier import CLASSIFIER_VERSION
 from ldm.evaluation.features import CHOICES, extract
 from ldm.evaluation.memorization import Nearest, compare_distances, search_training
 from ldm.evaluation.metrics import compare_features, missing_metrics
@@ -42,6 +43,8 @@ def measure(subject: Subject, config: EvaluateConfig, out: Path) -> Report:
     pipeline, extractor = subject.pipeline, subject.extractor
     report = start_report(subject, config)
     reference = None if extractor is None else reference_features(subject, extractor, config)
+    if reference is not None:
+        report.protocol["reference_images"] = len(reference)
     if pipeline.vae is not None:  # what the U-Net cannot beat
         reconstructions = reconstruct(subject, config)
         report.measures |= vae_fidelity(subject.images, reconstructions)
@@ -86,6 +89,7 @@ def start_report(subject: Subject, config: EvaluateConfig) -> Report:
             "num_samples": len(subject.images),
             "reference": config.reference,
             **(extractor.identity() if extractor else {}),
+            **({"classifier": CLASSIFIER_VERSION} if subject.drawn else {}),
         },
         settings={
             "data": config.data.source,

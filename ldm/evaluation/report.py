@@ -60,10 +60,9 @@ class Report:
     def to_markdown(self) -> str:
         """The report as a page."""
         rows = [
-            [name, f"{e.value:.4g}", f"{e.low:.4g} to {e.high:.4g}", str(e.samples)]
-            for name, e in self.measures.items()
+            [name, f"{e.value:.4g}", f"{e.low:.4g} to {e.high:.4g}", e.samples] for name, e in self.measures.items()
         ]
-        facts = [[name, str(value)] for name, value in {**self.model, **self.protocol, **self.settings}.items()]
+        facts = [[name, value] for name, value in {**self.model, **self.protocol, **self.settings}.items()]
         parts = ["# Evaluation"]
         if rows:
             parts.append(markdown_table(["measure", "value", "95 % interval", "samples"], rows))
@@ -85,9 +84,9 @@ def describe(space: str, found: Memorization) -> str:
     return f"to training images, in {space}: {'; '.join(parts)}" + ": training images are repeated" * found.is_evident
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table in Markdown."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in [head, ["---"] * len(head), *rows])
 
 
 # Plots.

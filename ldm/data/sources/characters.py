@@ -7,7 +7,7 @@ small shifts, the size and tilt of the face, and the hue of the background.
 
 import colorsys
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -105,16 +105,23 @@ def held_out_pairs() -> list[tuple[str, str]]:
 
 
 def load(
-    split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0, font: Path | None = None
+    split: Split = "train",
+    size: int = 64,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    font: Path | None = None,
+    only: Collection[tuple[str, str]] | None = None,
 ) -> datasets.Dataset:
     """The `characters` set as a `datasets.Dataset`: image (size x size, RGB), caption and the four attributes.
 
-    Row i depends on (split, size, seed, i, font) alone. Without `count` there is a row for each character. ValueError:
-    no such split, or the font lacks emoji.
+    Row i depends on (split, size, seed, i, font, only) alone. Without `count` there is a row for each character. `only`
+    these pairs of creature and role are shown. ValueError: no such split, a pair of the other split, or the font lacks
+    emoji.
     """
     rows = [
         {"image": png_cell(image), "caption": texts[0], **scene._asdict()}
-        for scene, image, texts in _rows(split, size, count, seed, font)
+        for scene, image, texts in _rows(split, size, count, seed, font, only)
     ]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
 
@@ -131,16 +138,32 @@ def open_characters(split: Split, *, size: int, channels: int, font: Path | None
 
 
 def _rows(
-    split: Split, size: int, count: int | None, seed: int, font: Path | None
+    split: Split,
+    size: int,
+    count: int | None,
+    seed: int,
+    font: Path | None,
+    only: Collection[tuple[str, str]] | None = None,
 ) -> Iterator[tuple[Character, Image.Image, list[str]]]:
     """Each row's character, image and captions, which begin with any of them."""
-    chosen = scenes(split)
+    chosen = scenes(split) if only is None else _only(split, only)
     for index in range(len(chosen) if count is None else count):
         scene = chosen[index % len(chosen)]
         rng = np.random.Generator(np.random.PCG64(fold_seed(seed, "characters", split, index)))
         texts = list(captions(scene))
         texts.insert(0, texts.pop(int(rng.integers(len(texts)))))
         yield scene, _draw(scene, size, rng, font or openmoji()), texts
+
+
+def _only(split: Split, pairs: Collection[tuple[str, str]]) -> list[Character]:
+    """The characters of some pairs. ValueError: one is in the other split."""
+    chosen = [scene for scene in scenes(split) if scene[:2] in pairs]
+    if absent := sorted(set(pairs) - {scene[:2] for scene in chosen}):
+        creature, role = absent[0]
+        known = creature in CREATURES and role in ROLES
+        other = "held out: it is in split 'test' alone" if split == "train" else "in split 'train' alone"
+        raise ValueError(f"only: {creature} {role} is {other if known else 'no pair of CREATURES and ROLES'}")
+    return chosen
 
 
 def render(scene: Character, size: int, *, seed: int, font: Path | None = None) -> Image.Image:
