@@ -125,24 +125,25 @@ def test_closest_pairs_show_each_training_image_once() -> None:
 
 
 def write_folder(folder: Path) -> Path:
-    """Fifty training images and as many held out, of other combinations."""
-    for split, scenes in (("train", shapes.scenes("train")[:50]), ("test", shapes.scenes("test")[:60])):
+    """A few training images and more held out, of other combinations, all of large shapes."""
+    for split, count in (("train", 24), ("test", 60)):
         (folder / split).mkdir(parents=True)
-        for i, scene in enumerate(scenes):
+        scenes = [scene for scene in shapes.scenes(split) if scene.size == "large"]  # type: ignore[arg-type]
+        for i, scene in enumerate(scenes[:count]):
             shapes.render(scene, 16, seed=i).save(folder / split / f"{i:03}.png")
     return folder
 
 
 @pytest.mark.slow
 def test_an_overfitted_model_is_caught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An unconditional model in pixels, that saw fifty images two hundred times each."""
+    """An unconditional model in pixels, that saw each of 24 images more than five hundred times."""
     small = "--unet.in-channels 3 --unet.context-dim 0 --unet.pooled-dim 0 --unet.patch-size 2 --unet.model-channels 64"
     small += " --unet.channel-mult 1 1 --unet.transformer-depth 0 0 --vae none --text.model none --no-cache-latents"
-    often = "--steps 600 --batch-size 16 --learning-rate 2e-3 --checkpoint-every 600 --log-every 100"
+    often = "--steps 800 --batch-size 16 --learning-rate 2e-3 --checkpoint-every 800 --log-every 100"
     source = ["--data.source", str(write_folder(tmp_path / "photos"))]
     model = train("ldm", tmp_path / "ldm", *small.split(), *often.split(), *source)
     evaluate.main(["--model", str(model), "--num-samples", "60", "--steps", "20", "--device", "cpu"])
     report = json.loads((tmp_path / "ldm/evaluation.json").read_text())
     found = report["memorization"]["pixels"]
-    assert found["nearer_than_5_percent"]["p_value"] < 1e-3 and found["nearer_than_5_percent"]["value"] > 0.2
+    assert found["nearer_than_5_percent"]["value"] > 0.2 and found["p_value"] < 1e-3
     assert "training images are repeated" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ def train_classifier(
     model = AttributeClassifier(drawn.attributes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    scenes = [scene for _, scene in zip(range(NUM_RENDERS), itertools.cycle(drawn.scenes("train")), strict=False)]
+    scenes = repeated(drawn.scenes("train"), NUM_RENDERS)
     renders = [drawn.render(scene, size, seed=rng.fold_seed(seed, "renders", i)) for i, scene in enumerate(scenes)]
     for step in range(steps):
         chosen = torch.randint(len(scenes), (batch_size,), generator=rng.generator(seed, "classifier", step)).tolist()
@@ -66,6 +67,11 @@ def train_classifier(
     return model.eval()
 
 
+def repeated(scenes: Sequence[Any], count: int) -> list[Any]:
+    """So many scenes: the first ones, and all of them again where there are fewer."""
+    return list(itertools.islice(itertools.cycle(scenes), count))
+
+
 def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
     """Blur and noise each image (b, c, h, w) at random: generated images have softer outlines than renders."""
     blur, noise = torch.rand(2, len(images), 1, 1, 1, generator=generator)
@@ -75,8 +81,7 @@ def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def check_classifier(model: AttributeClassifier, drawn: DrawnSet, size: int) -> float:
     """Accuracy on held-out renders, all attributes that captions name; ValueError when it is under 99.5 %."""
-    scenes, seed = drawn.scenes("test"), rng.fold_seed("held-out renders")
-    scenes = scenes[:NUM_CHECKED]
+    scenes, seed = repeated(drawn.scenes("test"), NUM_CHECKED), rng.fold_seed("held-out renders")
     images = to_batch([drawn.render(scene, size, seed=seed + i) for i, scene in enumerate(scenes)])
     correct = attributes_shown(model, images, [*map(drawn.named, scenes)])["all"]
     accuracy = sum(correct) / len(correct)

@@ -66,7 +66,7 @@ def find_nearest(
     sets: Mapping[str, Tensor], training: Iterable[Tensor], spaces: Mapping[str, Embed]
 ) -> dict[str, dict[str, Nearest]]:
     """The nearest of the training images, which come in batches, in each space: found[space][set]."""
-    points = {space: {name: embed(images) for name, images in sets.items()} for space, embed in spaces.items()}
+    points = {space: {name: embed(images).double() for name, images in sets.items()} for space, embed in spaces.items()}
     found = {
         space: {name: Nearest(torch.full((len(x),), torch.inf), torch.zeros(len(x), dtype=torch.long))
                 for name, x in of_sets.items()}
@@ -75,7 +75,7 @@ def find_nearest(
     first = 0
     for batch in training:
         for space, embed in spaces.items():
-            candidates = embed(batch)
+            candidates = embed(batch).double()
             for name, x in points[space].items():
                 found[space][name] = _nearer(found[space][name], x, candidates, first)
         first += len(batch)
@@ -84,8 +84,8 @@ def find_nearest(
 
 def _nearer(before: Nearest, x: Tensor, candidates: Tensor, first: int) -> Nearest:
     """The nearest so far, or of these candidates, the first of which is training image `first`."""
-    indices = torch.cdist(x, candidates).argmin(1)  # fast, but of rounded distances
-    distances = (x - candidates[indices]).square().mean(1).sqrt()
+    indices = torch.cdist(x, candidates).argmin(1)  # as a matrix product, which is fast, but rounds distances near 0
+    distances = (x - candidates[indices]).square().mean(1).sqrt().float()
     closer = distances < before.distances
     return Nearest(
         torch.where(closer, distances, before.distances), torch.where(closer, indices + first, before.indices)
