@@ -25,6 +25,7 @@ from ldm.data.inspect import TokenLimit, format_report, inspect_image
 from ldm.data.sources.base import CAPTION_COLUMNS, ImageTextSource
 from ldm.data.sources.folder import METADATA_FILES, open_images
 from ldm.data.transforms import View
+from ldm.evaluation.figures import FiguresConfig
 from ldm.imaging import captioned_grid
 from ldm.pipeline.record import PNG_CHUNK, GenerationRecord, read_png, save_png
 from ldm.stages import STAGES
@@ -365,7 +366,8 @@ def both_splits(path: Path) -> list[ImageTextSource]:
 # Configurations.
 
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-REAL = [(STAGES[path.stem if path.stem in STAGES else "ldm"].Config, path.read_text()) for path in FILES]
+CLASSES = {name: stage.Config for name, stage in STAGES.items()} | {"figures": FiguresConfig}
+REAL = [(CLASSES.get(path.stem, TrainLDMConfig), path.read_text()) for path in FILES]
 SIGNS = st.text(alphabet="ab1:-{}[]&*!?|>%@`'\"#, \n\t.~=<\0é", max_size=40)
 TAGS = ("!!int", "!!bool", "!!timestamp", "!!float", "!!binary", "!!set", "!!omap", "!!null", "!!python/name:os.system")
 
