@@ -71,7 +71,7 @@ def drawn_set(data: DataConfig) -> DrawnSet | None:
         colors = tuple(shapes.COLORS)
         values = {"shape": shapes.SHAPES, "color": colors, "other_shape": shapes.SHAPES, "other_color": colors}
         values |= {"background": colors, "relation": tuple(dict.fromkeys(OPPOSITES.values()))}
-        return DrawnSet("pairs", values, shapes.pair_scenes, shapes.captions, shapes.render, 400, from_first)
+        return DrawnSet("pairs", values, shapes.pair_scenes, shapes.captions, shapes.render, 250, from_first)
     if data.source == "characters":
         values = {"creature": tuple(characters.CREATURES), "role": tuple(characters.ROLES)}
         values |= {"background": tuple(characters.BACKGROUNDS), "facing": characters.FACINGS}

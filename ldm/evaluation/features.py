@@ -129,7 +129,8 @@ def open_clip_tower(name: str, own: str | None) -> Extractor:
     try:
         image = ImageTower.load(model_id, tag or None)
     except ValueError as error:
-        raise ValueError(f"--extractor {name}: {error}; it is one of {CHOICES}") from None
+        written = "" if name.startswith((LOCAL, HUB)) else " (NAME:TAG, as ViT-B-32:laion2b_s34b_b79k)"
+        raise ValueError(f"--extractor {name}: {error}{written}") from None
     expects = Normalization(image.size[0], image.mean.flatten(), image.std.flatten())
     trained_here = name.startswith(LOCAL) and model_kind(Path(name.removeprefix(LOCAL))) == "text tower"
     suffix = "self" if trained_here or (name == own and name.startswith(LOCAL)) else "clip"
