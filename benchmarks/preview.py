@@ -5,14 +5,12 @@
     python benchmarks/preview.py runs/preview/vae/model
 
 The linear map, the tiny decoder and the VAE's own, on latents of held-out images: PSNR against what the VAE decodes,
-the small images of the linear map enlarged (bilinear), and the time for one image, the least of several.
+the small images of the linear map enlarged (bilinear), and the time for one image, the least of a second.
 """
 
 import json
 import platform
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from PIL import Image
 
 from ldm.data import DataConfig, open_dataset
 from ldm.diffusion.process import Diffusion, DiffusionConfig
+from ldm.evaluation.machine import fastest_seconds
 from ldm.imaging import pil_to_tensor, tensor_to_pil
 from ldm.interop.components import ModelComponents
 from ldm.io.model_dir import read_manifest
@@ -30,7 +29,7 @@ from ldm.unet import UNet, UNetConfig
 from ldm.vae.losses import psnr
 
 ROOT = Path(__file__).parents[1]
-NUM_IMAGES, REPEATS = 128, 30
+NUM_IMAGES, SECONDS = 128, 1.0
 
 
 def open_pipeline(folder: Path, resolution: int) -> Pipeline:
@@ -39,17 +38,6 @@ def open_pipeline(folder: Path, resolution: int) -> Pipeline:
     unet = UNet(UNetConfig(in_channels=vae.config.latent_channels, model_channels=32, channel_mult=(1,),
                            transformer_depth=(0,), num_heads=(1,)))  # fmt: skip
     return Pipeline(ModelComponents(unet, Diffusion(DiffusionConfig()), vae, None, resolution), folder)
-
-
-def least_ms(action: Callable[[], Any]) -> float:
-    """Milliseconds of a call: the least of several, after one that warms up."""
-    action()
-    times = []
-    for _ in range(REPEATS):
-        begin = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - begin)
-    return round(1000 * min(times), 2)
 
 
 @torch.no_grad()
@@ -70,7 +58,8 @@ def measure(folder: Path) -> dict[str, Any]:
         size = (data.resolution, data.resolution)
         made = torch.stack([pil_to_tensor(image.resize(size, Image.Resampling.BILINEAR), 3) for image in way(latents)])
         one = latents[:1]
-        results[name] = {"ms": least_ms(lambda way=way, one=one: way(one))}  # type: ignore[misc]
+        fastest = fastest_seconds(lambda way=way, one=one: way(one), SECONDS)  # type: ignore[misc]
+        results[name] = {"ms": round(1000 * fastest, 2)}
         if name != "vae":
             results[name]["psnr"] = round(psnr(made.to(whole), whole).mean().item(), 2)
     return results

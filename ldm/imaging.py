@@ -118,8 +118,18 @@ def pil_to_tensor(image: Image.Image, channels: int) -> Tensor:
 
 def tensor_to_pil(pixels: Tensor) -> list[Image.Image]:
     """(b, 1 or 3, h, w) in [-1, 1] -> 8-bit images."""
-    array = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    array = _levels(pixels).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item) for item in array]
+
+
+def to_8_bits(pixels: Tensor) -> Tensor:
+    """Images in [-1, 1] in the steps of 8 bits, as a PNG would hold them, on the CPU."""
+    return _levels(pixels).cpu() / 127.5 - 1
+
+
+def _levels(pixels: Tensor) -> Tensor:
+    """Values in [-1, 1] as whole numbers from 0 to 255, in float32."""
+    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255)
 
 
 # Layout.

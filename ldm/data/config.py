@@ -9,12 +9,8 @@ from pydantic import Field
 from ldm.config import Config
 from ldm.data.loader import Batch
 
-DRAWN_SOURCES = (
-    "shapes",
-    "pairs",
-    "characters",
-    "emoji",
-)  # values of `DataConfig.source`; all others are images of one's own
+# Values of `DataConfig.source`; all others are images of one's own.
+DRAWN_SOURCES = ("shapes", "pairs", "characters", "emoji")
 
 
 class DataConfig(Config):

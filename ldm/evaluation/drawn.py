@@ -21,7 +21,7 @@ class DrawnSet(NamedTuple):
     captions: Callable[[Any], tuple[str, ...]]  # the last names all that any names
     render: Callable[..., Image.Image]  # (scene, size, seed=)
     classifier_steps: int  # after which its classifier reads held-out renders
-    seen: Callable[[Any], Any] = lambda scene: scene  # as its image tells it
+    seen: Callable[[Any], Any] = lambda scene: scene  # as its image shows it
 
     def labels(self, scene: Any) -> dict[str, str]:
         """The value of each attribute that the image of a scene shows."""
@@ -51,7 +51,7 @@ OPPOSITES = {"right of": "left of", "below": "above"}
 
 
 def from_first(scene: shapes.PairScene) -> shapes.PairScene:
-    """The same pair, told from its left or upper object: which one a caption begins with cannot be seen."""
+    """The same pair, described from its left or upper object: which one a caption begins with cannot be seen."""
     if scene.relation not in OPPOSITES:
         return scene
     objects = (scene.other_shape, scene.other_color, scene.shape, scene.color)

@@ -76,11 +76,6 @@ class Extractor:
         return self.encode_text(captions).float().cpu()
 
 
-def to_8_bits(images: Tensor) -> Tensor:
-    """Images in [-1, 1] in the steps of a PNG, on the CPU."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().cpu() / 127.5 - 1
-
-
 def extract(extractor: Extractor, images: Tensor) -> Tensor:
     """Features (n, d) of images (n, c, h, w)."""
     return torch.cat([extractor(batch) for batch in images.split(64)])

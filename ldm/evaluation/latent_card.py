@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ldm.data import DataConfig, open_dataset
-from ldm.evaluation.features import open_extractor, to_8_bits
+from ldm.evaluation.features import open_extractor
 from ldm.evaluation.frechet import frechet_distance
+from ldm.imaging import to_8_bits
 from ldm.io.atomic import atomic_write, write_text
-from ldm.io.model_dir import latest_model, read_manifest
+from ldm.io.model_dir import read_manifest
 from ldm.pipeline.load import VAEManifest, load_vae, resolve_device
-from ldm.text.weights import LOCAL
+from ldm.text.weights import latest_tower
 from ldm.vae import VAE
 from ldm.vae.equivariance import ScaleTurn
 from ldm.vae.losses import psnr, ssim
@@ -45,10 +46,10 @@ def write_latent_card(folder: Path, *, runs: Path | None = None) -> dict[str, An
 def newest_features(runs: Path, device: torch.device) -> Features | None:
     """Those of the newest finished train_clip run below `runs`; None where there is none."""
     try:
-        folder = latest_model("text tower", runs, script="scripts/train_clip.py")
+        name = latest_tower(runs, script="scripts/train_clip.py")
     except ValueError:
         return None
-    return open_extractor(f"{LOCAL}{folder}", device)
+    return open_extractor(name, device)
 
 
 @torch.no_grad()

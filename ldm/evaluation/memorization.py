@@ -23,7 +23,7 @@ from ldm.evaluation.subject import Subject
 from ldm.imaging import captioned_grid, tensor_to_pil
 
 Embed = Callable[[Tensor], Tensor]  # images (b, c, h, w) in [-1, 1] -> vectors (b, d) on the CPU
-SIGNIFICANT = 1e-3  # a p-value that is told as evidence: there are up to nine in a report
+SIGNIFICANT = 1e-3  # a p-value that is reported as evidence: there are up to nine in a report
 PERCENTILES = (1, 5)  # of the distances of held-out images, each of which needs 100 / percentile of them
 
 

@@ -22,7 +22,7 @@ def compare_features(real: Tensor, other: Tensor, *, name: str, paired: bool = F
     """Every metric of features (n, d) and (m, d) that has enough images; `name` is a format such as "{}_self".
 
     Those that are `paired` belong together row by row, as an image and its reconstruction or its caption's: they are
-    resampled together, and kernel distances leave each pair out. `missing_metrics` tells which have not enough images.
+    resampled together, and kernel distances leave each pair out. `missing_metrics` names those without enough images.
     """
     missing, count = missing_metrics(real, other), len(other)
     weights_real = bootstrap_counts(len(real), "real")

@@ -64,12 +64,8 @@ def background_deviation(drawn: DrawnSet, images: Tensor, scenes: Sequence[Any])
 
     In steps of 8 bits, a mean over the channels and images.
     """
-    return mean_ci(
-        [
-            _deviation(image, background_mask(drawn, scene, image.shape[-1]))
-            for image, scene in zip(images, scenes, strict=True)
-        ]
-    )
+    masks = (background_mask(drawn, scene, images.shape[-1]) for scene in scenes)
+    return mean_ci([_deviation(image, mask) for image, mask in zip(images, masks, strict=True)])
 
 
 def _deviation(image: Tensor, mask: Tensor) -> float:

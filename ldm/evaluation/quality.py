@@ -45,7 +45,7 @@ def image_quality(
     found = compare_features(reference, features, name=f"{{}}_{extractor.suffix}", paired=paired)
     if extractor.encode_text and any(subject.captions):
         found |= {f"clip_score_{extractor.suffix}": clip_score(extractor, features, subject.captions)}
-        real = extract(extractor, subject.images)
+        real = reference if paired else extract(extractor, subject.images)
         found |= {f"clip_score_{extractor.suffix}, real images": clip_score(extractor, real, subject.captions)}
     return found
 

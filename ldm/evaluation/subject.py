@@ -17,7 +17,8 @@ from ldm.data.loader import sample_batches
 from ldm.data.sources.base import Split, short_hash
 from ldm.evaluation.classifier import AttributeClassifier, load_classifier
 from ldm.evaluation.drawn import DrawnSet, drawn_set
-from ldm.evaluation.features import Extractor, open_extractor, own_extractor, to_8_bits
+from ldm.evaluation.features import Extractor, open_extractor, own_extractor
+from ldm.imaging import to_8_bits
 from ldm.io.model_dir import latest_model, model_kind, read_manifest
 from ldm.pipeline import Pipeline
 from ldm.pipeline.load import PipelineManifest, load_components

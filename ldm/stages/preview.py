@@ -42,10 +42,7 @@ class DistillConfig(TrainingConfig):
         path = self.model or latest_model("pipeline", Path("runs"), script="make demo")
         manifest = read_json(path / "model.json")
         data = manifest.get("data") or manifest.get("metadata", {}).get("data")
-        return {
-            "model": path,
-            "data": data if isinstance(data, dict) else {},
-        }  # a model of another kind is refused later
+        return {"model": path, "data": data if isinstance(data, dict) else {}}  # another kind of model is refused later
 
 
 class PreviewStage(Stage):

@@ -19,13 +19,12 @@ from ldm.config import CONFIGS, check_equal
 from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
 from ldm.data.loader import sample_batches
 from ldm.imaging import image_grid, tensor_to_pil
-from ldm.io.model_dir import latest_model
 from ldm.io.tensors import init_weights
 from ldm.pipeline.load import load_vae, save_vae
 from ldm.rng import StepRNG, fold_seed
 from ldm.stages.start import announce
 from ldm.text.image_tower import ImageTower
-from ldm.text.weights import LOCAL
+from ldm.text.weights import latest_tower
 from ldm.training.config import TrainingConfig
 from ldm.training.optimizer import adamw
 from ldm.training.stage import Networks, Stage, Trainable
@@ -90,7 +89,7 @@ class VAEStage(Stage):
         self.watchdog = Watchdog(config.watchdog, "validation_psnr", start=start)
         self.adaptive_weight = torch.zeros(())  # of the step before
         self._gradients: list[Tensor] = []  # of the last layer, in each micro-batch of this step
-        self._pairs: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # real and made images, until both are judged
+        self._pairs: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # real and made images, for the discriminator
 
     @classmethod
     def build(cls, config: TrainVAEConfig, accelerator: Accelerator) -> "VAEStage":
@@ -237,7 +236,7 @@ def load_perceptual(config: VAELossConfig, runs: Path, train_clip: str) -> Featu
         return LPIPS.load(*config.lpips_files)
     name = config.perceptual
     if name == "latest":
-        name = f"{LOCAL}{latest_model('text tower', runs, script=train_clip)}"
+        name = latest_tower(runs, script=train_clip)
     return FeatureDistance(ImageTower.load(name, config.perceptual_pretrained))
 
 

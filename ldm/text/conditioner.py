@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config import read_yaml, relative
-from ldm.io.model_dir import latest_model
 from ldm.io.tensors import to_device
 from ldm.text.clip import CLIPConfig
 from ldm.text.encoder import TextConfig, TextEncoder
 from ldm.text.tokenizer import Tokenizer
 from ldm.text.tower import TextEmbeddings
-from ldm.text.weights import HUB, LOCAL
+from ldm.text.weights import HUB, LOCAL, latest_tower
 
 
 class TextConditioner(nn.Module):
@@ -89,7 +88,7 @@ def load_text_encoder(towers: Sequence[TextConfig], runs_dir: Path, command: str
     for config in towers:
         model_id = config.model
         if model_id == "latest":
-            model_id = f"{LOCAL}{latest_model('text tower', runs_dir, script=command)}"
+            model_id = latest_tower(runs_dir, script=command)
         if model_id != "none":
             encoders.append(TextEncoder.load(config, model_id=model_id))
     return combine_encoders(encoders)
@@ -111,7 +110,7 @@ def planned_tokenizer(file: Path) -> tuple[Tokenizer | None, str]:
         if text.model != "latest":
             return _tokenizer(text), f"text.model {text.model} of {relative(path)}"
     runs_dir = Path(read_yaml(file).get("run", "runs/any")).parent
-    model_id = f"{LOCAL}{latest_model('text tower', runs_dir, script='accelerate launch scripts/train_clip.py')}"
+    model_id = latest_tower(runs_dir, script="accelerate launch scripts/train_clip.py")
     return _tokenizer(TextConfig(model=model_id)), model_id
 
 

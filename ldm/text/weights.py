@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ldm.io.model_dir import latest_model
 from ldm.io.tensors import load_strict, read_tensors
 from ldm.text.tower import TextTower
 
@@ -21,6 +22,11 @@ SUPPORTED_TEXT_CFG = {
     "proj_bias": False,
     "reduction_mask": "",
 }
+
+
+def latest_tower(runs: Path, *, script: str) -> str:
+    """The newest finished tower of `train_clip` below `runs`, as `model` names it; ValueError: none, run `script`."""
+    return f"{LOCAL}{latest_model('text tower', runs, script=script)}"
 
 
 def load_tower(model_id: str, pretrained: str | None = None) -> tuple[TextTower, Path]:

@@ -36,7 +36,7 @@ class DiscriminatorConfig(Config):
 
     @property
     def smallest_side(self) -> int:
-        """Of an image, in pixels: at least one patch is judged."""
+        """Of an image, in pixels: at least one patch has a score."""
         return 3 * 2**self.num_layers
 
 

@@ -134,6 +134,11 @@ def one_line(value: Any) -> str:
     return " ".join(str(value).split())
 
 
+def a_or_an(words: str) -> str:
+    """`a red star`, `an orange star`: by the first letter."""
+    return f"an {words}" if words[0] in "aeio" else f"a {words}"
+
+
 def first_names(names: Sequence[str], count: int = 5) -> str:
     """The first of some names, for a message."""
     return ", ".join(map(one_line, names[:count])) + (", ..." if len(names) > count else "")

@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 from PIL import Image, ImageOps
 
-from ldm.data.sources.base import Split, check_split
+from ldm.data.sources.base import Split, a_or_an, check_split
 from ldm.data.sources.character_art import CharacterArt
 from ldm.data.sources.emoji_font import openmoji
 from ldm.data.sources.encoded import EncodedSource, png_cell
@@ -66,16 +66,13 @@ def captions(scene: Character) -> tuple[str, ...]:
     """The captions of a character: the first half of them leave the background open."""
     creature, role, background, _ = scene
     if scene.role == ALONE:
-        named: tuple[str, ...] = (_a(creature), f"the face of {_a(creature)}")
+        named: tuple[str, ...] = (a_or_an(creature), f"the face of {a_or_an(creature)}")
     elif scene.creature == ALONE:
-        named = (_a(role), f"a person who is {_a(role)}")
+        named = (a_or_an(role), f"a person who is {a_or_an(role)}")
     else:
-        named = (f"{_a(creature)} {role}", f"{_a(role)} {creature}", f"{_a(creature)} dressed as {_a(role)}")
-    return (*named, *(f"{name} on {_a(background)} background" for name in named))
-
-
-def _a(words: str) -> str:
-    return f"an {words}" if words[0] in "aeio" else f"a {words}"
+        named = (f"{a_or_an(creature)} {role}", f"{a_or_an(role)} {creature}")
+        named = (*named, f"{a_or_an(creature)} dressed as {a_or_an(role)}")
+    return (*named, *(f"{name} on {a_or_an(background)} background" for name in named))
 
 
 @lru_cache(maxsize=2)

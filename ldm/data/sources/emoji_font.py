@@ -41,11 +41,11 @@ class EmojiFont:
     """
 
     def __init__(self, path: Path) -> None:
+        file, self._joined = _map_ligatures(path)
         for size in FONT_PIXEL_SIZES:
             try:
-                file, self._joined = _map_ligatures(path)
-                self.font = ImageFont.truetype(file, size)
-            except OSError:
+                self.font = ImageFont.truetype(file if isinstance(file, str) else io.BytesIO(file), size)
+            except OSError:  # of bitmaps of another size
                 continue
             if self.draw("😀").convert("HSV").getextrema()[1] != (0, 0):  # some saturation
                 return
@@ -90,14 +90,17 @@ class EmojiFont:
         return self._joined.get(plain, plain if len(plain) == 1 else text)
 
 
-def _map_ligatures(path: Path) -> tuple[io.BytesIO | str, dict[str, str]]:
-    """The font with a private character for each of its ligatures, and these by the text that they stand for."""
+def _map_ligatures(path: Path) -> tuple[bytes | str, dict[str, str]]:
+    """The font with a private character for each of its ligatures, and these by the text that they stand for.
+
+    The path itself where it has none that can be read, or is no font.
+    """
     from fontTools.ttLib import TTFont, TTLibError  # slow, and other sets do not need it
 
     try:
         font = TTFont(path, fontNumber=0, lazy=True)
-    except TTLibError as error:
-        raise OSError(str(error)) from None
+    except (TTLibError, OSError):
+        return str(path), {}
     tables = [table for table in font["cmap"].tables if table.format == 12 and table.isUnicode()]
     if "GSUB" not in font or not tables:
         return str(path), {}
@@ -112,8 +115,7 @@ def _map_ligatures(path: Path) -> tuple[io.BytesIO | str, dict[str, str]]:
                 table.cmap[code] = glyph
     file = io.BytesIO()
     font.save(file, reorderTables=None)
-    file.seek(0)
-    return file, joined
+    return file.getvalue(), joined
 
 
 def _ligatures(font: Any) -> Iterator[tuple[tuple[str, ...], str]]:

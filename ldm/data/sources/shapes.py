@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from ldm.data.sources.base import Split, check_split
+from ldm.data.sources.base import Split, a_or_an, check_split
 from ldm.data.sources.encoded import EncodedSource, drawn_images, png_cell
 from ldm.rng import fold_seed
 
@@ -66,23 +66,20 @@ def captions(scene: Scene | PairScene) -> tuple[str, ...]:
     """The captions of a scene, each with all its attributes."""
     if isinstance(scene, PairScene):
         shape, color, other_shape, other_color, background, relation = scene
+        first, second = f"{a_or_an(color)} {shape}", f"{a_or_an(other_color)} {other_shape}"
         return (
-            f"{_a(color)} {shape} {relation} {_a(other_color)} {other_shape} on {_a(background)} background",
-            f"on {background}: {_a(color)} {shape} is {relation} {_a(other_color)} {other_shape}",
+            f"{first} {relation} {second} on {a_or_an(background)} background",
+            f"on {background}: {first} is {relation} {second}",
         )
     shape, color, background, position, size = scene
     where = "in the center" if position == "center" else f"in the {position} corner"
     short = "at the center" if position == "center" else f"at the {position}"
     return (
-        f"a {size} {color} {shape} {where} on {_a(background)} background",
-        f"a {size} {color} {shape} on {_a(background)} background, {position}",
-        f"{short}, {_a(color)} {shape}, {size}, with {background} behind it",
-        f"{_a(background)} picture with a {size} {color} {shape} {short}",
+        f"a {size} {color} {shape} {where} on {a_or_an(background)} background",
+        f"a {size} {color} {shape} on {a_or_an(background)} background, {position}",
+        f"{short}, {a_or_an(color)} {shape}, {size}, with {background} behind it",
+        f"{a_or_an(background)} picture with a {size} {color} {shape} {short}",
     )
-
-
-def _a(word: str) -> str:
-    return f"an {word}" if word == "orange" else f"a {word}"
 
 
 @lru_cache(maxsize=2)
