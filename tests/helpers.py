@@ -41,6 +41,8 @@ from ldm.training.trainer import train as train_stage
 
 shapes.load = functools.partial(shapes.load, count=320)  # not 10,000 images, where a test does not ask for a number
 STAGE_NAMES = ("clip", "vae", "ldm")
+for name in STAGE_NAMES:  # tests start from the recipe of shapes, which is the smallest
+    STAGES[name].default = CONFIGS / f"shapes/{name}.yaml"
 COMMON = "--steps 4 --batch-size 8 --warmup-steps 1 --data.resolution 16 --checkpoint-every 2 --log-every 1"
 TINY = {
     "clip": "--clip.context-length 24 --clip.width 32 --clip.num-layers 1 --clip.num-heads 2 --clip.embed-dim 16",

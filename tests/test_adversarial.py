@@ -26,6 +26,7 @@ from ldm.vae.discriminator import (
 environment = pytest.fixture(scope="module", autouse=True)(rank_environment)
 SMALL = [f"--discriminator.{name}" for name in ("base-channels=16", "num-layers=1", "norm-num-groups=8")]
 GAN = [*SMALL, "--loss.adversarial-weight=0.5", "--loss.adversarial-start=1", "--learning-rate=5e-4"]
+GAN += ["--loss.latent-noise=0.5"]  # relative to a deviation that is measured, too
 WATCHED = [*GAN, "--steps=8", "--validate-every=1", "--checkpoint-every=1", "--keep-checkpoints=1"]
 WATCHED += ["--watchdog.patience=2", "--watchdog.drop=1", "--learning-rate=2e-2"]
 

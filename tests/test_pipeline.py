@@ -4,6 +4,7 @@ import inspect
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import distill_decoder
 import numpy as np
@@ -217,6 +218,19 @@ def test_guidance_rules_compose_in_the_pipeline(tiny_model: Path) -> None:
     assert len(seen) == 9
     nowhere = GuidanceConfig(interval=(0.0, 0.0))
     assert pipeline("a red circle", guidance=nowhere, **call)[0].tobytes() == plain.tobytes()  # type: ignore[arg-type]
+
+
+def test_guidance_is_used_in_the_interval_of_the_model_unless_another_is_asked_for(tiny_model: Path) -> None:
+    pipeline = Pipeline.load(tiny_model)
+    call: dict[str, Any] = {"seed": 3, "steps": 4, "guidance_scale": 6.0}
+    inside, everywhere = (GuidanceConfig(interval=(low, 1.0)) for low in (0.6, 0.0))
+    wanted = [pipeline("a red circle", guidance=guidance, **call)[0].tobytes() for guidance in (inside, everywhere)]
+    pipeline.metadata["guidance_interval"] = [0.6, 1.0]
+    own = pipeline("a red circle", **call)[0].tobytes()
+    assert [own, pipeline("a red circle", guidance=everywhere, **call)[0].tobytes()] == wanted
+    assert own != wanted[1]
+    rescaled = pipeline.with_own_interval(GuidanceConfig(rescale=0.5))
+    assert rescaled == GuidanceConfig(rescale=0.5, interval=(0.6, 1.0))
 
 
 def test_autoguidance_guides_away_from_the_guide_model(tiny_model: Path) -> None:

@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from ldm.stages.vae import load_perceptual
+from ldm.data import DataConfig
+from ldm.rng import StepRNG
+from ldm.stages.vae import TrainVAEConfig, VAEStage, load_perceptual
 from ldm.text.image_tower import ImageTower
 from ldm.vae import VAE, Posterior, VAEConfig
 from ldm.vae.equivariance import ScaleTurn, draw_scale_turn
@@ -191,3 +193,29 @@ def test_what_is_decoded_is_the_changed_latent(tmp_path: Path) -> None:
     runs = [(tmp_path / run / "log.jsonl").read_text().splitlines() for run in ("vae", "accumulated")]
     one, two = ([json.loads(line)["loss"] for line in run[:4]] for run in runs)
     assert one == pytest.approx(two, rel=1e-5)
+
+
+# Noise on the latents that are decoded.
+
+
+def test_noise_on_latents_is_relative_to_the_deviation_of_each_channel() -> None:
+    """To the one that the step before measured, on all its micro-batches; none in the first step."""
+    vae = VAEConfig(base_channels=32, channel_mult=(1, 2), num_res_blocks=1, latent_channels=3)
+    stage = VAEStage(TrainVAEConfig(vae=vae, loss=VAELossConfig(latent_noise=0.5), data=DataConfig(resolution=16)))
+    seen, networks = [], {"vae": stage.vae}
+    stage.vae.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    stage.vae.post_quant_conv = nn.Identity()
+    batches = [{"image": torch.rand(4, 3, 16, 16), "sizes": torch.empty(0), "caption": []} for _ in range(2)]
+    rng = StepRNG(0, 0, [0, 1, 2, 3], 4, torch.device("cpu"))
+    for batch in batches:
+        stage.loss("vae", networks, batch, rng)
+    stage.after_step(lambda values: values)
+    expected = torch.cat(seen).transpose(0, 1).flatten(1).std(1, correction=0)
+    torch.testing.assert_close(stage.latent_std, expected)
+    stage.latent_std[1] = 0
+    stage.loss("vae", networks, batches[1], rng)
+    noise = seen[2] - seen[1]
+    assert noise[:, 1].abs().max() == 0
+    levels = noise[:, [0, 2]].flatten(2).std(2) / expected[[0, 2]]
+    assert levels.min() > 0.01 and levels.max() < 0.75  # of 0.5 at most, as 64 draws have it
+    assert stage.state_dict() == {"latent_std": stage.latent_std.tolist()}

@@ -32,8 +32,9 @@ class GuidanceConfig(Config):
     """keep z as it is at t = 1 (CFG-Zero*); for the flow schedule and euler, which uses no earlier prediction"""
     rescale: float = Field(0.0, ge=0, le=1)
     """how far to rescale the result to the standard deviation of the conditional prediction; 0.7 is usual"""
-    interval: tuple[float, float] = (0.0, 1.0)
-    """lowest and highest t, from 0 (data) to 1 (noise), at which guidance is used"""
+    interval: tuple[float, float] | None = None
+    """lowest and highest t, from 0 (data) to 1 (noise), at which guidance is used; the model's own when left out, 0 1
+    where it has none"""
     apg_eta: float = Field(0.0, ge=0, le=1)
     """APG: weight of the part of the update parallel to the conditional prediction"""
     apg_norm_threshold: float | None = Field(None, gt=0)
@@ -43,7 +44,7 @@ class GuidanceConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "GuidanceConfig":
-        low, high = self.interval
+        low, high = self.interval or (0, 1)
         if not 0 <= low <= high <= 1:
             raise ValueError(f"interval {low} {high} must rise, within 0 to 1: pass the lower t first")
         return self

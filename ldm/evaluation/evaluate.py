@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ldm.diffusion.guidance import GuidanceConfig
 from ldm.diffusion.samplers import get_sampler
 from ldm.evaluation.classifier import CLASSIFIER_VERSION
 from ldm.evaluation.features import CHOICES, extract
@@ -95,6 +96,7 @@ def start_report(subject: Subject, config: EvaluateConfig) -> Report:
             "data": config.data.source,
             **({"extractor_name": extractor.name} if extractor else {}),
             "guidance_scale": scale,
+            "guidance_interval": pipeline.with_own_interval(GuidanceConfig()).interval,
             "steps": config.steps,
             "sampler": config.sampler,
             "seed": config.seed,

@@ -34,13 +34,14 @@ class ConvShape(NamedTuple):
 
 
 class MachineSpeed(NamedTuple):
-    """A machine, and what it computes in float32."""
+    """A machine, and what it computes in float32, the convolution also in bf16."""
 
     processor: str  # where the networks are
     cores: int
     torch: str
     matmul_gflops: float
     conv_gflops: float
+    conv_bf16_gflops: float
     matmul: str  # the shapes
     conv: str
 
@@ -57,19 +58,24 @@ def measure_machine(conv: ConvShape, *, seconds: float = 1.0) -> MachineSpeed:
     device = resolve_device(None)
     a = torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device)
     matmul = 2 * MATRIX_SIDE**3 / fastest_seconds(lambda: a @ a, seconds)
-    shape = (conv.batch, conv.channels, conv.side, conv.side)
-    images = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
-    weight = torch.randn(conv.channels, conv.channels, 3, 3, device=device, requires_grad=True)
+    float32, bf16 = (_conv_flops(conv, dtype, device, seconds) for dtype in (torch.float32, torch.bfloat16))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    speeds = round(matmul / 1e9, 1), round(float32 / 1e9, 1), round(bf16 / 1e9, 1)
+    return MachineSpeed(name, cores, torch.__version__, *speeds, f"{MATRIX_SIDE} x {MATRIX_SIDE}", str(conv))
+
+
+def _conv_flops(conv: ConvShape, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
+    """FLOP/s of a convolution, forward and backward."""
+    images = torch.randn(conv.batch, conv.channels, conv.side, conv.side, dtype=dtype, device=device)
+    images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(conv.channels, conv.channels, 3, 3, dtype=dtype, device=device, requires_grad=True)
     gradient = torch.ones_like(images)
 
     def step() -> object:
         return torch.autograd.grad(F.conv2d(images, weight, padding=1), (images, weight), gradient)
 
-    convolution = conv.flop / fastest_seconds(step, seconds)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    speeds = round(matmul / 1e9, 1), round(convolution / 1e9, 1)
-    return MachineSpeed(name, cores, torch.__version__, *speeds, f"{MATRIX_SIDE} x {MATRIX_SIDE}", str(conv))
+    return conv.flop / fastest_seconds(step, seconds)
 
 
 def fastest_seconds(action: Callable[[], object], seconds: float) -> float:

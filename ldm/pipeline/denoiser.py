@@ -45,9 +45,10 @@ class PromptDenoiser:
         if scale == 1 or (self.text is None and self.guide_unet is None):
             return self._unguided(self.unet)
         guided = rules.guided_denoiser(self._cond_uncond(), guidance.build(scale))
-        if guidance.interval == (0, 1):
+        interval = guidance.interval or (0, 1)
+        if interval == (0, 1):
             return guided
-        return rules.guidance_interval(guidance.interval, guided, self._unguided(self.unet))
+        return rules.guidance_interval(interval, guided, self._unguided(self.unet))
 
     def _cond_uncond(self) -> CondUncondFn:
         if self.guide_unet is not None:  # under the negative prompt, where there is one

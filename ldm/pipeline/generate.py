@@ -116,6 +116,7 @@ def generate_all(config: Txt2ImgConfig) -> Iterator[tuple[Image.Image, Generatio
         "width": width,
         "height": height,
         "init_image": init_image,
+        "guidance": pipeline.with_own_interval(config.guidance),
     }
     if config.guidance_scale is None:
         settings["guidance_scale"] = pipeline.default_guidance_scale

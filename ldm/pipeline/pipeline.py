@@ -70,6 +70,11 @@ class Pipeline:
         """The guidance scale of the sample images of the training; 7.5 where the model has none."""
         return self.metadata.get("guidance_scale", FALLBACK_GUIDANCE_SCALE)
 
+    def with_own_interval(self, guidance: GuidanceConfig) -> GuidanceConfig:
+        """In the interval of the sample images of the training, unless it has one; 0 to 1 where the model has none."""
+        own = self.metadata.get("guidance_interval", (0.0, 1.0))
+        return GuidanceConfig(**{"interval": own, **guidance.model_dump(exclude_none=True)})
+
     def unseen_words(self, prompt: str) -> list[str]:
         """Words of a prompt that no training caption had; none where the captions are unknown."""
         known = self.vocabulary
@@ -360,7 +365,7 @@ class Pipeline:
         ts = make_timesteps(self.diffusion, steps, timesteps)
         spatial = init_image.spatial if init_image else None
         batch = self._denoiser(noise, prompts, negative_prompts, spatial, literal=literal)
-        denoiser, z = batch.guided(scale, guidance), noise
+        denoiser, z = batch.guided(scale, self.with_own_interval(guidance)), noise
         if init_image is not None:
             z, ts = init_image.start(noise, ts, self.diffusion)
             if init_image.mask is not None:

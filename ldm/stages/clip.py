@@ -23,7 +23,7 @@ from ldm.training.stage import Networks, Stage, Trainable
 class TrainCLIPConfig(TrainingConfig):
     """Settings of train_clip."""
 
-    run: Path = Path("runs/shapes/clip")
+    run: Path = Path("runs/characters/clip")
     data: DataConfig = DataConfig()
     clip: CLIPConfig = CLIPConfig()
 
@@ -31,7 +31,7 @@ class TrainCLIPConfig(TrainingConfig):
 class CLIPStage(Stage):
     """Trains open_clip's own model on the images and captions of a data set."""
 
-    Config, default = TrainCLIPConfig, CONFIGS / "shapes/clip.yaml"
+    Config, default = TrainCLIPConfig, CONFIGS / "characters/clip.yaml"
     data: ImageTextDataset
     held_out: ImageTextDataset
     device: torch.device

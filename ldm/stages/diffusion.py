@@ -43,7 +43,7 @@ VALIDATION_T = (0.1, 0.3, 0.5, 0.7, 0.9)
 class TrainLDMConfig(TrainingConfig):
     """Settings of train_ldm."""
 
-    run: Path = Path("runs/shapes/ldm")
+    run: Path = Path("runs/characters/ldm")
     data: DataConfig = DataConfig()
     vae: str = "latest"
     """a VAE, alone or in a whole model: a model folder, a diffusers folder (or its vae/) or a single file; `latest`:
@@ -55,6 +55,9 @@ class TrainLDMConfig(TrainingConfig):
     diffusion: DiffusionConfig = DiffusionConfig()
     init_from: Path | None = None
     """start from the U-Net of a finished model: a model folder, a diffusers folder or a single file"""
+    channel_weight_power: float = Field(0.0, ge=0)
+    """weigh the error of each latent channel by this power of its deviation before it is standardized; 0 weighs all
+    channels alike, 2 as the decoder sees them"""
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """share of captions that are replaced by "", for classifier-free guidance"""
     cache_latents: bool = False
@@ -66,6 +69,8 @@ class TrainLDMConfig(TrainingConfig):
     sample_steps: int = Field(30, ge=1)
     sample_guidance_scale: float = 3.0
     """guidance scale of the sample grid; txt2img's default for this model"""
+    sample_guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """lowest and highest t at which it is used; txt2img's default for this model"""
 
     @property
     def in_memory(self) -> bool:
@@ -76,7 +81,7 @@ class TrainLDMConfig(TrainingConfig):
 class DiffusionStage(Stage):
     """Trains a U-Net under a frozen VAE and frozen text towers, where there are any."""
 
-    Config, default = TrainLDMConfig, CONFIGS / "shapes/ldm.yaml"
+    Config, default = TrainLDMConfig, CONFIGS / "characters/ldm.yaml"
     data: ImageTextDataset | LatentDataset | InMemoryLatents
     held_out: ImageTextDataset | LatentDataset
     vae_sha256: str | None
@@ -85,6 +90,8 @@ class DiffusionStage(Stage):
         self, config: TrainLDMConfig, vae: VAE | None, text: TextConditioner | None, device: torch.device
     ) -> None:
         check_unet_dims(config, vae, text)
+        if vae is None and config.channel_weight_power:
+            raise ValueError("channel_weight_power: pixels are not standardized; leave it at 0, or name a --vae")
         self.config, self.device, self.vae, self.text = config, device, vae, text
         self.unet = UNet(config.unet, gradient_checkpointing=config.gradient_checkpointing)
         self.diffusion = Diffusion(config.diffusion)
@@ -146,7 +153,8 @@ class DiffusionStage(Stage):
             accelerator.print("caching latents with one fixed crop per image (--no-cache-latents for random crops)")
             progress = accelerator.is_main_process
             self.data = InMemoryLatents(self.data, self.vae.encode, device=self.device, progress=progress)
-        metadata = {"data": config.data.to_dict(), "guidance_scale": config.sample_guidance_scale}
+        guidance = {name: getattr(config, f"sample_{name}") for name in ("guidance_scale", "guidance_interval")}
+        metadata = {"data": config.data.to_dict(), **guidance}
         networks = (self.unet, self.diffusion, self.vae, self.text)
         self.pipeline = Pipeline(ModelComponents(*networks, config.data.resolution, words, metadata))
 
@@ -167,8 +175,16 @@ class DiffusionStage(Stage):
         cond = self.conditioning(batch, dropped)
         prediction = networks["unet"](z_t, self.diffusion.network_timestep(t), cond)
         # Weighted error.
-        error = squared_error(prediction, self.diffusion.training_target(z, noise, t))
+        root = self.channel_weights().sqrt()
+        error = squared_error(root * prediction, root * self.diffusion.training_target(z, noise, t))
         return {"loss": (self.diffusion.loss_weight(t) * error).mean()}
+
+    def channel_weights(self) -> Tensor:
+        """Weight of each channel's squared error, (c, 1, 1), with a mean of 1; (1, 1, 1) for pixels."""
+        if self.vae is None:
+            return torch.ones(1, 1, 1, device=self.device)
+        weights = self.vae.latent_std**self.config.channel_weight_power
+        return (weights / weights.mean())[:, None, None]
 
     def chance_loss(self, name: str, batch: Batch, rng: StepRNG) -> float:
         """The mean of every target, which is 0, is predicted."""

@@ -37,7 +37,7 @@ SAMPLE_CAPTIONS = 64
 class CacheLatentsConfig(ScriptConfig):
     """Settings of cache_latents."""
 
-    out: Path = Path("runs/shapes/latents")
+    out: Path = Path("runs/characters/latents")
     """folder for the latents"""
     data: DataConfig = DataConfig()
     vae: str = "latest"

@@ -46,7 +46,7 @@ from ldm.vae.perceptual import LPIPS, FeatureDistance
 class TrainVAEConfig(TrainingConfig):
     """Settings of train_vae."""
 
-    run: Path = Path("runs/shapes/vae")
+    run: Path = Path("runs/characters/vae")
     data: DataConfig = DataConfig()
     vae: VAEConfig = VAEConfig()
     loss: VAELossConfig = VAELossConfig()
@@ -59,7 +59,7 @@ class TrainVAEConfig(TrainingConfig):
 class VAEStage(Stage):
     """Trains a VAE, alone or against a discriminator, and measures the statistics of its latents."""
 
-    Config, default = TrainVAEConfig, CONFIGS / "shapes/vae.yaml"
+    Config, default = TrainVAEConfig, CONFIGS / "characters/vae.yaml"
     data: ImageTextDataset
     held_out: ImageTextDataset
     device: torch.device
@@ -72,6 +72,8 @@ class VAEStage(Stage):
         self.config = config
         self.vae = VAE(config.vae, gradient_checkpointing=config.gradient_checkpointing)
         self.trainables, self.frozen = [Trainable("vae", self.vae)], {}
+        self.latent_std = torch.zeros(config.vae.latent_channels)  # of the step before
+        self._moments: list[Tensor] = []  # means and mean squares of the latents, in each micro-batch
         if config.loss.adversarial_weight:
             self._add_discriminator(config)
 
@@ -129,6 +131,8 @@ class VAEStage(Stage):
         added = self._added_noise(shape, rng)
 
         def alter(latents: Tensor) -> Tensor:
+            if self.config.loss.latent_noise:
+                self._moments.append(torch.stack([(latents**n).mean((0, 2, 3)) for n in (1, 2)]).detach())
             return change(latents + added) if change else latents + added
 
         with used_weights(_inner(networks["vae"]).decoder.conv_out) as weights:
@@ -156,8 +160,9 @@ class VAEStage(Stage):
         """What is added to the latents that are decoded: noise of another level for each image, or nothing."""
         if not self.config.loss.latent_noise:
             return 0.0
+        self.latent_std = self.latent_std.to(rng.device)
         level = self.config.loss.latent_noise * rng.rand("noise level")
-        return level[:, None, None, None] * rng.randn("added noise", shape)
+        return level[:, None, None, None] * self.latent_std[:, None, None] * rng.randn("added noise", shape)
 
     def _scale_turn(self, images: Tensor, rng: StepRNG) -> ScaleTurn | None:
         """What happens to all latents of this step, if anything."""
@@ -173,7 +178,12 @@ class VAEStage(Stage):
         return draw_scale_turn(draw, height, width, smallest=-(-smallest // self.config.vae.factor))
 
     def after_step(self, mean: Callable[[Tensor], Tensor]) -> None:
-        """Measure the adaptive weight on the whole batch: on every rank it is that of one rank with all samples."""
+        """Measure the latents and the adaptive weight on the whole batch: on all ranks, as on one with all samples."""
+        if self._moments:
+            average, square = mean(torch.stack(self._moments).mean(0))
+            deviation = (square - average**2).clamp_min(0).sqrt()
+            self.latent_std = torch.where(deviation.isfinite(), deviation, self.latent_std)
+            self._moments = []
         if self.watchdog is None or not self._gradients:
             return
         gradients = mean(torch.stack(self._gradients).mean(0))
@@ -182,13 +192,16 @@ class VAEStage(Stage):
         self._gradients = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The adaptive weight, and what the watchdog remembers."""
-        if self.watchdog is None:
-            return {}
-        return {"adaptive_weight": self.adaptive_weight.item(), "watchdog": self.watchdog.state_dict()}
+        """The deviation of the latents, the adaptive weight, and what the watchdog remembers."""
+        state: dict[str, Any] = {"latent_std": self.latent_std.tolist()} if self.config.loss.latent_noise else {}
+        if self.watchdog is not None:
+            state |= {"adaptive_weight": self.adaptive_weight.item(), "watchdog": self.watchdog.state_dict()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self.watchdog is not None and state:
+        if "latent_std" in state:
+            self.latent_std = torch.tensor(state["latent_std"])
+        if self.watchdog is not None and "watchdog" in state:
             self.adaptive_weight = torch.tensor(state["adaptive_weight"])
             self.watchdog.load_state_dict(state["watchdog"])
 

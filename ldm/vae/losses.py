@@ -23,8 +23,8 @@ class VAELossConfig(Config):
     kl_weight: float = Field(1e-6, ge=0)
     """weight of the KL divergence of an image, relative to errors summed over its pixels"""
     latent_noise: float = Field(0.0, ge=0)
-    """largest deviation of the noise that is added to latents before they are decoded, another for each image: the
-    decoder learns to remove the small errors of generated latents"""
+    """largest deviation of the noise that is added to latents before they are decoded, relative to that of each
+    channel; it is another for each image. The decoder learns to remove the small errors of generated latents"""
     perceptual_weight: float = Field(0.0, ge=0)
     """weight of the distance between features of images"""
     perceptual: str = "latest"
