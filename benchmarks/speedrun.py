@@ -164,7 +164,7 @@ def run_seed(config: SpeedrunConfig, seed: int, captions: HeldOutCaptions) -> di
 
 
 def measure(config: SpeedrunConfig, run_seed: Callable[[Any, int, HeldOutCaptions], dict[str, Any]]) -> None:
-    """Run all seeds, and add the row to the results and to the document."""
+    """Run all seeds, and add the row to the results and to the document, or the seeds to the row of that name."""
     drawn = drawn_set(config.ldm.data)
     if drawn is None:
         raise ValueError(f"data.source {config.ldm.data.source}: what its captions ask for cannot be checked")
@@ -173,13 +173,14 @@ def measure(config: SpeedrunConfig, run_seed: Callable[[Any, int, HeldOutCaption
     captions = HeldOutCaptions(drawn, classifier, config.num_captions)
     speed = measure_machine(recipe_conv(config.recipe))
     git = ["git", "rev-parse", "--short", "HEAD"]
-    result = {
+    result: dict[str, Any] = {
         "command": command_line(),
         "commit": subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip(),
         **speed._asdict(),
         "seeds": {str(seed): run_seed(config, seed, captions) for seed in config.seeds},
     }
     results = json.loads(RESULTS.read_bytes()) if RESULTS.is_file() else {}
+    result["seeds"] = results.get(config.name, {}).get("seeds", {}) | result["seeds"]
     results[config.name] = result
     write_text(RESULTS, json.dumps(results, indent=1) + "\n")
     header = ["change", *(f"seconds to {target:.0%}" for target in TARGETS), "at the end", "GFLOP/s", "command"]

@@ -4,9 +4,13 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ldm.data import DataConfig
+from ldm.data.dataset import open_source
 from ldm.data.sources import shapes
+from ldm.data.transforms import View
 
 
 def pixels(row_image: Image.Image) -> np.ndarray:
@@ -133,6 +137,19 @@ def test_the_relation_of_a_pair_is_true(pairs):
         assert row["relation"] in row["caption"]
         seen.add(row["relation"])
     assert seen == set(shapes.RELATIONS)
+
+
+def test_several_sets_are_one_after_the_other():
+    both, *each = (
+        open_source(DataConfig(source=name, resolution=16), "test") for name in ("shapes+pairs", "shapes", "pairs")
+    )
+    assert list(both.names) == [*each[0].names, *each[1].names]
+    assert list(both.captions) == [*each[0].captions, *each[1].captions]
+    last = len(both.names) - 1
+    view, own = (View((16, 16)), len(each[1].names) - 1)
+    pixels = [source.read(i, view, channels=3, side=16).pixels for source, i in ((both, last), (each[1], own))]
+    assert torch.equal(*pixels)
+    assert DataConfig(source="shapes+pairs").drawn and not DataConfig(source="shapes+photos").drawn
 
 
 def test_images_are_stored_as_png_bytes(rows):

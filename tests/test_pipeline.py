@@ -220,6 +220,15 @@ def test_guidance_rules_compose_in_the_pipeline(tiny_model: Path) -> None:
     assert pipeline("a red circle", guidance=nowhere, **call)[0].tobytes() == plain.tobytes()  # type: ignore[arg-type]
 
 
+def test_a_model_has_its_own_number_of_steps(tiny_model: Path) -> None:
+    pipeline, taken = Pipeline.load(tiny_model), []
+    assert pipeline.default_steps == pipeline.metadata["steps"] == 2, "those of the sample images of its training"
+    pipeline("a red circle", on_step=lambda index, step: taken.append(index))
+    pipeline("a red circle", steps=3, on_step=lambda index, step: taken.append(index))
+    del pipeline.metadata["steps"]
+    assert taken == [1, 2, 1, 2, 3] and pipeline.default_steps == 30
+
+
 def test_guidance_is_used_in_the_interval_of_the_model_unless_another_is_asked_for(tiny_model: Path) -> None:
     pipeline = Pipeline.load(tiny_model)
     call: dict[str, Any] = {"seed": 3, "steps": 4, "guidance_scale": 6.0}

@@ -2,11 +2,13 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import speedrun
+import speedrun_diffusers
 from helpers import COMMON, TINY
 
 from ldm.evaluation.machine import MachineSpeed
@@ -30,14 +32,14 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(speedrun, "measure_machine", lambda conv: machine)
     monkeypatch.setattr(speedrun, "load_classifier", lambda *_: None)
 
-    def run(name: str, right: float, *more: str) -> dict[str, Any]:
+    def run(name: str, right: float, *more: str, main: Callable[..., None] = speedrun.main) -> dict[str, Any]:
         def shown(classifier: None, images: Any, asked: list[Any]) -> dict[str, list[bool]]:
             return {"all": [i < right * len(asked) for i in range(len(asked))]}
 
         monkeypatch.setattr(speedrun, "attributes_shown", shown)
         words = ["--name", name, "--recipe", "configs/shapes", "--run", str(tmp_path / "runs"), "--seeds", "0"]
         words += ["--num-captions", "20", "--measure-every", "2"]
-        speedrun.main([*words, *flags("clip"), *flags("vae"), *flags("ldm"), *more])
+        main([*words, *flags("clip"), *flags("vae"), *flags("ldm"), *more])
         return json.loads((tmp_path / "speedrun.json").read_text())[name]["seeds"]["0"]
 
     return run
@@ -59,6 +61,15 @@ def test_a_run_ends_at_the_last_target_and_gets_a_row(record: Any, tmp_path: Pat
     assert "| Everything right | **" in rows and "| Half right | never (never) | never (never) | 50.0% after" in rows
     assert rows.splitlines()[-1].startswith("| Another VAE | **") and "| never (never) | 95.0% after" in rows
     assert "200, 190" in rows
+
+
+def test_diffusers_trains_for_the_seconds_that_it_is_given(record: Any, tmp_path: Path) -> None:
+    more = ["--vae-seconds", "1", "--unet-seconds", "2", "--ldm.data.resolution", "32", "--vae.data.resolution", "32"]
+    seed = record("diffusers", 0.5, *more, main=speedrun_diffusers.main)
+    [(steps, (seconds, share))] = seed["curve"].items()
+    assert seed["steps"]["vae"] >= 1 and seed["steps"]["unet"] == int(steps) >= 1
+    assert seconds > 3 and share == 0.5 and set(seed["until"].values()) == {None}
+    assert "| diffusers | never (never) |" in (tmp_path / "records.md").read_text()
 
 
 def test_a_stopwatch_leaves_out_what_does_not_count() -> None:

@@ -1,6 +1,8 @@
 """What a training says before its first step: its recipe and sizes, and what it could not learn from its data."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from helpers import copy_stages_before, encoded, plain, tiny_flags, write_photos
 from PIL import Image
 
 from ldm.cli import exit_on_user_error, parse_cli
-from ldm.config import CONFIGS, relative
+from ldm.config import CONFIGS, read_yaml, relative
 from ldm.data import DataConfig, open_dataset
 from ldm.stages import STAGES
 from ldm.stages.start import equal_captions
@@ -42,7 +44,16 @@ def test_the_recipe_and_its_sizes_are_said(
     assert "4 steps of 8 images of 16 pixels" in line and ("vae 162,248 (frozen), text " in line) == (stage == "ldm")
     start(stage, tmp_path / stage, "--data.source", str(photos))
     warning = f"for {photos} pass --config configs/images-64/{stage}.yaml, or .*plan.py --source {photos}"
-    assert re.search(f"warning: the default recipe is made for drawn shapes .*{warning}", capsys.readouterr().out)
+    assert re.search(f"warning: the default recipe is made for shapes; .*{warning}", capsys.readouterr().out)
+
+
+def test_the_scripts_start_from_the_recipes_of_characters() -> None:
+    """In a process of its own: tests start from those of shapes."""
+    code = "from ldm.stages import STAGES; print(*(stage.default for stage in STAGES.values()), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CONFIGS.parent)
+    files = [Path(line) for line in done.stdout.splitlines()]
+    assert files == [CONFIGS / f"characters/{stage}.yaml" for stage in STAGES]
+    assert all(STAGES[file.stem].Config().run == Path(read_yaml(file)["run"]) for file in files)
 
 
 def test_a_recipe_for_own_images_is_named_without_a_warning(

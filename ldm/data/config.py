@@ -17,8 +17,9 @@ class DataConfig(Config):
     """Which images are read, and how they are cropped."""
 
     source: str = "shapes"
-    """shapes, pairs, characters, emoji, a folder, a parquet file, the id `org/name` of a hub data set, or tar and
-    parquet shards: a folder of them, a pattern such as `photos/{000..099}.tar`, an address such as `s3://bucket/photos`"""
+    """shapes, pairs, characters, emoji, or several of these, as `characters+emoji`; a folder, a parquet file, the id
+    `org/name` of a hub data set, or tar and parquet shards: a folder of them, a pattern such as
+    `photos/{000..099}.tar`, an address such as `s3://bucket/photos`"""
     resolution: int = Field(32, ge=8)
     """side of the square images, in pixels"""
     bucket_step: int = Field(0, ge=0)
@@ -57,8 +58,8 @@ class DataConfig(Config):
 
     @property
     def drawn(self) -> str | None:
-        """The set that is drawn here, if it is one."""
-        return self.source if self.source in DRAWN_SOURCES else None
+        """The set that is drawn here, or several, if it is one."""
+        return self.source if set(self.source.split("+")) <= set(DRAWN_SOURCES) else None
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides how samples are made of their images, wherever these are stored; a resumed run has the same."""

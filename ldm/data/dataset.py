@@ -18,6 +18,7 @@ from ldm.data.loader import sample_batches
 from ldm.data.sources.base import ImageTextSource, Split, check_split
 from ldm.data.sources.characters import open_characters
 from ldm.data.sources.emoji import open_emoji
+from ldm.data.sources.encoded import EncodedSource, join_sources
 from ldm.data.sources.folder import open_images
 from ldm.data.sources.shapes import open_shapes
 from ldm.data.sources.sharded import ShardedSource, is_sharded, open_shards
@@ -149,13 +150,18 @@ def open_splits(config: DataConfig, *, seed: int) -> tuple[ImageTextDataset, Ima
 
 def open_source(config: DataConfig, split: Split) -> ImageTextSource:
     """One split of what `data.source` names. ValueError as in `open_dataset`."""
-    size, channels = config.resolution, config.channels
-    if config.source in ("shapes", "pairs"):
-        return open_shapes(split, size=size, channels=channels, pairs=config.source == "pairs")
-    if config.source == "characters":
-        return open_characters(split, size=size, channels=channels, font=config.emoji_font)
-    if config.source == "emoji":
-        return open_emoji(split, size=size, channels=channels, font=config.emoji_font)
+    if config.drawn:
+        return join_sources([open_drawn(name, config, split) for name in config.drawn.split("+")])
     if is_sharded(config.source):
         return open_shards(config.source, split, streams=config.shard_streams)
     return open_images(config.source, split)
+
+
+def open_drawn(name: str, config: DataConfig, split: Split) -> EncodedSource:
+    """One split of a set that is drawn here."""
+    size, channels, font = config.resolution, config.channels, config.emoji_font
+    if name == "characters":
+        return open_characters(split, size=size, channels=channels, font=font)
+    if name == "emoji":
+        return open_emoji(split, size=size, channels=channels, font=font)
+    return open_shapes(split, size=size, channels=channels, pairs=name == "pairs")

@@ -97,7 +97,7 @@ def start_report(subject: Subject, config: EvaluateConfig) -> Report:
             **({"extractor_name": extractor.name} if extractor else {}),
             "guidance_scale": scale,
             "guidance_interval": pipeline.with_own_interval(GuidanceConfig()).interval,
-            "steps": config.steps,
+            "steps": config.steps or pipeline.default_steps,
             "sampler": config.sampler,
             "seed": config.seed,
         },

@@ -51,7 +51,7 @@ class SamplingState(NamedTuple):
     denoised: Tensor  # the x0 that is predicted from it
 
 
-def sampling_states(pipeline: Pipeline, prompts: Sequence[str], *, steps: int = 30) -> list[SamplingState]:
+def sampling_states(pipeline: Pipeline, prompts: Sequence[str], *, steps: int) -> list[SamplingState]:
     """All states from noise to t = 0, of prompt i with seed i."""
     seeds, side = range(len(prompts)), pipeline.resolution
     z = initial_noise(pipeline.latent_shape(side, side), seeds).to(pipeline.device)

@@ -44,7 +44,8 @@ class EvaluateConfig(ScriptConfig):
     """file of the reference's features: read where it is there, written where not"""
     max_train_images: int = Field(10_000, ge=0)
     """training images that are searched for copies, evenly spaced; 0: none"""
-    steps: int = Field(30, ge=1)
+    steps: int | None = Field(None, ge=1)
+    """the sampling steps of the model's own sample images when left out, 30 where it has none"""
     guidance_scale: float | None = None
     """the scale of the model's own sample images when left out, 7.5 where it has none"""
     sampler: str = "dpmpp_2m"

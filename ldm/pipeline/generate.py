@@ -38,7 +38,8 @@ class Txt2ImgConfig(ScriptConfig):
     out: Path = Path("outputs")
     """folder for the images"""
     negative_prompt: str = ""
-    steps: int = Field(30, ge=1)
+    steps: int | None = Field(None, ge=1)
+    """the sampling steps of the model's own sample images when left out, 30 where it has none"""
     guidance_scale: float | None = Field(None, allow_inf_nan=False)
     """1 is no guidance; the scale of the model's own sample images when left out, 7.5 where it has none"""
     guidance: GuidanceConfig = GuidanceConfig()
@@ -117,11 +118,12 @@ def generate_all(config: Txt2ImgConfig) -> Iterator[tuple[Image.Image, Generatio
         "height": height,
         "init_image": init_image,
         "guidance": pipeline.with_own_interval(config.guidance),
+        "steps": config.steps or pipeline.default_steps,
     }
     if config.guidance_scale is None:
         settings["guidance_scale"] = pipeline.default_guidance_scale
     strength = init_image.strength if init_image and init_image.inversion_prompt is None else 1.0
-    steps = img2img_steps(strength, config.steps)
+    steps = img2img_steps(strength, settings["steps"])
 
     firsts = range(0, config.num_images, config.batch_size)
     with tqdm(total=len(prompts) * len(firsts) * steps, unit="step", desc="sampling") as bar:

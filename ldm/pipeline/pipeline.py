@@ -36,6 +36,7 @@ from ldm.vae.tiny import TinyDecoder
 
 DEFAULT_GUIDANCE = GuidanceConfig()
 FALLBACK_GUIDANCE_SCALE = 7.5  # of models that record none
+FALLBACK_STEPS = 30
 
 
 class Pipeline:
@@ -69,6 +70,11 @@ class Pipeline:
     def default_guidance_scale(self) -> float:
         """The guidance scale of the sample images of the training; 7.5 where the model has none."""
         return self.metadata.get("guidance_scale", FALLBACK_GUIDANCE_SCALE)
+
+    @property
+    def default_steps(self) -> int:
+        """The sampling steps of the sample images of the training; 30 where the model has none."""
+        return self.metadata.get("steps", FALLBACK_STEPS)
 
     def with_own_interval(self, guidance: GuidanceConfig) -> GuidanceConfig:
         """In the interval of the sample images of the training, unless it has one; 0 to 1 where the model has none."""
@@ -169,7 +175,7 @@ class Pipeline:
         prompt: str,
         *,
         negative_prompt: str = "",
-        steps: int = 30,
+        steps: int | None = None,
         guidance_scale: float | None = None,
         guidance: GuidanceConfig = DEFAULT_GUIDANCE,
         sampler: str = "dpmpp_2m",
@@ -191,8 +197,8 @@ class Pipeline:
         """Generate `num_images` images of one prompt with the seeds seed, seed + 1, ...
 
         Args:
-            guidance_scale: the model's own (`default_guidance_scale`) when left out. 1 follows the prompt without
-                guidance; the negative prompt is then not used.
+            steps, guidance_scale: the model's own (`default_steps`, `default_guidance_scale`) when left out. A scale of
+                1 follows the prompt without guidance; the negative prompt is then not used.
             eta: fresh noise in each step, from 0 (none) to 1; the sampler's own when left out.
             timesteps: the schedule of the steps, by name or as a list of `steps` falling t in (0, 1].
             width, height: in pixels; those of `image_size` when left out.
@@ -207,6 +213,7 @@ class Pipeline:
             on_step: called after each step with its index, from 1, and the `SamplerStep`.
         ValueError: a setting that is unknown, out of range, not supported by this model, or excluded by another.
         """
+        steps = self.default_steps if steps is None else steps
         if image is None and mask is not None:
             raise ValueError(f"mask is {mask.width}x{mask.height}: it needs an image of the same size")
         if self.unet.config.cond_channels and mask is None:
@@ -317,7 +324,7 @@ class Pipeline:
         prompts: list[str],
         seeds: Sequence[int],
         *,
-        steps: int = 30,
+        steps: int | None = None,
         guidance_scale: float | None = None,
         sampler: str = "dpmpp_2m",
         literal: bool = False,
@@ -344,7 +351,7 @@ class Pipeline:
         negative_prompts: list[str],
         *,
         seeds: Sequence[int],
-        steps: int,
+        steps: int | None = None,
         guidance_scale: float | None = None,
         guidance: GuidanceConfig = DEFAULT_GUIDANCE,
         sampler: str = "dpmpp_2m",
@@ -362,7 +369,7 @@ class Pipeline:
         noise = noise.to(self.device)
         scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
         run_sampler = get_sampler(sampler, eta)
-        ts = make_timesteps(self.diffusion, steps, timesteps)
+        ts = make_timesteps(self.diffusion, self.default_steps if steps is None else steps, timesteps)
         spatial = init_image.spatial if init_image else None
         batch = self._denoiser(noise, prompts, negative_prompts, spatial, literal=literal)
         denoiser, z = batch.guided(scale, self.with_own_interval(guidance)), noise

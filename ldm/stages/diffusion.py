@@ -67,6 +67,7 @@ class TrainLDMConfig(TrainingConfig):
     sample_prompts: tuple[str, ...] = ()
     """prompts of the sample grid; captions of held-out images when empty"""
     sample_steps: int = Field(30, ge=1)
+    """sampling steps of the sample grid; txt2img's default for this model"""
     sample_guidance_scale: float = 3.0
     """guidance scale of the sample grid; txt2img's default for this model"""
     sample_guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -154,7 +155,7 @@ class DiffusionStage(Stage):
             progress = accelerator.is_main_process
             self.data = InMemoryLatents(self.data, self.vae.encode, device=self.device, progress=progress)
         guidance = {name: getattr(config, f"sample_{name}") for name in ("guidance_scale", "guidance_interval")}
-        metadata = {"data": config.data.to_dict(), **guidance}
+        metadata = {"data": config.data.to_dict(), "steps": config.sample_steps, **guidance}
         networks = (self.unet, self.diffusion, self.vae, self.text)
         self.pipeline = Pipeline(ModelComponents(*networks, config.data.resolution, words, metadata))
 

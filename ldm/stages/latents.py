@@ -17,7 +17,6 @@ from ldm.cli import ScriptConfig
 from ldm.config import changed_values, check_equal
 from ldm.data import DataConfig, ImageTextDataset, latents, open_dataset
 from ldm.data.batch_sampler import SampleKey
-from ldm.data.config import DRAWN_SOURCES
 from ldm.data.sources.base import short_hash
 from ldm.data.sources.shapes import Split
 from ldm.io.atomic import check_folder, write_text
@@ -158,7 +157,7 @@ def open_latents(
     made_from, remedy = train.index.fingerprint, "run scripts/cache_latents.py for this recipe"
     source = str(train.index.source or made_from["data"].get("source"))
     same_place = os.path.normpath(source) == os.path.normpath(data.source)
-    if not same_place and (data.drawn or source in DRAWN_SOURCES):
+    if not same_place and (data.drawn or DataConfig(source=source).drawn):
         other = f"{folder} has data.source {source}, here {data.source}"
         raise ValueError(f"{other}: pass --data.source {source}, or {remedy}")
     expected = latents_fingerprint(data, seed, vae_sha256, text)

@@ -25,11 +25,12 @@ def announce(stage: Any, accelerator: Accelerator, *more: str) -> None:
     if isinstance(stage.data, ImageTextDataset) and not stage.data.is_sharded:
         lines += pixel_notes(stage.data)
     data, default = stage.config.data, stage.default
-    if _is_default(stage) and data.source not in ("shapes", "pairs"):
-        recipe = relative(default.parents[1] / (data.drawn or "images-64") / default.name)
+    made_for = {"pairs": "shapes"}.get(data.source, data.drawn or "images-64").split("+")[0]
+    if _is_default(stage) and made_for != default.parent.name:
+        recipe = relative(default.parents[1] / made_for / default.name)
         plan = f"{script_command('plan', launched=False)} --source {quote(data.source)}"
         lines.append(
-            f"warning: the default recipe is made for drawn shapes of 32 pixels; for {data.source} pass "
+            f"warning: the default recipe is made for {default.parent.name}; for {data.source} pass "
             f"--config {quote(recipe.as_posix())}, or the recipe that `{plan}` proposes"
         )
     for line in filter(None, lines):

@@ -43,6 +43,17 @@ class EncodedSource(ImageTextSource):
         return digest.hexdigest()[:16]
 
 
+def join_sources(sources: Sequence[EncodedSource]) -> EncodedSource:
+    """The items of several sources, one after the other."""
+    return EncodedSource(
+        names=[name for source in sources for name in source.names],
+        images=[image for source in sources for image in source.images],
+        captions=[captions for source in sources for captions in source.captions],
+        description="; ".join(source.description for source in sources),
+        notes=[note for source in sources for note in source.notes],
+    )
+
+
 def _first_bytes(image: Encoded | Image.Image) -> bytes:
     """The size of an image file and its first bytes; all pixels of an image that is decoded."""
     if isinstance(image, Image.Image):
