@@ -33,8 +33,8 @@ class GuidanceConfig(Config):
     rescale: float = Field(0.0, ge=0, le=1)
     """how far to rescale the result to the standard deviation of the conditional prediction; 0.7 is usual"""
     interval: tuple[float, float] | None = None
-    """lowest and highest t, from 0 (data) to 1 (noise), at which guidance is used; the model's own when left out, 0 1
-    where it has none"""
+    """lowest and highest t, from 0 (data) to 1 (noise), at which guidance is used; elsewhere the scale is 1. The
+    model's own when left out, 0 1 where it has none"""
     apg_eta: float = Field(0.0, ge=0, le=1)
     """APG: weight of the part of the update parallel to the conditional prediction"""
     apg_norm_threshold: float | None = Field(None, gt=0)

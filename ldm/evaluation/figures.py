@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.cli import ScriptConfig
 from ldm.config import Config
 from ldm.data import DataConfig, open_dataset
+from ldm.diffusion.guidance import GuidanceConfig
 from ldm.diffusion.process import Diffusion
 from ldm.diffusion.timesteps import make_timesteps
 from ldm.imaging import captioned_grid, image_grid, save_image, tensor_to_pil
@@ -109,8 +110,10 @@ def latents(pipeline: Pipeline, images: Tensor) -> Image.Image:
 
 
 def guidance(pipeline: Pipeline, prompt: str, scales: Sequence[float], *, seeds: int = 6) -> Image.Image:
-    """Each row has the prompt with the same seeds under another guidance scale."""
-    images = {scale: pipeline.sample([prompt] * seeds, range(seeds), guidance_scale=scale) for scale in scales}
+    """Each row has the prompt with the same seeds under another guidance scale, which is used at all t."""
+    everywhere, images = GuidanceConfig(interval=(0, 1)), {}
+    for scale in scales:
+        images[scale] = pipeline.sample([prompt] * seeds, range(seeds), guidance_scale=scale, guidance=everywhere)
     return labelled_rows({f"scale {scale:g}": tensor_to_pil(row) for scale, row in images.items()})
 
 

@@ -326,6 +326,7 @@ class Pipeline:
         *,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance: GuidanceConfig = DEFAULT_GUIDANCE,
         sampler: str = "dpmpp_2m",
         literal: bool = False,
     ) -> Tensor:
@@ -338,6 +339,7 @@ class Pipeline:
             seeds=seeds,
             steps=steps,
             guidance_scale=guidance_scale,
+            guidance=guidance,
             sampler=sampler,
             literal=literal,
         )
