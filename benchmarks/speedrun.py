@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ldm.cli import ScriptConfig, command
 from ldm.config import CONFIGS, read_yaml
-from ldm.data.sources.base import short_hash
+from ldm.data.sources.base import evenly_spaced, short_hash
 from ldm.evaluation.classifier import AttributeClassifier, attributes_shown, load_classifier
 from ldm.evaluation.drawn import DrawnSet, drawn_set
 from ldm.evaluation.machine import measure_machine, recipe_conv
@@ -83,7 +83,7 @@ class HeldOutCaptions:
     def __init__(self, drawn: DrawnSet, classifier: AttributeClassifier, count: int) -> None:
         scenes = drawn.by_caption("test")
         every = list(scenes)
-        self.captions = [every[i * len(every) // count] for i in range(count)]
+        self.captions = [every[i] for i in evenly_spaced(count, len(every))]
         self.asked = [drawn.asked(scenes[caption], caption) for caption in self.captions]
         self.classifier = classifier
 

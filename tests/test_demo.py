@@ -74,6 +74,8 @@ def test_a_second_demo_continues_or_reuses(
     assert again.pop("peak_memory_gib") >= report.pop("peak_memory_gib")  # of this process, which may have grown
     assert again == report
 
+    del report["speed"]["conv_bf16_gflops"]  # as an earlier version wrote it
+    (tmp_path / "report.json").write_text(json.dumps(report))
     shutil.rmtree(tmp_path / "ldm/model")
     shutil.rmtree(tmp_path / "ldm/checkpoints/step-000004")
     script.main(run)

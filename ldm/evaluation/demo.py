@@ -14,7 +14,7 @@ from ldm.cli import ScriptConfig
 from ldm.config import CONFIGS, read_yaml
 from ldm.evaluation.figures import FiguresConfig, loss_curves
 from ldm.evaluation.html import to_html
-from ldm.evaluation.machine import measure_machine, recipe_conv
+from ldm.evaluation.machine import MachineSpeed, measure_machine, recipe_conv
 from ldm.evaluation.report import markdown_table
 from ldm.io.atomic import write_text
 from ldm.io.tensors import sha256
@@ -40,7 +40,9 @@ def run_demo(config: DemoConfig) -> None:
     for stage in STAGE_NAMES:
         check_source(config.run / stage, config.recipe / f"{stage}.yaml")
     previous = read_report(config.run)
-    speed = previous.get("speed") or measure_machine(recipe_conv(config.recipe))._asdict()
+    speed = previous.get("speed", {})
+    if speed.keys() != set(MachineSpeed._fields):  # none, or of a version that measured less
+        speed = measure_machine(recipe_conv(config.recipe))._asdict()
     print(describe_speed(speed), flush=True)
     seconds = {stage: train_stage(stage, config, in_bf16=stage == "ldm" and pays(speed)) for stage in STAGE_NAMES}
     model = config.run / "ldm/model"
