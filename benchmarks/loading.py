@@ -25,6 +25,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet
 import torch
+from commit import commit
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -221,12 +222,11 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder), cores)
-    git = ["git", "rev-parse", "--short", "HEAD"]
     machine = {
         "machine": f"{platform.machine()}, {cores} cores",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip(),
+        "commit": commit(),
     }
     path = ROOT / "benchmarks/results/loading.json"
     path.write_text(json.dumps({**machine, **results}, indent=1) + "\n")

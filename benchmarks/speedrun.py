@@ -13,7 +13,6 @@ import math
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from commit import commit
 from pydantic import Field
 from torch import Tensor
 
@@ -172,19 +172,13 @@ def measure(config: SpeedrunConfig, run_seed: Callable[[Any, int, HeldOutCaption
     classifier = load_classifier(config.run, drawn, config.ldm.data.resolution)
     captions = HeldOutCaptions(drawn, classifier, config.num_captions)
     speed = measure_machine(recipe_conv(config.recipe))
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    result: dict[str, Any] = {
-        "command": command_line(),
-        "commit": subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip(),
-        **speed._asdict(),
-        "seeds": {str(seed): run_seed(config, seed, captions) for seed in config.seeds},
-    }
+    measured = {"command": command_line(), "commit": commit(), **speed._asdict()}
     results = json.loads(RESULTS.read_bytes()) if RESULTS.is_file() else {}
-    result["seeds"] = results.get(config.name, {}).get("seeds", {}) | result["seeds"]
-    results[config.name] = result
-    write_text(RESULTS, json.dumps(results, indent=1) + "\n")
+    for seed in config.seeds:
+        results.setdefault(config.name, {})[str(seed)] = {**measured, **run_seed(config, seed, captions)}
+        write_text(RESULTS, json.dumps(results, indent=1) + "\n")
     header = ["change", *(f"seconds to {target:.0%}" for target in TARGETS), "at the end", "GFLOP/s", "command"]
-    table = markdown_table(header, [row(name, result) for name, result in results.items()])
+    table = markdown_table(header, [row(name, seeds) for name, seeds in results.items()])
     write_text(RECORDS, f"{RECORDS.read_text().split(MARK)[0]}{MARK}\n\n{table}\n")
     print(table)
 
@@ -195,17 +189,19 @@ def command_line() -> str:
     return " ".join([*precision, "python", f"benchmarks/{Path(sys.argv[0]).name}", shlex.join(sys.argv[1:])])
 
 
-def row(name: str, result: dict[str, Any]) -> list[str]:
+def row(name: str, seeds: dict[str, dict[str, Any]]) -> list[str]:
     """A row of the table of records: the median of the seeds, and each of them."""
-    seeds, cells = result["seeds"].values(), []
+    cells = []
     for target in TARGETS:
-        values = [seed["until"][f"{target:.0%}"] for seed in seeds]
+        values = [seed["until"][f"{target:.0%}"] for seed in seeds.values()]
         middle = statistics.median(math.inf if value is None else value for value in values)
         each = ", ".join("never" if value is None else f"{value:.0f}" for value in values)
         cells.append(f"{'never' if middle == math.inf else f'**{middle:.0f}**'} ({each})")
-    last = [list(seed["curve"].values())[-1] for seed in seeds]
+    last = [list(seed["curve"].values())[-1] for seed in seeds.values()]
     cells.append("; ".join(f"{share:.1%} after {seconds:.0f} s" for seconds, share in last))
-    return [name, *cells, f"{result['matmul_gflops']:.0f}, {result['conv_gflops']:.0f}", f"`{result['command']}`"]
+    speeds = [f"{seed['matmul_gflops']:.0f}, {seed['conv_gflops']:.0f}" for seed in seeds.values()]
+    commands = [f"`{seed['command']}`" for seed in seeds.values()]
+    return [name, *cells, *("; ".join(dict.fromkeys(each)) for each in (speeds, commands))]
 
 
 main = command(SpeedrunConfig, lambda config: measure(config, run_seed), __doc__)

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from commit import commit
 
 from ldm.cli import exit_on_user_error
 from ldm.config import read_yaml
@@ -131,11 +132,10 @@ def main() -> None:
             work(Path(sys.argv[1]))
         return
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends all processes
-    git = ["git", "rev-parse", "--short", "HEAD"]
     machine = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
-        "commit": subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip(),
+        "commit": commit(),
     }
     path = ROOT / "benchmarks/results/spinning.json"
     path.write_text(json.dumps({**machine, "rounds": ROUNDS, "values": measure()}, indent=1) + "\n")

@@ -136,6 +136,14 @@ def test_the_font_is_found_by_its_name(monkeypatch, tmp_path, name):
     assert emoji_font.find_font() == tmp_path / "deep" / name
 
 
+def test_a_font_may_be_named_without_its_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(emoji_font.openmoji())])
+    named = Path(emoji_font.openmoji().name)
+    assert emoji_font.locate_font(named) == emoji_font.openmoji()
+    with pytest.raises(ValueError, match="no font Noto.ttf: install it, or pass a file with --data.emoji-font"):
+        emoji.load("train", 16, font=Path("Noto.ttf"))
+
+
 def test_a_font_without_colour_and_a_file_that_is_none(tmp_path):
     plain = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
     assert plain.is_file()

@@ -32,8 +32,8 @@ class DataConfig(Config):
     shard_streams: int = Field(16, ge=1)
     """shards that a step takes images of; three times as many are cached on each machine"""
     emoji_font: Path | None = None
-    """colour-emoji font file for sources characters and emoji; when left out, OpenMoji's for characters, and for emoji
-    the one in the system's font folders, or OpenMoji's where there is none"""
+    """colour-emoji font for sources characters and emoji: a file, or the name of one in the system's font folders; when
+    left out, OpenMoji's for characters, and for emoji the system's, or OpenMoji's where it has none"""
     max_unreadable: float = Field(0.01, ge=0, le=1)
     """fraction of the images that may be unreadable, each replaced by another one, before training stops"""
 

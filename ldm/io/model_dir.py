@@ -109,10 +109,15 @@ def read_text(path: Path) -> str:
 
 def latest_model(kind: str, root: Path, *, script: str) -> Path:
     """The model folder of this kind below `root` that was finished last; ValueError names the script that makes one."""
-    paths = [path for path in _model_files(root) if read_json(path).get("kind") == kind]
-    if not paths:
+    folders = finished_models(kind, root)
+    if not folders:
         raise ValueError(f"no finished {kind} below {root}: run `{script}` first, or pass one")
-    return max(paths, key=lambda path: path.stat().st_mtime).parent
+    return max(folders, key=lambda folder: (folder / "model.json").stat().st_mtime)
+
+
+def finished_models(kind: str, root: Path) -> list[Path]:
+    """Every model folder of this kind below `root`."""
+    return [path.parent for path in _model_files(root) if read_json(path).get("kind") == kind]
 
 
 def _model_files(root: Path) -> Iterator[Path]:

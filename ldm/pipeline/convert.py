@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tyro.conf import Positional
 
 from ldm.cli import ScriptConfig
@@ -20,11 +20,14 @@ from ldm.io.pickles import SUFFIXES
 from ldm.io.tensors import read_tensors
 from ldm.pipeline.load import check_exists, holds_vae_alone, load_components, load_vae, save_components, save_vae
 from ldm.pipeline.pipeline import Pipeline
+from ldm.text import TextEncoder
+from ldm.text.weights import CONVERTED
 from ldm.vae import VAE
 
 MAX_PIXEL_DIFFERENCE = 2  # of 255
-WRITERS = {"ldm": save_components, "diffusers": diffusers.write, "compvis": compvis.write}
-VAE_WRITERS: dict[str, Callable[[VAE, Path], None]] = {
+Writers = dict[str, Callable[[Any, Path], None]]  # by format
+WRITERS: Writers = {"ldm": save_components, "diffusers": diffusers.write, "compvis": compvis.write}
+VAE_WRITERS: Writers = {
     "ldm": save_vae,
     "diffusers": diffusers.write_vae,
     "compvis": compvis.write_vae,
@@ -43,21 +46,26 @@ class ConvertConfig(ScriptConfig):
     """a folder of ldm, a folder of diffusers, or a single file; the last two hold models of configs/exportable/"""
     use_ema: bool = False
     """read the averaged weights of a single file"""
+    precision: Literal["float32", "float16"] = "float32"
+    """of the weights in the files, which are read back as float32"""
+    prune_tokens: bool = False
+    """store the token embeddings of the words of the training captions alone; the others are zero"""
 
 
 def convert(config: ConvertConfig) -> None:
     """Write, read back and compare."""
     check_paths(config)
     source, target = open_source(config), config.target
+    smaller = config.prune_tokens or config.precision != "float32"
+    stored = reduce(open_source(config), config) if smaller else source
     what = "a VAE alone" if isinstance(source, VAE) else source.description
     print(f"{config.source}: {what}")
     with TemporaryDirectory(prefix=".writing-", dir=target.parent) as folder:
         written = Path(folder) / target.name
+        (VAE_WRITERS if isinstance(source, VAE) else WRITERS)[config.format](stored, written)
         if isinstance(source, VAE):
-            VAE_WRITERS[config.format](source, written)
             difference = compare_vaes(source, load_vae(written))
         else:
-            WRITERS[config.format](source, written)
             difference = compare(Pipeline(source).to("cpu"), Pipeline.load(written, device="cpu"))
         if difference > MAX_PIXEL_DIFFERENCE:
             reason = f"read back as {config.format}, its pixels differ by {difference:g} of 255"
@@ -92,13 +100,39 @@ def open_source(config: ConvertConfig) -> ModelComponents | VAE:
     return load_vae(path) if holds_vae_alone(path) else load_components(path, pickles=True)
 
 
+def reduce(source: ModelComponents | VAE, config: ConvertConfig) -> ModelComponents | VAE:
+    """Prune the text towers of a model that it stores, and make it half precision, as asked for.
+
+    ValueError: it stores no tower, or no words of captions.
+    """
+    if isinstance(source, VAE):
+        networks: list[nn.Module | None] = [source]
+        towers: list[TextEncoder] = []
+    else:
+        towers = [tower for tower in (source.text.encoders if source.text else []) if tower.is_stored]
+        networks = [source.unet, source.vae, *towers]
+    if config.prune_tokens:
+        words = () if isinstance(source, VAE) else source.vocabulary
+        if not (towers and words):
+            raise ValueError(f"{config.source} holds no text tower with its captions' words: leave out --prune-tokens")
+        for tower in towers:
+            tower.prune(words)
+    if config.precision == "float16":
+        for network in filter(None, networks):
+            network.half()
+    for tower in towers:
+        tower.model_id = CONVERTED  # so that its weights are written, and no file copied
+    return source
+
+
 def compare(one: Pipeline, other: Pipeline) -> float:
     """Largest pixel difference in a small image of the same seed."""
     side = 8 * one.unet.config.factor * one.vae_factor
     call: dict[str, Any] = {"steps": 2, "sampler": "ddim", "seed": 0, "width": side, "height": side}
     if one.unet.config.cond_channels:
         call |= {"image": Image.new("RGB", (side, side), "red"), "mask": Image.new("L", (side, side), "white")}
-    return largest_difference(*(p("a cat astronaut", **call)[0] for p in (one, other)))
+    prompt = " ".join(sorted(one.vocabulary)[:8]) or "a cat astronaut"  # of words that a pruned tower has
+    return largest_difference(*(p(prompt, **call)[0] for p in (one, other)))
 
 
 @torch.no_grad()

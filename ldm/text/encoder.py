@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,18 @@ from ldm.io.tensors import to_device
 from ldm.text.prompt_weights import parse_weights
 from ldm.text.tokenizer import Tokenizer
 from ldm.text.tower import TextEmbeddings, TextTower
-from ldm.text.weights import CONFIG_NAME, CONVERTED, LOCAL, WEIGHTS_NAME, load_tower, public_architecture
+from ldm.text.weights import (
+    CONFIG_NAME,
+    CONVERTED,
+    LOCAL,
+    WEIGHTS_NAME,
+    load_tower,
+    pack_embedding,
+    public_architecture,
+)
 
 MAX_PROMPT_CHUNKS = 20
+BYTES = 256  # the first tokens of CLIP's vocabulary: each byte inside a word, then each at its end
 
 
 class TextConfig(Config):
@@ -76,12 +86,17 @@ class TextEncoder(nn.Module):
         encoder.trim = False  # so that no shape depends on a number: a dry run has none
         return encoder
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether a model folder holds the weights of this tower; of a public one it holds the name."""
+        return self.model_id == CONVERTED or self.model_id.startswith(LOCAL)
+
     def save(self, folder: Path) -> str:
         """Write the tower to `folder`, unless it is a public one; returns the `TextConfig.model` that names it."""
         if self.model_id == CONVERTED:
             write_text(folder / CONFIG_NAME, json.dumps({"model_cfg": self.tower.cfg}, indent=2))
-            write_tensors(folder / WEIGHTS_NAME, self.tower.state_dict())
-        elif self.model_id.startswith(LOCAL):
+            write_tensors(folder / WEIGHTS_NAME, pack_embedding(self.tower.state_dict()))
+        elif self.is_stored:
             for name in (CONFIG_NAME, WEIGHTS_NAME):
                 source, target = Path(self.model_id.removeprefix(LOCAL)) / name, folder / name
                 if not target.exists() or not source.samefile(target):
@@ -90,6 +105,15 @@ class TextEncoder(nn.Module):
         else:
             return self.model_id
         return LOCAL + folder.name
+
+    def prune(self, words: Iterable[str]) -> None:
+        """Zero the embeddings of tokens that none of these words has, but for single characters and special tokens."""
+        kept = {*range(2 * BYTES), self.tokenizer.sot_token_id, self.tokenizer.eot_token_id}
+        kept.update(token for word in words for token in self.tokenizer.encode(word))
+        embedding = self.tower.token_embedding.weight
+        dropped = torch.ones(len(embedding), dtype=torch.bool)
+        dropped[sorted(kept)] = False
+        embedding[dropped] = 0
 
     @torch.no_grad()
     def encode_ids(self, ids: Tensor) -> TextEmbeddings:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldm.io.model_dir import latest_model
 from ldm.io.tensors import load_strict, read_tensors
@@ -13,6 +14,7 @@ from ldm.text.tower import TextTower
 FIELDS = {"text": ("text.model", "text.pretrained"), "image": ("image tower", "its pretrained tag")}  # for messages
 LOCAL, HUB, CONVERTED = "local-dir:", "hf-hub:", "converted"  # prefixes of `model`; a tower read from another format
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
+EMBEDDING, TOKEN_IDS = "token_embedding.weight", "token_embedding.ids"  # of a pruned tower: the rows of these ids alone
 # Settings of open_clip's text towers and tokenizer that ours do not have, with the only value that is supported.
 SUPPORTED_TEXT_CFG = {
     "embed_cls": False,
@@ -39,9 +41,24 @@ def load_tower(model_id: str, pretrained: str | None = None) -> tuple[TextTower,
     with torch.device("meta"):
         tower = TextTower(cfg)
     tensors = read_tensors(path, pickles=True)  # open_clip's own tags have them
-    tensors = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
+    tensors = unpack_embedding({name.removeprefix("text."): tensor for name, tensor in tensors.items()}, tower)
     load_strict(tower, {name: tensors[name] for name in tower.state_dict() if name in tensors}, path, assign=True)
     return tower, path
+
+
+def pack_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A tower's tensors without the rows of zeros in its token embedding, of which a pruned tower has many."""
+    used = tensors[EMBEDDING].any(dim=1)
+    return tensors if used.all() else {**tensors, EMBEDDING: tensors[EMBEDDING][used], TOKEN_IDS: used.nonzero()[:, 0]}
+
+
+def unpack_embedding(tensors: dict[str, Tensor], tower: TextTower) -> dict[str, Tensor]:
+    """The tensors that `pack_embedding` was given."""
+    if TOKEN_IDS not in tensors:
+        return tensors
+    rows = tensors[EMBEDDING]
+    embedding = rows.new_zeros(tower.token_embedding.weight.shape).index_copy(0, tensors[TOKEN_IDS], rows)
+    return {**tensors, EMBEDDING: embedding}
 
 
 def find_tower(

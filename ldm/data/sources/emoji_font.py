@@ -27,21 +27,34 @@ def openmoji() -> Path:
 
 def find_font() -> Path:
     """The colour-emoji font of this machine; OpenMoji's where it has none."""
+    return next((path for path in _system_fonts() if FONT_NAMES.fullmatch(path.name)), None) or openmoji()
+
+
+def locate_font(path: Path) -> Path:
+    """A font, also by the name of its file in a font folder of this machine. ValueError: it has none of this name."""
+    if path.exists() or path.name != str(path):
+        return path
+    found = next((font for font in _system_fonts() if font.name == path.name), None)
+    if found is None:
+        raise ValueError(f"this machine has no font {path}: install it, or pass a file with --data.emoji-font")
+    return found
+
+
+def _system_fonts() -> list[Path]:
     from matplotlib import font_manager  # slow, and other sets do not need it
 
-    paths = map(Path, sorted(font_manager.findSystemFonts()))
-    return next((path for path in paths if FONT_NAMES.fullmatch(path.name)), None) or openmoji()
+    return sorted(map(Path, font_manager.findSystemFonts()))
 
 
 class EmojiFont:
-    """A font at the size of its bitmaps. ValueError: not a font, or it draws no colour.
+    """A font at the size of its bitmaps. ValueError: not a font, or it draws no colour; see `locate_font`.
 
     Sequences, such as person, joiner, rocket, are joined as its table of ligatures says. So Pillow needs no libraqm,
     except for fonts that have no such table, as Apple's.
     """
 
     def __init__(self, path: Path) -> None:
-        file, self._joined = _map_ligatures(path)
+        file, self._joined = _map_ligatures(locate_font(path))
         for size in FONT_PIXEL_SIZES:
             try:
                 self.font = ImageFont.truetype(file if isinstance(file, str) else io.BytesIO(file), size)
