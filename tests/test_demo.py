@@ -185,12 +185,13 @@ def test_the_states_of_sampling_end_in_the_image(tiny_model: Path) -> None:
 
 
 def test_all_figures_of_a_model(tiny_model: Path, tmp_path: Path) -> None:
-    texts = {"captions": ["a red star", "a blue ring", "a star"], "open_caption": "a star"}
+    texts = {"captions": ["a red star", "a blue ring", "a star"], "open_caption": "a star", "columns": 1}
     edit = {"image": "a red star", "wanted": "a blue star", "inverted": ["a ring", "a star"]}
     (tmp_path / "figures.yaml").write_text(json.dumps({**texts, "edit": edit}))
     make_figures.main(["--config", str(tmp_path / "figures.yaml"), "--model", str(tiny_model), "--out", str(tmp_path)])
     names = ("samples", "noising", "denoising", "seeds", "guidance", "edits", "latents")
     sizes = {name: Image.open(tmp_path / f"{name}.png").size for name in names}
+    assert sizes["samples"][1] > 3 * sizes["samples"][0], "one below the other"
     assert sizes["seeds"][0] > 8 * 90 and sizes["seeds"][1] < 110, "eight beside each other"
     assert Image.open(tmp_path / "denoising.gif").n_frames == 16
 

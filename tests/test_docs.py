@@ -23,7 +23,8 @@ from ldm.stages.latents import CacheLatentsConfig
 from ldm.stages.preview import DistillConfig
 
 ROOT = Path(__file__).parents[1]
-DOCS = ("README.md", *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").glob("*.md")))
+PAGES = (*ROOT.glob("docs/*.md"), *ROOT.glob("models/*/README.md"))
+DOCS = ("README.md", *sorted(str(file.relative_to(ROOT)) for file in PAGES))
 
 
 class NoModelNeeded(EvaluateConfig):

@@ -104,6 +104,6 @@ def test_no_test_imports_another() -> None:
 def test_an_installed_package_has_all_modules_and_a_command_for_each_script() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "ldm").rglob("__init__.py")}
-    assert set(project["tool"]["setuptools"]["packages"]) == packages | {"ldm.scripts", "ldm.configs"}
+    assert set(project["tool"]["setuptools"]["packages"]) == packages | {"ldm.scripts", "ldm.configs", "ldm.models"}
     commands = {path.stem: f"ldm-{path.stem.replace('_', '-')}" for path in (ROOT / "scripts").glob("*.py")}
     assert project["project"]["scripts"] == {name: f"ldm.scripts.{stem}:main" for stem, name in commands.items()}

@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
+import ldm.pipeline.generate
 from ldm.pipeline import Pipeline
 from ldm.pipeline.generate import read_prompt_file
 from ldm.pipeline.record import PNG_CHUNK, GenerationRecord, a1111_parameters, read_png
@@ -252,6 +253,7 @@ def test_words_never_seen_in_training_are_named(
 
 def test_without_a_model_the_demo_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ldm.pipeline.generate, "SHIPPED_MODEL", tmp_path / "models/characters")
     with pytest.raises(SystemExit, match="no finished pipeline below runs: .*`make demo`"):
         txt2img.main(["a star"])
 

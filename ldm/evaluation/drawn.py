@@ -76,5 +76,6 @@ def drawn_set(data: DataConfig) -> DrawnSet | None:
         values = {"creature": tuple(characters.CREATURES), "role": tuple(characters.ROLES)}
         values |= {"background": tuple(characters.BACKGROUNDS), "facing": characters.FACINGS}
         render = partial(characters.render, font=data.emoji_font)
-        return DrawnSet("characters", values, characters.pairs, characters.captions, render, 200)
+        steps = 200 if data.emoji_font is None else 600  # Noto's roles are less easy to tell from each other
+        return DrawnSet("characters", values, characters.pairs, characters.captions, render, steps)
     return None

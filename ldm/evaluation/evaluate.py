@@ -8,7 +8,7 @@ from ldm.evaluation.classifier import CLASSIFIER_VERSION
 from ldm.evaluation.features import CHOICES, extract
 from ldm.evaluation.memorization import Nearest, compare_distances, search_training
 from ldm.evaluation.metrics import compare_features, missing_metrics
-from ldm.evaluation.prompts import what_is_shown
+from ldm.evaluation.prompts import MARGIN, what_is_shown
 from ldm.evaluation.quality import image_quality, other_real_images, reference_features, vae_fidelity
 from ldm.evaluation.report import Report, compare, plot
 from ldm.evaluation.subject import EvaluateConfig, Subject, data_sha256, generate, open_subject, reconstruct
@@ -90,7 +90,7 @@ def start_report(subject: Subject, config: EvaluateConfig) -> Report:
             "num_samples": len(subject.images),
             "reference": config.reference,
             **(extractor.identity() if extractor else {}),
-            **({"classifier": CLASSIFIER_VERSION} if subject.drawn else {}),
+            **({"classifier": CLASSIFIER_VERSION, "background_margin": MARGIN} if subject.drawn else {}),
         },
         settings={
             "data": config.data.source,

@@ -1,8 +1,7 @@
 """Figures that explain: noising, denoising, seeds, latents, guidance, edited images, and the curves of a run."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,11 +211,9 @@ class FiguresConfig(ScriptConfig):
     """of the sample grid; the first three are denoised"""
     open_caption: str = ""
     """a caption that leaves something open, which the seeds then decide"""
-    edit: EditCaptions | None = None
     columns: int = Field(4, ge=1)
     """of the sample grid"""
-    only: tuple[str, ...] = ()
-    """draw these figures alone, such as samples"""
+    edit: EditCaptions | None = None
     prompts: tuple[str, ...] = ()
     """draw these alone, one a row with the seeds 0 to 3, as prompts.png"""
 
@@ -234,28 +231,20 @@ def make_figures(config: FiguresConfig) -> None:
         raise ValueError("captions, open_caption: pass those of a recipe, --config configs/characters/figures.yaml")
     if "data" not in pipeline.metadata:
         raise ValueError(f"{folder} does not name its data, as it was not trained here: pass --prompts to draw alone")
-    captions = config.captions
-
-    @cache
-    def images() -> Tensor:
-        return next(open_dataset(DataConfig(**pipeline.metadata["data"]), "test", seed=0).spread_images(3))
-
-    figures: dict[str, Callable[[], Image.Image]] = {
-        "samples": lambda: captioned_grid(
-            [pipeline(caption, seed=seed)[0] for seed, caption in enumerate(captions)], captions, columns=config.columns
-        ),
-        "noising": lambda: noising(images(), pipeline.diffusion),
-        "denoising": lambda: denoising(pipeline, captions[:3]),
-        "seeds": lambda: seeds(pipeline, config.open_caption),
-        "guidance": lambda: guidance(pipeline, captions[1], (0, 1, pipeline.default_guidance_scale, 12)),
+    held_out = open_dataset(DataConfig(**pipeline.metadata["data"]), "test", seed=0)
+    images, captions = next(held_out.spread_images(3)), config.captions
+    samples = [pipeline(caption, seed=seed)[0] for seed, caption in enumerate(captions)]
+    figures = {
+        "samples": captioned_grid(samples, captions, columns=config.columns),
+        "noising": noising(images, pipeline.diffusion),
+        "denoising": denoising(pipeline, captions[:3]),
+        "seeds": seeds(pipeline, config.open_caption),
+        "guidance": guidance(pipeline, captions[1], (0, 1, pipeline.default_guidance_scale, 12)),
     }
-    if (edit := config.edit) is not None:
-        figures["edits"] = lambda: edits(pipeline, edit)
+    if config.edit is not None:
+        figures["edits"] = edits(pipeline, config.edit)
     if pipeline.vae is not None:
-        figures["latents"] = lambda: latents(pipeline, images())
-    if unknown := sorted({*config.only} - {*figures}):
-        raise ValueError(f"only: no figure {unknown[0]}: choose from {', '.join(figures)}")
-    for name in config.only or figures:
-        save_image(figures[name](), config.out / f"{name}.png")
-    if not config.only:
-        save_film(denoising_film(pipeline, captions[:3]), config.out / "denoising.gif")
+        figures["latents"] = latents(pipeline, images)
+    for name, figure in figures.items():
+        save_image(figure, config.out / f"{name}.png")
+    save_film(denoising_film(pipeline, captions[:3]), config.out / "denoising.gif")

@@ -16,6 +16,7 @@ from ldm.evaluation.subject import EvaluateConfig, Subject, generate
 
 REAL_DRAWS = 1000  # repeated draws of as many real images as there are generated ones
 SEEDS_OF_A_CAPTION = 8  # where it is measured what a caption leaves open
+MARGIN = 1 / 64  # of the side, one pixel at least, between a figure and what counts as background
 FLAT = 2 / 255  # in [-1, 1]: below it a difference is none of a drawn background
 
 
@@ -76,14 +77,14 @@ def _deviation(image: Tensor, mask: Tensor) -> float:
 def background_mask(drawn: DrawnSet, scene: Any, size: int) -> Tensor:
     """Where all renders of a scene, whatever its captions never name, are as their upper left corner: (h, w).
 
-    It ends a 64th of the side before the few renders that are drawn, as what varies moves others further.
+    It ends a margin before the figure of the few renders that are drawn, as what varies moves that of others further.
     """
     unnamed = {name: values for name, values in drawn.attributes.items() if name not in drawn.named(scene)}
     variants = [scene._replace(**{name: value}) for name, values in unnamed.items() for value in values] or [scene]
     renders = to_batch([drawn.render(variant, size, seed=seed) for variant in variants for seed in range(4)])
     figure = ((renders - renders[..., :1, :1]).abs() > FLAT).any(1).any(0)
-    edge = max(size // 64, 1)
-    return F.max_pool2d(figure[None].float(), 2 * edge + 1, stride=1, padding=edge)[0] == 0
+    margin = max(round(MARGIN * size), 1)
+    return F.max_pool2d(figure[None].float(), 2 * margin + 1, stride=1, padding=margin)[0] == 0
 
 
 def what_is_shown(subject: Subject, generated: Tensor, config: EvaluateConfig) -> dict[str, Estimate]:

@@ -32,7 +32,7 @@ class EvaluateConfig(ScriptConfig):
     data: DataConfig = DataConfig(source="")
     """what is left out is as in the training of the model"""
     out: Path | None = None
-    """folder for the report; the one that the model folder is in when left out"""
+    """folder for the report and the classifier of a drawn set; the one that the model folder is in when left out"""
     num_samples: int = Field(240, ge=2)
     """held-out images, and images that are generated from their captions"""
     extractor: str | None = None
@@ -82,6 +82,7 @@ class Subject:
     captions: list[str]
     extractor: Extractor | None
     drawn: DrawnSet | None  # where the captions' truth is known
+    classifiers: Path  # folder of the classifier of the drawn set
 
     @cached_property
     def training(self) -> ImageTextDataset:
@@ -92,7 +93,7 @@ class Subject:
     def classifier(self) -> AttributeClassifier:
         """What reads images of the drawn set."""
         assert self.drawn is not None
-        return load_classifier(self.folder.parent.parent, self.drawn, self.pipeline.resolution)
+        return load_classifier(self.classifiers, self.drawn, self.pipeline.resolution)
 
 
 def open_subject(folder: Path, config: EvaluateConfig) -> Subject:
@@ -109,7 +110,8 @@ def open_subject(folder: Path, config: EvaluateConfig) -> Subject:
     captions = [caption for batch in batches for caption in batch["caption"]]
     images = torch.cat([batch["image"] for batch in batches])
     drawn = drawn_set(config.data) if pipeline.text else None
-    return Subject(pipeline, folder, held_out, images, captions, extractor, drawn)
+    classifiers = config.out or folder.parent.parent
+    return Subject(pipeline, folder, held_out, images, captions, extractor, drawn, classifiers)
 
 
 def open_centered(data: DataConfig, split: Split, seed: int) -> ImageTextDataset:

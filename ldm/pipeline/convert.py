@@ -47,9 +47,10 @@ class ConvertConfig(ScriptConfig):
     use_ema: bool = False
     """read the averaged weights of a single file"""
     precision: Literal["float32", "float16"] = "float32"
-    """of the weights in the files, which are read back as float32"""
+    """of the weights in the files, for --format ldm, which are read back as float32"""
     prune_tokens: bool = False
-    """store the token embeddings of the words of the training captions alone; the others are zero"""
+    """leave out the embeddings of tokens that no word of the training captions has, for --format ldm; a text tower
+    that is pruned or in float16 is stored without the image tower that it was trained with"""
 
 
 def convert(config: ConvertConfig) -> None:
@@ -69,7 +70,8 @@ def convert(config: ConvertConfig) -> None:
             difference = compare(Pipeline(source).to("cpu"), Pipeline.load(written, device="cpu"))
         if difference > MAX_PIXEL_DIFFERENCE:
             reason = f"read back as {config.format}, its pixels differ by {difference:g} of 255"
-            raise ValueError(f"{config.source} generates another image: {reason}, so nothing was written")
+            remedy = ": leave out --precision float16" if config.precision == "float16" else ""
+            raise ValueError(f"{config.source} generates another image: {reason}, so nothing was written{remedy}")
         written.rename(target)
     print(f"{target}: written as {config.format}, read back; the same image differs by {difference:g} of 255")
 
@@ -86,6 +88,8 @@ def check_paths(config: ConvertConfig) -> None:
         raise ValueError(f"{target}: pickles are not written: pass OUT.safetensors with --format compvis, or a folder")
     if suffix == ".safetensors" and config.format != "compvis":
         raise ValueError(f"{target} names a file, and --format {config.format} writes a folder: add --format compvis")
+    if config.format != "ldm" and (config.prune_tokens or config.precision != "float32"):
+        raise ValueError(f"--precision and --prune-tokens are for --format ldm: leave them out with {config.format}")
     check_folder(target.parent, "OUT")
 
 

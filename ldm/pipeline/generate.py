@@ -13,17 +13,20 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from ldm.cli import ScriptConfig
+from ldm.config import CONFIGS, relative
 from ldm.diffusion.guidance import GuidanceConfig
 from ldm.diffusion.samplers import SamplerStep, get_sampler
 from ldm.imaging import decode_image, image_grid, pad_for_outpainting, save_image
 from ldm.io.atomic import check_folder
-from ldm.io.model_dir import latest_model, read_text
+from ldm.io.model_dir import finished_models, latest_model, read_text
 from ldm.io.tensors import sha256
 from ldm.pipeline.inputs import img2img_steps
 from ldm.pipeline.load import weights_file
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.record import GenerationRecord, InitImageRecord, read_png, save_png
 from ldm.text.prompt_weights import other_syntax
+
+SHIPPED_MODEL = CONFIGS.with_name("models") / "characters"
 
 
 class Txt2ImgConfig(ScriptConfig):
@@ -34,7 +37,7 @@ class Txt2ImgConfig(ScriptConfig):
     prompt_file: str | None = None
     """file with a prompt on each line, where `#` begins a comment and `\\#` a prompt; `-` reads standard input"""
     model: Path | None = None
-    """model folder; the newest finished one below runs/ when left out"""
+    """model folder; when left out the newest finished one below runs/, or where there is none models/characters"""
     out: Path = Path("outputs")
     """folder for the images"""
     negative_prompt: str = ""
@@ -103,7 +106,7 @@ def generate_all(config: Txt2ImgConfig) -> Iterator[tuple[Image.Image, Generatio
     """Every image with its record; batch by batch, with a progress bar."""
     prompts = read_prompts(config)
     init_image = init_image_record(config) if isinstance(config, Img2ImgConfig) else None
-    path = config.model or latest_model("pipeline", Path("runs"), script="make demo")
+    path = config.model or default_model()
     pipeline, models = load_models(path, config.guide_model, config.device)
     inversion_prompt = init_image.inversion_prompt if init_image else None
     warn_of_prompts(pipeline, prompts, [config.negative_prompt, inversion_prompt or ""])
@@ -205,6 +208,15 @@ def init_image_record(config: Img2ImgConfig) -> InitImageRecord:
     values = {name: value for name, value in config if name in InitImageRecord.model_fields}
     mask_hash = sha256(config.mask) if config.mask else None
     return InitImageRecord(**values, image_hash=sha256(config.image), mask_hash=mask_hash)
+
+
+def default_model() -> Path:
+    """The newest finished model below runs/; where there is none, the one that comes with ldm, which is reported."""
+    runs, shipped = Path("runs"), relative(SHIPPED_MODEL)
+    if finished_models("pipeline", runs) or not shipped.is_dir():
+        return latest_model("pipeline", runs, script="make demo")
+    print(f"no finished pipeline below {runs}: {shipped} is used, which comes with ldm", file=sys.stderr)
+    return shipped
 
 
 def load_models(path: Path, guide_path: str | Path | None, device: str | None) -> tuple[Pipeline, dict[str, str]]:

@@ -10,7 +10,7 @@ import torch
 
 from ldm.config import CONFIGS, read_yaml
 from ldm.data.batch_sampler import fitting_batch_size
-from ldm.data.config import DRAWN_SOURCES
+from ldm.data.config import DataConfig
 from ldm.data.sources.base import HELD_OUT_FRACTION
 from ldm.planning.cost import Build, Cost, dry_run, time_step
 from ldm.planning.device import GIB, format_bytes, total_memory
@@ -131,7 +131,7 @@ def recipes(resolution: int, machine: MachineSpec, num_images: int, source: str)
         data, name = read_recipe(file).data, file.parent.name
         if name in UNPLANNED:
             continue
-        own, drawn = data.resolution, {data.source, source} & set(DRAWN_SOURCES)
+        own, drawn = data.resolution, data.drawn or DataConfig(source=source).drawn
         if own / MAX_SIZE_FACTOR <= resolution <= own * MAX_SIZE_FACTOR and (not drawn or data.source == source):
             try:
                 found[name] = recipe_stages(file.parent, resolution, machine, num_images)

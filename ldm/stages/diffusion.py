@@ -141,7 +141,7 @@ class DiffusionStage(Stage):
             self.data, self.held_out = open_splits(config.data, seed=config.seed)
             words = vocabulary(self.data.captions)
             captions = self.data.captions, self.held_out.captions
-            cut = self.text.tokenizer.read_ahead(*captions) if self.text else ""
+            cut = self.text.read_ahead(*captions) if self.text else ""
         else:
             folder, data = config.cached_latents, config.data
             self.data, self.held_out, words = open_latents(folder, data, config.seed, self.vae_sha256, self.text)

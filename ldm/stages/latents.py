@@ -90,7 +90,7 @@ class LatentWriter:
         """Write the missing files, then the index; ValueError: images that are all of one colour."""
         config, accelerator = self.config, self.accelerator
         notes = [] if self.sets["train"].is_sharded else pixel_notes(self.sets["train"])
-        cut = self.text.tokenizer.read_ahead(*(data.captions for data in self.sets.values()))
+        cut = self.text.read_ahead(*(data.captions for data in self.sets.values()))
         accelerator.print("\n".join(filter(None, [self.sets["train"].describe(), *notes, cut])))
         key = latents.content_key(self.fingerprint, config.images_per_file)
         files = [(split, *file) for split in SPLITS for file in self._files(split)]

@@ -1,6 +1,6 @@
 """What conditions a U-Net on text: one frozen tower, or two side by side as in Stable Diffusion XL."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -41,6 +41,13 @@ class TextConditioner(nn.Module):
     def train(self, mode: bool = True) -> "TextConditioner":
         """Stay in eval mode, whatever the mode of the module around."""
         return super().train(False)
+
+    def read_ahead(self, *splits: Iterable[str]) -> str:
+        """Tokenize the captions of a training before it: what is lost of them, in lines; see `Tokenizer`."""
+        pruned = [encoder.model_id for encoder in self.encoders if encoder.tower.kept_tokens is not None]
+        lost = "it was pruned to the tokens of the captions of its own training, and takes no notice of others"
+        lines = (self.tokenizer.read_ahead(*splits), *(f"warning: text tower {name}: {lost}" for name in pruned))
+        return "\n".join(filter(None, lines))
 
     def forward(self, prompts: list[str]) -> TextEmbeddings:
         """Encode prompts as captions in training: truncated, and without weights."""

@@ -23,12 +23,11 @@ from ldm.text.weights import (
     LOCAL,
     WEIGHTS_NAME,
     load_tower,
-    pack_embedding,
     public_architecture,
+    tower_tensors,
 )
 
 MAX_PROMPT_CHUNKS = 20
-BYTES = 256  # the first tokens of CLIP's vocabulary: each byte inside a word, then each at its end
 
 
 class TextConfig(Config):
@@ -95,7 +94,7 @@ class TextEncoder(nn.Module):
         """Write the tower to `folder`, unless it is a public one; returns the `TextConfig.model` that names it."""
         if self.model_id == CONVERTED:
             write_text(folder / CONFIG_NAME, json.dumps({"model_cfg": self.tower.cfg}, indent=2))
-            write_tensors(folder / WEIGHTS_NAME, pack_embedding(self.tower.state_dict()))
+            write_tensors(folder / WEIGHTS_NAME, tower_tensors(self.tower))
         elif self.is_stored:
             for name in (CONFIG_NAME, WEIGHTS_NAME):
                 source, target = Path(self.model_id.removeprefix(LOCAL)) / name, folder / name
@@ -106,14 +105,16 @@ class TextEncoder(nn.Module):
             return self.model_id
         return LOCAL + folder.name
 
+    @torch.no_grad()
     def prune(self, words: Iterable[str]) -> None:
-        """Zero the embeddings of tokens that none of these words has, but for single characters and special tokens."""
-        kept = {*range(2 * BYTES), self.tokenizer.sot_token_id, self.tokenizer.eot_token_id}
+        """Zero the embeddings of all tokens but those of these words, single characters, punctuation, `'s` and such."""
+        tokens = ((text.removesuffix("</w>"), token) for text, token in self.tokenizer.encoder.items())
+        kept = {token for text, token in tokens if len(text) == 1 or (text.isascii() and not text[0].isalnum())}
         kept.update(token for word in words for token in self.tokenizer.encode(word))
+        kept.add(self.config.pad_token_id or 0)
+        self.tower.kept_tokens = ids = torch.tensor(sorted(kept))
         embedding = self.tower.token_embedding.weight
-        dropped = torch.ones(len(embedding), dtype=torch.bool)
-        dropped[sorted(kept)] = False
-        embedding[dropped] = 0
+        embedding.copy_(torch.zeros_like(embedding).index_copy(0, ids, embedding[ids]))
 
     @torch.no_grad()
     def encode_ids(self, ids: Tensor) -> TextEmbeddings:

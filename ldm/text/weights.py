@@ -41,24 +41,27 @@ def load_tower(model_id: str, pretrained: str | None = None) -> tuple[TextTower,
     with torch.device("meta"):
         tower = TextTower(cfg)
     tensors = read_tensors(path, pickles=True)  # open_clip's own tags have them
-    tensors = unpack_embedding({name.removeprefix("text."): tensor for name, tensor in tensors.items()}, tower)
+    tensors = _unpack({name.removeprefix("text."): tensor for name, tensor in tensors.items()}, tower, path)
     load_strict(tower, {name: tensors[name] for name in tower.state_dict() if name in tensors}, path, assign=True)
     return tower, path
 
 
-def pack_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A tower's tensors without the rows of zeros in its token embedding, of which a pruned tower has many."""
-    used = tensors[EMBEDDING].any(dim=1)
-    return tensors if used.all() else {**tensors, EMBEDDING: tensors[EMBEDDING][used], TOKEN_IDS: used.nonzero()[:, 0]}
+def tower_tensors(tower: TextTower) -> dict[str, Tensor]:
+    """What a file of a tower holds: of a pruned one the embeddings of its tokens alone, with their ids."""
+    tensors, kept = tower.state_dict(), tower.kept_tokens
+    return tensors if kept is None else {**tensors, EMBEDDING: tensors[EMBEDDING][kept], TOKEN_IDS: kept}
 
 
-def unpack_embedding(tensors: dict[str, Tensor], tower: TextTower) -> dict[str, Tensor]:
-    """The tensors that `pack_embedding` was given."""
+def _unpack(tensors: dict[str, Tensor], tower: TextTower, path: Path) -> dict[str, Tensor]:
+    """The tensors of a tower from those of its file, `path`; zeros stand for embeddings that it has not."""
     if TOKEN_IDS not in tensors:
         return tensors
-    rows = tensors[EMBEDDING]
-    embedding = rows.new_zeros(tower.token_embedding.weight.shape).index_copy(0, tensors[TOKEN_IDS], rows)
-    return {**tensors, EMBEDDING: embedding}
+    ids, rows = tensors[TOKEN_IDS], tensors.get(EMBEDDING, torch.empty(0))
+    count, width = tower.token_embedding.weight.shape
+    if ids.dtype != torch.int64 or rows.shape != (*ids.shape, width) or not ((ids >= 0) & (ids < count)).all():
+        raise ValueError(f"{path}: {EMBEDDING} does not fit {TOKEN_IDS}: copy or download it again")
+    tower.kept_tokens = ids
+    return {**tensors, EMBEDDING: rows.new_zeros(count, width).index_copy(0, ids, rows)}
 
 
 def find_tower(
