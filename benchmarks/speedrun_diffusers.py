@@ -7,9 +7,11 @@ scripts of diffusers: AdamW with weight decay 0.01, a constant learning rate aft
 clipped to 1, averaged weights. AutoencoderKL has factor 8 and 4 channels, a squared error and a KL weight of 1e-6; no
 LPIPS, whose weights are not at hand, and no discriminator, which starts after 50,000 steps there. UNet2DConditionModel
 predicts the noise on the schedule of Stable Diffusion. Both start from nothing, so the learning rate is 1e-4, that of
-the script which does so too (train_unconditional.py).
+the script which does so too (train_unconditional.py). With ACCELERATE_MIXED_PRECISION=bf16 it trains in bf16, as the
+speedrun does.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,7 +24,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler,
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from pydantic import Field
-from speedrun import SAMPLING_STEPS, TARGETS, HeldOutCaptions, SpeedrunConfig, measure, train_once
+from speedrun import PRECISION, SAMPLING_STEPS, TARGETS, HeldOutCaptions, SpeedrunConfig, measure, train_once
 from torch import Tensor, nn
 
 from ldm.cli import command
@@ -55,7 +57,9 @@ def train_for(
     schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=WARMUP_STEPS)
     ema, steps, end = EMAModel(network.parameters()), 0, time.perf_counter() + seconds
     while time.perf_counter() < end:
-        loss(next(batches)).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=os.environ.get(PRECISION) == "bf16"):
+            value = loss(next(batches))
+        value.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
