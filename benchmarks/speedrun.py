@@ -178,7 +178,7 @@ def measure(config: SpeedrunConfig, run_seed: Callable[[Any, int, HeldOutCaption
         results.setdefault(config.name, {})[str(seed)] = {**measured, **run_seed(config, seed, captions)}
         write_text(RESULTS, json.dumps(results, indent=1) + "\n")
     header = ["change", *(f"seconds to {target:.0%}" for target in TARGETS), "at the end", "GFLOP/s", "command"]
-    table = markdown_table(header, [row(name, seeds) for name, seeds in results.items()])
+    table = markdown_table(header, [row(name, list(seeds.values())) for name, seeds in results.items()])
     write_text(RECORDS, f"{RECORDS.read_text().split(MARK)[0]}{MARK}\n\n{table}\n")
     print(table)
 
@@ -189,18 +189,18 @@ def command_line() -> str:
     return " ".join([*precision, "python", f"benchmarks/{Path(sys.argv[0]).name}", shlex.join(sys.argv[1:])])
 
 
-def row(name: str, seeds: dict[str, dict[str, Any]]) -> list[str]:
+def row(name: str, seeds: list[dict[str, Any]]) -> list[str]:
     """A row of the table of records: the median of the seeds, and each of them."""
     cells = []
     for target in TARGETS:
-        values = [seed["until"][f"{target:.0%}"] for seed in seeds.values()]
+        values = [seed["until"][f"{target:.0%}"] for seed in seeds]
         middle = statistics.median(math.inf if value is None else value for value in values)
         each = ", ".join("never" if value is None else f"{value:.0f}" for value in values)
         cells.append(f"{'never' if middle == math.inf else f'**{middle:.0f}**'} ({each})")
-    last = [list(seed["curve"].values())[-1] for seed in seeds.values()]
+    last = [list(seed["curve"].values())[-1] for seed in seeds]
     cells.append("; ".join(f"{share:.1%} after {seconds:.0f} s" for seconds, share in last))
-    speeds = [f"{seed['matmul_gflops']:.0f}, {seed['conv_gflops']:.0f}" for seed in seeds.values()]
-    commands = [f"`{seed['command']}`" for seed in seeds.values()]
+    speeds = [f"{seed['matmul_gflops']:.0f}, {seed['conv_gflops']:.0f}" for seed in seeds]
+    commands = [f"`{seed['command']}`" for seed in seeds]
     return [name, *cells, *("; ".join(dict.fromkeys(each)) for each in (speeds, commands))]
 
 

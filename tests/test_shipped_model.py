@@ -104,8 +104,8 @@ def test_convert_to_half_precision_without_unused_tokens(tiny_model: Path, tmp_p
         dtypes = {tensor.dtype for key, tensor in read_tensors(small / name).items() if key != TOKEN_IDS}
         assert dtypes == {torch.float16}, name
     assert (small / TOWER).stat().st_size < (tiny_model / TOWER).stat().st_size / 20
-    kept = " ".join(sorted(Pipeline.load(small, device="cpu").vocabulary)) + "... it's, (a1) b!"
-    assert (embeddings(tiny_model, kept) - embeddings(small, kept)).abs().max() < 0.01
+    known = " ".join(sorted(Pipeline.load(small, device="cpu").vocabulary)) + "... it's, (a1) b!"
+    assert (embeddings(tiny_model, known) - embeddings(small, known)).abs().max() < 0.01
     assert (embeddings(tiny_model, "glorfindel") - embeddings(small, "glorfindel")).abs().max() > 0.1
     convert.main([str(small), str(tmp_path / "again")])
     one, other = (
@@ -120,8 +120,8 @@ def test_a_training_tells_that_its_tower_was_pruned(
     small = small_copy(tiny_model, tmp_path / "small")
     flags = ["--text.model", f"local-dir:{small / 'text'}", "--vae", str(tiny_runs / "vae/model"), "--steps", "1"]
     train("ldm", tmp_path / "run", *flags)
-    told = f"warning: text tower local-dir:{small / 'text'}: it was pruned to the tokens of the captions of its own"
-    assert told in capsys.readouterr().out
+    warning = f"warning: text tower local-dir:{small / 'text'}: it was pruned to the tokens of the captions of its own"
+    assert warning in capsys.readouterr().out
     assert (tmp_path / "run/model" / TOWER).read_bytes() == (small / TOWER).read_bytes()
 
 

@@ -107,17 +107,17 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from None
 
 
-def latest_model(kind: str, root: Path, *, script: str) -> Path:
-    """The model folder of this kind below `root` that was finished last; ValueError names the script that makes one."""
-    folders = finished_models(kind, root)
-    if not folders:
+def latest_model(kind: str, root: Path, *, script: str, otherwise: Path | None = None) -> Path:
+    """The model folder of this kind below `root` that was finished last, or `otherwise` where there is none.
+
+    ValueError: there is neither; it names the script that makes one.
+    """
+    paths = [path for path in _model_files(root) if read_json(path).get("kind") == kind]
+    if paths:
+        return max(paths, key=lambda path: path.stat().st_mtime).parent
+    if otherwise is None:
         raise ValueError(f"no finished {kind} below {root}: run `{script}` first, or pass one")
-    return max(folders, key=lambda folder: (folder / "model.json").stat().st_mtime)
-
-
-def finished_models(kind: str, root: Path) -> list[Path]:
-    """Every model folder of this kind below `root`."""
-    return [path.parent for path in _model_files(root) if read_json(path).get("kind") == kind]
+    return otherwise
 
 
 def _model_files(root: Path) -> Iterator[Path]:

@@ -52,13 +52,17 @@ class ConvertConfig(ScriptConfig):
     """leave out the embeddings of tokens that no word of the training captions has, for --format ldm; a text tower
     that is pruned or in float16 is stored without the image tower that it was trained with"""
 
+    @property
+    def reduces(self) -> bool:
+        """Whether the files hold less than the source."""
+        return self.prune_tokens or self.precision != "float32"
+
 
 def convert(config: ConvertConfig) -> None:
     """Write, read back and compare."""
     check_paths(config)
     source, target = open_source(config), config.target
-    smaller = config.prune_tokens or config.precision != "float32"
-    stored = reduce(open_source(config), config) if smaller else source
+    stored = reduce(open_source(config), config) if config.reduces else source
     what = "a VAE alone" if isinstance(source, VAE) else source.description
     print(f"{config.source}: {what}")
     with TemporaryDirectory(prefix=".writing-", dir=target.parent) as folder:
@@ -88,7 +92,7 @@ def check_paths(config: ConvertConfig) -> None:
         raise ValueError(f"{target}: pickles are not written: pass OUT.safetensors with --format compvis, or a folder")
     if suffix == ".safetensors" and config.format != "compvis":
         raise ValueError(f"{target} names a file, and --format {config.format} writes a folder: add --format compvis")
-    if config.format != "ldm" and (config.prune_tokens or config.precision != "float32"):
+    if config.reduces and config.format != "ldm":
         raise ValueError(f"--precision and --prune-tokens are for --format ldm: leave them out with {config.format}")
     check_folder(target.parent, "OUT")
 

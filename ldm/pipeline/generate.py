@@ -18,7 +18,7 @@ from ldm.diffusion.guidance import GuidanceConfig
 from ldm.diffusion.samplers import SamplerStep, get_sampler
 from ldm.imaging import decode_image, image_grid, pad_for_outpainting, save_image
 from ldm.io.atomic import check_folder
-from ldm.io.model_dir import finished_models, latest_model, read_text
+from ldm.io.model_dir import latest_model, read_text
 from ldm.io.tensors import sha256
 from ldm.pipeline.inputs import img2img_steps
 from ldm.pipeline.load import weights_file
@@ -213,10 +213,11 @@ def init_image_record(config: Img2ImgConfig) -> InitImageRecord:
 def default_model() -> Path:
     """The newest finished model below runs/; where there is none, the one that comes with ldm, which is reported."""
     runs, shipped = Path("runs"), relative(SHIPPED_MODEL)
-    if finished_models("pipeline", runs) or not shipped.is_dir():
-        return latest_model("pipeline", runs, script="make demo")
-    print(f"no finished pipeline below {runs}: {shipped} is used, which comes with ldm", file=sys.stderr)
-    return shipped
+    otherwise = shipped if shipped.is_dir() else None
+    path = latest_model("pipeline", runs, script="make demo", otherwise=otherwise)
+    if path == otherwise:
+        print(f"no finished pipeline below {runs}: {shipped} is used, which comes with ldm", file=sys.stderr)
+    return path
 
 
 def load_models(path: Path, guide_path: str | Path | None, device: str | None) -> tuple[Pipeline, dict[str, str]]:

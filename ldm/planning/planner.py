@@ -127,12 +127,13 @@ def recipes(resolution: int, machine: MachineSpec, num_images: int, source: str)
     Those of drawn images are for these alone.
     """
     found, refused, source = {}, [], "shapes" if source == "pairs" else source
+    is_drawn = DataConfig(source=source).drawn is not None
     for file in sorted(CONFIGS.glob("*/ldm.yaml")):
         data, name = read_recipe(file).data, file.parent.name
         if name in UNPLANNED:
             continue
-        own, drawn = data.resolution, data.drawn or DataConfig(source=source).drawn
-        if own / MAX_SIZE_FACTOR <= resolution <= own * MAX_SIZE_FACTOR and (not drawn or data.source == source):
+        own, fits = data.resolution, data.source == source or not (is_drawn or data.drawn)
+        if own / MAX_SIZE_FACTOR <= resolution <= own * MAX_SIZE_FACTOR and fits:
             try:
                 found[name] = recipe_stages(file.parent, resolution, machine, num_images)
             except ValueError as error:

@@ -44,7 +44,7 @@ class TextConditioner(nn.Module):
 
     def read_ahead(self, *splits: Iterable[str]) -> str:
         """Tokenize the captions of a training before it: what is lost of them, in lines; see `Tokenizer`."""
-        pruned = [encoder.model_id for encoder in self.encoders if encoder.tower.kept_tokens is not None]
+        pruned = [encoder.model_id for encoder in self.encoders if encoder.tower.token_ids is not None]
         lost = "it was pruned to the tokens of the captions of its own training, and takes no notice of others"
         lines = (self.tokenizer.read_ahead(*splits), *(f"warning: text tower {name}: {lost}" for name in pruned))
         return "\n".join(filter(None, lines))

@@ -109,10 +109,10 @@ class TextEncoder(nn.Module):
     def prune(self, words: Iterable[str]) -> None:
         """Zero the embeddings of all tokens but those of these words, single characters, punctuation, `'s` and such."""
         tokens = ((text.removesuffix("</w>"), token) for text, token in self.tokenizer.encoder.items())
-        kept = {token for text, token in tokens if len(text) == 1 or (text.isascii() and not text[0].isalnum())}
-        kept.update(token for word in words for token in self.tokenizer.encode(word))
-        kept.add(self.config.pad_token_id or 0)
-        self.tower.kept_tokens = ids = torch.tensor(sorted(kept))
+        used = {token for text, token in tokens if len(text) == 1 or (text.isascii() and not text[0].isalnum())}
+        used.update(token for word in words for token in self.tokenizer.encode(word))
+        used.add(self.config.pad_token_id or 0)
+        self.tower.token_ids = ids = torch.tensor(sorted(used))
         embedding = self.tower.token_embedding.weight
         embedding.copy_(torch.zeros_like(embedding).index_copy(0, ids, embedding[ids]))
 

@@ -45,7 +45,7 @@ class TextTower(nn.Module):
     def __init__(self, cfg: dict[str, Any]) -> None:
         super().__init__()
         self.cfg, text = cfg, cfg["text_cfg"]
-        self.kept_tokens: Tensor | None = None  # of a pruned tower: ids whose embeddings are not zero
+        self.token_ids: Tensor | None = None  # of a pruned tower: those whose embeddings are not zero
         width, heads, self.length = text["width"], text["heads"], text.get("context_length", 77)
         block = (width, heads, int(width * text.get("mlp_ratio", 4.0)))
         quick_gelu = cfg.get("quick_gelu", False)

@@ -48,8 +48,8 @@ def load_tower(model_id: str, pretrained: str | None = None) -> tuple[TextTower,
 
 def tower_tensors(tower: TextTower) -> dict[str, Tensor]:
     """What a file of a tower holds: of a pruned one the embeddings of its tokens alone, with their ids."""
-    tensors, kept = tower.state_dict(), tower.kept_tokens
-    return tensors if kept is None else {**tensors, EMBEDDING: tensors[EMBEDDING][kept], TOKEN_IDS: kept}
+    tensors, ids = tower.state_dict(), tower.token_ids
+    return tensors if ids is None else {**tensors, EMBEDDING: tensors[EMBEDDING][ids], TOKEN_IDS: ids}
 
 
 def _unpack(tensors: dict[str, Tensor], tower: TextTower, path: Path) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ def _unpack(tensors: dict[str, Tensor], tower: TextTower, path: Path) -> dict[st
     count, width = tower.token_embedding.weight.shape
     if ids.dtype != torch.int64 or rows.shape != (*ids.shape, width) or not ((ids >= 0) & (ids < count)).all():
         raise ValueError(f"{path}: {EMBEDDING} does not fit {TOKEN_IDS}: copy or download it again")
-    tower.kept_tokens = ids
+    tower.token_ids = ids
     return {**tensors, EMBEDDING: rows.new_zeros(count, width).index_copy(0, ids, rows)}
 
 
