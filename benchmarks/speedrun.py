@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from accelerate import Accelerator
+from candidates import CANDIDATES
 from commit import commit
 from pydantic import Field
 from torch import Tensor
@@ -64,6 +66,8 @@ class SpeedrunConfig(ScriptConfig):
     """held-out captions, evenly spaced"""
     measure_every: int = Field(100, ge=1)
     """steps of the U-Net"""
+    candidate: str | None = None
+    """a change to the training of the U-Net, of candidates.py"""
     clip: TrainCLIPConfig = TrainCLIPConfig()
     vae: TrainVAEConfig = TrainVAEConfig()
     ldm: TrainLDMConfig = TrainLDMConfig()
@@ -124,7 +128,24 @@ def train_once(stage: Buildable[Any], config: TrainingConfig, run: Path, seed: i
     return folder / "model", json.loads(file.read_bytes())
 
 
-def train_unet(config: TrainLDMConfig, captions: HeldOutCaptions, every: int) -> dict[int, tuple[float, float]]:
+class Changed:
+    """A stage class whose stages a candidate changes, before they train."""
+
+    def __init__(self, candidate: str | None) -> None:
+        if candidate is not None and candidate not in CANDIDATES:
+            raise ValueError(f"candidate {candidate}: choose one of {', '.join(CANDIDATES)}")
+        self.change = CANDIDATES[candidate] if candidate else None
+
+    def build(self, config: TrainLDMConfig, accelerator: Accelerator) -> DiffusionStage:
+        stage = DiffusionStage.build(config, accelerator)
+        if self.change:
+            self.change(stage)
+        return stage
+
+
+def train_unet(
+    stage: Buildable[Any], config: TrainLDMConfig, captions: HeldOutCaptions, every: int
+) -> dict[int, tuple[float, float]]:
     """From each measured step to the seconds until then and the share of captions that are right."""
     watch, curve = Stopwatch(), dict[int, tuple[float, float]]()
 
@@ -143,7 +164,7 @@ def train_unet(config: TrainLDMConfig, captions: HeldOutCaptions, every: int) ->
             raise TargetReached
 
     with suppress(TargetReached):
-        train(DiffusionStage, config, fit=partial(fit, on_step=on_step))
+        train(stage, config, fit=partial(fit, on_step=on_step))
     return curve
 
 
@@ -153,7 +174,8 @@ def run_seed(config: SpeedrunConfig, seed: int, captions: HeldOutCaptions) -> di
     vae, vae_seconds = train_once(VAEStage, config.vae, config.run, seed)
     text = config.ldm.text.model_copy(update={"model": f"local-dir:{clip}"})
     update = {"seed": seed, "vae": str(vae), "text": text, "run": config.run / f"ldm-{time.time_ns()}", **QUIET}
-    curve = train_unet(config.ldm.model_copy(update=update), captions, config.measure_every)
+    unet = Changed(config.candidate), config.ldm.model_copy(update=update)
+    curve = train_unet(*unet, captions, config.measure_every)
     before = clip_seconds + vae_seconds
     until = {target: [t for t, share in curve.values() if share >= target] for target in TARGETS}
     return {

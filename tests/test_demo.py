@@ -8,13 +8,14 @@ from pathlib import Path
 
 import demo as script
 import make_figures
+import psutil
 import pytest
 import torch
 from helpers import plain, train
 from PIL import Image, ImageOps
 
 from ldm.config import CONFIGS
-from ldm.evaluation import demo
+from ldm.evaluation import demo, machine
 from ldm.evaluation.figures import FiguresConfig, denoising_film, labelled_rows, sampling_states, save_film
 from ldm.evaluation.html import to_html
 from ldm.evaluation.machine import ConvShape, MachineSpeed, measure_machine, recipe_conv
@@ -93,6 +94,23 @@ def test_the_unet_is_trained_in_bf16_where_that_is_faster(
 def test_a_stage_that_fails_stops_the_demo(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"evaluate.py ended with status 1; `make demo` continues from there"):
         demo.run_script("evaluate.py", "--model", str(tmp_path))
+
+
+def test_busy_cores_get_no_thread(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machine, "own_cores", lambda: [0, 2, 3])
+    monkeypatch.setattr(demo, "own_cores", lambda: [0, 2, 3])
+
+    def threads(*percent: float) -> dict[str, str]:
+        monkeypatch.setattr(psutil, "cpu_percent", lambda seconds, percpu: list(percent))
+        return demo.fewer_threads()
+
+    assert threads(8, 100, 0, 12) == {} and not capsys.readouterr().out
+    assert threads(100, 0, 4, 9) == {"OMP_NUM_THREADS": "2"}
+    assert "other processes keep 1 of 3 cores busy: one thread for each free core" in capsys.readouterr().out
+    assert threads(100, 100, 100, 100) == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads(100, 100, 100, 100) == {}, "as the user says"
 
 
 def test_a_run_of_other_data_is_not_reused(calls: list[str], tmp_path: Path) -> None:

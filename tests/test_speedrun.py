@@ -6,12 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import candidates
 import pytest
 import speedrun
 import speedrun_diffusers
-from helpers import COMMON, TINY
+import torch
+from helpers import COMMON, TINY, copy_stages_before, train
 
 from ldm.evaluation.machine import MachineSpeed
+from ldm.training.stage import Stage
+from ldm.training.trainer import Trainer
 
 HEAD = "# Records\n\n<!-- measured -->\n"
 
@@ -83,3 +87,31 @@ def test_a_stopwatch_leaves_out_what_does_not_count() -> None:
 def test_data_whose_truth_is_not_known_are_refused(record: Any) -> None:
     with pytest.raises(SystemExit, match=r"data.source emoji: what its captions ask for cannot be checked"):
         record("Emoji", 1.0, "--ldm.data.source", "emoji")
+
+
+@pytest.mark.parametrize("name", candidates.CANDIDATES)
+def test_a_candidate_changes_the_training_or_the_images(
+    name: str, tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidates, "GUIDE_STEP", 1)
+    images = []
+
+    def generate(trainer: Trainer) -> None:
+        if trainer.state.step == 4:
+            pipeline = trainer.stage.pipeline  # type: ignore[attr-defined]
+            trainer.with_ema_weights(lambda: images.append(pipeline.sample(["a red circle"], [0], steps=2)))
+
+    def changed(stage: Stage) -> Stage:
+        candidates.CANDIDATES[name](stage)  # type: ignore[arg-type]
+        return stage
+
+    copy_stages_before("ldm", tiny_runs, tmp_path)
+    text = ["--text.model", f"local-dir:{tmp_path}/clip/model"]
+    for run, wrap in (("as it is", lambda stage: stage), ("changed", changed)):
+        train("ldm", tmp_path / run, *text, on_step=generate, wrap=wrap)
+    assert not torch.equal(*images)
+
+
+def test_a_candidate_that_is_not_there_is_named(record: Any) -> None:
+    with pytest.raises(SystemExit, match=r"candidate dispersion: choose one of immiscible, "):
+        record("Misspelt", 1.0, "--candidate", "dispersion")

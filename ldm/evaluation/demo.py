@@ -14,7 +14,7 @@ from ldm.cli import ScriptConfig
 from ldm.config import CONFIGS, read_yaml
 from ldm.evaluation.figures import FiguresConfig, loss_curves
 from ldm.evaluation.html import to_html
-from ldm.evaluation.machine import MachineSpeed, measure_machine, recipe_conv
+from ldm.evaluation.machine import MachineSpeed, free_cores, measure_machine, own_cores, recipe_conv
 from ldm.evaluation.report import markdown_table
 from ldm.io.atomic import write_text
 from ldm.io.tensors import sha256
@@ -95,6 +95,7 @@ def check_source(run: Path, recipe_file: Path) -> None:
 
 def run_script(script: str, *arguments: str, **environment: str) -> float:
     """Run a script as a person would, with more variables; returns its seconds. ValueError: it fails or is stopped."""
+    environment = {**fewer_threads(), **environment}
     settings = [f"{name}={value}" for name, value in environment.items()]
     print("\n$", " ".join([*settings, "python", f"scripts/{script}", *arguments]), flush=True)
     start = time.perf_counter()
@@ -108,6 +109,18 @@ def run_script(script: str, *arguments: str, **environment: str) -> float:
     if status:
         raise ValueError(f"{script} ended with status {status}; `make demo` continues from there")
     return time.perf_counter() - start
+
+
+def fewer_threads() -> dict[str, str]:
+    """A thread for each free core, where other processes keep some busy: all threads wait for one that has no core.
+
+    It is said in a line, as results differ by rounding errors with the number of threads.
+    """
+    cores, free = len(own_cores()), free_cores()
+    if free == cores or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    print(f"\nother processes keep {cores - free} of {cores} cores busy: one thread for each free core", flush=True)
+    return {"OMP_NUM_THREADS": str(free)}
 
 
 def make_report(previous: dict[str, Any], model: Path, seconds: dict[str, float]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 import torch.nn.functional as F
 
@@ -60,7 +61,7 @@ def measure_machine(conv: ConvShape, *, seconds: float = 1.0) -> MachineSpeed:
     matmul = 2 * MATRIX_SIDE**3 / fastest_seconds(lambda: a @ a, seconds)
     float32, bf16 = (_conv_flops(conv, dtype, device, seconds) for dtype in (torch.float32, torch.bfloat16))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(own_cores())
     speeds = round(matmul / 1e9, 1), round(float32 / 1e9, 1), round(bf16 / 1e9, 1)
     return MachineSpeed(name, cores, torch.__version__, *speeds, f"{MATRIX_SIDE} x {MATRIX_SIDE}", str(conv))
 
@@ -87,6 +88,17 @@ def fastest_seconds(action: Callable[[], object], seconds: float) -> float:
         action()
         times.append(clock() - begin)
     return min(times)
+
+
+def own_cores() -> list[int]:
+    """The numbers of the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def free_cores(seconds: float = 1.0) -> int:
+    """How many of its cores other processes left idle for so many seconds; at least 1."""
+    percent = psutil.cpu_percent(seconds, percpu=True)
+    return max(1, round(sum(1 - percent[core] / 100 for core in own_cores())))
 
 
 def cpu_name() -> str:
