@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.data import Batch
+from ldm.data.latents import InMemoryLatents
+from ldm.data.loader import sample_batches
 from ldm.rng import StepRNG
 from ldm.stages.diffusion import DiffusionStage, squared_error
 from ldm.text.image_tower import ImageTower
@@ -71,7 +73,7 @@ def dispersive(stage: DiffusionStage) -> None:
 
     def term() -> Tensor:
         h = features().flatten(1).float()
-        distances = F.pdist(h).square() / h.shape[1]
+        distances = (h[:, None] - h).square().mean(2)
         return 0.5 * (-distances / 0.5).exp().mean().log()
 
     add_term(stage, term)
@@ -98,11 +100,48 @@ def align_vae(stage: DiffusionStage) -> None:
 
 
 def align_clip(stage: DiffusionStage) -> None:
-    """The middle's features follow those that the image tower of the own OpenCLIP has of the decoded latent."""
-    vae, latents = stage.vae, catch(stage, "latents")
-    assert vae is not None
-    tower = ImageTower.load(stage.config.text.model)
-    align(stage, lambda: tower(vae.decode(vae.unstandardize(latents())))[-1], tower.visual.conv1.out_channels)
+    """The middle's features follow those that the image tower of the own OpenCLIP has of the image, computed once."""
+    features, tower = cached_features(stage)
+    align(stage, features, tower.visual.conv1.out_channels)
+
+
+def align_relations(stage: DiffusionStage) -> None:
+    """The cosines between the middle's features of an image are those between the image tower's; there is no head."""
+    features, (wanted, _) = middle_features(stage), cached_features(stage)
+
+    def term() -> Tensor:
+        h = features()
+        target = F.adaptive_avg_pool2d(wanted(), (h.shape[2], h.shape[3]))
+        return (cosines(h.float()) - cosines(target)).square().mean()
+
+    add_term(stage, term)
+
+
+def cosines(h: Tensor) -> Tensor:
+    """Between all places of each image: (b, c, h, w) -> (b, h w, h w)."""
+    unit = F.normalize(h.flatten(2), dim=1)
+    return unit.mT @ unit
+
+
+def cached_features(stage: DiffusionStage) -> tuple[Callable[[], Tensor], ImageTower]:
+    """What the image tower of the own OpenCLIP has of the images of a batch, (b, c, h, w), and the tower."""
+    tower, open_data, loss, last = ImageTower.load(stage.config.text.model), stage.open_data, stage.loss, list[Tensor]()
+
+    def opened(accelerator: Any) -> None:
+        open_data(accelerator)
+        cached = stage.data
+        assert isinstance(cached, InMemoryLatents)
+        with torch.no_grad():
+            batches = sample_batches(cached.data, list(range(len(cached))))
+            cached.columns[0]["features"] = torch.cat([tower(batch["image"])[-1] for batch in batches])
+
+    def with_features(name: str, networks: Any, batch: Any, rng: StepRNG) -> dict[str, Tensor]:
+        last[:] = [batch["features"]]
+        return loss(name, networks, batch, rng)
+
+    replace(stage, "open_data", opened)
+    replace(stage, "loss", with_features)
+    return (lambda: last[0]), tower
 
 
 def align(stage: DiffusionStage, target: Callable[[], Tensor], width: int) -> None:
@@ -302,6 +341,7 @@ CANDIDATES: dict[str, Candidate] = {
         contrastive_flow,
         align_vae,
         align_clip,
+        align_relations,
         qk_norm,
         muon,
         power_ema,
