@@ -166,7 +166,7 @@ class Ruined:
     def loss(self, name: str, networks: Any, batch: Any, rng: Any) -> Any:
         terms = self.stage.loss(name, networks, batch, rng)
         if name == "vae" and rng.step >= 3 and self.stage.watchdog.factor == 1:
-            terms["loss"] = -10 * terms["l1"]
+            terms["loss"] = 1e5 * terms["adversarial"]
         return terms
 
 
