@@ -144,7 +144,9 @@ def test_what_is_too_little_to_measure(tiny_model: Path, tmp_path: Path, capsys:
     assert "the nearest 5 % need at least 20 held-out images; there are 2" in capsys.readouterr().out
     nearest = json.loads((tmp_path / "out/nearest.json").read_text())
     assert len(nearest) == 2 and nearest[0].keys() == {"caption", "pixels", "latents", "features"}
-    assert nearest[0]["pixels"]["image"] in {"0.png", "1.png", "2.png"} and nearest[0]["pixels"]["distance"] > 0
+    assert (
+        nearest[0]["pixels"]["image"] in {f"train/{i}.png" for i in range(3)} and nearest[0]["pixels"]["distance"] > 0
+    )
 
 
 def test_what_images_are_compared_by(photos: Path) -> None:
