@@ -150,10 +150,15 @@ def latent_flags(runs: Path) -> list[str]:
 # What a run wrote.
 
 
+def logged(run: Path, name: str) -> dict[int, float]:
+    """A logged number by step."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
 def losses(run_dir: Path) -> dict[int, float]:
     """The logged loss of each step."""
-    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return logged(run_dir, "loss")
 
 
 def tensors_of(run_dir: Path, step: int) -> dict[str, Tensor]:

@@ -174,7 +174,8 @@ def test_latents_in_memory_have_the_shape_of_their_bucket(
     assert re.search(r"2 of 3 buckets have fewer images than a step of 64 \(\d+, \d+\)", capsys.readouterr().out)
     data = open_dataset(DataConfig(source=str(photos), resolution=32, bucket_step=8), "train", seed=0)
     vae = load_vae(runs / "vae/model")
-    cached = InMemoryLatents(data, vae.encode, device=torch.device("cpu"), progress=False)
+    device = torch.device("cpu")
+    cached = InMemoryLatents(data, lambda images: vae.encode(images)._asdict(), device=device, progress=False)
     for index in range(0, len(data), 7):
         key = SampleKey(index, 0, 0)
         item, row = data[key], cached[key]

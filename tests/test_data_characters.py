@@ -124,6 +124,7 @@ def test_every_role_is_seen_on_every_creature(font):
 def test_headgear_is_seen_above_every_face(font):
     """The upper part of a body in a hat is not hidden by the face: above it, most of what was drawn is still seen."""
     hats = ("astronaut", "firefighter", "cook", "police officer", "detective", "guard", "builder", "king", "mage")
+    hats += ("farmer", "student", "pilot", "santa", "bride", "ninja")
     for role, creature in itertools.product(hats, CREATURES):
         role_alone, together = (
             pixels(characters.render(Character(name, role, "blue", "right"), 64, seed=0, font=font))

@@ -1,8 +1,10 @@
 """The demo: what is finished is reused, what was stopped continues, and the report has all of it."""
 
 import html.parser
+import itertools
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -14,11 +16,12 @@ import torch
 from helpers import plain, train
 from PIL import Image, ImageOps
 
-from ldm.config import CONFIGS
+from ldm.config import CONFIGS, read_yaml
+from ldm.data.sources.characters import held_out_pairs
 from ldm.evaluation import demo, machine
 from ldm.evaluation.figures import FiguresConfig, denoising_film, labelled_rows, sampling_states, save_film
 from ldm.evaluation.html import to_html
-from ldm.evaluation.machine import ConvShape, MachineSpeed, measure_machine, recipe_conv
+from ldm.evaluation.machine import ConvShape, MachineSpeed, measure_machine, own_cores, recipe_conv
 from ldm.pipeline import Pipeline
 
 FIGURES = {"samples.png", "denoising.gif", "seeds.png", "losses.png"}
@@ -29,7 +32,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Run the tiny recipes instead of the demo's, record the training scripts and their flags, and evaluate nothing."""
     recorded = []
 
-    def run_script(script: str, *arguments: str, **environment: str) -> float:
+    def run_script(script: str, *arguments: str, **environment: str) -> None:
         if script.startswith("train_"):
             assert arguments[0] == "--config" and Path(arguments[1]).parent == CONFIGS / "shapes"
             run, flags = Path(arguments[3]), arguments[4:]
@@ -42,9 +45,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         elif script == "make_figures.py":
             for name in FIGURES - {"losses.png"}:
                 plain().save(Path(arguments[5]) / name)
-        return 60.0
 
+    minutes = itertools.count()
     monkeypatch.setattr(demo, "run_script", run_script)
+    monkeypatch.setattr(demo, "clock", lambda: 60.0 * next(minutes))
+    monkeypatch.setattr(demo, "free_cores", lambda: len(own_cores()))
     return recorded
 
 
@@ -77,10 +82,35 @@ def test_a_second_demo_continues_or_reuses(
 
     del report["speed"]["conv_bf16_gflops"]  # as an earlier version wrote it
     (tmp_path / "report.json").write_text(json.dumps(report))
-    shutil.rmtree(tmp_path / "ldm/model")
-    shutil.rmtree(tmp_path / "ldm/checkpoints/step-000004")
+    script.main(run)
+    assert json.loads((tmp_path / "report.json").read_text())["speed"] == again["speed"]
+
+
+def test_a_demo_that_was_stopped_counts_all_of_its_time(
+    calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ["--run", str(tmp_path), "--recipe", str(CONFIGS / "shapes")]
+    monkeypatch.setattr(demo, "measure_machine", lambda conv: of_bf16(1.2))
+    run_script = demo.run_script
+
+    def stopped(script: str, *arguments: str, **environment: str) -> None:
+        run_script(script, *arguments, **environment)
+        if script == "train_ldm.py":
+            shutil.rmtree(tmp_path / "ldm/model")
+            shutil.rmtree(tmp_path / "ldm/checkpoints/step-000004")
+            raise ValueError("train_ldm.py ended with status 130")
+
+    monkeypatch.setattr(demo, "run_script", stopped)
+    with pytest.raises(SystemExit, match="status 130"):
+        script.main(run)
+    monkeypatch.setattr(demo, "run_script", run_script)
     script.main(run)
     assert calls[3:] == ["train_ldm.py --resume latest"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["seconds"] == {"clip": 60, "vae": 60, "ldm": 120, "evaluate": 60, "figures": 60}
+    shutil.rmtree(tmp_path / "ldm")
+    script.main(run)
+    assert json.loads((tmp_path / "report.json").read_text())["seconds"]["ldm"] == 60, "it was trained anew"
 
 
 def test_the_unet_is_trained_in_bf16_where_that_is_faster(
@@ -96,21 +126,47 @@ def test_a_stage_that_fails_stops_the_demo(tmp_path: Path) -> None:
         demo.run_script("evaluate.py", "--model", str(tmp_path))
 
 
-def test_busy_cores_get_no_thread(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_busy_cores_get_no_thread(
+    calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(machine, "own_cores", lambda: [0, 2, 3])
-    monkeypatch.setattr(demo, "own_cores", lambda: [0, 2, 3])
-
-    def threads(*percent: float) -> dict[str, str]:
-        monkeypatch.setattr(psutil, "cpu_percent", lambda seconds, percpu: list(percent))
-        return demo.fewer_threads()
-
-    assert threads(8, 100, 0, 12) == {} and not capsys.readouterr().out
-    assert threads(100, 0, 4, 9) == {"OMP_NUM_THREADS": "2"}
+    monkeypatch.setattr(demo, "own_cores", lambda: [0, 1, 2])
+    monkeypatch.setattr(demo, "free_cores", lambda: 2)
+    monkeypatch.setattr(demo, "measure_machine", lambda conv: of_bf16(1.2))
+    run = ["--run", str(tmp_path), "--recipe", str(CONFIGS / "shapes")]
+    script.main(run)
+    assert calls == ["2 train_clip.py", "2 train_vae.py", "2 train_ldm.py"]
     assert "other processes keep 1 of 3 cores busy: one thread for each free core" in capsys.readouterr().out
-    assert threads(100, 100, 100, 100) == {"OMP_NUM_THREADS": "1"}
+    assert set(json.loads((tmp_path / "report.json").read_text())["threads"].values()) == {2}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert threads(100, 100, 100, 100) == {}, "as the user says"
+    assert demo.num_threads() == 3, "as the user says"
+
+
+@pytest.mark.parametrize(
+    ("cores", "percent", "free"),
+    [
+        ([0, 2, 3], [8.0, 100.0, 0.0, 12.0], 3),
+        ([0, 2, 3], [100.0, 0.0, 4.0, 9.0], 2),
+        ([0, 2, 3], [100.0, 100.0, 100.0, 100.0], 1),
+        ([4, 5], [100.0, 0.0], 1),  # a container that lists its own cores alone
+    ],
+)
+def test_free_cores(cores: list[int], percent: list[float], free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "own_cores", lambda: cores)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds, percpu: percent)
+    assert machine.free_cores() == free
+
+
+def test_every_caption_of_the_figures_is_of_a_held_out_pair() -> None:
+    held_out = [
+        re.compile(rf"an? {creature}\b.* {role}\b|an? {role} {creature}\b") for creature, role in held_out_pairs()
+    ]
+    for recipe in ("characters", "characters-emoji"):
+        path = CONFIGS / recipe / "figures.yaml"
+        figures = FiguresConfig.from_dict(read_yaml(path), source=str(path))
+        assert figures.captions[0] == "a cat astronaut"
+        for caption in (*figures.captions, figures.open_caption):
+            assert any(pair.match(caption) for pair in held_out), caption
 
 
 def test_a_run_of_other_data_is_not_reused(calls: list[str], tmp_path: Path) -> None:
@@ -143,7 +199,8 @@ def test_the_report_has_the_machine_all_measures_and_all_figures(tmp_path: Path)
         plain().save(tmp_path / name)
     speed = measure_machine(ConvShape(batch=2, channels=8, side=4), seconds=0.01)._asdict()
     measures = {"prompt accuracy, all": {"value": 0.9, "low": 0.8, "high": 1.0, "samples": 7}}
-    report = {"seconds": {"clip": 61.0, "evaluate": 9.0}, "total_minutes": 1.2, "peak_memory_gib": 1.5,
+    report = {"seconds": {"clip": 61.0, "evaluate": 9.0}, "threads": {"clip": 2, "evaluate": 1},
+              "total_minutes": 1.2, "peak_memory_gib": 1.5,
               "machine": "Linux", "measures": measures, "speed": speed}  # fmt: skip
     demo.write_report(tmp_path, report, FiguresConfig(captions=("a red star",), open_caption="a blue star"))
     text, page = ((tmp_path / f"report.{kind}").read_text() for kind in ("md", "html"))
@@ -199,7 +256,8 @@ def test_the_states_of_sampling_end_in_the_image(tiny_model: Path) -> None:
     states = sampling_states(pipeline, prompts, steps=3)
     assert [state.t for state in states] == sorted((state.t for state in states), reverse=True)
     assert states[0].t == 1 and states[-1].t == 0
-    assert torch.equal(pipeline.decode(states[-1].z), pipeline.sample(prompts, range(2), steps=3))
+    unguided = pipeline.sample(prompts, range(2), steps=3, guidance_scale=1.0)
+    assert torch.equal(pipeline.decode(states[-1].z), unguided)
 
 
 def test_all_figures_of_a_model(tiny_model: Path, tmp_path: Path) -> None:

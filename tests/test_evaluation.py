@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import pytest
 import torch
 
 from ldm.cli import parse_cli
-from ldm.data import DataConfig
+from ldm.data import DataConfig, open_dataset
 from ldm.data.sources import shapes
 from ldm.evaluation import classifier as module
 from ldm.evaluation.classifier import (
@@ -21,8 +22,9 @@ from ldm.evaluation.classifier import (
 )
 from ldm.evaluation.drawn import drawn_set
 from ldm.evaluation.estimates import mean_ci, proportion_ci
-from ldm.evaluation.subject import EvaluateConfig
+from ldm.evaluation.subject import EvaluateConfig, data_sha256
 from ldm.pipeline import Pipeline
+from ldm.pipeline.generate import SHIPPED_MODEL
 
 SHAPES = drawn_set(DataConfig(source="shapes"))
 assert SHAPES is not None
@@ -50,6 +52,19 @@ def test_an_untrained_classifier_refuses_to_judge() -> None:
         check_classifier(model, SHAPES, 16)
 
 
+def test_what_captions_never_name_is_checked_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    characters = drawn_set(DataConfig(source="characters"))
+    assert characters is not None
+
+    def shown(model: Any, images: Any, asked: list[dict[str, str]]) -> dict[str, list[bool]]:
+        facing = [scene["facing"] == "left" for scene in asked if "facing" in scene]
+        return {"creature": [True] * len(asked), "facing": facing, "all": [True] * len(asked)}
+
+    monkeypatch.setattr(module, "attributes_shown", shown)
+    monkeypatch.setattr(module, "NUM_CHECKED", 8)
+    assert check_classifier(AttributeClassifier(characters.attributes), characters, 16) == {"facing": 0.5, "all": 1.0}
+
+
 def test_right_answers_are_told_by_attribute() -> None:
     scene = shapes.scenes("test")[0]
     classifier = AttributeClassifier(SHAPES.attributes).eval()
@@ -70,7 +85,7 @@ def test_evaluate_reports_fidelity_and_prompt_accuracy(
 ) -> None:
     """On the tiny model, with a classifier that need not prove itself: every figure with its count and interval."""
     monkeypatch.setattr(module, "train_classifier", lambda drawn, size: AttributeClassifier(drawn.attributes).eval())
-    monkeypatch.setattr(module, "check_classifier", lambda model, drawn, size: 1.0)
+    monkeypatch.setattr(module, "check_classifier", lambda model, drawn, size: {"all": 1.0})
     evaluate.main(
         ["--model", str(tiny_model), "--num-samples", "6", "--steps", "2", "--batch-size", "4", "--device", "cpu"]
     )
@@ -113,6 +128,43 @@ def test_other_data_is_measured_at_the_size_of_the_model(
     assert config.data == DataConfig(source="x", resolution=16)
     with pytest.raises(SystemExit, match="data.channels is 1, the VAE expects 3"):
         measure(tiny_model, "--data.source", str(photos), "--data.channels", "1", "--out", str(tmp_path / "out"))
+
+
+def test_what_is_too_little_to_measure(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "few"
+    for split, count in (("train", 3), ("test", 1)):
+        (folder / split).mkdir(parents=True)
+        for i in range(count):
+            shapes.render(shapes.scenes("train")[i], 24, seed=i).save(folder / split / f"{i}.png")
+    flags = ["--data.source", str(folder), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="needs at least 2 held-out images, for its intervals; there is 1: add images"):
+        measure(tiny_model, *flags)
+    shapes.render(shapes.scenes("test")[0], 24, seed=9).save(folder / "test/1.png")
+    measure(tiny_model, *flags)
+    assert "the nearest 5 % need at least 20 held-out images; there are 2" in capsys.readouterr().out
+    nearest = json.loads((tmp_path / "out/nearest.json").read_text())
+    assert len(nearest) == 2 and nearest[0].keys() == {"caption", "pixels", "latents", "features"}
+    assert (
+        nearest[0]["pixels"]["image"] in {f"train/{i}.png" for i in range(3)} and nearest[0]["pixels"]["distance"] > 0
+    )
+
+
+def test_what_images_are_compared_by(photos: Path) -> None:
+    """Another size, font or number of channels makes other images of the same source."""
+
+    def of(**changes: Any) -> str:
+        config = DataConfig(**{"source": "characters", "resolution": 16, **changes})
+        return data_sha256(open_dataset(config, "test", seed=0))
+
+    hashes = [of(), of(resolution=32), of(channels=1), of(source="shapes"), of(source=str(photos))]
+    assert len(set(hashes)) == 5 and of() == hashes[0]
+    fonts = [drawn_set(DataConfig(source="characters", emoji_font=font)) for font in (None, Path("Noto.ttf"))]
+    assert [each and each.name for each in fonts] == ["characters", "characters-Noto"], "each has its own classifier"
+
+
+def test_the_model_that_comes_along_is_not_written_to(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"models/characters comes with ldm and stays as it is: pass --out"):
+        measure(SHIPPED_MODEL)
 
 
 def test_a_model_whose_data_is_gone_or_unknown(

@@ -1,5 +1,9 @@
 """Distances of features, against closed forms and torchmetrics, and the intervals around them."""
 
+import math
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,6 +11,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
 from ldm.evaluation.estimates import RESAMPLES, bootstrap_ci, bootstrap_counts, mean_ci
+from ldm.evaluation.features import Extractor
 from ldm.evaluation.frechet import frechet_distance
 from ldm.evaluation.metrics import (
     compare_features,
@@ -16,6 +21,7 @@ from ldm.evaluation.metrics import (
     polynomial_kernel,
     squared_mmd,
 )
+from ldm.evaluation.quality import clip_score
 
 
 def normal(count: int, width: int, seed: int) -> Tensor:
@@ -65,6 +71,21 @@ def test_kernel_distance_is_that_of_torchmetrics() -> None:
     ones = torch.ones(1, 40, dtype=torch.float64)
     found = squared_mmd(real, other, polynomial_kernel, ones, ones)
     assert found.item() == pytest.approx(poly_mmd(real, other).item(), rel=1e-9)
+
+
+def test_cmmd_of_two_points_is_its_closed_form() -> None:
+    """Jayasumana et al. 2024: 1000 times the squared MMD of unit vectors, under a Gaussian kernel of deviation 10."""
+    real, other = torch.eye(4)[:1].expand(12, -1), 3 * torch.eye(4)[1:2].expand(12, -1)
+    found = compare_features(real, other, name="{}_x")["cmmd_x"]
+    assert found.value == pytest.approx(1000 * 2 * (1 - math.exp(-2 / (2 * 10**2))), rel=1e-6)
+
+
+def test_clip_score_is_a_hundred_times_the_cosine_where_that_is_positive() -> None:
+    """Hessel et al. 2021, with the weight 100 of torchmetrics."""
+    texts = {"same": [2.0, 0.0], "aslant": [3.0, 4.0], "opposite": [-1.0, 0.0]}
+    tower = cast(Extractor, SimpleNamespace(text=lambda captions: torch.tensor([texts[each] for each in captions])))
+    found = clip_score(tower, torch.tensor([[5.0, 0.0]]).expand(3, -1), list(texts))
+    assert found.value == pytest.approx((100 + 60 + 0) / 3) and found.samples == 3
 
 
 def test_weights_of_a_kernel_distance_repeat_samples() -> None:

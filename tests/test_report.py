@@ -136,6 +136,8 @@ def test_a_sweep(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
     values = json.loads((out / "sweep.json").read_text())
     points = {(p["sampler"], p["steps"], p["guidance_scale"]): p["estimate"]["value"] for p in values["points"]}
     assert values["measure"] == "clip_score_self" and len(points) == 8
+    assert values["model"] == str(tiny_model) and values["num_samples"] == 4 and values["seed"] == 0
+    assert values.keys() >= {"data_sha256", "guidance_interval"} and "steps" not in values
     assert points["euler", 2, 1.0] != points["euler", 2, 3.0]
     assert Image.open(out / "sweep.png").width > 400
     assert not (out / "evaluation.json").exists()
@@ -145,6 +147,6 @@ def test_a_sweep(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
 
 def test_heat_map_of_one_sampler(tmp_path: Path) -> None:
     points = [SweepPoint("ddim", 5, scale, Estimate(scale, scale, scale, 9)) for scale in (1.0, 2.0)]
-    write_sweep("fd_self", points, tmp_path)
+    write_sweep("fd_self", points, tmp_path, {})
     assert json.loads((tmp_path / "sweep.json").read_text())["points"][1]["guidance_scale"] == 2.0
     assert Image.open(tmp_path / "sweep.png").height > 100

@@ -10,7 +10,7 @@ import itertools
 import json
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -44,12 +44,19 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # (b, c, height, width) to m
 
 
 class InMemoryLatents(Dataset[dict[str, Any]]):
-    """The samples of a data set with the mean and log-variance of their latents in place of the image: see `Batch`.
+    """The samples of a data set with what `encode` makes of images in their place, such as latents: see `Batch`.
 
-    The latents of each bucket are of a shape of their own, and so in columns of their own.
+    What it makes of each bucket is of a shape of its own, and so in columns of its own.
     """
 
-    def __init__(self, data: ImageTextDataset, encode: Encode, *, device: torch.device, progress: bool) -> None:
+    def __init__(
+        self,
+        data: ImageTextDataset,
+        encode: Callable[[Tensor], Mapping[str, Tensor]],
+        *,
+        device: torch.device,
+        progress: bool,
+    ) -> None:
         self.data, self.groups = data, data.groups if data.groups is not None else torch.zeros(len(data)).long()
         self.rows = torch.empty_like(self.groups)  # of each sample, in the columns of its group
         self.columns: list[dict[str, Tensor]] = []
@@ -58,9 +65,9 @@ class InMemoryLatents(Dataset[dict[str, Any]]):
                 members, parts = (self.groups == group).nonzero().flatten(), []
                 self.rows[members] = torch.arange(len(members))
                 for batch in sample_batches(data, members.tolist()):
-                    mean, logvar = encode(batch["image"].to(device))
-                    parts.append({"mean": mean.cpu(), "logvar": logvar.cpu(), "sizes": batch["sizes"]})
-                    bar.update(len(mean))
+                    encoded = {name: column.cpu() for name, column in encode(batch["image"].to(device)).items()}
+                    parts.append({**encoded, "sizes": batch["sizes"]})
+                    bar.update(len(batch["sizes"]))
                 self.columns.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         self.make_batch_sampler, self.sync, self.report = data.make_batch_sampler, data.sync, data.report
         self.fingerprint, self.item_names = data.fingerprint, data.item_names

@@ -6,7 +6,6 @@ import platform
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ldm.evaluation.machine import MachineSpeed, free_cores, measure_machine, ow
 from ldm.evaluation.report import markdown_table
 from ldm.io.atomic import write_text
 from ldm.io.tensors import sha256
-from ldm.planning.device import GIB, peak_rss
+from ldm.planning.device import GIB, clock, peak_rss
 
 STAGE_NAMES = ("clip", "vae", "ldm")
 BF16_PAYS = 1.3  # where the convolution is so much faster in bf16
@@ -39,26 +38,28 @@ def run_demo(config: DemoConfig) -> None:
     figures = FiguresConfig.from_dict(read_yaml(figures_file), source=str(figures_file))
     for stage in STAGE_NAMES:
         check_source(config.run / stage, config.recipe / f"{stage}.yaml")
-    previous = read_report(config.run)
-    speed = previous.get("speed", {})
-    if speed.keys() != set(MachineSpeed._fields):  # none, or of a version that measured less
-        speed = measure_machine(recipe_conv(config.recipe))._asdict()
-    print(describe_speed(speed), flush=True)
-    seconds = {stage: train_stage(stage, config, in_bf16=stage == "ldm" and pays(speed)) for stage in STAGE_NAMES}
+    report = read_report(config.run)
+    is_trained = all(map(is_finished, (config.run / stage for stage in STAGE_NAMES)))
+    if not is_trained or report["speed"].keys() != set(MachineSpeed._fields):  # of a version that measured less
+        report["speed"] = measure_machine(recipe_conv(config.recipe))._asdict()
+    print(describe_speed(report["speed"]), flush=True)
+    for stage in STAGE_NAMES:
+        train_stage(stage, config, report)
     model = config.run / "ldm/model"
-    seconds["evaluate"] = run_script("evaluate.py", "--model", str(model))
+    run_part("evaluate", config.run, report, "evaluate.py", "--model", str(model))
     drawing = ["--config", str(figures_file), "--model", str(model), "--out", str(config.run)]
-    seconds["figures"] = run_script("make_figures.py", *drawing)
+    run_part("figures", config.run, report, "make_figures.py", *drawing)
     loss_curves([config.run / stage for stage in STAGE_NAMES], config.run / "losses.png")
-    report = {"speed": speed, **make_report(previous, model, seconds)}
+    finish_report(report, model)
     write_report(config.run, report, figures)
     print(summary(config.run, model, report, figures.captions[0]))
 
 
 def read_report(run: Path) -> dict[str, Any]:
-    """The report of the previous call, {} where there is none."""
+    """What the calls before have measured."""
     file = run / "report.json"
-    return json.loads(file.read_bytes()) if file.is_file() else {}
+    read = json.loads(file.read_bytes()) if file.is_file() else {}
+    return {"speed": {}, "seconds": {}, "threads": {}, "peak_memory_gib": 0.0, **read}
 
 
 def write_report(run: Path, report: dict[str, Any], figures: FiguresConfig) -> None:
@@ -74,15 +75,26 @@ def pays(speed: dict[str, Any]) -> bool:
     return bool(speed["conv_bf16_gflops"] > BF16_PAYS * speed["conv_gflops"])
 
 
-def train_stage(stage: str, config: DemoConfig, *, in_bf16: bool) -> float:
-    """Run one training script, from its newest checkpoint if it was stopped; returns the seconds it took."""
+def is_finished(run: Path) -> bool:
+    """Whether a training has written its model."""
+    return (run / "model/model.json").is_file()
+
+
+def train_stage(stage: str, config: DemoConfig, report: dict[str, Any]) -> None:
+    """Run one training script, from its newest checkpoint if it was stopped, unless it is finished."""
     file, run = config.recipe / f"{stage}.yaml", config.run / stage
-    if (run / "model/model.json").is_file():
+    if is_finished(run):
         print(f"{run} is finished; reusing it", flush=True)
-        return 0.0
-    resume = ["--resume", "latest"] if any((run / "checkpoints").glob("step-*")) else []
-    environment = {"ACCELERATE_MIXED_PRECISION": "bf16"} if in_bf16 else {}
-    return run_script(f"train_{stage}.py", "--config", str(file), "--run", str(run), *resume, **environment)
+        return
+    goes_on = any((run / "checkpoints").glob("step-*"))
+    if not goes_on:
+        report["seconds"].pop(stage, None)
+    resume = ["--resume", "latest"] if goes_on else []
+    environment = {"ACCELERATE_MIXED_PRECISION": "bf16"} if stage == "ldm" and pays(report["speed"]) else {}
+    flags = ["--config", str(file), "--run", str(run), *resume]
+    run_part(
+        stage, config.run, report, f"train_{stage}.py", *flags, before=report["seconds"].get(stage, 0.0), **environment
+    )
 
 
 def check_source(run: Path, recipe_file: Path) -> None:
@@ -93,46 +105,59 @@ def check_source(run: Path, recipe_file: Path) -> None:
             raise ValueError(f"{run} was trained on {own}, not on {wanted} of {recipe_file}: pass another --run")
 
 
-def run_script(script: str, *arguments: str, **environment: str) -> float:
-    """Run a script as a person would, with more variables; returns its seconds. ValueError: it fails or is stopped."""
-    environment = {**fewer_threads(), **environment}
+def run_part(
+    part: str, run: Path, report: dict[str, Any], script: str, *arguments: str, before: float = 0.0, **environment: str
+) -> None:
+    """Run a script; report.json has its seconds at once, also where it is stopped, with those of the calls before."""
+    threads, cores = num_threads(), len(own_cores())
+    if threads != cores:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    start = clock()
+    try:
+        run_script(script, *arguments, **environment)
+    finally:
+        report["seconds"][part] = round(before + clock() - start, 1)
+        report["threads"][part] = threads
+        memory = max(peak_rss(), peak_rss(children=True))
+        report["peak_memory_gib"] = max(round(memory / GIB, 2), report["peak_memory_gib"])
+        write_text(run / "report.json", json.dumps(report, indent=2))
+
+
+def run_script(script: str, *arguments: str, **environment: str) -> None:
+    """Run a script as a person would, with more variables. ValueError: it fails or is stopped."""
     settings = [f"{name}={value}" for name, value in environment.items()]
     print("\n$", " ".join([*settings, "python", f"scripts/{script}", *arguments]), flush=True)
-    start = time.perf_counter()
     command = [sys.executable, str(CONFIGS.with_name("scripts") / script), *arguments]
     process = subprocess.Popen(command, env={**os.environ, **environment})
-    signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
     try:
         status = process.wait()
     except KeyboardInterrupt:  # which the script got too: it saves first
         status = process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     if status:
         raise ValueError(f"{script} ended with status {status}; `make demo` continues from there")
-    return time.perf_counter() - start
 
 
-def fewer_threads() -> dict[str, str]:
-    """A thread for each free core, where other processes keep some busy: all threads wait for one that has no core.
+def num_threads() -> int:
+    """As OMP_NUM_THREADS says; else one for each free core, as all threads wait for one that has none.
 
-    It is said in a line, as results differ by rounding errors with the number of threads.
+    It is said in a line where that is not every core: results differ by rounding errors with the number of threads.
     """
+    if given := os.environ.get("OMP_NUM_THREADS"):
+        return int(given.split(",")[0])
     cores, free = len(own_cores()), free_cores()
-    if free == cores or "OMP_NUM_THREADS" in os.environ:
-        return {}
-    print(f"\nother processes keep {cores - free} of {cores} cores busy: one thread for each free core", flush=True)
-    return {"OMP_NUM_THREADS": str(free)}
+    if free < cores:
+        print(f"\nother processes keep {cores - free} of {cores} cores busy: one thread for each free core", flush=True)
+    return free
 
 
-def make_report(previous: dict[str, Any], model: Path, seconds: dict[str, float]) -> dict[str, Any]:
-    """What was measured; the seconds of stages that were reused are those of the previous report."""
+def finish_report(report: dict[str, Any], model: Path) -> None:
+    """Add what was measured of the model, and the sums."""
     measured = json.loads((model.parent / "evaluation.json").read_bytes())
-    before = previous.get("seconds", {})
-    spent = {name: round(max(value, before.get(name, 0.0)), 1) for name, value in seconds.items()}
-    memory = max(peak_rss(), peak_rss(children=True))
-    return {
-        "seconds": spent,
-        "total_minutes": round(sum(spent.values()) / 60, 2),
-        "peak_memory_gib": max(round(memory / GIB, 2), previous.get("peak_memory_gib", 0.0)),
+    report |= {
+        "total_minutes": round(sum(report["seconds"].values()) / 60, 2),
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "measures": measured["measures"],
         "model_hash": sha256(model / "unet.safetensors")[:10],
@@ -155,13 +180,13 @@ def to_markdown(report: dict[str, Any], figures: FiguresConfig) -> str:
         [name, f"{m['value']:.3f}", f"{m['low']:.3f} to {m['high']:.3f}", m["samples"]]
         for name, m in report["measures"].items()
     ]
-    times = [[name, f"{value:.0f}"] for name, value in report["seconds"].items()]
+    times = [[name, f"{value:.0f}", report["threads"][name]] for name, value in report["seconds"].items()]
     total = f"{report['total_minutes']} minutes in all; peak memory {report['peak_memory_gib']} GiB."
     parts = [
         "# Demo",
         f"The machine: {describe_speed(report['speed'])}. {report['machine']}.",
         markdown_table(["measure", "value", "95 % interval", "samples"], measures),
-        markdown_table(["part", "seconds"], times),
+        markdown_table(["part", "seconds", "threads"], times),
         total,
         "Generated images, with the seeds 0, 1, ...",
         "![samples](samples.png)",

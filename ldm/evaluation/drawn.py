@@ -77,5 +77,6 @@ def drawn_set(data: DataConfig) -> DrawnSet | None:
         values |= {"background": tuple(characters.BACKGROUNDS), "facing": characters.FACINGS}
         render = partial(characters.render, font=data.emoji_font)
         steps = 200 if data.emoji_font is None else 600  # Noto's roles are less easy to tell from each other
-        return DrawnSet("characters", values, characters.pairs, characters.captions, render, steps)
+        name = "characters" if data.emoji_font is None else f"characters-{data.emoji_font.stem}"
+        return DrawnSet(name, values, characters.pairs, characters.captions, render, steps)
     return None

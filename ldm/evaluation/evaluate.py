@@ -6,7 +6,7 @@ from ldm.diffusion.guidance import GuidanceConfig
 from ldm.diffusion.samplers import get_sampler
 from ldm.evaluation.classifier import CLASSIFIER_VERSION
 from ldm.evaluation.features import CHOICES, extract
-from ldm.evaluation.memorization import Nearest, compare_distances, search_training
+from ldm.evaluation.memorization import Nearest, compare_distances, missing_percentiles, search_training, write_nearest
 from ldm.evaluation.metrics import compare_features, missing_metrics
 from ldm.evaluation.prompts import MARGIN, what_is_shown
 from ldm.evaluation.quality import image_quality, other_real_images, reference_features, vae_fidelity
@@ -16,6 +16,7 @@ from ldm.evaluation.sweep import sweep
 from ldm.imaging import captioned_grid, save_image, tensor_to_pil
 from ldm.io.atomic import check_folder
 from ldm.io.tensors import weights_sha256
+from ldm.pipeline.generate import SHIPPED_MODEL
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -28,11 +29,16 @@ def evaluate(config: EvaluateConfig) -> None:
     folder, data = config.model, config.data
     if folder is None or not data.source:
         raise ValueError(f"{folder} does not name its data, as it was not trained here: pass --data.source")
+    if config.out is None and folder.resolve() == SHIPPED_MODEL:
+        raise ValueError(f"{folder} comes with ldm and stays as it is: pass --out, a folder for the report")
     out = folder.parent if config.out is None else config.out
     check_folder(out, "--out")
     subject = open_subject(folder, config)
     if config.sweep:
-        sweep(subject, config, out)
+        report = start_report(subject, config)
+        swept = "guidance_scale", "steps", "sampler"
+        settings = {name: value for name, value in report.settings.items() if name not in swept}
+        sweep(subject, config, out, {**report.model, **report.protocol, **settings})
         return
     report = measure(subject, config, out)
     report.write(out)
@@ -69,6 +75,9 @@ def measure(subject: Subject, config: EvaluateConfig, out: Path) -> Report:
         nearest, report.training, figures["pairs"] = search_training(subject, generated, config.max_train_images)
     for space, found in nearest.items():
         report.memorization[space] = compare_distances(*(found[name].distances for name in found))
+    if nearest:
+        report.notes += missing_percentiles(len(subject.images))
+        write_nearest(subject, nearest, config.max_train_images, out / "nearest.json")
     if plot(report.measures, nearest, out / "evaluation.png"):
         report.figures.append("evaluation.png")
     for name, figure in figures.items():
@@ -89,7 +98,7 @@ def start_report(subject: Subject, config: EvaluateConfig) -> Report:
             "channels": config.data.channels,
             "num_samples": len(subject.images),
             "reference": config.reference,
-            **(extractor.identity() if extractor else {}),
+            **({"training_sha256": data_sha256(subject.training), **extractor.identity()} if extractor else {}),
             **({"classifier": CLASSIFIER_VERSION, "background_margin": MARGIN} if subject.drawn else {}),
         },
         settings={

@@ -53,10 +53,11 @@ class SamplingState(NamedTuple):
 
 
 def sampling_states(pipeline: Pipeline, prompts: Sequence[str], *, steps: int) -> list[SamplingState]:
-    """All states from noise to t = 0, of prompt i with seed i."""
+    """All states from noise to t = 0, of prompt i with seed i, without guidance: each guess is an average then."""
     seeds, side = range(len(prompts)), pipeline.resolution
     z = initial_noise(pipeline.latent_shape(side, side), seeds).to(pipeline.device)
-    sampling = pipeline.stream(z, list(prompts), [""] * len(prompts), seeds=seeds, steps=steps)
+    negative = [""] * len(prompts)
+    sampling = pipeline.stream(z, list(prompts), negative, seeds=seeds, steps=steps, guidance_scale=1.0)
     states = []
     ts = make_timesteps(pipeline.diffusion, steps, "trailing").tolist()
     for t, step in zip(ts[:-1], sampling, strict=True):

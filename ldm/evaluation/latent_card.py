@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.data import DataConfig, open_dataset
 from ldm.evaluation.features import open_extractor
 from ldm.evaluation.frechet import frechet_distance
+from ldm.evaluation.metrics import FD, missing_metrics
 from ldm.imaging import to_8_bits
 from ldm.io.atomic import atomic_write, write_text
 from ldm.io.model_dir import read_manifest
@@ -19,7 +20,7 @@ from ldm.pipeline.load import VAEManifest, load_vae, resolve_device
 from ldm.text.weights import latest_tower
 from ldm.vae import VAE
 from ldm.vae.equivariance import ScaleTurn
-from ldm.vae.losses import psnr, ssim
+from ldm.vae.losses import has_ssim, psnr, ssim
 
 NUM_IMAGES = 256  # held-out ones
 Features = Callable[[Tensor], Tensor]
@@ -62,8 +63,8 @@ def measure_latents(
 ) -> dict[str, Any]:
     """All numbers of the card, of batches of images (b, c, h, w).
 
-    Moments are those of the posterior's mean, raw; `moved` compares standardized latents. With `features`, and more
-    than one image, `rfd_self` is the `distance` between those of the images and those of their reconstructions.
+    Moments are those of the posterior's mean, raw; `moved` compares standardized latents. With `features`, and enough
+    images for them, `rfd_self` is the `distance` between those of the images and those of their reconstructions.
     """
     latents, quality, pairs = [], [], []
     moved: list[dict[str, float]] = []
@@ -71,25 +72,26 @@ def measure_latents(
         mean = vae.encode(images).mean
         output = vae.decode(mean).clamp(-1, 1)
         latents.append(mean.movedim(1, -1).flatten(0, -2).cpu().double())
-        quality.append(torch.stack([psnr(output, images), ssim(output, images)]).cpu())
+        measures = (psnr, ssim) if has_ssim(images) else (psnr,)
+        quality.append(torch.stack([measure(output, images) for measure in measures]).cpu())
         moved.append(moved_latents(vae, images))
         if features is not None:
             pairs.append(torch.stack([features(images), features(to_8_bits(output))]))
-    z, count = torch.cat(latents), sum(part.shape[1] for part in quality)
-    scores = torch.cat(quality, 1).mean(1).tolist()
+    z, scores = torch.cat(latents), torch.cat(quality, 1)
     card: dict[str, Any] = {
-        "images": count,
+        "images": scores.shape[1],
         "mean": _list(z.mean(0)),
         "deviation": _list(z.std(0)),
         "lowest": _list(z.amin(0)),
         "highest": _list(z.amax(0)),
         "correlation": [_list(row) for row in torch.atleast_2d(z.T.corrcoef())],
-        "psnr": round(scores[0], 3),
-        "ssim": round(scores[1], 4),
+        **{name: round(score.item(), 4) for name, score in zip(("psnr", "ssim"), scores.mean(1), strict=False)},
         "moved": {name: float(f"{fmean(batch[name] for batch in moved):.5g}") for name in moved[0]},
     }
-    if features is not None and count > 1:
-        card["rfd_self"] = float(f"{distance(*torch.cat(pairs, 1)):.5g}")
+    if pairs:
+        real, made = torch.cat(pairs, 1)
+        if FD not in missing_metrics(real, made):
+            card["rfd_self"] = float(f"{distance(real, made):.5g}")
     return card
 
 
@@ -151,9 +153,9 @@ def draw_card(card: dict[str, Any], vae: VAE, image: Tensor, path: Path) -> None
 
 def card_line(card: dict[str, Any]) -> str:
     """The fidelity, and how far changes of the image move the latent, in one line."""
-    rfd = f", rfd_self {card['rfd_self']:g}" if "rfd_self" in card else ""
+    more = [f", {label} {card[name]:g}" for name, label in (("ssim", "SSIM"), ("rfd_self", "rfd_self")) if name in card]
     moved = ", ".join(f"{name} {value:.2f}" for name, value in card["moved"].items())
-    return f"PSNR {card['psnr']:.2f} dB, SSIM {card['ssim']:.3f}{rfd}; moved: {moved}"
+    return f"PSNR {card['psnr']:.2f} dB{''.join(more)}; moved: {moved}"
 
 
 @torch.no_grad()

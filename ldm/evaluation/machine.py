@@ -97,8 +97,10 @@ def own_cores() -> list[int]:
 
 def free_cores(seconds: float = 1.0) -> int:
     """How many of its cores other processes left idle for so many seconds; at least 1."""
-    percent = psutil.cpu_percent(seconds, percpu=True)
-    return max(1, round(sum(1 - percent[core] / 100 for core in own_cores())))
+    cores, percent = own_cores(), psutil.cpu_percent(seconds, percpu=True)
+    if cores[-1] < len(percent):  # else the list is not numbered as the cores are
+        percent = [percent[core] for core in cores]
+    return max(1, round(len(cores) - sum(percent) / 100))
 
 
 def cpu_name() -> str:

@@ -3,8 +3,10 @@
 Source: Meehan et al. 2020, who test the two sets of distances against each other, so that no threshold is invented.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +23,7 @@ from ldm.evaluation.estimates import Estimate, proportion_ci
 from ldm.evaluation.features import extract
 from ldm.evaluation.subject import Subject
 from ldm.imaging import captioned_grid, tensor_to_pil
+from ldm.io.atomic import write_text
 
 Embed = Callable[[Tensor], Tensor]  # images (b, c, h, w) in [-1, 1] -> vectors (b, d) on the CPU
 SIGNIFICANT = 1e-3  # a p-value that is reported as evidence: there are up to nine in a report
@@ -96,6 +99,16 @@ def compare_distances(samples: Tensor, held_out: Tensor) -> Memorization:
     """From the distances of samples (n,) and of held-out images (m,) to their nearest training image."""
     enough = [percent for percent in PERCENTILES if len(held_out) * percent >= 100]
     return Memorization({p: share_nearer(samples, held_out, p) for p in enough}, *rank_test(samples, held_out))
+
+
+def missing_percentiles(held_out: int) -> list[str]:
+    """A note for each percentile that needs more than so many held-out images."""
+    needed = {percent: 100 // percent for percent in PERCENTILES}
+    return [
+        f"memorization: the nearest {percent} % need at least {least} held-out images; there are {held_out}"
+        for percent, least in needed.items()
+        if held_out < least
+    ]
 
 
 def share_nearer(samples: Tensor, held_out: Tensor, percent: int) -> Share:
@@ -178,6 +191,17 @@ def search_training(
     closest = nearest[list(nearest)[-1]]  # in features, where there are any
     pairs = closest_pairs(generated, closest["samples"], closest["held-out images"].distances, read)
     return nearest, duplicates, pairs
+
+
+def write_nearest(subject: Subject, nearest: Mapping[str, Mapping[str, Nearest]], max_images: int, path: Path) -> None:
+    """Write the nearest training image of each sample, by its name, and its distance in each space, as JSON."""
+    source = subject.training.source
+    indices = source.evenly_spaced(max_images)
+    rows: list[dict[str, Any]] = [{"caption": caption} for caption in subject.captions]
+    for space, sets in nearest.items():
+        for row, distance, index in zip(rows, *(part.tolist() for part in sets["samples"]), strict=True):
+            row[space] = {"image": source.names[indices[index]], "distance": float(f"{distance:.4g}")}
+    write_text(path, json.dumps(rows, indent=1))
 
 
 def spaces(subject: Subject) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -12,12 +12,14 @@ from ldm.evaluation.estimates import Estimate, mean_ci
 from ldm.evaluation.features import Extractor, extract, read_features, write_features
 from ldm.evaluation.metrics import compare_features
 from ldm.evaluation.subject import EvaluateConfig, Subject, data_sha256
-from ldm.vae.losses import psnr, ssim
+from ldm.vae.losses import has_ssim, psnr, ssim
 
 
 def vae_fidelity(images: Tensor, reconstructions: Tensor) -> dict[str, Estimate]:
     """PSNR (dB) and SSIM of reconstructed held-out images (n, c, h, w)."""
-    scores = {"VAE PSNR, dB": psnr(reconstructions, images), "VAE SSIM": ssim(reconstructions, images)}
+    scores = {"VAE PSNR, dB": psnr(reconstructions, images)}
+    if has_ssim(images):
+        scores["VAE SSIM"] = ssim(reconstructions, images)
     return {name: mean_ci(values.tolist()) for name, values in scores.items()}
 
 

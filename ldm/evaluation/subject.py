@@ -32,7 +32,8 @@ class EvaluateConfig(ScriptConfig):
     data: DataConfig = DataConfig(source="")
     """what is left out is as in the training of the model"""
     out: Path | None = None
-    """folder for the report and the classifier of a drawn set; the one that the model folder is in when left out"""
+    """folder for the report, and for the classifier of a drawn set; when left out, the one that the model folder is in,
+    and for the classifier the one above it, where other runs find it"""
     num_samples: int = Field(240, ge=2)
     """held-out images, and images that are generated from their captions"""
     extractor: str | None = None
@@ -109,6 +110,8 @@ def open_subject(folder: Path, config: EvaluateConfig) -> Subject:
     batches = list(sample_batches(held_out, held_out.source.evenly_spaced(config.num_samples)))
     captions = [caption for batch in batches for caption in batch["caption"]]
     images = torch.cat([batch["image"] for batch in batches])
+    if len(images) < 2:
+        raise ValueError("an evaluation needs at least 2 held-out images, for its intervals; there is 1: add images")
     drawn = drawn_set(config.data) if pipeline.text else None
     classifiers = config.out or folder.parent.parent
     return Subject(pipeline, folder, held_out, images, captions, extractor, drawn, classifiers)
@@ -121,9 +124,11 @@ def open_centered(data: DataConfig, split: Split, seed: int) -> ImageTextDataset
     return dataset
 
 
-def data_sha256(held_out: ImageTextDataset) -> str:
-    """A hash of the held-out images, wherever they are stored."""
-    return short_hash(f"{held_out.config.drawn} {held_out.fingerprint()}")
+def data_sha256(images: ImageTextDataset) -> str:
+    """A hash of the images of a split, as they are read, wherever they are stored."""
+    config = images.config
+    read_as = config.drawn, config.emoji_font and config.emoji_font.name, config.resolution, config.channels
+    return short_hash(f"{read_as} {images.fingerprint()}")
 
 
 def reconstruct(subject: Subject, config: EvaluateConfig) -> Tensor:

@@ -1,7 +1,7 @@
 """A sweep over guidance scales, steps and samplers, drawn as heat maps: where a model is at its best."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +26,10 @@ class SweepPoint(NamedTuple):
     estimate: Estimate
 
 
-def write_sweep(measure: str, points: Sequence[SweepPoint], folder: Path) -> None:
-    """Write sweep.json and sweep.png."""
+def write_sweep(measure: str, points: Sequence[SweepPoint], folder: Path, about: Mapping[str, Any]) -> None:
+    """Write sweep.json, with what it is `about`, and sweep.png."""
     rows = [{**point._asdict(), "estimate": point.estimate._asdict()} for point in points]
-    write_text(folder / "sweep.json", json.dumps({"measure": measure, "points": rows}, indent=2))
+    write_text(folder / "sweep.json", json.dumps({**about, "measure": measure, "points": rows}, indent=2))
     heat_map(measure, points, folder / "sweep.png")
 
 
@@ -64,15 +64,15 @@ def _enumerate(grid: Sequence[Sequence[float]]) -> list[tuple[tuple[int, int], A
     return [((row, column), value) for row, values in enumerate(grid) for column, value in enumerate(values)]
 
 
-def sweep(subject: Subject, config: EvaluateConfig, out: Path) -> None:
-    """Measure every combination of guidance scale, steps and sampler, and draw it."""
+def sweep(subject: Subject, config: EvaluateConfig, out: Path, about: Mapping[str, Any]) -> None:
+    """Measure every combination of guidance scale, steps and sampler, and draw it; `about` says of what."""
     name, value = sweep_measure(subject, config)
     points = []
     combinations = list(product(config.sweep_samplers, config.sweep_steps, config.sweep_scales))
     for sampler, steps, scale in tqdm(combinations, "sweep", unit="combination"):
         settings = {"sampler": sampler, "steps": steps, "guidance_scale": scale}
         points.append(SweepPoint(sampler, steps, scale, value(config.model_copy(update=settings))))
-    write_sweep(name, points, out)
+    write_sweep(name, points, out, about)
     print(f"{name}: {out / 'sweep.png'}, {out / 'sweep.json'}")
 
 

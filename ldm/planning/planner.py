@@ -16,6 +16,8 @@ from ldm.planning.cost import Build, Cost, dry_run, time_step
 from ldm.planning.device import GIB, format_bytes, total_memory
 from ldm.stages import STAGES, CLIPStage, DiffusionStage, VAEStage
 from ldm.text import TextEncoder, combine_encoders
+from ldm.text.image_tower import ImageTower
+from ldm.text.weights import public_architecture
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Stage
 from ldm.vae import VAE
@@ -166,6 +168,9 @@ def recipe_stages(folder: Path, resolution: int, machine: MachineSpec, num_image
     if side % ldm.unet.factor:
         raise ValueError(f"resolution {resolution} is not a multiple of {vae.factor * ldm.unet.factor}")
     latent_bytes = 8 * ldm.unet.in_channels * side**2 if ldm.cache_latents else 0  # mean and log-variance, float32
+    if latent_bytes and ldm.align_weight and architecture:
+        vision = architecture["vision_cfg"]
+        latent_bytes += 4 * vision["width"] * (vision["image_size"] // vision["patch_size"]) ** 2  # features
     if latent_bytes * num_images > LATENT_CACHE_FRACTION * machine.usable_bytes:
         configs["ldm"] = ldm.model_copy(update={"cache_latents": False})
 
@@ -177,7 +182,10 @@ def recipe_stages(folder: Path, resolution: int, machine: MachineSpec, num_image
             return VAEStage(config)
         towers = [tower for tower in (config.text, config.second_text) if tower.model != "none"]
         text = combine_encoders([TextEncoder.random(tower, architecture) for tower in towers])
-        return DiffusionStage(config, VAE(vae).requires_grad_(False).eval(), text, device)
+        tower = None
+        if config.align_weight:
+            tower = ImageTower(architecture or public_architecture(config.text.model, kind="image"), {})
+        return DiffusionStage(config, VAE(vae).requires_grad_(False).eval(), text, device, tower)
 
     return [
         StagePlan(folder / f"{name}.yaml", config, partial(build, name), machine, latent_bytes if name == "ldm" else 0)

@@ -39,7 +39,7 @@ from ldm.vae.discriminator import (
     used_weights,
 )
 from ldm.vae.equivariance import ScaleTurn, draw_scale_turn
-from ldm.vae.losses import VAELossConfig, psnr, ssim, vae_loss
+from ldm.vae.losses import VAELossConfig, has_ssim, psnr, ssim, vae_loss
 from ldm.vae.perceptual import LPIPS, FeatureDistance
 
 
@@ -218,7 +218,9 @@ class VAEStage(Stage):
         """PSNR in dB and SSIM of held-out images, and their perceptual distance where it is trained on."""
         images = self.validation.to(self.device)
         output = self.reconstruct(images)
-        quality = {"psnr": psnr(output, images), "ssim": ssim(output, images)}
+        quality = {"psnr": psnr(output, images)}
+        if has_ssim(images):
+            quality["ssim"] = ssim(output, images)
         quality |= {name: distance(output, images) for name, distance in self.frozen.items()}
         return {f"validation_{name}": value.mean().item() for name, value in quality.items()}
 
@@ -235,6 +237,13 @@ class VAEStage(Stage):
 
     def next_command(self) -> str:
         return command_to_train(self.config, "ldm", self.default)
+
+    def report(self) -> str:
+        """Whether the run ended with a VAE that the watchdog had begun to doubt."""
+        if self.watchdog is None or not self.watchdog.worse:
+            return ""
+        remedy = "the averages may be of no use: train with a lower --loss.adversarial-weight or --validate-every"
+        return f"warning: {self.watchdog.complaint()}: {remedy}"
 
     def fingerprint(self) -> dict[str, Any]:
         networks = {"vae": self.config.vae.to_dict()}

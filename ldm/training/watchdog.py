@@ -62,7 +62,7 @@ class Watchdog:
     def complaint(self) -> str:
         """What is wrong, with the numbers."""
         fell = f"{self.measure} fell from {self.best:.4g} to {self.last:.4g}"
-        return f"{fell} and stayed low for {self.worse} validations"
+        return f"{fell} and stayed low for {self.worse} validation{'s' * (self.worse > 1)}"
 
     def state_dict(self) -> dict[str, Any]:
         """What it remembers."""

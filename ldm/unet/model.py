@@ -175,6 +175,10 @@ class UNet(nn.Module):
 
         ValueError: sides that the factor does not divide, and channels or conditions of other widths than configured.
         """
+        return self.with_features(z, timestep, cond)[0]
+
+    def with_features(self, z: Tensor, timestep: Tensor, cond: Conditioning = UNCONDITIONAL) -> tuple[Tensor, Tensor]:
+        """The prediction, and the features after the middle: (b, widths[-1], h / factor, w / factor)."""
         self._check_inputs(z, cond)
         t_embed = self._embed(timestep, cond, z)
         context, mask = cond.context, cond.context_mask
@@ -193,6 +197,7 @@ class UNet(nn.Module):
         # Middle.
         for block in self.middle:
             h = self._run(block, h, t_embed, context, mask)
+        features = h
 
         # Decoder.
         for level, blocks in enumerate(self.up):
@@ -201,7 +206,9 @@ class UNet(nn.Module):
             if level < len(self.upsample):
                 h = self.upsample[level](h)
         prediction = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch_size)
-        return prediction + self.refine(prediction, z, t_embed) if self.config.refine_channels else prediction
+        if self.config.refine_channels:
+            prediction = prediction + self.refine(prediction, z, t_embed)
+        return prediction, features
 
     def _embed(self, timestep: Tensor, cond: Conditioning, z: Tensor) -> Tensor:
         """The time embedding (b or 1, 4 model_channels), to which the pooled vector and the sizes are added."""

@@ -81,7 +81,7 @@ def ssim(x: Tensor, y: Tensor, *, data_range: float = 2.0) -> Tensor:
 
     Source: Wang et al. 2004, equation 13; windows that cross the border are left out. ValueError: sides below 11.
     """
-    if min(x.shape[-2:]) < 11:
+    if not has_ssim(x):
         raise ValueError(f"SSIM needs sides of at least 11 pixels, got {tuple(x.shape[-2:])}: set ssim_weight to 0")
     x, y = x.float(), y.float()
     with torch.autocast(x.device.type, enabled=False):  # variances are small differences of moments, which bf16 loses
@@ -91,6 +91,11 @@ def ssim(x: Tensor, y: Tensor, *, data_range: float = 2.0) -> Tensor:
     variance = xx - mean_x**2 + yy - mean_y**2
     structure = (2 * (xy - mean_x * mean_y) + c2) / (variance + c2)
     return (luminance * structure).flatten(1).mean(1)
+
+
+def has_ssim(images: Tensor) -> bool:
+    """Whether images (b, c, h, w) are as large as the window of SSIM."""
+    return min(images.shape[-2:]) >= 11
 
 
 def psnr(x: Tensor, y: Tensor, *, data_range: float = 2.0) -> Tensor:

@@ -36,7 +36,8 @@ def locate_font(path: Path) -> Path:
         return path
     found = next((font for font in _system_fonts() if font.name == path.name), None)
     if found is None:
-        raise ValueError(f"this machine has no font {path}: install it, or pass a file with --data.emoji-font")
+        package = " (Debian: fonts-noto-color-emoji)" if path.name == "NotoColorEmoji.ttf" else ""
+        raise ValueError(f"this machine has no font {path}: install it{package}, or pass a file with --data.emoji-font")
     return found
 
 
