@@ -222,7 +222,7 @@ def row(name: str, seeds: list[dict[str, Any]]) -> list[str]:
     last = [list(seed["curve"].values())[-1] for seed in seeds]
     cells.append("; ".join(f"{share:.1%} after {seconds:.0f} s" for seconds, share in last))
     speeds = [f"{seed['matmul_gflops']:.0f}, {seed['conv_gflops']:.0f}" for seed in seeds]
-    commands = [f"`{seed['command']}`" for seed in seeds]
+    commands = [f"`{seed['command']}` at {seed['commit']}" for seed in seeds]
     return [name, *cells, *("; ".join(dict.fromkeys(each)) for each in (speeds, commands))]
 
 

@@ -180,7 +180,7 @@ def to_markdown(report: dict[str, Any], figures: FiguresConfig) -> str:
         [name, f"{m['value']:.3f}", f"{m['low']:.3f} to {m['high']:.3f}", m["samples"]]
         for name, m in report["measures"].items()
     ]
-    times = [[name, f"{value:.0f}", report["threads"][name]] for name, value in report["seconds"].items()]
+    times = [[name, f"{value:.0f}", report["threads"].get(name, "")] for name, value in report["seconds"].items()]
     total = f"{report['total_minutes']} minutes in all; peak memory {report['peak_memory_gib']} GiB."
     parts = [
         "# Demo",
