@@ -147,6 +147,19 @@ def test_stratified_t_covers_every_part_of_the_schedule() -> None:
     assert torch.equal((t * 64).floor(), torch.arange(64.0))
 
 
+@pytest.mark.parametrize("t_distribution", ["uniform", "stratified", "logit_normal"])
+def test_t_min_leaves_the_least_noise_out(t_distribution: str) -> None:
+    """And stretches what is left: as without it, between t_min and 1."""
+    uniform, positions = torch.rand(64, generator=torch.Generator().manual_seed(1)), torch.arange(64)
+    whole, rest = (
+        diffusion_of("flow", prediction="x0", t_distribution=t_distribution, t_min=t_min).sample_t(
+            uniform, positions, 64
+        )
+        for t_min in (0, 0.25)
+    )
+    torch.testing.assert_close(rest, 0.25 + 0.75 * whole)
+
+
 def test_logit_normal_t_has_the_right_distribution() -> None:
     diffusion = diffusion_of("flow", prediction="flow", t_distribution="logit_normal")
     uniform = torch.rand(50_000, generator=torch.Generator().manual_seed(0))
@@ -173,6 +186,7 @@ FLOW, EDM = {"noise_schedule": "flow"}, {"noise_schedule": "edm", "prediction": 
         (FLOW | {"prediction": "v", "zero_terminal_snr": True}, "zero_terminal_snr.*flow.*leave it off"),
         (EDM | {"t_distribution": "log_normal", "zero_terminal_snr": True}, "zero_terminal_snr.*edm.*leave it off"),
         ({"shift": 3}, "shift 3.*flow, not scaled_linear"),
+        ({"t_min": 0.3}, "t_min 0.3.*flow, not scaled_linear"),
         (EDM, "log_normal.*edm.*choose both or neither"),
         (FLOW | {"prediction": "epsilon"}, "epsilon.*zero SNR.*choose v, x0 or flow"),
         ({"zero_terminal_snr": True}, "epsilon.*zero SNR.*choose v, x0 or flow"),

@@ -236,6 +236,14 @@ def test_timesteps_fall_from_1_to_0(noise_schedule: str, steps: int, timesteps: 
     assert len(ts) == steps + 1 and ts[0] == 1 and ts[-1].abs() < 1e-12 and (ts.diff() < 0).all()
 
 
+@pytest.mark.parametrize("timesteps", ["trailing", "linspace", "beta"])
+def test_timesteps_end_at_the_least_t_that_was_trained(timesteps: str) -> None:
+    diffusion = Diffusion(DiffusionConfig(noise_schedule="flow", prediction="x0", t_min=0.3))
+    ts = make_timesteps(diffusion, 6, timesteps)
+    assert len(ts) == 7 and ts[0] == 1 and ts[-2].item() == pytest.approx(0.3) and ts[-1] == 0 and (ts.diff() < 0).all()
+    assert make_timesteps(diffusion, 1, timesteps).tolist()[1:] == [0] and make_timesteps(diffusion, 1, [0.1])[0] == 0.1
+
+
 def test_timesteps_are_those_of_stable_diffusion() -> None:
     """The indices of 20 steps that diffusers and CompVis use."""
     diffusion = diffusion_of("scaled_linear", "epsilon")

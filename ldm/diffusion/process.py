@@ -26,6 +26,9 @@ class DiffusionConfig(Config):
     shift: float = Field(1.0, gt=0)
     """shift the flow schedule towards noise, as high resolutions need (Esser et al. 2024, equation 23); 3 for 1024
     pixels there"""
+    t_min: float = Field(0.0, ge=0, lt=1)
+    """least t of the flow schedule: the network is neither trained nor called at less noise, and the x0 that it predicts
+    there is the result. A small network adds errors where there is little noise, and removes none"""
     prediction: Literal["epsilon", "v", "x0", "flow"] = "epsilon"
     """what the network predicts: the noise, v (Salimans and Ho 2022), x0, or the flow velocity noise - x0"""
     loss_weighting: Literal["uniform", "min_snr", "soft_min_snr", "p2"] = "uniform"
@@ -42,14 +45,15 @@ class DiffusionConfig(Config):
 
     def inference_fields(self) -> dict[str, object]:
         """What decides how a trained network samples; the rest matters in training only."""
-        return self.model_dump(include={"noise_schedule", "zero_terminal_snr", "shift", "prediction"})
+        return self.model_dump(include={"noise_schedule", "zero_terminal_snr", "shift", "t_min", "prediction"})
 
     @model_validator(mode="after")
     def _check(self) -> "DiffusionConfig":
         if self.zero_terminal_snr and self.noise_schedule in ("flow", "edm"):
             raise ValueError(f"zero_terminal_snr: {self.noise_schedule} has no betas to rescale; leave it off")
-        if self.shift != 1 and self.noise_schedule != "flow":
-            raise ValueError(f"shift {self.shift:g} belongs to noise_schedule flow, not {self.noise_schedule}")
+        for name, value, neutral in (("shift", self.shift, 1), ("t_min", self.t_min, 0)):
+            if value != neutral and self.noise_schedule != "flow":
+                raise ValueError(f"{name} {value:g} belongs to noise_schedule flow, not {self.noise_schedule}")
         if (self.t_distribution == "log_normal") != (self.noise_schedule == "edm"):
             raise ValueError("t_distribution log_normal and noise_schedule edm go together: choose both or neither")
         if self.prediction == "epsilon" and (self.zero_terminal_snr or self.noise_schedule == "flow"):
@@ -76,7 +80,7 @@ class Diffusion:
         self.config = config
         self.discrete = config.noise_schedule not in ("flow", "edm")
         self._alpha_bar = _alpha_bar(config) if self.discrete else torch.empty(0)
-        self.t_min = 1 / NUM_TRAIN_TIMESTEPS  # of the least noise that training is meant for
+        self.t_min = config.t_min or 1 / NUM_TRAIN_TIMESTEPS  # of the least noise that training is meant for
         if config.noise_schedule == "edm":
             self.t_min = (EDM_SIGMA_MIN / EDM_SIGMA_MAX) ** (1 / EDM_RHO)
 
@@ -167,7 +171,10 @@ class Diffusion:
         return x0_weight * sigma**2 / (alpha**2 + sigma**2) ** 2
 
     def sample_t(self, uniform: Tensor, positions: Tensor, batch_size: int) -> Tensor:
-        """t (b,) in (0, 1], k / 1000 where discrete, from a uniform number and the batch position of each sample."""
+        """t (b,) in (0, 1], k / 1000 where discrete, at least the configured t_min, for training.
+
+        It is made of a uniform number and the batch position of each sample.
+        """
         t = uniform
         if self.config.t_distribution == "stratified":
             t = (positions + uniform) / batch_size
@@ -178,7 +185,7 @@ class Diffusion:
                 return self.t_from_noise_to_signal((mean + std * normal).exp()).to(t)
             t = torch.sigmoid(normal)  # Esser et al. 2024, equation 19
         if not self.discrete:
-            return t.clamp_min(1e-4)
+            return (self.config.t_min + (1 - self.config.t_min) * t).clamp_min(1e-4)
         return ((t * NUM_TRAIN_TIMESTEPS).floor() + 1).clamp_max(NUM_TRAIN_TIMESTEPS) / NUM_TRAIN_TIMESTEPS
 
     def denoiser(self, network: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

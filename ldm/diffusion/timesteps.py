@@ -70,14 +70,14 @@ SCHEDULES: dict[str, Callable[[Diffusion, int], Tensor]] = {
 def make_timesteps(diffusion: Diffusion, steps: int, timesteps: str | Sequence[float] = "trailing") -> Tensor:
     """(steps + 1,) falling t that end in 0, float64: a schedule by name, or a list of `steps` numbers.
 
-    ValueError: no step, an unknown schedule, one that the noise schedule does not allow, t that do not fall in (0, 1].
+    Where the diffusion has a t_min, a schedule goes to it, and from there to 0. ValueError: no step, an unknown schedule, one that the noise schedule does not allow, t that do not fall in (0, 1].
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     if isinstance(timesteps, str):
         if timesteps not in SCHEDULES:
             raise ValueError(f"timesteps {timesteps!r} is unknown: choose one of {', '.join(SCHEDULES)}")
-        return SCHEDULES[timesteps](diffusion, steps)
+        return _end_at(diffusion.config.t_min, SCHEDULES[timesteps](diffusion, steps))
     ts = torch.tensor(list(timesteps), dtype=torch.float64)
     if len(ts) != steps:
         raise ValueError(f"expected {steps} timesteps, one for each step, got {len(ts)}")
@@ -92,6 +92,14 @@ def _noise_range(diffusion: Diffusion, name: str) -> tuple[float, float]:
     if math.isinf(high):
         raise ValueError(f"timesteps {name}: sigma / alpha is infinite at t = 1 here: choose trailing")
     return high, low
+
+
+def _end_at(t_min: float, ts: Tensor) -> Tensor:
+    """Stretch the t before the last, which is 0, so that they reach from the first to a t_min that is configured."""
+    first, least = ts[0], ts[-2]
+    if not t_min or first == least:
+        return ts
+    return _append_zero(torch.lerp(torch.full_like(ts[:-1], t_min), first, (ts[:-1] - least) / (first - least)))
 
 
 def _append_zero(ts: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from ldm.unet import UNet, UNetConfig
 from ldm.unet.alignment import AlignedUNet, alignment_distance
 from ldm.vae import VAE, Posterior
 
-VALIDATION_T = (0.1, 0.3, 0.5, 0.7, 0.9)
+VALIDATION_T = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the range that is trained
 
 
 class TrainLDMConfig(TrainingConfig):
@@ -302,7 +302,8 @@ class DiffusionStage(Stage):
     def _losses_at_t(self, z: Tensor, noise: Tensor, cond: Conditioning) -> dict[str, float]:
         """The mean unweighted loss of latents and noise (b, c, h, w) at each t, and of all."""
         losses = {}
-        for value in VALIDATION_T:
+        t_min = self.config.diffusion.t_min
+        for value in (round(t_min + (1 - t_min) * v, 4) for v in VALIDATION_T):
             t = torch.full((len(z),), value, device=self.device)
             z_t = self.diffusion.add_noise(z, noise, t)
             prediction = self.unet(z_t, self.diffusion.network_timestep(t), cond)
