@@ -27,8 +27,8 @@ class DiffusionConfig(Config):
     """shift the flow schedule towards noise, as high resolutions need (Esser et al. 2024, equation 23); 3 for 1024
     pixels there"""
     t_min: float = Field(0.0, ge=0, lt=1)
-    """least t of the flow schedule: the network is neither trained nor called at less noise, and the x0 that it predicts
-    there is the result. A small network adds errors where there is little noise, and removes none"""
+    """least t of the flow schedule: the network is neither trained nor called at less noise, and the x0 that it
+    predicts there is the result. A small network adds errors where there is little noise, and removes none"""
     prediction: Literal["epsilon", "v", "x0", "flow"] = "epsilon"
     """what the network predicts: the noise, v (Salimans and Ho 2022), x0, or the flow velocity noise - x0"""
     loss_weighting: Literal["uniform", "min_snr", "soft_min_snr", "p2"] = "uniform"

@@ -70,7 +70,8 @@ SCHEDULES: dict[str, Callable[[Diffusion, int], Tensor]] = {
 def make_timesteps(diffusion: Diffusion, steps: int, timesteps: str | Sequence[float] = "trailing") -> Tensor:
     """(steps + 1,) falling t that end in 0, float64: a schedule by name, or a list of `steps` numbers.
 
-    Where the diffusion has a t_min, a schedule goes to it, and from there to 0. ValueError: no step, an unknown schedule, one that the noise schedule does not allow, t that do not fall in (0, 1].
+    Where the diffusion has a t_min, a schedule goes to it, and from there to 0.
+    ValueError: no step, an unknown schedule, one that the noise schedule does not allow, t that do not fall in (0, 1].
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
