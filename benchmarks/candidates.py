@@ -19,6 +19,7 @@ from ldm.unet.blocks import Attention
 
 Candidate = Callable[[DiffusionStage], None]
 GUIDE_STEP = 200  # of autoguidance
+MUON_RATIO = 20  # of Muon's learning rate to AdamW's
 
 
 # The noise, t and the latents.
@@ -85,7 +86,7 @@ class ByHead(nn.Module):
 
 
 def muon(stage: DiffusionStage) -> None:
-    """Matrices and kernels take orthogonalized steps, of 20 times the learning rate; the rest AdamW (Jordan 2024)."""
+    """Matrices and kernels take orthogonalized steps, of MUON_RATIO times the rate; the rest AdamW (Jordan 2024)."""
     trained = stage.trainables[0].module
     stage.trainables = [Trainable("unet", trained, lambda weights, config: Muon(weights, config.learning_rate))]
 
@@ -95,14 +96,18 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, parameters: list[nn.Parameter], learning_rate: float) -> None:
         self.rest = torch.optim.AdamW([p for p in parameters if p.ndim < 2], lr=learning_rate, betas=(0.9, 0.99))
-        super().__init__([p for p in parameters if p.ndim >= 2], {"lr": 20 * learning_rate})
-        self.ratio = 20
+        super().__init__([p for p in parameters if p.ndim >= 2], {"lr": MUON_RATIO * learning_rate})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Of both."""
+        super().zero_grad(set_to_none)
+        self.rest.zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step of both."""
         rate = self.param_groups[0]["lr"]
-        self.rest.param_groups[0]["lr"] = rate / self.ratio
+        self.rest.param_groups[0]["lr"] = rate / MUON_RATIO
         self.rest.step()
         for p in self.param_groups[0]["params"]:
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))

@@ -20,12 +20,13 @@ from torch import Tensor
 from ldm.config import read_yaml
 from ldm.data import DataConfig, open_dataset
 from ldm.evaluation.figures import labelled_rows
+from ldm.evaluation.latent_card import NUM_IMAGES
 from ldm.imaging import save_image, tensor_to_pil
 from ldm.io.model_dir import read_manifest
 from ldm.pipeline.load import VAEManifest, load_vae
 
 ROOT = Path(__file__).parents[1]
-NUM_IMAGES, NUM_CROPS, SIDE = 128, 7, 40
+NUM_CROPS, SIDE = 7, 40
 
 
 def detail(images: Tensor) -> Tensor:

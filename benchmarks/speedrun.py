@@ -24,7 +24,7 @@ from typing import Any, cast
 from accelerate import Accelerator
 from candidates import CANDIDATES
 from commit import commit
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ldm.cli import ScriptConfig, command
@@ -71,6 +71,13 @@ class SpeedrunConfig(ScriptConfig):
     clip: TrainCLIPConfig = TrainCLIPConfig()
     vae: TrainVAEConfig = TrainVAEConfig()
     ldm: TrainLDMConfig = TrainLDMConfig()
+
+    @field_validator("candidate")
+    @classmethod
+    def _check_candidate(cls, name: str | None) -> str | None:
+        if name is not None and name not in CANDIDATES:
+            raise ValueError(f"candidate {name}: choose one of {', '.join(CANDIDATES)}")
+        return name
 
     def values_below(self) -> dict[str, Any]:
         """The recipe."""
@@ -132,8 +139,6 @@ class Changed:
     """A stage class whose stages a candidate changes, before they train."""
 
     def __init__(self, candidate: str | None) -> None:
-        if candidate is not None and candidate not in CANDIDATES:
-            raise ValueError(f"candidate {candidate}: choose one of {', '.join(CANDIDATES)}")
         self.change = CANDIDATES[candidate] if candidate else None
 
     def build(self, config: TrainLDMConfig, accelerator: Accelerator) -> DiffusionStage:
@@ -174,8 +179,8 @@ def run_seed(config: SpeedrunConfig, seed: int, captions: HeldOutCaptions) -> di
     vae, vae_seconds = train_once(VAEStage, config.vae, config.run, seed)
     text = config.ldm.text.model_copy(update={"model": f"local-dir:{clip}"})
     update = {"seed": seed, "vae": str(vae), "text": text, "run": config.run / f"ldm-{time.time_ns()}", **QUIET}
-    unet = Changed(config.candidate), config.ldm.model_copy(update=update)
-    curve = train_unet(*unet, captions, config.measure_every)
+    stage, ldm = Changed(config.candidate), config.ldm.model_copy(update=update)
+    curve = train_unet(stage, ldm, captions, config.measure_every)
     before = clip_seconds + vae_seconds
     until = {target: [t for t, share in curve.values() if share >= target] for target in TARGETS}
     return {
@@ -208,7 +213,7 @@ def measure(config: SpeedrunConfig, run_seed: Callable[[Any, int, HeldOutCaption
 def command_line() -> str:
     """The command that was typed, with the precision that it was given."""
     precision = [f"{PRECISION}={os.environ[PRECISION]}"] if PRECISION in os.environ else []
-    return " ".join([*precision, "python", f"benchmarks/{Path(sys.argv[0]).name}", shlex.join(sys.argv[1:])])
+    return " ".join([*precision, "python", f"benchmarks/{Path(sys.argv[0]).name}", *map(shlex.quote, sys.argv[1:])])
 
 
 def row(name: str, seeds: list[dict[str, Any]]) -> list[str]:

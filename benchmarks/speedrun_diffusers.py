@@ -130,6 +130,8 @@ def sample(
 
 def run_seed(config: DiffusersConfig, seed: int, captions: HeldOutCaptions) -> dict[str, Any]:
     """Train with one seed; the seconds, and the share of the captions that are right at the end."""
+    if config.candidate:
+        raise ValueError("candidate: there is none for diffusers; leave it out")
     clip, clip_seconds = train_once(CLIPStage, config.clip, config.run, seed)
     tower = config.ldm.text.model_copy(update={"model": f"local-dir:{clip}", "use_pooled": False})
     text = load_text_encoder([tower], config.run, "")

@@ -91,7 +91,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 
 def check_equal(ours: dict[str, Any], theirs: dict[str, Any], where: object, remedy: str) -> None:
     """ValueError names what differs in `theirs`, the values of `where`, or is missing there, and the remedy."""
-    missing = [f"no {key}" for key in ours if key not in theirs]
+    missing = [f"no {key}" for key, value in ours.items() if key not in theirs and value is not None]
     if wrong := "; ".join(filter(None, [*missing, differences(ours, theirs)])):
         raise ValueError(f"{where} has {wrong}: {remedy}")
 

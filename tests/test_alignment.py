@@ -10,10 +10,10 @@ from helpers import assert_same, copy_stages_before, examine_tiny, logged, losse
 from ranks import FSDP, launch, rank_environment
 from safetensors.torch import load_file
 
-from ldm.config import CONFIGS
+from ldm.config import CONFIGS, read_yaml, write_yaml
 from ldm.data.batch_sampler import SampleKey
 from ldm.planning.planner import MachineSpec, recipe_stages
-from ldm.stages.diffusion import DiffusionStage
+from ldm.stages.diffusion import DiffusionStage, TrainLDMConfig
 from ldm.text.image_tower import ImageTower
 from ldm.training.stage import Stage
 from ldm.unet.alignment import alignment_distance
@@ -93,12 +93,21 @@ def test_a_doctor_finds_nothing(tiny_runs: Path, tmp_path: Path) -> None:
     assert {check.name for check in checks if not check.ok} <= {"time to finish"}, "which is too short here"
 
 
-def test_a_plan_counts_the_image_tower_and_its_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    """96 x 4 x 4 numbers an image beside the latents, and no other FLOP in a step with what is cached."""
+def test_a_plan_counts_the_image_tower_and_its_features(tmp_path: Path) -> None:
+    """96 x 4 x 4 numbers an image beside the latents; what is cached costs no FLOP in a step."""
     machine = MachineSpec(gpus=0, usable_bytes=10**12, device=None, tflops=1.0)
     plan = recipe_stages(CONFIGS / "characters", 64, machine, 9056)[-1]
     assert plan.latent_bytes == 8 * 20 * 16 * 16 + 4 * 96 * 4 * 4
-    assert plan.cost(2).frozen_bytes > 0
+    values = read_yaml(CONFIGS / "characters/ldm.yaml")
+    write_yaml(tmp_path / "ldm.yaml", TrainLDMConfig.from_dict({**values, "align_weight": 0}, source="ldm.yaml"))
+    for stage in ("clip", "vae"):
+        shutil.copy(CONFIGS / f"characters/{stage}.yaml", tmp_path)
+    without = recipe_stages(tmp_path, 64, machine, 9056)[-1]
+    assert without.latent_bytes == 8 * 20 * 16 * 16
+    aligned, alone = plan.cost(2), without.cost(2)
+    assert aligned.parameters - alone.parameters == 256 * 96 + 96, "the projection"
+    assert aligned.frozen_bytes > alone.frozen_bytes + 4 * 100_000, "the image tower"
+    assert aligned.flop - alone.flop == 3 * 2 * 2 * 4 * 4 * 256 * 96, "the projection, forward and backward"
 
 
 def test_what_cannot_be_aligned(tiny_runs: Path, tmp_path: Path) -> None:
@@ -112,5 +121,5 @@ def test_what_cannot_be_aligned(tiny_runs: Path, tmp_path: Path) -> None:
     refused("align_weight: without a text.model there is no CLIP to align to; leave it at 0", *none)
     refused("align_weight: cached latents have no images; leave it at 0, or", "--cached-latents", str(tmp_path))
     shutil.copytree(CONFIGS.with_name("models") / "characters/text", tmp_path / "text")
-    refused("image tower .* has no weights in .*: pass a CLIP with both towers", "--text.model",
+    refused("align_weight 0.5: image tower .* has no weights in .*: pass a CLIP .*, or leave it at 0", "--text.model",
             f"local-dir:{tmp_path}/text")  # fmt: skip

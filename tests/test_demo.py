@@ -50,6 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(demo, "run_script", run_script)
     monkeypatch.setattr(demo, "clock", lambda: 60.0 * next(minutes))
     monkeypatch.setattr(demo, "free_cores", lambda: len(own_cores()))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return recorded
 
 
@@ -129,7 +130,7 @@ def test_a_stage_that_fails_stops_the_demo(tmp_path: Path) -> None:
 def test_busy_cores_get_no_thread(
     calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(demo, "own_cores", lambda: [0, 1, 2])
     monkeypatch.setattr(demo, "free_cores", lambda: 2)
     monkeypatch.setattr(demo, "measure_machine", lambda conv: of_bf16(1.2))

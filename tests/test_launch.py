@@ -38,7 +38,7 @@ time.sleep(60)
 def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No variable of a launcher is set; what the code sets is restored."""
     names = [name for names in distributed.LAUNCHER_VARIABLES for name in names]
-    for name in (*names, "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+    for name in (*names, "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return monkeypatch
@@ -90,7 +90,7 @@ def test_ranks_that_cannot_meet_are_refused(alone: pytest.MonkeyPatch) -> None:
 
 def test_accelerate_that_starts_one_of_several_is_refused(alone: pytest.MonkeyPatch) -> None:
     """It sets the address at which several would meet; a person may have set it, too, for all programs."""
-    set_all(alone, ACCELERATE_MIXED_PRECISION="no", MASTER_ADDR="127.0.0.1")
+    set_all(alone, ACCELERATE_DYNAMO_BACKEND="no", MASTER_ADDR="127.0.0.1")
     alone.setattr(distributed, "launcher_environment", lambda: {"MASTER_ADDR": "127.0.0.1"})
     assert read_ranks() == 1
     alone.setattr(distributed, "launcher_environment", dict)
@@ -110,7 +110,7 @@ def test_a_number_of_threads_that_a_person_set_stays(alone: pytest.MonkeyPatch) 
     """`accelerate launch` sets 1 itself where nothing is set."""
     threads: list[int] = []
     alone.setattr(torch, "set_num_threads", threads.append)
-    set_all(alone, ACCELERATE_MIXED_PRECISION="no", OMP_NUM_THREADS="1")
+    set_all(alone, ACCELERATE_DYNAMO_BACKEND="no", OMP_NUM_THREADS="1")
     alone.setattr(distributed, "launcher_environment", lambda: {"OMP_NUM_THREADS": "1"})
     distributed.restore_num_threads()
     alone.setattr(distributed, "launcher_environment", dict)

@@ -181,6 +181,19 @@ def test_inversion_undoes_euler(noise_schedule: str) -> None:
     assert errors[0] < 0.4 and errors[2] < 0.04 and errors[0] > 2 * errors[1] > 4 * errors[2], errors
 
 
+def test_inversion_starts_with_the_noise_that_a_least_t_needs() -> None:
+    """Without it almost none would arrive at t = 1."""
+    diffusion = Diffusion(DiffusionConfig(noise_schedule="flow", prediction="x0", t_min=0.3))
+    generator = torch.Generator().manual_seed(0)
+    noise, start = torch.randn(2, 500, 1, generator=generator, dtype=torch.float64)
+    denoiser, ts = DATA.denoiser(diffusion), make_timesteps(diffusion, 100)
+    x0 = sample("euler", denoiser, diffusion, noise, ts)
+    found, without = (final_latents(ddim_invert(denoiser, diffusion, x0, ts, add)) for add in (start, None))
+    assert 0.85 < found.std() < 1.15 and without.std() < 0.8
+    again = sample("euler", denoiser, diffusion, found, ts)
+    assert (again - x0).abs().median() < 0.3  # the mean of what the noise at t_min hides
+
+
 def test_ddpm_and_euler_ancestral_are_ddim_with_eta_1() -> None:
     diffusion, z = diffusion_of("cosine"), torch.randn(6, 1, dtype=torch.float64)
     denoiser, ts = DATA.denoiser(diffusion), make_timesteps(diffusion, 9)
@@ -241,7 +254,9 @@ def test_timesteps_end_at_the_least_t_that_was_trained(timesteps: str) -> None:
     diffusion = Diffusion(DiffusionConfig(noise_schedule="flow", prediction="x0", t_min=0.3))
     ts = make_timesteps(diffusion, 6, timesteps)
     assert len(ts) == 7 and ts[0] == 1 and ts[-2].item() == pytest.approx(0.3) and ts[-1] == 0 and (ts.diff() < 0).all()
-    assert make_timesteps(diffusion, 1, timesteps).tolist()[1:] == [0] and make_timesteps(diffusion, 1, [0.1])[0] == 0.1
+    assert make_timesteps(diffusion, 1, timesteps).tolist() == [1, 0] and make_timesteps(diffusion, 1, [0.3])[0] == 0.3
+    with pytest.raises(ValueError, match="timesteps must not be below t_min 0.3, where the model was not trained"):
+        make_timesteps(diffusion, 2, [0.5, 0.2])
 
 
 def test_timesteps_are_those_of_stable_diffusion() -> None:

@@ -112,6 +112,10 @@ def test_a_candidate_changes_the_training_or_the_images(
     assert not torch.equal(*images)
 
 
-def test_a_candidate_that_is_not_there_is_named(record: Any) -> None:
-    with pytest.raises(SystemExit, match=r"candidate dispersion: choose one of immiscible, "):
+def test_a_candidate_that_is_not_there_is_named(record: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
         record("Misspelt", 1.0, "--candidate", "dispersion")
+    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "candidate dispersion: choose one of immiscible, " in printed
+    with pytest.raises(SystemExit, match="candidate: there is none for diffusers; leave it out"):
+        record("diffusers", 1.0, "--candidate", "muon", main=speedrun_diffusers.main)

@@ -83,7 +83,7 @@ def test_a_run_whose_launcher_is_gone_saves_and_stops(tmp_path: Path, monkeypatc
     parents = iter(range(100))
     monkeypatch.setattr(os, "getppid", lambda: max(0, next(parents) - 2))
     assert toy(toy_config(tmp_path / "alone")).exit_status == 0
-    for launcher in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+    for launcher in ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"):
         parents = iter(range(100))
         with monkeypatch.context() as patch:
             patch.setenv(launcher, "no")
@@ -590,11 +590,11 @@ def test_accelerate_launch_leaves_all_cores_to_a_run_without_gpu(monkeypatch: py
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(distributed, "launcher_environment", dict)  # whatever these tests were started with
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"):
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     distributed.restore_num_threads()
     assert threads == []
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
     distributed.restore_num_threads()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     distributed.restore_num_threads()

@@ -39,7 +39,8 @@ class DiffusionConfig(Config):
     snr_floor: float | None = Field(None, gt=0)
     """least weight of min_snr; 1 is usual"""
     t_distribution: Literal["uniform", "stratified", "logit_normal", "log_normal"] = "uniform"
-    """how training samples t; stratified spreads one batch evenly over [0, 1]; log_normal is EDM's, for its schedule"""
+    """how training samples t; stratified spreads one batch evenly from t_min to 1; log_normal is EDM's, for its
+    schedule"""
     log_normal_mean_std: tuple[float, float] = (-1.2, 1.2)
     """mean and standard deviation of the logarithm of EDM's sigma (P_mean, P_std), for log_normal"""
 
@@ -80,9 +81,9 @@ class Diffusion:
         self.config = config
         self.discrete = config.noise_schedule not in ("flow", "edm")
         self._alpha_bar = _alpha_bar(config) if self.discrete else torch.empty(0)
-        self.t_min = config.t_min or 1 / NUM_TRAIN_TIMESTEPS  # of the least noise that training is meant for
+        self.least_t = config.t_min or 1 / NUM_TRAIN_TIMESTEPS  # of the least noise that training is meant for
         if config.noise_schedule == "edm":
-            self.t_min = (EDM_SIGMA_MIN / EDM_SIGMA_MAX) ** (1 / EDM_RHO)
+            self.least_t = (EDM_SIGMA_MIN / EDM_SIGMA_MAX) ** (1 / EDM_RHO)
 
     def alpha(self, t: Tensor) -> Tensor:
         """Factor of the signal, 1 at t = 0; shaped as t."""

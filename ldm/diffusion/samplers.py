@@ -254,13 +254,17 @@ def lcm(
         yield SamplerStep(z, denoised)
 
 
-def ddim_invert(denoiser: Denoiser, diffusion: Diffusion, denoised: Tensor, ts: Tensor) -> Iterator[SamplerStep]:
+def ddim_invert(
+    denoiser: Denoiser, diffusion: Diffusion, denoised: Tensor, ts: Tensor, noise: Tensor | None = None
+) -> Iterator[SamplerStep]:
     """From x0 = `denoised` (b, ...) up to the noise from which `euler` makes it over the same falling `ts`.
 
     DDIM inversion (Song et al. 2021, section 4.3), N - 1 calls: each step takes its slope at the end that is known, so
-    the way up is as exact as an Euler step is. The first one, to the least noise, adds none.
+    the way up is as exact as an Euler step is. The first one, to the least t, adds `noise` (b, ...), or none.
     """
     z = diffusion.alpha(ts[-2]) * denoised
+    if noise is not None:
+        z = z + diffusion.sigma(ts[-2]) * noise
     yield SamplerStep(z, denoised)
     for t, s in itertools.pairwise(ts[:-1].flip(0)):
         denoised = denoiser(z, t.expand(len(z)))

@@ -27,7 +27,7 @@ def leading(diffusion: Diffusion, steps: int) -> Tensor:
 
 def linspace(diffusion: Diffusion, steps: int) -> Tensor:
     """Evenly from 1 to the least noise of the training, then 0."""
-    return _append_zero(torch.linspace(1, diffusion.t_min, steps, dtype=torch.float64))
+    return _append_zero(torch.linspace(1, diffusion.least_t, steps, dtype=torch.float64))
 
 
 def karras(diffusion: Diffusion, steps: int, *, rho: float = 7) -> Tensor:
@@ -84,12 +84,17 @@ def make_timesteps(diffusion: Diffusion, steps: int, timesteps: str | Sequence[f
         raise ValueError(f"expected {steps} timesteps, one for each step, got {len(ts)}")
     if not ((ts > 0) & (ts <= 1)).all() or not (ts.diff() < 0).all():
         raise ValueError("timesteps must fall and lie in (0, 1]: the last step to 0 is added")
+    if ts[-1] < diffusion.config.t_min:
+        least = f"t_min {diffusion.config.t_min:g}"
+        raise ValueError(f"timesteps must not be below {least}, where the model was not trained: end at it")
     return _append_zero(ts)
 
 
 def _noise_range(diffusion: Diffusion, name: str) -> tuple[float, float]:
     """sigma / alpha at t = 1 and at the least t."""
-    high, low = (diffusion.noise_to_signal(torch.tensor(t, dtype=torch.float64)).item() for t in (1.0, diffusion.t_min))
+    high, low = (
+        diffusion.noise_to_signal(torch.tensor(t, dtype=torch.float64)).item() for t in (1.0, diffusion.least_t)
+    )
     if math.isinf(high):
         raise ValueError(f"timesteps {name}: sigma / alpha is infinite at t = 1 here: choose trailing")
     return high, low

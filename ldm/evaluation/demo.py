@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ldm.cli import ScriptConfig
 from ldm.config import CONFIGS, read_yaml
 from ldm.evaluation.figures import FiguresConfig, loss_curves
@@ -39,8 +41,7 @@ def run_demo(config: DemoConfig) -> None:
     for stage in STAGE_NAMES:
         check_source(config.run / stage, config.recipe / f"{stage}.yaml")
     report = read_report(config.run)
-    is_trained = all(map(is_finished, (config.run / stage for stage in STAGE_NAMES)))
-    if not is_trained or report["speed"].keys() != set(MachineSpeed._fields):  # of a version that measured less
+    if report["speed"].keys() != set(MachineSpeed._fields):  # none, or of a version that measured less
         report["speed"] = measure_machine(recipe_conv(config.recipe))._asdict()
     print(describe_speed(report["speed"]), flush=True)
     for stage in STAGE_NAMES:
@@ -109,14 +110,16 @@ def run_part(
     part: str, run: Path, report: dict[str, Any], script: str, *arguments: str, before: float = 0.0, **environment: str
 ) -> None:
     """Run a script; report.json has its seconds at once, also where it is stopped, with those of the calls before."""
-    threads, cores = num_threads(), len(own_cores())
-    if threads != cores:
+    threads = num_threads()
+    if threads < torch.get_num_threads():
         environment["OMP_NUM_THREADS"] = str(threads)
     start = clock()
     try:
         run_script(script, *arguments, **environment)
     finally:
-        report["seconds"][part] = round(before + clock() - start, 1)
+        seconds = round(before + clock() - start, 1)  # less than before where the classifier is there already
+        report["seconds"][part] = max(seconds, report["seconds"].get(part, 0.0))
+        report["total_minutes"] = round(sum(report["seconds"].values()) / 60, 2)
         report["threads"][part] = threads
         memory = max(peak_rss(), peak_rss(children=True))
         report["peak_memory_gib"] = max(round(memory / GIB, 2), report["peak_memory_gib"])
@@ -141,23 +144,21 @@ def run_script(script: str, *arguments: str, **environment: str) -> None:
 
 
 def num_threads() -> int:
-    """As OMP_NUM_THREADS says; else one for each free core, as all threads wait for one that has none.
+    """As many as torch takes, but no more than cores are free, as all threads wait for one that has none.
 
-    It is said in a line where that is not every core: results differ by rounding errors with the number of threads.
+    Fewer are told in a line: results differ by rounding errors with the number of threads.
     """
-    if given := os.environ.get("OMP_NUM_THREADS"):
-        return int(given.split(",")[0])
-    cores, free = len(own_cores()), free_cores()
-    if free < cores:
-        print(f"\nother processes keep {cores - free} of {cores} cores busy: one thread for each free core", flush=True)
+    cores, free, usual = len(own_cores()), free_cores(), torch.get_num_threads()
+    if free >= usual or "OMP_NUM_THREADS" in os.environ:
+        return usual
+    print(f"\nother processes keep {cores - free} of {cores} cores busy: one thread for each free core", flush=True)
     return free
 
 
 def finish_report(report: dict[str, Any], model: Path) -> None:
-    """Add what was measured of the model, and the sums."""
+    """Add what was measured of the model."""
     measured = json.loads((model.parent / "evaluation.json").read_bytes())
     report |= {
-        "total_minutes": round(sum(report["seconds"].values()) / 60, 2),
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "measures": measured["measures"],
         "model_hash": sha256(model / "unet.safetensors")[:10],

@@ -29,7 +29,7 @@ def evaluate(config: EvaluateConfig) -> None:
     folder, data = config.model, config.data
     if folder is None or not data.source:
         raise ValueError(f"{folder} does not name its data, as it was not trained here: pass --data.source")
-    if config.out is None and folder.resolve() == SHIPPED_MODEL:
+    if config.out is None and folder.resolve() == SHIPPED_MODEL.resolve():
         raise ValueError(f"{folder} comes with ldm and stays as it is: pass --out, a folder for the report")
     out = folder.parent if config.out is None else config.out
     check_folder(out, "--out")
@@ -66,6 +66,7 @@ def measure(subject: Subject, config: EvaluateConfig, out: Path) -> Report:
     if subject.drawn:
         report.measures |= what_is_shown(subject, generated, config)
     if extractor and reference is not None:
+        report.protocol["training_sha256"] = data_sha256(subject.training)  # other real images are of it
         report.measures |= image_quality(subject, extractor, reference, generated, config)
         report.measures |= other_real_images(subject, extractor, reference, config)
         report.notes += missing_metrics(reference, generated).values()
@@ -98,7 +99,7 @@ def start_report(subject: Subject, config: EvaluateConfig) -> Report:
             "channels": config.data.channels,
             "num_samples": len(subject.images),
             "reference": config.reference,
-            **({"training_sha256": data_sha256(subject.training), **extractor.identity()} if extractor else {}),
+            **(extractor.identity() if extractor else {}),
             **({"classifier": CLASSIFIER_VERSION, "background_margin": MARGIN} if subject.drawn else {}),
         },
         settings={

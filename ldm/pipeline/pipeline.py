@@ -317,7 +317,10 @@ class Pipeline:
         latents = self.prepare_init_image(image, 1.0).latents
         denoiser = self._denoiser(latents, [prompt], [""], None, literal=False).guided(1.0, DEFAULT_GUIDANCE)
         ts = make_timesteps(self.diffusion, steps, timesteps)
-        return final_latents(ddim_invert(denoiser, self.diffusion, latents, ts))
+        noise = None
+        if self.diffusion.config.t_min:  # the network was not trained with less noise than there is at t_min
+            noise = initial_noise(tuple(latents.shape[1:]), [0]).to(latents)
+        return final_latents(ddim_invert(denoiser, self.diffusion, latents, ts, noise))
 
     def sample(
         self,

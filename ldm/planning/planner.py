@@ -164,12 +164,15 @@ def recipe_stages(folder: Path, resolution: int, machine: MachineSpec, num_image
         configs[name] = config.model_copy(update={"data": data, "batch_size": min(config.batch_size, largest)})
     architecture = configs["clip"].clip.architecture(resolution) if "clip" in configs else None
     ldm, vae = configs["ldm"], configs["vae"].vae
+    aligned_to = None
+    if ldm.align_weight:
+        aligned_to = architecture or public_architecture(ldm.text.model, kind="image")
     side = vae.latent_size(resolution)
     if side % ldm.unet.factor:
         raise ValueError(f"resolution {resolution} is not a multiple of {vae.factor * ldm.unet.factor}")
     latent_bytes = 8 * ldm.unet.in_channels * side**2 if ldm.cache_latents else 0  # mean and log-variance, float32
-    if latent_bytes and ldm.align_weight and architecture:
-        vision = architecture["vision_cfg"]
+    if latent_bytes and aligned_to:
+        vision = aligned_to["vision_cfg"]
         latent_bytes += 4 * vision["width"] * (vision["image_size"] // vision["patch_size"]) ** 2  # features
     if latent_bytes * num_images > LATENT_CACHE_FRACTION * machine.usable_bytes:
         configs["ldm"] = ldm.model_copy(update={"cache_latents": False})
@@ -182,9 +185,7 @@ def recipe_stages(folder: Path, resolution: int, machine: MachineSpec, num_image
             return VAEStage(config)
         towers = [tower for tower in (config.text, config.second_text) if tower.model != "none"]
         text = combine_encoders([TextEncoder.random(tower, architecture) for tower in towers])
-        tower = None
-        if config.align_weight:
-            tower = ImageTower(architecture or public_architecture(config.text.model, kind="image"), {})
+        tower = ImageTower(aligned_to, {}) if aligned_to else None
         return DiffusionStage(config, VAE(vae).requires_grad_(False).eval(), text, device, tower)
 
     return [

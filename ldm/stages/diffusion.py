@@ -351,7 +351,11 @@ def load_image_tower(config: TrainLDMConfig, text: TextConditioner | None) -> Im
         raise ValueError("align_weight: without a text.model there is no CLIP to align to; leave it at 0")
     if config.cached_latents is not None:
         raise ValueError("align_weight: cached latents have no images; leave it at 0, or leave out --cached-latents")
-    return ImageTower.load(text.encoders[0].model_id, config.text.pretrained)
+    encoder = text.encoders[0]
+    try:
+        return ImageTower.load(encoder.model_id, encoder.config.pretrained)
+    except ValueError as error:
+        raise ValueError(f"align_weight {config.align_weight:g}: {error}, or leave it at 0") from None
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:

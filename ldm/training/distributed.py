@@ -122,7 +122,7 @@ def peer_errors(accelerator: Accelerator, timeout: int, remedy: str) -> Iterator
 
 def has_launcher() -> bool:
     """Whether `accelerate launch` or torchrun started this process."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    return "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ  # which no person sets
 
 
 def launcher_environment() -> dict[str, str]:
