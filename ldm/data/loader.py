@@ -20,7 +20,7 @@ class Batch(TypedDict, total=False):
     image: Tensor  # (b, c, height, width) float32 in [-1, 1]
     mean: Tensor  # (b, c, h, w) float32, of the latents' normal distribution, as the VAE gives it
     logvar: Tensor  # (b, c, h, w) float32, its log-variance
-    features: Tensor  # (b, c, h, w) float32, of an image tower, beside latents in memory
+    features: Tensor  # (b, c, h, w) float32, of an image tower, cached with latents in memory
     sizes: Tensor  # (b, 6) int64, in pixels: original height and width, crop top and left, height and width
     caption: list[str]  # one caption for each image, "" where it has none
     ids: Tensor  # (b, n) int64, the token ids of a caption

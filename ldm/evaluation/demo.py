@@ -146,7 +146,7 @@ def run_script(script: str, *arguments: str, **environment: str) -> None:
 def num_threads() -> int:
     """As many as torch takes, but no more than cores are free, as all threads wait for one that has none.
 
-    Fewer are told in a line: results differ by rounding errors with the number of threads.
+    Fewer are reported in a line: results differ by rounding errors with the number of threads.
     """
     cores, free, usual = len(own_cores()), free_cores(), torch.get_num_threads()
     if free >= usual or "OMP_NUM_THREADS" in os.environ:

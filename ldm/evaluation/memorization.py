@@ -27,7 +27,7 @@ from ldm.io.atomic import write_text
 
 Embed = Callable[[Tensor], Tensor]  # images (b, c, h, w) in [-1, 1] -> vectors (b, d) on the CPU
 SIGNIFICANT = 1e-3  # a p-value that is reported as evidence: there are up to nine in a report
-PERCENTILES = (1, 5)  # of the distances of held-out images, each of which needs 100 / percentile of them
+PERCENTILES = {1: 100, 5: 20}  # of the distances of held-out images, and how many of these each needs
 
 
 class Nearest(NamedTuple):
@@ -97,16 +97,15 @@ def _nearer(before: Nearest, x: Tensor, candidates: Tensor, first: int) -> Neare
 
 def compare_distances(samples: Tensor, held_out: Tensor) -> Memorization:
     """From the distances of samples (n,) and of held-out images (m,) to their nearest training image."""
-    enough = [percent for percent in PERCENTILES if len(held_out) * percent >= 100]
+    enough = [percent for percent, least in PERCENTILES.items() if len(held_out) >= least]
     return Memorization({p: share_nearer(samples, held_out, p) for p in enough}, *rank_test(samples, held_out))
 
 
 def missing_percentiles(held_out: int) -> list[str]:
     """A note for each percentile that needs more than so many held-out images."""
-    needed = {percent: 100 // percent for percent in PERCENTILES}
     return [
         f"memorization: the nearest {percent} % need at least {least} held-out images; there are {held_out}"
-        for percent, least in needed.items()
+        for percent, least in PERCENTILES.items()
         if held_out < least
     ]
 

@@ -39,7 +39,7 @@ from ldm.vae.discriminator import (
     used_weights,
 )
 from ldm.vae.equivariance import ScaleTurn, draw_scale_turn
-from ldm.vae.losses import VAELossConfig, has_ssim, psnr, ssim, vae_loss
+from ldm.vae.losses import SSIM_WINDOW, VAELossConfig, has_ssim, psnr, ssim, vae_loss
 from ldm.vae.perceptual import LPIPS, FeatureDistance
 
 
@@ -169,7 +169,7 @@ class VAEStage(Stage):
         draw = random.Random(fold_seed(rng.seed, "equivariance", rng.step))
         if draw.random() >= self.config.loss.equivariance_probability:
             return None
-        smallest = 11 if self.config.loss.ssim_weight else 1  # pixels
+        smallest = SSIM_WINDOW if self.config.loss.ssim_weight else 1  # pixels
         if self.watchdog is not None:
             smallest = max(smallest, self.config.discriminator.smallest_side)
         if self.config.loss.lpips_files:

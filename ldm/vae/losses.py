@@ -12,6 +12,8 @@ from torch import Tensor
 from ldm.config import Config
 from ldm.vae.model import Posterior
 
+SSIM_WINDOW = 11  # pixels on a side
+
 
 class VAELossConfig(Config):
     """The terms and their weights, relative to the error of the pixels."""
@@ -82,7 +84,9 @@ def ssim(x: Tensor, y: Tensor, *, data_range: float = 2.0) -> Tensor:
     Source: Wang et al. 2004, equation 13; windows that cross the border are left out. ValueError: sides below 11.
     """
     if not has_ssim(x):
-        raise ValueError(f"SSIM needs sides of at least 11 pixels, got {tuple(x.shape[-2:])}: set ssim_weight to 0")
+        raise ValueError(
+            f"SSIM needs sides of at least {SSIM_WINDOW} pixels, got {tuple(x.shape[-2:])}: set ssim_weight to 0"
+        )
     x, y = x.float(), y.float()
     with torch.autocast(x.device.type, enabled=False):  # variances are small differences of moments, which bf16 loses
         mean_x, mean_y, xx, yy, xy = _blur(torch.cat([x, y, x * x, y * y, x * y], 1)).chunk(5, 1)
@@ -95,7 +99,7 @@ def ssim(x: Tensor, y: Tensor, *, data_range: float = 2.0) -> Tensor:
 
 def has_ssim(images: Tensor) -> bool:
     """Whether images (b, c, h, w) are as large as the window of SSIM."""
-    return min(images.shape[-2:]) >= 11
+    return min(images.shape[-2:]) >= SSIM_WINDOW
 
 
 def psnr(x: Tensor, y: Tensor, *, data_range: float = 2.0) -> Tensor:
