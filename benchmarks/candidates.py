@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data import Batch
+from ldm.evaluation.drawn import drawn_set
 from ldm.rng import StepRNG
 from ldm.stages.diffusion import DiffusionStage
-from ldm.training.stage import Trainable
+from ldm.training.stage import Networks, Trainable
 from ldm.unet import UNet
 from ldm.unet.blocks import Attention
 
@@ -22,7 +23,24 @@ GUIDE_STEP = 200  # of autoguidance
 MUON_RATIO = 20  # of Muon's learning rate to AdamW's
 
 
-# The noise, t and the latents.
+# The captions, the noise and the latents.
+
+
+def one_wording(stage: DiffusionStage) -> None:
+    """Training has one caption where several ask for the same: the first of them."""
+    drawn = drawn_set(stage.config.data)
+    assert drawn is not None
+    first: dict[str, str] = {}
+    wording: dict[str, str] = {}
+    for caption, scene in drawn.by_caption("train").items():
+        wording[caption] = first.setdefault(str(drawn.asked(scene, caption)), caption)
+    loss = stage.loss
+
+    def reworded(name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
+        captions = [wording.get(caption, caption) for caption in batch["caption"]]
+        return loss(name, networks, {**batch, "caption": captions}, rng)
+
+    replace(stage, "loss", reworded)
 
 
 class MatchedNoise(StepRNG):
@@ -166,6 +184,7 @@ def catch(owner: Any, name: str) -> Callable[[], Tensor]:
 CANDIDATES: dict[str, Candidate] = {
     candidate.__name__: candidate
     for candidate in (
+        one_wording,
         immiscible,
         posterior_mean,
         qk_norm,

@@ -204,7 +204,8 @@ def measure(config: SpeedrunConfig, run_seed: Callable[[Any, int, HeldOutCaption
     for seed in config.seeds:
         results.setdefault(config.name, {})[str(seed)] = {**measured, **run_seed(config, seed, captions)}
         write_text(RESULTS, json.dumps(results, indent=1) + "\n")
-    header = ["change", *(f"seconds to {target:.0%}" for target in TARGETS), "at the end", "GFLOP/s", "command"]
+    header = ["change", *(f"seconds to {target:.0%}" for target in TARGETS), f"steps to {TARGETS[-1]:.0%}"]
+    header += ["at the end", "GFLOP/s", "command"]
     table = markdown_table(header, [row(name, list(seeds.values())) for name, seeds in results.items()])
     write_text(RECORDS, f"{RECORDS.read_text().split(MARK)[0]}{MARK}\n\n{table}\n")
     print(table)
@@ -225,6 +226,8 @@ def row(name: str, seeds: list[dict[str, Any]]) -> list[str]:
         each = ", ".join("never" if value is None else f"{value:.0f}" for value in values)
         cells.append(f"{'never' if middle == math.inf else f'**{middle:.0f}**'} ({each})")
     last = [list(seed["curve"].values())[-1] for seed in seeds]
+    steps = [[step for step, (_, share) in seed["curve"].items() if share >= TARGETS[-1]] for seed in seeds]
+    cells.append(", ".join(str(reached[0]) if reached else "never" for reached in steps))
     cells.append("; ".join(f"{share:.1%} after {seconds:.0f} s" for seconds, share in last))
     speeds = [f"{seed['matmul_gflops']:.0f}, {seed['conv_gflops']:.0f}" for seed in seeds]
     commands = [f"`{seed['command']}` at {seed['commit']}" for seed in seeds]
