@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from ldm.config import CONFIGS, read_yaml, write_yaml
 from ldm.data.batch_sampler import SampleKey
-from ldm.planning.planner import MachineSpec, recipe_stages
+from ldm.planning.planner import MachineSpec, num_features, recipe_stages
 from ldm.stages.diffusion import DiffusionStage, TrainLDMConfig
 from ldm.text.image_tower import ImageTower
+from ldm.text.weights import public_architecture
 from ldm.training.stage import Stage
 from ldm.unet.alignment import alignment_distance
 
@@ -85,6 +86,8 @@ def test_features_are_those_of_the_images_also_where_latents_are_cached(tiny_run
         found.append(stage.image_features(batch))
     assert torch.equal(found[1], tower(batch["image"])[-1])
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)
+    gray: Any = {"image": batch["image"].mean(1, keepdim=True)}
+    assert torch.equal(stage.image_features(gray), tower(gray["image"].expand(-1, 3, -1, -1))[-1])
 
 
 def test_a_doctor_finds_nothing(tiny_runs: Path, tmp_path: Path) -> None:
@@ -108,6 +111,11 @@ def test_a_plan_counts_the_image_tower_and_its_features(tmp_path: Path) -> None:
     assert aligned.parameters - alone.parameters == 256 * 96 + 96, "the projection"
     assert aligned.frozen_bytes > alone.frozen_bytes + 4 * 100_000, "the image tower"
     assert aligned.flop - alone.flop == 3 * 2 * 2 * 4 * 4 * 256 * 96, "the projection, forward and backward"
+
+
+@pytest.mark.parametrize(("name", "count"), [("ViT-B-32", 768 * 7 * 7), ("RN50", 2048 * 7 * 7)])
+def test_features_of_published_towers_are_counted(name: str, count: int) -> None:
+    assert num_features(public_architecture(name, kind="image")) == count
 
 
 def test_what_cannot_be_aligned(tiny_runs: Path, tmp_path: Path) -> None:

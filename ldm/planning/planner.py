@@ -172,8 +172,7 @@ def recipe_stages(folder: Path, resolution: int, machine: MachineSpec, num_image
         raise ValueError(f"resolution {resolution} is not a multiple of {vae.factor * ldm.unet.factor}")
     latent_bytes = 8 * ldm.unet.in_channels * side**2 if ldm.cache_latents else 0  # mean and log-variance, float32
     if latent_bytes and aligned_to:
-        vision = aligned_to["vision_cfg"]
-        latent_bytes += 4 * vision["width"] * (vision["image_size"] // vision["patch_size"]) ** 2  # features
+        latent_bytes += 4 * num_features(aligned_to)
     if latent_bytes * num_images > LATENT_CACHE_FRACTION * machine.usable_bytes:
         configs["ldm"] = ldm.model_copy(update={"cache_latents": False})
 
@@ -192,6 +191,13 @@ def recipe_stages(folder: Path, resolution: int, machine: MachineSpec, num_image
         StagePlan(folder / f"{name}.yaml", config, partial(build, name), machine, latent_bytes if name == "ldm" else 0)
         for name, config in configs.items()
     ]
+
+
+def num_features(architecture: dict[str, Any]) -> int:
+    """How many numbers an image tower has of an image in its last block, of a tower without weights."""
+    with torch.device("meta"):
+        tower = ImageTower(architecture, {})
+        return tower(torch.zeros(1, 3, *tower.size))[-1].numel()
 
 
 # Plans.
