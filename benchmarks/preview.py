@@ -1,8 +1,8 @@
 """Compare the previews of a model whose decoder was distilled: results/preview.json.
 
-    python scripts/train_vae.py --run runs/preview/vae
-    python scripts/distill_decoder.py --model runs/preview/vae/model --run runs/preview/decoder
-    python benchmarks/preview.py runs/preview/vae/model
+    make demo
+    python scripts/distill_decoder.py --model runs/demo/vae/model
+    python benchmarks/preview.py runs/demo/vae/model
 
 The linear map, the tiny decoder and the VAE's own, on latents of held-out images: PSNR against what the VAE decodes,
 the small images of the linear map enlarged (bilinear), and the time for one image, the least of a second.
