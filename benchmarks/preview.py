@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from commit import commit
 from PIL import Image
 
 from ldm.data import DataConfig, open_dataset
@@ -69,7 +70,7 @@ def main() -> None:
     """Measure, and write results/preview.json."""
     torch.set_num_threads(1)
     results = measure(Path(sys.argv[1]))
-    machine = {"machine": f"{platform.machine()}, one thread", "torch": torch.__version__}
+    machine = {"machine": f"{platform.machine()}, one thread", "torch": torch.__version__, "commit": commit()}
     path = ROOT / "benchmarks/results/preview.json"
     path.write_text(json.dumps({**machine, **results}, indent=1) + "\n")
     print(path.read_text())

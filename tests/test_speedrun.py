@@ -91,7 +91,7 @@ def test_data_whose_truth_is_not_known_are_refused(record: Any) -> None:
 
 
 @pytest.mark.parametrize("name", candidates.CANDIDATES)
-def test_a_candidate_changes_the_training_or_the_images(name: str, tiny_runs: Path, tmp_path: Path) -> None:
+def test_a_candidate_changes_the_training(name: str, tiny_runs: Path, tmp_path: Path) -> None:
     images = []
 
     def generate(trainer: Trainer) -> None:

@@ -65,7 +65,7 @@ class StagePlan:
     config: TrainingConfig
     build: Build
     machine: MachineSpec
-    latent_bytes: int  # of an image, in memory, where the recipe caches latents
+    latent_bytes: int  # of an image, in memory, where latents are cached: with the features that are aligned to
 
     def update(self, **values: Any) -> "StagePlan":
         """With other values in its configuration."""
@@ -194,7 +194,7 @@ def recipe_stages(folder: Path, resolution: int, machine: MachineSpec, num_image
 
 
 def num_features(architecture: dict[str, Any]) -> int:
-    """How many numbers an image tower has of an image in its last block, of a tower without weights."""
+    """Numbers of the features of one image in the last block of an image tower, which is built without memory."""
     with torch.device("meta"):
         tower = ImageTower(architecture, {})
         return tower(torch.zeros(1, 3, *tower.size))[-1].numel()
