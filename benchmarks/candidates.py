@@ -50,17 +50,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
-    """The nearest orthogonal matrix, about: five iterations of degree five, on the products of its rows."""
+    """The nearest orthogonal matrix, about: five iterations of degree five, in bf16."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix / (matrix.norm() + 1e-7)
-    x = x.mT if len(x) > x.shape[1] else x
-    gram = x @ x.mT
-    factor = one = torch.eye(len(x), dtype=x.dtype)
+    x = matrix.bfloat16() / (matrix.norm() + 1e-7)
+    tall = len(x) > x.shape[1]
+    x = x.mT if tall else x
     for _ in range(5):
-        polynomial = a * one + b * gram + c * gram @ gram  # x becomes polynomial @ x
-        factor, gram = polynomial @ factor, polynomial @ gram @ polynomial
-    x = factor @ x
-    return x if x.shape == matrix.shape else x.mT
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrix)
 
 
 CANDIDATES: dict[str, Candidate] = {candidate.__name__: candidate for candidate in (muon,)}
