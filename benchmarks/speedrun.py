@@ -122,6 +122,12 @@ class Stopwatch:
         self.stopped += self.seconds() - since
 
 
+def last_psnr(vae: Path) -> float:
+    """Of the validation that ended the training of a VAE, whose model folder this is, in dB."""
+    lines = map(json.loads, (vae.parent / "log.jsonl").read_text().splitlines())
+    return round([line["validation_psnr"] for line in lines if "validation_psnr" in line][-1], 2)
+
+
 def train_once(stage: Buildable[Any], config: TrainingConfig, run: Path, seed: int) -> tuple[Path, float]:
     """The model folder of a text tower or VAE, trained where it was not yet, and the seconds that its training took."""
     config = config.model_copy(update={"seed": seed, **QUIET})
@@ -185,6 +191,7 @@ def run_seed(config: SpeedrunConfig, seed: int, captions: HeldOutCaptions) -> di
     until = {target: [t for t, share in curve.values() if share >= target] for target in TARGETS}
     return {
         "seconds": {"clip": round(clip_seconds, 1), "vae": round(vae_seconds, 1)},
+        "vae_psnr": last_psnr(vae),
         "curve": {step: [round(before + t, 1), round(share, 4)] for step, (t, share) in curve.items()},
         "until": {f"{target:.0%}": round(before + t[0], 1) if t else None for target, t in until.items()},
     }
@@ -205,7 +212,7 @@ def measure(config: SpeedrunConfig, run_seed: Callable[[Any, int, HeldOutCaption
         results.setdefault(config.name, {})[str(seed)] = {**measured, **run_seed(config, seed, captions)}
         write_text(RESULTS, json.dumps(results, indent=1) + "\n")
     header = ["change", *(f"seconds to {target:.0%}" for target in TARGETS), f"steps to {TARGETS[-1]:.0%}"]
-    header += ["at the end", "GFLOP/s", "command"]
+    header += ["at the end", "VAE, dB", "GFLOP/s", "command"]
     table = markdown_table(header, [row(name, list(seeds.values())) for name, seeds in results.items()])
     write_text(RECORDS, f"{RECORDS.read_text().split(MARK)[0]}{MARK}\n\n{table}\n")
     print(table)
@@ -229,6 +236,7 @@ def row(name: str, seeds: list[dict[str, Any]]) -> list[str]:
     steps = [[step for step, (_, share) in seed["curve"].items() if share >= TARGETS[-1]] for seed in seeds]
     cells.append(", ".join(str(reached[0]) if reached else "never" for reached in steps))
     cells.append("; ".join(f"{share:.1%} after {seconds:.0f} s" for seconds, share in last))
+    cells.append(", ".join(f"{seed['vae_psnr']:.1f}" for seed in seeds if "vae_psnr" in seed))
     speeds = [f"{seed['matmul_gflops']:.0f}, {seed['conv_gflops']:.0f}" for seed in seeds]
     commands = [f"`{seed['command']}` at {seed['commit']}" for seed in seeds]
     return [name, *cells, *("; ".join(dict.fromkeys(each)) for each in (speeds, commands))]

@@ -9,6 +9,8 @@ LPIPS, whose weights are not at hand, and no discriminator, which starts after 5
 predicts the noise on the schedule of Stable Diffusion. Both start from nothing, so the learning rate is 1e-4, that of
 the script which does so too (train_unconditional.py). With ACCELERATE_MIXED_PRECISION=bf16 it trains in bf16, as the
 speedrun does.
+
+--peer-learning-rate and --peer-warmup-steps change what is too slow for so few steps.
 """
 
 import os
@@ -34,27 +36,32 @@ from ldm.rng import generator
 from ldm.stages.clip import CLIPStage
 from ldm.text import TextConditioner, load_text_encoder
 
-BATCH, WARMUP_STEPS, TRAIN_STEPS = 16, 500, 1000
+BATCH, TRAIN_STEPS = 16, 1000
 VAE_WIDTHS, UNET_WIDTHS = (32, 64, 128, 128), (128, 256, 256)
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 class DiffusersConfig(SpeedrunConfig):
-    """Settings of the peer: its seconds, and its learning rate."""
+    """Settings of the peer: its seconds, its learning rate and the warm-up of that."""
 
     name: str = "diffusers"
     vae_seconds: float = Field(140, gt=0)
     unet_seconds: float = Field(520, gt=0)
     peer_learning_rate: float = Field(1e-4, gt=0)
+    peer_warmup_steps: int = Field(500, ge=0)
     guidance_scale: float = 7.5
 
 
 def train_for(
-    seconds: float, network: nn.Module, loss: Callable[[Batch], Tensor], batches: Iterator[Batch], rate: float
+    seconds: float,
+    network: nn.Module,
+    loss: Callable[[Batch], Tensor],
+    batches: Iterator[Batch],
+    config: DiffusersConfig,
 ) -> int:
     """Train for so many seconds, and leave the averaged weights in the network; returns the steps."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=1e-2)
-    schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=WARMUP_STEPS)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.peer_learning_rate, weight_decay=1e-2)
+    schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=config.peer_warmup_steps)
     ema, steps, end = EMAModel(network.parameters()), 0, time.perf_counter() + seconds
     while time.perf_counter() < end:
         with torch.autocast("cpu", torch.bfloat16, enabled=os.environ.get(PRECISION) == "bf16"):
@@ -139,10 +146,8 @@ def run_seed(config: DiffusersConfig, seed: int, captions: HeldOutCaptions) -> d
     torch.manual_seed(seed)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = AutoencoderKL(**blocks, block_out_channels=VAE_WIDTHS, layers_per_block=2, norm_num_groups=32)
-    rate = config.peer_learning_rate
-    vae_steps = train_for(
-        config.vae_seconds, vae, lambda batch: vae_loss(vae, batch), batches(config.vae.data, seed), rate
-    )
+    loss = partial(vae_loss, vae)
+    vae_steps = train_for(config.vae_seconds, vae, loss, batches(config.vae.data, seed), config)
     with torch.no_grad():  # diffusers leaves this number to the user: the latents get a deviation of 1
         some = torch.cat([batch["image"] for batch in islice(batches(config.vae.data, seed), 16)])
         vae.register_to_config(scaling_factor=1 / vae.encode(some).latent_dist.sample().std().item())
@@ -157,7 +162,7 @@ def run_seed(config: DiffusersConfig, seed: int, captions: HeldOutCaptions) -> d
     )
     scheduler = DDPMScheduler(**SCHEDULE, num_train_timesteps=TRAIN_STEPS)
     loss = partial(unet_loss, unet, vae, text, scheduler)
-    unet_steps = train_for(config.unet_seconds, unet, loss, batches(config.ldm.data, seed), rate)
+    unet_steps = train_for(config.unet_seconds, unet, loss, batches(config.ldm.data, seed), config)
     share = captions.share_right(partial(sample, unet, vae, text, config.guidance_scale))
     total = clip_seconds + config.vae_seconds + config.unet_seconds
     return {
