@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldm.data.latents import InMemoryLatents
@@ -32,10 +33,16 @@ def long_captions(stage: DiffusionStage) -> None:
 
 def keep_captions(stage: DiffusionStage, kept: Callable[[str], bool]) -> None:
     """Images are trained with some of their captions."""
-    assert isinstance(stage.data, InMemoryLatents)
-    images = stage.data.data
-    captions = [[text for text in texts if kept(text)] for texts in images.source.captions]
-    images.source = dataclasses.replace(images.source, captions=captions)
+    open_data = stage.open_data
+
+    def open_some(accelerator: Accelerator) -> None:
+        open_data(accelerator)
+        assert isinstance(stage.data, InMemoryLatents)
+        images = stage.data.data
+        captions = [[text for text in texts if kept(text)] for texts in images.source.captions]
+        images.source = dataclasses.replace(images.source, captions=captions)
+
+    stage.open_data = open_some  # type: ignore[method-assign]
 
 
 def muon(stage: DiffusionStage) -> None:
