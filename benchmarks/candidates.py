@@ -5,44 +5,17 @@ does not stays in the table, whose row names the commit that had it. Muon is her
 steps, but on a CPU each takes 2.5 times as long.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ldm.data.latents import InMemoryLatents
 from ldm.stages.diffusion import DiffusionStage
 from ldm.training.stage import Trainable
 
 Candidate = Callable[[DiffusionStage], None]
 MUON_RATIO = 20  # of Muon's learning rate to AdamW's
-
-
-def short_captions(stage: DiffusionStage) -> None:
-    """Training has only the captions that leave the background open."""
-    keep_captions(stage, lambda text: "background" not in text)
-
-
-def long_captions(stage: DiffusionStage) -> None:
-    """Training has only the captions that name the background."""
-    keep_captions(stage, lambda text: "background" in text)
-
-
-def keep_captions(stage: DiffusionStage, kept: Callable[[str], bool]) -> None:
-    """Images are trained with some of their captions."""
-    open_data = stage.open_data
-
-    def open_some(accelerator: Accelerator) -> None:
-        open_data(accelerator)
-        assert isinstance(stage.data, InMemoryLatents)
-        images = stage.data.data
-        captions = [[text for text in texts if kept(text)] for texts in images.source.captions]
-        images.source = dataclasses.replace(images.source, captions=captions)
-
-    stage.open_data = open_some  # type: ignore[method-assign]
 
 
 def muon(stage: DiffusionStage) -> None:
@@ -88,6 +61,4 @@ def newton_schulz(matrix: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrix)
 
 
-CANDIDATES: dict[str, Candidate] = {
-    candidate.__name__: candidate for candidate in (muon, short_captions, long_captions)
-}
+CANDIDATES: dict[str, Candidate] = {candidate.__name__: candidate for candidate in (muon,)}

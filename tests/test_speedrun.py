@@ -55,6 +55,8 @@ def test_a_run_ends_at_the_last_target_and_gets_a_row(record: Any, tmp_path: Pat
     seconds, share = seed["curve"]["2"]
     assert share == 1 and seed["until"] == {"90%": seconds, "97%": seconds}
     assert seconds > seed["seconds"]["clip"] + seed["seconds"]["vae"]
+    cells = (tmp_path / "records.md").read_text().splitlines()[-1].split(" | ")
+    assert f"{seed['vae_psnr']:.1f}" in cells
     again = record("Half right", 0.5)
     assert again["seconds"] == seed["seconds"], "the text tower and the VAE are used again"
     assert again["until"] == {"90%": None, "97%": None} and list(again["curve"]) == ["2", "4"]
