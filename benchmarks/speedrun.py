@@ -131,7 +131,7 @@ def last_psnr(vae: Path) -> float:
 def train_once(stage: Buildable[Any], config: TrainingConfig, run: Path, seed: int) -> tuple[Path, float]:
     """The model folder of a text tower or VAE, trained where it was not yet, and the seconds that its training took."""
     config = config.model_copy(update={"seed": seed, **QUIET})
-    settings = short_hash(json.dumps(config.to_dict(), default=str))
+    settings = short_hash(json.dumps([config.to_dict(), os.environ.get(PRECISION)], default=str))
     folder = run / f"{config.run.name}-{settings}"
     file = folder / "seconds.json"
     if not file.is_file():

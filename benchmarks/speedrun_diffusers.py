@@ -10,7 +10,8 @@ predicts the noise on the schedule of Stable Diffusion. Both start from nothing,
 the script which does so too (train_unconditional.py). With ACCELERATE_MIXED_PRECISION=bf16 it trains in bf16, as the
 speedrun does.
 
---peer-learning-rate and --peer-warmup-steps change what is too slow for so few steps.
+--peer-learning-rate and --peer-warmup-steps change what is too slow for so few steps. Of the recipe's own settings
+those of the text tower and of the data count.
 """
 
 import os
@@ -46,10 +47,15 @@ class DiffusersConfig(SpeedrunConfig):
 
     name: str = "diffusers"
     vae_seconds: float = Field(140, gt=0)
+    """in which the VAE is trained"""
     unet_seconds: float = Field(520, gt=0)
+    """in which the U-Net is trained"""
     peer_learning_rate: float = Field(1e-4, gt=0)
+    """of both"""
     peer_warmup_steps: int = Field(500, ge=0)
+    """of both"""
     guidance_scale: float = 7.5
+    """with which images are generated"""
 
 
 def train_for(

@@ -202,8 +202,10 @@ def test_the_report_has_the_machine_all_measures_and_all_figures(tmp_path: Path)
     measures = {"prompt accuracy, all": {"value": 0.9, "low": 0.8, "high": 1.0, "samples": 7}}
     report = {"seconds": {"clip": 61.0, "evaluate": 9.0}, "threads": {"clip": 2, "evaluate": 1},
               "total_minutes": 1.2, "peak_memory_gib": 1.5,
-              "machine": "Linux", "measures": measures, "speed": speed}  # fmt: skip
-    demo.write_report(tmp_path, report, FiguresConfig(captions=("a red star",), open_caption="a blue star"))
+              "machine": "Linux", "measures": measures, "speed": speed,
+              "data": {"source": "shapes", "emoji_font": None}}  # fmt: skip
+    figures = FiguresConfig(captions=("a red star",), open_caption="a blue star")
+    demo.write_report(tmp_path, report, figures)
     text, page = ((tmp_path / f"report.{kind}").read_text() for kind in ("md", "html"))
     parts = (speed["processor"], "GFLOP/s", "3x3, 8 channels, 4 x 4, batch 2", "prompt accuracy, all", "0.800 to 1.000")
     for part in (*parts, "1.5 GiB", "evaluate", "a blue star"):
@@ -215,6 +217,9 @@ def test_the_report_has_the_machine_all_measures_and_all_figures(tmp_path: Path)
     assert len(seen.addresses) == len(FIGURES) and {"table", "style", "title"} <= seen.tags
     assert all(address.startswith(("data:image/png;base64,", "data:image/gif;base64,")) for address in seen.addresses)
     assert "url(" not in page and "@import" not in page and "script" not in seen.tags
+    assert "OpenMoji" not in text
+    report["data"] = {"source": "characters", "emoji_font": None}
+    assert "[OpenMoji](https://openmoji.org), under [CC BY-SA 4.0]" in demo.to_markdown(report, figures)
 
 
 def test_a_page_is_escaped_and_titled() -> None:

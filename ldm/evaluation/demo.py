@@ -13,11 +13,13 @@ import torch
 
 from ldm.cli import ScriptConfig
 from ldm.config import CONFIGS, read_yaml
+from ldm.data.sources.emoji_font import OPENMOJI_CREDIT
 from ldm.evaluation.figures import FiguresConfig, loss_curves
 from ldm.evaluation.html import to_html
 from ldm.evaluation.machine import MachineSpeed, free_cores, measure_machine, own_cores, recipe_conv
 from ldm.evaluation.report import markdown_table
 from ldm.io.atomic import write_text
+from ldm.io.model_dir import read_json
 from ldm.io.tensors import sha256
 from ldm.planning.device import GIB, clock, peak_rss
 
@@ -162,6 +164,7 @@ def finish_report(report: dict[str, Any], model: Path) -> None:
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "measures": measured["measures"],
         "model_hash": sha256(model / "unet.safetensors")[:10],
+        "data": read_json(model / "model.json")["metadata"]["data"],
     }
 
 
@@ -198,6 +201,8 @@ def to_markdown(report: dict[str, Any], figures: FiguresConfig) -> str:
         "Losses and validation scores of the three trainings.",
         "![losses](losses.png)",
     ]
+    if report["data"]["source"] == "characters" and report["data"]["emoji_font"] is None:
+        parts.append(OPENMOJI_CREDIT)
     return "\n\n".join(parts) + "\n"
 
 

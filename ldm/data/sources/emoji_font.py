@@ -13,6 +13,10 @@ FONT_NAMES = re.compile(r"NotoColorEmoji.*\.ttf|Apple Color Emoji\.ttc|seguiemj\
 FONT_PIXEL_SIZES = (160, 109)  # of the largest bitmaps of Apple's font and of Noto's
 MISSING_GLYPH = "\U0010fffd"  # a private character, in no font: shows how the font draws what it lacks
 MAX_RELATIVE_WIDTH = 1.25  # to one emoji; a sequence that the font cannot join is drawn as several, side by side
+OPENMOJI_CREDIT = (
+    "The images show emoji designed by [OpenMoji](https://openmoji.org), under "
+    "[CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/)."
+)
 FIRST_PRIVATE = 0xF0000  # the first character of a plane that is left to private use
 EMOJI_STYLE = "\ufe0f"  # asks for colour, which these fonts have alone
 
