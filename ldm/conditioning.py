@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 KV = tuple[Tensor, Tensor]  # keys and values
@@ -31,6 +32,11 @@ class Conditioning:
     pooled: Tensor | None = None  # (b, pooled_dim), added to the time embedding
     sizes: Tensor | None = None  # (b or 1, 6), pixels: original height and width, crop top and left, height and width
     spatial: Tensor | None = None  # (b or 1, cond_channels, h, w), concatenated to z_t
+
+    def cast(self, dtype: torch.dtype) -> "Conditioning":
+        """The same in another precision: what networks multiply, so neither masks nor sizes."""
+        parts = {name: getattr(self, name) for name in ("context", "pooled", "spatial")}
+        return replace(self, **{name: part if part is None else part.to(dtype) for name, part in parts.items()})
 
     def cached(self) -> "Conditioning":
         """The same with a `CachedContext`, for sampling."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,25 @@ def train(
 
     command(STAGES[stage].Config, action, "", default=STAGES[stage].default)(tiny_flags(stage, run_dir, *flags))
     return run_dir / "model"
+
+
+def accelerator_on(device: torch.device) -> Any:
+    """What stages ask of an accelerator."""
+    values = {"device": device, "is_main_process": True, "process_index": 0, "num_processes": 1}
+    return SimpleNamespace(**values, print=print, wait_for_everyone=lambda: None)
+
+
+def build_stage(name: str, run: Path, *flags: str, device: torch.device) -> Any:
+    """A tiny stage, with data, its trainables on the device as the loop puts them there."""
+    stage_class = STAGES[name]
+    quick = ["--no-cache-latents", "--sample-prompts", "a star"] if name == "ldm" else []
+    argv = tiny_flags(name, run, *quick, *flags)
+    config = parse_cli(stage_class.Config, argv, default=stage_class.default, description="")
+    stage = stage_class.build(config, accelerator_on(device))
+    stage.open_data(accelerator_on(device))
+    for trainable in stage.trainables:
+        trainable.module.to(device)
+    return stage
 
 
 def train_recipe(recipe: str, stage: str, run_dir: Path, *flags: str) -> Path:

@@ -1,40 +1,19 @@
 """Every batch reaches the networks where these are: all stages on a GPU that is pretended, where mixed devices fail."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import STAGE_NAMES, tiny_flags
+from helpers import STAGE_NAMES, accelerator_on, build_stage
 from pretend_gpu import OnGPU, pretend_gpu
 
 from ldm.cli import parse_cli
 from ldm.data.batch_sampler import SampleKey
 from ldm.data.loader import collate
 from ldm.rng import StepRNG
-from ldm.stages import STAGES
 from ldm.stages.diffusion import DiffusionStage
 from ldm.stages.latents import CacheLatentsConfig, LatentWriter
-
-
-def accelerator_on(device: torch.device) -> Any:
-    """What stages ask of an accelerator."""
-    values = {"device": device, "is_main_process": True, "process_index": 0, "num_processes": 1}
-    return SimpleNamespace(**values, print=print, wait_for_everyone=lambda: None)
-
-
-def build(name: str, run: Path, *flags: str, device: torch.device) -> Any:
-    """The tiny stage, with data, its trainables on the device as the loop puts them there."""
-    stage_class = STAGES[name]
-    quick = ["--no-cache-latents", "--sample-prompts", "a star"] if name == "ldm" else []
-    argv = tiny_flags(name, run, *quick, *flags)
-    config = parse_cli(stage_class.Config, argv, default=stage_class.default, description="")
-    stage = stage_class.build(config, accelerator_on(device))
-    stage.open_data(accelerator_on(device))
-    for trainable in stage.trainables:
-        trainable.module.to(device)
-    return stage
 
 
 def use(stage: Any, device: torch.device) -> None:
@@ -55,7 +34,7 @@ def use(stage: Any, device: torch.device) -> None:
 @pytest.mark.parametrize("name", STAGE_NAMES)
 def test_each_stage(name: str, tiny_runs: Path) -> None:
     with pretend_gpu() as device:
-        use(build(name, tiny_runs / "on_gpu", device=device), device)
+        use(build_stage(name, tiny_runs / "on_gpu", device=device), device)
 
 
 def test_cached_latents_with_text_embeddings_and_sizes(tiny_runs: Path, tmp_path: Path) -> None:
@@ -66,7 +45,7 @@ def test_cached_latents_with_text_embeddings_and_sizes(tiny_runs: Path, tmp_path
     with pretend_gpu() as device:
         LatentWriter(config, accelerator_on(device)).run()
         cached = ["--cached-latents", str(config.out), "--unet.size-embed-dim", "8"]
-        stage = build("ldm", tiny_runs / "on_gpu", *cached, device=device)
+        stage = build_stage("ldm", tiny_runs / "on_gpu", *cached, device=device)
         assert "hidden_states" in stage.validation
         use(stage, device)
 
@@ -76,6 +55,6 @@ def test_a_batch_that_is_left_on_the_cpu_is_found(tiny_runs: Path, monkeypatch: 
         DiffusionStage, "latents", lambda stage, batch, randn: torch.zeros(len(batch["sizes"]), 4, 4, 4)
     )
     with pretend_gpu() as device:
-        stage = build("ldm", tiny_runs / "on_gpu", device=device)
+        stage = build_stage("ldm", tiny_runs / "on_gpu", device=device)
         with torch.no_grad(), pytest.raises(RuntimeError, match="same device, found cuda:0 and cpu"):
             stage.validate()

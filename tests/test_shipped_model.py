@@ -88,7 +88,7 @@ def test_an_installed_package_has_all_its_files() -> None:
 
 
 def small_copy(model: Path, target: Path) -> Path:
-    convert.main([str(model), str(target), "--precision", "float16", "--prune-tokens"])
+    convert.main([str(model), str(target), "--precision", "fp16", "--prune-tokens"])
     return target
 
 
@@ -145,12 +145,12 @@ def test_a_pruned_tower_whose_ids_do_not_fit(tiny_model: Path, tmp_path: Path) -
 
 
 def test_a_vae_alone_in_half_precision(tiny_runs: Path, tmp_path: Path) -> None:
-    convert.main([str(tiny_runs / "vae/model"), str(tmp_path / "small"), "--precision", "float16"])
+    convert.main([str(tiny_runs / "vae/model"), str(tmp_path / "small"), "--precision", "fp16"])
     sizes = [(folder / "vae.safetensors").stat().st_size for folder in (tiny_runs / "vae/model", tmp_path / "small")]
     assert sizes[1] < 0.6 * sizes[0]
 
 
-@pytest.mark.parametrize("flags", [["--precision", "float16"], ["--prune-tokens"]])
+@pytest.mark.parametrize("flags", [["--precision", "fp16"], ["--prune-tokens"]])
 def test_other_formats_are_written_whole(flags: list[str], tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="are for --format ldm: leave them out with diffusers"):
         convert.main([str(tiny_model), str(tmp_path / "out"), "--format", "diffusers", *flags])
@@ -160,5 +160,5 @@ def test_half_precision_that_changes_the_image_is_not_written(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ldm.pipeline.convert, "compare", lambda one, other: 3.0)
-    with pytest.raises(SystemExit, match="differ by 3 of 255, so nothing was written: leave out --precision float16"):
+    with pytest.raises(SystemExit, match="differ by 3 of 255, so nothing was written: leave out --precision fp16"):
         small_copy(tiny_model, tmp_path / "small")

@@ -21,7 +21,7 @@ from ldm.evaluation.features import Extractor, open_extractor, own_extractor
 from ldm.imaging import to_8_bits
 from ldm.io.model_dir import latest_model, model_kind, read_manifest
 from ldm.pipeline import Pipeline
-from ldm.pipeline.load import PipelineManifest, load_components
+from ldm.pipeline.load import PipelineManifest, Precision, load_components
 
 
 class EvaluateConfig(ScriptConfig):
@@ -54,6 +54,8 @@ class EvaluateConfig(ScriptConfig):
     seed: int = 0
     device: str | None = None
     """cpu, cuda or mps; the best available one when left out"""
+    precision: Precision | None = None
+    """what the model's networks compute in; when left out bf16 on GPUs that have it, else float32"""
     sweep: bool = False
     """measure each combination of the following instead, into sweep.json and a heat map, sweep.png"""
     sweep_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 7.5)
@@ -99,7 +101,7 @@ class Subject:
 
 def open_subject(folder: Path, config: EvaluateConfig) -> Subject:
     """Read the model, the extractor and the held-out images."""
-    pipeline = Pipeline.load(folder, device=config.device)
+    pipeline = Pipeline.load(folder, device=config.device, precision=config.precision)
     if pipeline.vae is not None:
         config.data.check_channels(pipeline.vae.config.image_channels)
     own = own_extractor(pipeline)

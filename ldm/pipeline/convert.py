@@ -46,11 +46,11 @@ class ConvertConfig(ScriptConfig):
     """a folder of ldm, a folder of diffusers, or a single file; the last two hold models of configs/exportable/"""
     use_ema: bool = False
     """read the averaged weights of a single file"""
-    precision: Literal["float32", "float16"] = "float32"
+    precision: Literal["float32", "fp16"] = "float32"
     """of the weights in the files, for --format ldm, which are read back as float32"""
     prune_tokens: bool = False
     """leave out the embeddings of tokens that no word of the training captions has, for --format ldm; a text tower
-    that is pruned or in float16 is stored without the image tower that it was trained with"""
+    that is pruned or in fp16 is stored without the image tower that it was trained with"""
 
     @property
     def reduces(self) -> bool:
@@ -74,7 +74,7 @@ def convert(config: ConvertConfig) -> None:
             difference = compare(Pipeline(source).to("cpu"), Pipeline.load(written, device="cpu"))
         if difference > MAX_PIXEL_DIFFERENCE:
             reason = f"read back as {config.format}, its pixels differ by {difference:g} of 255"
-            remedy = ": leave out --precision float16" if config.precision == "float16" else ""
+            remedy = ": leave out --precision fp16" if config.precision == "fp16" else ""
             raise ValueError(f"{config.source} generates another image: {reason}, so nothing was written{remedy}")
         written.rename(target)
     print(f"{target}: written as {config.format}, read back; the same image differs by {difference:g} of 255")
@@ -125,7 +125,7 @@ def reduce(source: ModelComponents | VAE, config: ConvertConfig) -> ModelCompone
             raise ValueError(f"{config.source} holds no text tower with its captions' words: leave out --prune-tokens")
         for tower in towers:
             tower.prune(words)
-    if config.precision == "float16":
+    if config.precision == "fp16":
         for network in filter(None, networks):
             network.half()
     for tower in towers:

@@ -82,11 +82,12 @@ class PromptDenoiser:
             embeddings = self.text(prompts) if self.literal else self.text.encode_prompts(prompts)
             cond = text_conditioning(self.text, embeddings)
         sizes = self.sizes if unet.config.size_embed_dim else None
-        cond = replace(cond, sizes=sizes, spatial=self.spatial).cached()
+        dtype = unet.conv_in.weight.dtype
+        cond = replace(cond, sizes=sizes, spatial=self.spatial).cast(dtype).cached()
 
         @torch.no_grad()
         def network(z_t: Tensor, t: Tensor) -> Tensor:
             timestep = self.diffusion.network_timestep(t[:1]).to(z_t.device, torch.float32)  # all images have one t
-            return unet(z_t, timestep, cond)
+            return unet(z_t.to(dtype), timestep, cond)
 
         return self.diffusion.denoiser(network)

@@ -21,7 +21,7 @@ from ldm.io.model_dir import (
     read_vocabulary,
     write_manifest,
 )
-from ldm.io.tensors import check_finite, load_weights, save_weights, sha256, weights_sha256
+from ldm.io.tensors import check_finite, load_weights, save_weights, sha256
 from ldm.text import TextConditioner, TextConfig, TextEncoder, combine_encoders
 from ldm.text.weights import LOCAL
 from ldm.unet import UNet, UNetConfig
@@ -30,6 +30,9 @@ from ldm.vae.tiny import TinyDecoder
 
 UNET_FILE, VAE_FILE, PREVIEW_FILE = "unet.safetensors", "vae.safetensors", "preview.safetensors"
 TEXT_FOLDERS = ("text", "second_text")
+
+Precision = Literal["float32", "bf16", "fp16"]
+DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -93,6 +96,13 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
     return torch.device(device)
 
 
+def resolve_precision(name: Precision | None, device: torch.device) -> Precision:
+    """This precision, or the best on a device: bf16 on GPUs that have it, else float32."""
+    if name is None and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return name or "float32"
+
+
 def weights_file(path: Path) -> Path:
     """The file that `load_components` reads the U-Net of a model from; of several, the first."""
     return path if path.is_file() else min(path.glob("unet/*.safetensors"), default=path / UNET_FILE)
@@ -150,7 +160,7 @@ def save_preview_decoder(decoder: TinyDecoder, folder: Path, vae_sha256: str) ->
     write_tensors(folder / PREVIEW_FILE, decoder.state_dict(), {"vae_sha256": vae_sha256})
 
 
-def load_preview_decoder(folder: Path, vae: VAE) -> TinyDecoder | None:
+def load_preview_decoder(folder: Path, config: VAEConfig) -> TinyDecoder | None:
     """The tiny decoder of a model folder, on the CPU, if it has one; ValueError: damaged, or of another VAE."""
     path, again = folder / PREVIEW_FILE, "run scripts/distill_decoder.py again, or remove it"
     if not path.is_file():
@@ -160,10 +170,10 @@ def load_preview_decoder(folder: Path, vae: VAE) -> TinyDecoder | None:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): {again}") from None
-    if metadata.get("vae_sha256") != weights_sha256(vae):
+    if metadata.get("vae_sha256") != sha256(folder / VAE_FILE):
         raise ValueError(f"{path} imitates another VAE than that of this model: {again}")
     with torch.device("meta"):
-        decoder = TinyDecoder(vae.config)
+        decoder = TinyDecoder(config)
     load_weights(decoder, path)
     return decoder.requires_grad_(False).eval()
 

@@ -1,5 +1,6 @@
 """The pipeline: prompts -> guided denoiser -> sampler -> latents -> images."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,10 +28,19 @@ from ldm.pipeline.inputs import (
     upright_mask,
     upright_rgb,
 )
-from ldm.pipeline.load import load_components, load_preview_decoder, resolve_device, save_components
+from ldm.pipeline.load import (
+    DTYPES,
+    Precision,
+    load_components,
+    load_preview_decoder,
+    resolve_device,
+    resolve_precision,
+    save_components,
+)
 from ldm.text.prompt_weights import strip_weights
 from ldm.text.tokenizer import split_words
 from ldm.unet import UNet
+from ldm.vae import VAE
 from ldm.vae.tiling import tiled_decode
 from ldm.vae.tiny import TinyDecoder
 
@@ -54,13 +64,17 @@ class Pipeline:
     # Model folders.
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str | torch.device | None = None) -> "Pipeline":
+    def load(
+        cls, path: str | Path, *, device: str | torch.device | None = None, precision: Precision | None = None
+    ) -> "Pipeline":
         """Read a model: a folder, ours or one of diffusers, or a single CompVis file; see `load_components`.
 
-        It is moved to `device`: the accelerator of this machine, if it has one, when left out.
+        It is moved to `device`: the accelerator of this machine, if it has one, when left out. Its networks compute in
+        `precision`: bf16 on GPUs that have it, else float32, when left out. Latents stay in float32.
         """
         resolved = resolve_device(device)
-        return cls(load_components(Path(path)), Path(path)).to(resolved)
+        precision = resolve_precision(precision, resolved)
+        return cls(load_components(Path(path)), Path(path)).to(resolved, precision)
 
     def save(self, folder: str | Path) -> None:
         """Write a model folder that explains itself."""
@@ -88,12 +102,21 @@ class Pipeline:
 
     # Networks.
 
-    def to(self, device: str | torch.device) -> "Pipeline":
-        """Freeze the networks, move them, and return self."""
+    def to(self, device: str | torch.device, precision: Precision | None = None) -> "Pipeline":
+        """Freeze the networks, move them, let them compute in a precision, as they do when left out; returns self."""
         for module in (self.unet, self.vae, self.text, self.guide_unet):
             if module is not None:
                 module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+                if precision is not None:
+                    cast = module.cast if isinstance(module, VAE) else module.to
+                    cast(DTYPES[precision])
         return self
+
+    @property
+    def precision(self) -> Precision:
+        """What the U-Net computes in."""
+        dtype = self.unet.conv_in.weight.dtype
+        return next(name for name, own in DTYPES.items() if own == dtype)
 
     @property
     def device(self) -> torch.device:
@@ -121,8 +144,17 @@ class Pipeline:
             return latents.clamp(-1, 1)
         latents = self.vae.unstandardize(latents)
         if tile is None or max(latents.shape[-2:]) <= tile:
-            return self.vae.decode(latents).clamp(-1, 1)
-        return tiled_decode(self.vae.decode, latents, factor=self.vae_factor, tile=tile).clamp(-1, 1)
+            return self._decode_raw(latents).clamp(-1, 1)
+        return tiled_decode(self._decode_raw, latents, factor=self.vae_factor, tile=tile).clamp(-1, 1)
+
+    def _decode_raw(self, latents: Tensor) -> Tensor:
+        """Raw latents -> pixels, in float32; the VAE of Stable Diffusion XL is known to overflow float16."""
+        assert self.vae is not None
+        images = self.vae.decode(latents).float()
+        if self.vae.dtype == torch.float16 and not images.isfinite().all():
+            warnings.warn("the VAE overflows fp16: it decodes in float32 from now on", stacklevel=2)
+            images = self.vae.cast(torch.float32).decode(latents)
+        return images
 
     @torch.no_grad()
     def preview(self, latents: Tensor) -> list[Image.Image]:
@@ -141,7 +173,7 @@ class Pipeline:
     @cached_property
     def _preview_decoder(self) -> TinyDecoder | None:
         is_folder = self.vae is not None and self.path is not None and self.path.is_dir()
-        decoder = load_preview_decoder(self.path, self.vae) if is_folder else None  # type: ignore[arg-type]
+        decoder = load_preview_decoder(self.path, self.vae.config) if is_folder else None  # type: ignore[arg-type, union-attr]
         return decoder.to(self.device) if decoder else None
 
     def linear_preview(self, latents: Tensor) -> list[Image.Image]:

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from ldm.config import Config
 from ldm.diffusion.guidance import GuidanceConfig
 from ldm.imaging import save_image
+from ldm.pipeline.load import Precision
 
 PNG_CHUNK = "ldm"
 RECORD_VERSION: Final = 2
@@ -66,6 +67,7 @@ class GenerationRecord(Config):
     model_hash: str
     guide_model: str | None = None
     guide_model_hash: str | None = None
+    precision: Precision = "float32"
 
     @model_validator(mode="after")
     def _check_index(self) -> "GenerationRecord":
@@ -76,7 +78,16 @@ class GenerationRecord(Config):
     @property
     def pipeline_kwargs(self) -> dict[str, Any]:
         """The arguments of `Pipeline.__call__`, without those of the init image."""
-        others = {"version", "index", "init_image", "model", "model_hash", "guide_model", "guide_model_hash"}
+        others = {
+            "version",
+            "index",
+            "init_image",
+            "model",
+            "model_hash",
+            "guide_model",
+            "guide_model_hash",
+            "precision",
+        }
         return {name: value for name, value in self if name not in others}
 
 

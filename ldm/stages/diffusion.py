@@ -224,8 +224,9 @@ class DiffusionStage(Stage):
         if "mean" in batch:
             posterior = Posterior(*(batch[key].to(self.device, non_blocking=True) for key in ("mean", "logvar")))
         else:
-            with torch.no_grad():
-                posterior = self.vae.encode(batch["image"].to(self.device, non_blocking=True))
+            images = batch["image"].to(self.device, non_blocking=True)
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # in float32, as they are cached
+                posterior = self.vae.encode(images)
         return self.vae.standardize(posterior.sample(randn(posterior.mean.shape[1:])))
 
     @torch.no_grad()

@@ -194,17 +194,29 @@ class VAE(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(latents))
         self.register_buffer("latent_std", torch.ones(latents))
 
+    def cast(self, dtype: torch.dtype) -> "VAE":
+        """Compute in this precision, but for the statistics and the linear part, which stay in float32."""
+        for part in (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv):
+            part.to(dtype)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its convolutions compute in, outside of autocast."""
+        return self.quant_conv.weight.dtype
+
     def encode(self, images: Tensor) -> Posterior:
         """Pixels (b, c, h, w) in [-1, 1] -> the posterior, (b, *latent_shape); ValueError: see `latent_size`."""
         self.config.latent_shape(images)  # checks the sides
-        mean, logvar = self.quant_conv(self.encoder(images)).float().chunk(2, dim=1)
+        h = self.encoder(images.to(self.dtype))
+        mean, logvar = self.quant_conv(h).float().chunk(2, dim=1)
         if self.linear is not None:
             mean = mean + self.linear.to_latents(images)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents (b, latent_channels, h, w) -> (b, c, h * factor, w * factor) pixels, about in [-1, 1]."""
-        images = self.decoder(self.post_quant_conv(latents))
+        images = self.decoder(self.post_quant_conv(latents.to(self.dtype)))
         if self.linear is not None:
             images = images + self.linear.to_images(latents)
         return images
