@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import STAGE_NAMES, accelerator_on, build_stage
-from pretend_gpu import OnGPU, pretend_gpu
+from pretend_gpu import OnGPU, pretend_gpu, waits
 
 from ldm.cli import parse_cli
 from ldm.data.batch_sampler import SampleKey
 from ldm.data.loader import collate
+from ldm.pipeline.inputs import initial_noise
 from ldm.rng import StepRNG
 from ldm.stages.diffusion import DiffusionStage
 from ldm.stages.latents import CacheLatentsConfig, LatentWriter
@@ -58,3 +59,53 @@ def test_a_batch_that_is_left_on_the_cpu_is_found(tiny_runs: Path, monkeypatch: 
         stage = build_stage("ldm", tiny_runs / "on_gpu", device=device)
         with torch.no_grad(), pytest.raises(RuntimeError, match="same device, found cuda:0 and cpu"):
             stage.validate()
+
+
+DISCRETE = (
+    "--diffusion.noise-schedule scaled_linear --diffusion.prediction epsilon --diffusion.shift 1 --diffusion.t-min 0 "
+    "--diffusion.loss-weighting uniform --diffusion.gamma None --diffusion.snr-floor None"
+)
+
+
+def pinned(batch: Any) -> Any:
+    """As the loader gives it where there is a GPU."""
+    return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"), [("clip", ""), ("vae", ""), ("ldm", ""), ("ldm", DISCRETE), ("ldm", "--unet.size-embed-dim 8")]
+)
+def test_a_step_does_not_wait_for_the_gpu(name: str, flags: str, tiny_runs: Path) -> None:
+    with pretend_gpu() as device:
+        stage = build_stage(name, tiny_runs / "on_gpu", *flags.split(), device=device)
+        networks = {trainable.name: trainable.module for trainable in stage.trainables}
+        for step in range(2):  # the first puts tables on the device
+            batch = pinned(collate([stage.data[SampleKey(i, 0, i)] for i in range(4)]))
+            waits.clear()
+            for trained in networks:
+                stage.loss(trained, networks, batch, StepRNG(0, step, range(4), 4, device))["loss"].backward()
+        assert not waits, dict(waits)
+
+
+def test_a_wait_is_found(tiny_runs: Path) -> None:
+    with pretend_gpu() as device:
+        waits.clear()
+        ones = torch.ones(3, device=device)
+        ones.sum().item()
+        torch.zeros(3).to(device)
+        ones[ones > 0]
+        torch.zeros(3).pin_memory().to(device, non_blocking=True)
+    assert sum(waits.values()) == 3
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddim", "ddpm", "unipc"])
+def test_a_sampling_step_does_not_wait_for_the_gpu(sampler: str, tiny_runs: Path) -> None:
+    with pretend_gpu() as device:
+        stage = build_stage("ldm", tiny_runs / "on_gpu", device=device)
+        pipeline = stage.pipeline.to(device)
+        noise = initial_noise(pipeline.latent_shape(16, 16), [0, 1])
+        counts = []
+        for _ in pipeline.stream(noise, ["a star", "a red star"], ["", ""], seeds=[0, 1], steps=4, sampler=sampler):
+            counts.append(dict(waits))
+            waits.clear()
+    assert counts[1:] == [{}] * 3

@@ -230,8 +230,10 @@ def _float64(numbers: Tensor) -> Tensor:
 
 
 def _expand_as(factor: Tensor, like: Tensor) -> Tensor:
-    """(b,) -> (b, 1, ...), in the dtype and on the device of `like`."""
-    return factor.to(like).reshape(-1, *[1] * (like.ndim - 1))
+    """(b,) -> (b, 1, ...), in the dtype and on the device of `like`, without waiting for that."""
+    factor = factor.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    factor = factor.pin_memory() if factor.is_cpu and like.is_cuda else factor
+    return factor.to(like.device, non_blocking=True)
 
 
 def _alpha_bar(config: DiffusionConfig) -> Tensor:

@@ -11,6 +11,7 @@ from ldm.conditioning import Conditioning
 from ldm.diffusion import guidance as rules
 from ldm.diffusion.guidance import CondUncondFn, Denoiser, GuidanceConfig
 from ldm.diffusion.process import Diffusion
+from ldm.io.tensors import to_device
 from ldm.text import TextConditioner, TextEmbeddings
 from ldm.text.prompt_weights import WeightedText, split_and
 from ldm.unet import UNet
@@ -87,7 +88,7 @@ class PromptDenoiser:
 
         @torch.no_grad()
         def network(z_t: Tensor, t: Tensor) -> Tensor:
-            timestep = self.diffusion.network_timestep(t[:1]).to(z_t.device, torch.float32)  # all images have one t
-            return unet(z_t.to(dtype), timestep, cond)
+            timestep = self.diffusion.network_timestep(t[:1]).float()  # all images have one t
+            return unet(z_t.to(dtype), to_device(timestep, z_t.device), cond)
 
         return self.diffusion.denoiser(network)

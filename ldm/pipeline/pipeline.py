@@ -17,7 +17,7 @@ from ldm.diffusion.samplers import SamplerStep, ddim_invert, final_latents, get_
 from ldm.diffusion.timesteps import make_timesteps
 from ldm.imaging import pil_to_tensor, tensor_to_pil
 from ldm.interop.components import ModelComponents
-from ldm.io.tensors import same_weights
+from ldm.io.tensors import same_weights, to_device
 from ldm.pipeline.denoiser import PromptDenoiser
 from ldm.pipeline.inputs import (
     InitImage,
@@ -417,7 +417,7 @@ class Pipeline:
 
         def noise_sampler(index: int) -> Tensor:
             draws = [torch.randn(noise.shape[1:], generator=rng.generator(s, "sampler", index)) for s in seeds]
-            return torch.stack(draws).to(noise)
+            return to_device(torch.stack(draws), noise.device)
 
         return run_sampler(denoiser, self.diffusion, z, ts, noise_sampler=noise_sampler)
 

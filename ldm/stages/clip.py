@@ -13,6 +13,7 @@ from ldm.config import CONFIGS
 from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
 from ldm.data.loader import sample_batches
 from ldm.io.model_dir import write_manifest
+from ldm.io.tensors import to_device
 from ldm.rng import StepRNG
 from ldm.stages.start import announce, equal_captions
 from ldm.text.clip import CLIP, CLIPConfig, retrieval_accuracy
@@ -65,7 +66,7 @@ class CLIPStage(Stage):
     def loss(self, name: str, networks: Networks, batch: Batch, rng: StepRNG) -> dict[str, Tensor]:
         """Symmetric cross-entropy between images and captions of the whole batch of all ranks."""
         images = batch["image"].to(rng.device, non_blocking=True)
-        ids = self.clip.tokenizer(batch["caption"]).to(rng.device, non_blocking=True)
+        ids = to_device(self.clip.tokenizer(batch["caption"]), rng.device)
         features = networks["clip"](images, ids)
         with torch.autocast(rng.device.type, enabled=False):  # logits of up to 100, whose differences count
             return {"loss": self.contrastive_loss(**features)}
