@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BASE = {"config", "rng", "io", "imaging", "conditioning", "labels"}
+BASE = {"config", "rng", "io", "imaging", "conditioning", "labels", "precision"}
 # What each module or package below ldm/ may import of ldm, in addition to itself.
 ALLOWED: dict[str, set[str]] = {
     "io": set(),
@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "labels": set(),
     "imaging": {"io", "labels"},
     "conditioning": set(),
+    "precision": set(),
     "diffusion": {"config"},
     "vae": {"config", "layers", "io"},
     "unet": {"config", "layers", "conditioning"},

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ldm.config import CONFIGS
 from ldm.pipeline import Pipeline
-from ldm.pipeline.load import Precision, resolve_precision
 from ldm.pipeline.record import read_png
+from ldm.precision import Precision, resolve_precision
 
 SHIPPED = CONFIGS.with_name("models") / "characters"
 HALF: list[Precision] = ["bf16", "fp16"]

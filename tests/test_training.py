@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +48,7 @@ from ldm.training.config import TrainingConfig
 from ldm.training.distributed import make_accelerator
 from ldm.training.ema import EMA
 from ldm.training.logger import RunLogger
-from ldm.training.optimizer import learning_rate
+from ldm.training.optimizer import gradient_norm, learning_rate, step_clipped
 from ldm.training.stage import Trainable
 from ldm.training.trainer import FitResult, Trainer
 
@@ -572,6 +573,21 @@ def test_trackers_get_the_project_and_the_run(tmp_path: Path, monkeypatch: pytes
     assert settings["project"] == "ldm"
     assert settings["init_kwargs"]["wandb"]["name"] == str(tmp_path)
     assert settings["init_kwargs"]["wandb"]["config"]["learning_rate"] == 0.1
+
+
+@pytest.mark.parametrize("make", [partial(torch.optim.SGD, lr=1.0, fused=True), partial(torch.optim.SGD, lr=1.0)])
+@pytest.mark.parametrize(("max_norm", "moved"), [(1.0, 1.0), (10.0, 5.0)])
+def test_a_larger_gradient_is_scaled_down(make: Any, max_norm: float, moved: float) -> None:
+    """In the optimizer's own kernel, or before it; one that is not finite moves nothing."""
+    weights = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.ones(1))]
+    weights[0].grad, weights[1].grad = torch.tensor([0.0, 3.0]), torch.tensor([4.0])
+    optimizer, norm = make(weights), gradient_norm(weights)
+    assert norm.item() == 5
+    step_clipped(optimizer, weights, norm, max_norm, torch.tensor(1.0))
+    assert not weights[0].any() and not weights[1].any()
+    step_clipped(optimizer, weights, norm, max_norm, torch.tensor(0.0))
+    assert torch.cat([weights[0], weights[1]]).norm().item() == pytest.approx(moved, rel=1e-5)
+    assert weights[2].item() == 1, "it has no gradient"
 
 
 def test_gradients_are_clipped_and_reported(tmp_path: Path) -> None:

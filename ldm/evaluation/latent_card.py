@@ -16,7 +16,8 @@ from ldm.evaluation.metrics import FD, missing_metrics
 from ldm.imaging import to_8_bits
 from ldm.io.atomic import atomic_write, write_text
 from ldm.io.model_dir import read_manifest
-from ldm.pipeline.load import VAEManifest, load_vae, resolve_device
+from ldm.pipeline.load import VAEManifest, load_vae
+from ldm.precision import resolve_device
 from ldm.text.weights import latest_tower
 from ldm.vae import VAE
 from ldm.vae.equivariance import ScaleTurn

@@ -10,9 +10,9 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from ldm.pipeline.load import resolve_device
 from ldm.planning.device import clock
 from ldm.planning.planner import read_recipe
+from ldm.precision import resolve_device
 
 MATRIX_SIDE = 1024
 CPU_INFO = Path("/proc/cpuinfo")  # on Linux

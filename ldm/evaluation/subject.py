@@ -21,7 +21,8 @@ from ldm.evaluation.features import Extractor, open_extractor, own_extractor
 from ldm.imaging import to_8_bits
 from ldm.io.model_dir import latest_model, model_kind, read_manifest
 from ldm.pipeline import Pipeline
-from ldm.pipeline.load import PipelineManifest, Precision, load_components
+from ldm.pipeline.load import PipelineManifest, load_components
+from ldm.precision import Precision
 
 
 class EvaluateConfig(ScriptConfig):

@@ -21,9 +21,10 @@ from ldm.io.atomic import check_folder
 from ldm.io.model_dir import latest_model, read_text
 from ldm.io.tensors import sha256
 from ldm.pipeline.inputs import img2img_steps
-from ldm.pipeline.load import Precision, weights_file
+from ldm.pipeline.load import weights_file
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.record import GenerationRecord, InitImageRecord, read_png, save_png
+from ldm.precision import Precision
 from ldm.text.prompt_weights import other_syntax
 
 SHIPPED_MODEL = CONFIGS.with_name("models") / "characters"

@@ -31,9 +31,6 @@ from ldm.vae.tiny import TinyDecoder
 UNET_FILE, VAE_FILE, PREVIEW_FILE = "unet.safetensors", "vae.safetensors", "preview.safetensors"
 TEXT_FOLDERS = ("text", "second_text")
 
-Precision = Literal["float32", "bf16", "fp16"]
-DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -83,24 +80,6 @@ def holds_vae_alone(folder: Path) -> bool:
     config = folder / "config.json"
     is_theirs = config.is_file() and read_json(config).get("_class_name") == diffusers.VAE_FIXED["_class_name"]
     return is_theirs or model_kind(folder) == "vae"
-
-
-def resolve_device(name: str | torch.device | None) -> torch.device:
-    """This device, or the accelerator of this machine, else the CPU; ValueError when it cannot be used."""
-    device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device} cannot be used here ({reason}): leave out --device") from None
-    return torch.device(device)
-
-
-def resolve_precision(name: Precision | None, device: torch.device) -> Precision:
-    """This precision, or the best on a device: bf16 on GPUs that have it, else float32."""
-    if name is None and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16"
-    return name or "float32"
 
 
 def weights_file(path: Path) -> Path:

@@ -28,15 +28,8 @@ from ldm.pipeline.inputs import (
     upright_mask,
     upright_rgb,
 )
-from ldm.pipeline.load import (
-    DTYPES,
-    Precision,
-    load_components,
-    load_preview_decoder,
-    resolve_device,
-    resolve_precision,
-    save_components,
-)
+from ldm.pipeline.load import load_components, load_preview_decoder, save_components
+from ldm.precision import DTYPES, Precision, allow_tf32, place, resolve_device, resolve_precision
 from ldm.text.prompt_weights import strip_weights
 from ldm.text.tokenizer import split_words
 from ldm.unet import UNet
@@ -74,6 +67,7 @@ class Pipeline:
         """
         resolved = resolve_device(device)
         precision = resolve_precision(precision, resolved)
+        allow_tf32(resolved)
         return cls(load_components(Path(path)), Path(path)).to(resolved, precision)
 
     def save(self, folder: str | Path) -> None:
@@ -106,7 +100,7 @@ class Pipeline:
         """Freeze the networks, move them, let them compute in a precision, as they do when left out; returns self."""
         for module in (self.unet, self.vae, self.text, self.guide_unet):
             if module is not None:
-                module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+                place(module.requires_grad_(False).eval(), torch.device(device))
                 if precision is not None:
                     cast = module.cast if isinstance(module, VAE) else module.to
                     cast(DTYPES[precision])

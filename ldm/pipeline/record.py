@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from ldm.config import Config
 from ldm.diffusion.guidance import GuidanceConfig
 from ldm.imaging import save_image
-from ldm.pipeline.load import Precision
+from ldm.precision import Precision
 
 PNG_CHUNK = "ldm"
 RECORD_VERSION: Final = 2

@@ -42,33 +42,38 @@ class Cost(NamedTuple):
 
 
 class FlopMemoryMeter(TorchDispatchMode):
-    """Counts FLOP, and the bytes of live tensors, without the parameters and buffers of the networks.
+    """Counts FLOP, and the bytes of live tensors, without those that were there before, such as weights.
 
     torch's FlopCounterMode counts the same FLOP, but its hooks keep tensors alive.
     """
 
-    def __init__(self, networks: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.flop = self.live_bytes = self.peak_bytes = 0
-        self._sizes = {id(tensor.untyped_storage()): 0 for tensor in networks.state_dict(keep_vars=True).values()}
+        self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            self._track(value, is_new=False)
         out = func(*args, **kwargs)
         if count := flop_registry.get(func.overloadpacket):
             self.flop += count(*args, **kwargs, out_val=out)
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                self._track(tensor.untyped_storage())
+        self._track(out, is_new=True)
         return out
 
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)  # torch keeps the object as long as the memory lives
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.live_bytes += storage.nbytes()
-            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-            weakref.finalize(storage, self._untrack, key)
+    def _track(self, value: Any, *, is_new: bool) -> None:
+        """The memory of a tensor, or of several, unless it is tracked already."""
+        for tensor in value if isinstance(value, tuple | list) else (value,):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = id(storage)  # torch keeps the object as long as the memory lives
+            if key not in self._sizes:
+                self._sizes[key] = storage.nbytes() if is_new else 0
+                self.live_bytes += self._sizes[key]
+                self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+                weakref.finalize(storage, self._untrack, key)
 
     def _untrack(self, key: int) -> None:
         self.live_bytes -= self._sizes.pop(key)
@@ -84,7 +89,7 @@ def dry_run(build: Build, images: int, gradient_checkpointing: bool, *, bf16: bo
     with FakeTensorMode(allow_non_fake_inputs=True):
         stage = build(gradient_checkpointing, device)
         networks, batch = _networks(stage), stage.example_batch(images)
-        with FlopMemoryMeter(networks) as meter:
+        with FlopMemoryMeter() as meter:
             _forward_backward(stage, batch, images, device, bf16=bf16)
     trained = sum(p.numel() for p in networks.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in networks.parameters() if not p.requires_grad)

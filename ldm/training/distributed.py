@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, utils
 
+from ldm.precision import allow_tf32
 from ldm.training.config import TrainingConfig
 
 # Where launchers tell a process its rank, how many there are, its rank on its machine, and how many are there.
@@ -49,6 +50,8 @@ def start_accelerator(timeout: int, **settings: Any) -> Accelerator:
         raise ValueError(f"{world} ranks were launched, which {accelerator.device.type} cannot connect: launch one")
     if accelerator.device.type == "cpu":
         restore_num_threads()
+    allow_tf32(accelerator.device)
+    torch.backends.cudnn.benchmark = True  # the shapes of batches hardly change
     return accelerator
 
 

@@ -1,9 +1,10 @@
-"""The optimizer: AdamW, its learning rate, and steps that are skipped where the gradient is not finite."""
+"""The optimizer: AdamW, its learning rate, and its steps: clipped, and skipped where the gradient is not finite."""
 
 import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ldm.training.config import TrainingConfig
 
@@ -25,14 +26,23 @@ def learning_rate(config: TrainingConfig, step: int, peak: float | None = None) 
     return rate * (1 - done) if config.lr_schedule == "linear" else rate
 
 
-def step_if_finite(optimizer: torch.optim.Optimizer, nonfinite: Tensor) -> None:
-    """Step unless `nonfinite` is 1.0.
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """The norm of all gradients together; a sharded one, where they are."""
+    return get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    Fused optimizers read that flag on the device, as they do for the loss scaler of fp16; for others this is a CPU-GPU
-    sync point.
+
+def step_clipped(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], norm: Tensor, max_norm: float, nonfinite: Tensor
+) -> None:
+    """Step, with gradients of a larger norm scaled down to `max_norm`, unless `nonfinite` is 1.0.
+
+    Fused optimizers scale gradients as they read them, and read that flag on the device, as they do for the loss scaler
+    of fp16; for others this is a CPU-GPU sync point.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale = (norm / max_norm).clamp_min(1.0)  # type: ignore[attr-defined]
         optimizer.found_inf = nonfinite  # type: ignore[attr-defined]
         optimizer.step()
     elif not nonfinite.item():
+        clip_grads_with_norm_(parameters, max_norm, norm)
         optimizer.step()

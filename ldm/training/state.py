@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ldm.config import check_equal
 from ldm.io.tensors import load_strict, nonfinite
+from ldm.precision import place
 from ldm.training import checkpoint
 from ldm.training.anomalies import AnomalyMonitor
 from ldm.training.config import TrainingConfig
@@ -36,9 +37,11 @@ class TrainingState:
         self.folder = config.run / "checkpoints"
         self.step = 0
         self.mesh = _mesh(config, accelerator)
-        memory_format = torch.contiguous_format if config.fsdp else torch.channels_last  # FSDP2 accepts no other
         for trainable in trainables:
-            trainable.module.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
+            if config.fsdp:  # FSDP2 accepts no other layout
+                trainable.module.to(accelerator.device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            else:
+                place(trainable.module, accelerator.device)
         self.modules = {t.name: apply_fsdp(t.module, self.mesh) if self.mesh else t.module for t in trainables}
         self.optimizers = {t.name: self._make_optimizer(t) for t in trainables}
         self.ema = {name: EMA(module, config.ema_decay) for name, module in self.modules.items()}

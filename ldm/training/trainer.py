@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_
 
 from ldm.commands import resume_command
 from ldm.config import config_diff, read_yaml, write_yaml
@@ -27,7 +27,7 @@ from ldm.training.fsdp import full_tensor, reshard
 from ldm.training.items import check_items, write_items
 from ldm.training.lock import only_writer
 from ldm.training.logger import RunLogger
-from ldm.training.optimizer import learning_rate, step_if_finite
+from ldm.training.optimizer import gradient_norm, learning_rate, step_clipped
 from ldm.training.stage import Stage, Trainable
 from ldm.training.state import TrainingState, check_resumable
 from ldm.training.stop import STOPPED_FILE, StopRequest
@@ -130,10 +130,11 @@ class Trainer:
             for key, value in losses.items():
                 terms[key] = terms.get(key, 0) + value.detach() / len(micro_batches)
 
-        # Clip the gradient; a step whose gradient is not finite is skipped on all ranks.
+        # The norm of the gradient; a step whose gradient is not finite is skipped on all ranks.
         if accelerator.scaler is not None:  # accelerate's own clipping would unscale the gradients of all networks
             accelerator.scaler.unscale_(optimizer.optimizer)
-        norm = full_tensor(clip_grad_norm_(state.modules[name].parameters(), self.config.max_grad_norm))
+        parameters = list(trained_parameters(state.modules[name]).values())
+        norm, max_norm = full_tensor(gradient_norm(parameters)), self.config.max_grad_norm
         # With fp16 the scaler skips steps whose gradient overflows, which is how it finds its scale.
         checked = norm if accelerator.scaler is None else accelerator.reduce(terms["loss"], "sum")
         nonfinite = state.monitors[name].record(state.step + 1, terms["loss"], checked)
@@ -142,8 +143,9 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.config, state.step, group["initial_lr"])
         if accelerator.scaler is None:
-            step_if_finite(optimizer.optimizer, nonfinite)
+            step_clipped(optimizer.optimizer, parameters, norm, max_norm, nonfinite)
         else:
+            clip_grads_with_norm_(parameters, max_norm, norm)
             optimizer.step()
         state.ema[name].update(state.step)
         for module in state.modules.values():

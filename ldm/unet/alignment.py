@@ -13,6 +13,8 @@ class AlignedUNet(nn.Module):
     In the middle as in U-REPA (Tian et al. 2025): there a U-Net has decided what the image shows.
     """
 
+    cpu_layout = UNet.cpu_layout
+
     def __init__(self, unet: UNet, width: int) -> None:
         super().__init__()
         self.unet = unet

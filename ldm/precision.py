@@ -1,0 +1,42 @@
+"""The device that networks are on, and the precision that they compute in."""
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+Precision = Literal["float32", "bf16", "fp16"]
+DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str | torch.device | None) -> torch.device:
+    """This device, or the accelerator of this machine, else the CPU; ValueError when it cannot be used."""
+    device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device} cannot be used here ({reason}): leave out --device") from None
+    return torch.device(device)
+
+
+def resolve_precision(name: Precision | None, device: torch.device) -> Precision:
+    """This precision, or the best on a device: bf16 on GPUs that have it, else float32."""
+    if name is None and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return name or "float32"
+
+
+def place(network: nn.Module, device: torch.device) -> None:
+    """Move a network, in the layout in which its convolutions are fastest: channels last, but on a CPU its own.
+
+    `docs/performance.md` has what was measured.
+    """
+    layout = getattr(network, "cpu_layout", torch.channels_last) if device.type == "cpu" else torch.channels_last
+    network.to(device, memory_format=layout)  # type: ignore[call-overload]
+
+
+def allow_tf32(device: torch.device) -> None:
+    """Let GPUs multiply float32 matrices in TF32, of 10 bits, as cuDNN convolves anyway."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
