@@ -129,15 +129,22 @@ def take_turns(ways: Mapping[str, Callable[[], object]], seconds: float, rounds:
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
     """Bars: how many times longer the others take."""
-    names = [f"{recipe}: {name}" for recipe, found in results.items() for name in found]
-    ratios = [found["ratio"] for each in results.values() for found in each.values()]
-    figure, axes = plt.subplots(figsize=(8, 0.35 * len(names) + 1), layout="constrained")
-    for who in dict.fromkeys(name for ratio in ratios for name in ratio):
-        axes.barh(names, [ratio.get(who, 0) for ratio in ratios], label=who, alpha=0.6)
+    bars = [
+        (f"{recipe}: {name}\nbeside {who}", who, ratio)
+        for recipe, found in results.items()
+        for name, values in found.items()
+        for who, ratio in values["ratio"].items()
+    ]
+    labels, others, ratios = zip(*bars, strict=True)
+    colors = {who: f"C{index}" for index, who in enumerate(dict.fromkeys(others))}
+    figure, axes = plt.subplots(figsize=(8, 0.4 * len(bars) + 1), layout="constrained")
+    drawn = axes.barh(labels, ratios, color=[colors[who] for who in others])
+    axes.bar_label(drawn, [f"{ratio:.2f}" for ratio in ratios], padding=3)
     axes.axvline(1, color="black", linewidth=1)
     axes.invert_yaxis()
+    axes.tick_params("y", labelsize=7)
+    axes.set_xlim(0, 1.15 * max(ratios))
     axes.set_xlabel(f"seconds, over those of {OURS}")
-    axes.legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
