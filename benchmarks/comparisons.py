@@ -65,7 +65,7 @@ def make_pair(recipe: Path, device: torch.device) -> Iterator[Pair]:
         del components, unet, text  # of which there are two copies now
         theirs = StableDiffusionPipeline.from_pretrained(folder).to(device)
         theirs.set_progress_bar_config(disable=True)
-        yield Pair(Pipeline.load(folder, device=device), theirs, device)
+        yield Pair(Pipeline.load(folder, device=device, precision="float32"), theirs, device)
 
 
 def randomized(network: Network) -> Network:

@@ -232,8 +232,9 @@ def _float64(numbers: Tensor) -> Tensor:
 def _expand_as(factor: Tensor, like: Tensor) -> Tensor:
     """(b,) -> (b, 1, ...), in the dtype and on the device of `like`, without waiting for that."""
     factor = factor.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
-    factor = factor.pin_memory() if factor.is_cpu and like.is_cuda else factor
-    return factor.to(like.device, non_blocking=True)
+    if factor.is_cpu and like.is_cuda:
+        return factor.pin_memory().to(like.device, non_blocking=True)
+    return factor.to(like.device)
 
 
 def _alpha_bar(config: DiffusionConfig) -> Tensor:

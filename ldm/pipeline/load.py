@@ -21,7 +21,7 @@ from ldm.io.model_dir import (
     read_vocabulary,
     write_manifest,
 )
-from ldm.io.tensors import check_finite, load_weights, save_weights, sha256
+from ldm.io.tensors import check_finite, load_weights, save_weights, sha256, weights_sha256
 from ldm.text import TextConditioner, TextConfig, TextEncoder, combine_encoders
 from ldm.text.weights import LOCAL
 from ldm.unet import UNet, UNetConfig
@@ -149,7 +149,8 @@ def load_preview_decoder(folder: Path, config: VAEConfig) -> TinyDecoder | None:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): {again}") from None
-    if metadata.get("vae_sha256") != sha256(folder / VAE_FILE):
+    vae = _build_frozen(VAE, config, folder / VAE_FILE)  # in float32, as the decoder was distilled
+    if metadata.get("vae_sha256") != weights_sha256(vae):
         raise ValueError(f"{path} imitates another VAE than that of this model: {again}")
     with torch.device("meta"):
         decoder = TinyDecoder(config)
