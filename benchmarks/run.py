@@ -1,4 +1,4 @@
-"""Measure ldm and diffusers side by side, on the same weights, inputs and machine: docs/performance.md and its chart.
+"""Measure ldm against diffusers, on the same weights, inputs and machine: docs/performance.md and its chart.
 
     python benchmarks/run.py --device cpu
     python benchmarks/run.py --device cuda
@@ -130,7 +130,7 @@ def take_turns(ways: Mapping[str, Callable[[], object]], seconds: float, rounds:
 def draw(results: Mapping[str, Any], path: Path) -> None:
     """Bars: how many times longer the others take."""
     bars = [
-        (f"{recipe}: {name}\nbeside {who}", who, ratio)
+        (f"{recipe}: {name}\nagainst {who}", who, ratio)
         for recipe, found in results.items()
         for name, values in found.items()
         for who, ratio in values["ratio"].items()
@@ -176,7 +176,7 @@ def run(config: RunConfig) -> None:
     result = {**machine, "commit": commit(), "comparisons": results}
     write_text(ROOT / f"benchmarks/results/performance-{device.type}.json", json.dumps(result, indent=1) + "\n")
     draw(results, ROOT / f"docs/images/performance-{device.type}.png")
-    header = ["recipe", "what", "beside", "ratio", f"{OURS}, ms", "theirs, ms", f"{OURS}, memory", "theirs, memory"]
+    header = ["recipe", "what", "baseline", "ratio", f"{OURS}, ms", "theirs, ms", f"{OURS}, memory", "theirs, memory"]
     before, rest = DOCUMENT.read_text().split(f"<!-- {device.type} -->\n")
     after = rest.split("<!-- end -->\n", 1)[1]
     table = markdown_table(header, list(rows(results)))

@@ -35,7 +35,7 @@ GRADIENT_TOLERANCE = 1e-3
 
 @contextmanager
 def training_steps(pair: Pair, folder: Path) -> Iterator[Comparison]:
-    """A step of our loop, with all that it does, beside the bare network and the script of diffusers."""
+    """A step of our loop, with all that it does, against the bare network and the script of diffusers."""
     config = read_recipe(folder / "ldm.yaml")
     plain = config.diffusion.model_copy(update={"loss_weighting": "uniform", "gamma": None})
     stage = DiffusionStage(config.model_copy(update={"diffusion": plain}), pair.ours.vae, pair.ours.text, pair.device)
@@ -52,7 +52,7 @@ def training_steps(pair: Pair, folder: Path) -> Iterator[Comparison]:
 
 @contextmanager
 def bare_training_step(folder: Path, device: torch.device) -> Iterator[Comparison]:
-    """A step of our loop beside the bare network, of a recipe that diffusers has no networks for."""
+    """A step of our loop against the bare network, of a recipe that diffusers has no networks for."""
     config = read_recipe(folder / "ldm.yaml")
     machine = MachineSpec(gpus=0, usable_bytes=total_memory(device), device=None, tflops=None)
     *_, plan = recipe_stages(folder, config.data.resolution, machine, NUM_IMAGES)

@@ -87,7 +87,7 @@ def test_a_step_does_not_wait_for_the_gpu(name: str, flags: str, tiny_runs: Path
         assert not waits, dict(waits)
 
 
-def test_a_wait_is_found(tiny_runs: Path) -> None:
+def test_a_wait_is_found() -> None:
     with pretend_gpu() as device:
         waits.clear()
         ones = torch.ones(3, device=device)

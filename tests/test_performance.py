@@ -1,4 +1,4 @@
-"""The suite that measures ldm beside diffusers: both must compute the same, before either is timed."""
+"""The suite that measures ldm against diffusers: both must compute the same, before either is timed."""
 
 import copy
 import json

@@ -131,7 +131,7 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """Predicts the training target from a noised input, its timestep and its conditions."""
 
-    cpu_layout = torch.contiguous_format  # half of its work is on tokens, and its smallest maps are 4 x 4
+    cpu_layout = torch.contiguous_format  # in which its small maps are faster there: docs/performance.md
 
     def __init__(self, config: UNetConfig, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()
