@@ -32,6 +32,33 @@ def checkpointed(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
     return block(*inputs)
 
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm whose output is in the precision of its input: CUDA's autocast would return float32.
+
+    That takes twice the memory and its traffic, for activations that the next layer rounds. Kernels add in float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _cuda_autocasts(x):
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm whose output is in the precision of its input, as `GroupNorm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _cuda_autocasts(x):
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def _cuda_autocasts(x: Tensor) -> bool:
+    return x.is_cuda and torch.is_autocast_enabled("cuda")
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour upsampling by 2, then a 3x3 convolution: (b, c, h, w) -> (b, c, 2 h, 2 w)."""
 
@@ -40,4 +67,6 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        with torch.autocast(x.device.type, enabled=False):  # in the precision of x, as `GroupNorm`
+            larger = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(larger)

@@ -1,11 +1,13 @@
-"""The device that networks are on, and the precision that they compute in."""
+"""The device that networks are on, the precision that they compute in, and how much they take at once."""
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
+Network = TypeVar("Network", bound=nn.Module)
 Precision = Literal["float32", "bf16", "fp16"]
+MAX_PIXELS = 2**20  # of images at once, 4 of 512 x 512: 3 GiB in the VAE of Stable Diffusion, without gradients
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -27,13 +29,21 @@ def resolve_precision(name: Precision | None, device: torch.device) -> Precision
     return name or "float32"
 
 
-def place(network: nn.Module, device: torch.device) -> None:
+def place(network: Network, device: torch.device) -> Network:
     """Move a network, in the layout in which its convolutions are fastest: channels last, but on a CPU its own.
 
     `docs/performance.md` has what was measured.
     """
     layout = getattr(network, "cpu_layout", torch.channels_last) if device.type == "cpu" else torch.channels_last
-    network.to(device, memory_format=layout)  # type: ignore[call-overload]
+    return network.to(device, memory_format=layout)  # type: ignore[call-overload]
+
+
+def images_at_once(height: int, width: int) -> int:
+    """How many images of this size, in pixels, go through networks at once where no gradient is needed: 1 or more.
+
+    It is not the free memory that decides, so that the numbers do not depend on it.
+    """
+    return max(1, MAX_PIXELS // (height * width))
 
 
 def allow_tf32(device: torch.device) -> None:

@@ -5,14 +5,18 @@ import math
 import random
 import re
 import shutil
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cache_latents
 import pytest
 import torch
 from helpers import assert_same, losses, tensors_of, train
 from PIL import Image
+from torch import Tensor
 
 from ldm.data import DataConfig, ImageTextDataset, open_dataset
 from ldm.data.batch_sampler import BucketBatchSampler, EpochBatchSampler, SampleKey
@@ -175,13 +179,42 @@ def test_latents_in_memory_have_the_shape_of_their_bucket(
     data = open_dataset(DataConfig(source=str(photos), resolution=32, bucket_step=8), "train", seed=0)
     vae = load_vae(runs / "vae/model")
     device = torch.device("cpu")
-    cached = InMemoryLatents(data, lambda images: vae.encode(images)._asdict(), device=device, progress=False)
+    cached = InMemoryLatents(data, lambda images: vae.encode(images)._asdict(), device=device)
     for index in range(0, len(data), 7):
         key = SampleKey(index, 0, 0)
         item, row = data[key], cached[key]
         with torch.no_grad():
             torch.testing.assert_close(row["mean"], vae.encode(item["image"][None]).mean[0], rtol=1e-2, atol=1e-2)
         assert torch.equal(row["sizes"], item["sizes"]) and row["caption"] == item["caption"]
+
+
+def test_ranks_share_the_encoding_of_latents_in_memory(photos: Path) -> None:
+    data = open_dataset(DataConfig(source=str(photos), resolution=32, bucket_step=8), "train", seed=0)
+    lists: list[list[Any]] = [[], [], []]
+    met, encoded = threading.Barrier(len(lists)), [0, 0, 0]
+
+    def run(rank: int) -> InMemoryLatents:
+        def gather(own: list[Any]) -> list[Any]:
+            lists[rank] = own
+            met.wait()
+            joined = list(itertools.chain(*lists))
+            met.wait()
+            return joined
+
+        def encode(images: Tensor) -> dict[str, Tensor]:
+            encoded[rank] += len(images)
+            return {"mean": images.mean((2, 3), keepdim=True)}
+
+        ranks = {"rank": rank, "world": len(lists), "gather": gather}
+        return InMemoryLatents(data, encode, device=torch.device("cpu"), **ranks)
+
+    with ThreadPoolExecutor(len(lists)) as pool:
+        found = list(pool.map(run, range(len(lists))))
+    assert sum(encoded) == len(data) and max(encoded) < len(data)
+    for index in range(0, len(data), 7):
+        key = SampleKey(index, 0, 0)
+        for latents in found:
+            torch.testing.assert_close(latents[key]["mean"], data[key]["image"].mean((1, 2), keepdim=True))
 
 
 def test_latents_with_buckets_train_as_images_do(runs: Path, photos: Path, tmp_path: Path) -> None:

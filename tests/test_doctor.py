@@ -201,7 +201,16 @@ JUDGED = [
         checks.loss_decreases(0.9, [2, 1], CONFIG, step=20),
         "lower --learning-rate",
     ),
-    (checks.memory(89, 100, on_gpu=True), checks.memory(91, 100, on_gpu=True), "--gradient-checkpointing"),
+    (
+        checks.memory(89, 100, checks.STEP, 2, on_gpu=True),
+        checks.memory(91, 100, checks.STEP, 2, on_gpu=True),
+        "--grad-accum-steps 4 (smaller micro-batches), --gradient-checkpointing",
+    ),
+    (
+        checks.memory(89, 100, "validation", 1, on_gpu=True),
+        checks.memory(91, 100, "validation", 1, on_gpu=True),
+        "a smaller network",
+    ),
     (checks.throughput(1.0, 0.4, CONFIG), checks.throughput(1.0, 0.6, CONFIG), "--num-workers 2"),
     (
         checks.time_to_finish(SECONDS, CONFIG),
@@ -210,6 +219,21 @@ JUDGED = [
     ),
     (checks.disk(100, 50, 350, CONFIG), checks.disk(100, 50, 349, CONFIG), "--keep-checkpoints 1"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("loss", "a step does not fit.*: --grad-accum-steps 2"), ("validate", "validation does not fit.*smaller network")],
+)
+def test_what_exceeds_the_memory_is_named(
+    method: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exceed(*args: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(VAEStage, method, exceed)
+    with pytest.raises(ValueError, match=f"memory: {message}"):
+        examine_tiny("vae", tmp_path / "vae")
 
 
 def test_samples_of_few_images_are_counted_as_repeated() -> None:

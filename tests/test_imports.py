@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "conditioning": set(),
     "precision": set(),
     "diffusion": {"config"},
-    "vae": {"config", "layers", "io"},
+    "vae": {"config", "layers", "io", "precision"},
     "unet": {"config", "layers", "conditioning"},
     "text": {"config", "io"},
     "data": BASE - {"conditioning"} | {"cli"},

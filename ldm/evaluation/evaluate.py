@@ -15,8 +15,9 @@ from ldm.evaluation.subject import EvaluateConfig, Subject, data_sha256, generat
 from ldm.evaluation.sweep import sweep
 from ldm.imaging import captioned_grid, save_image, tensor_to_pil
 from ldm.io.atomic import check_folder
-from ldm.io.tensors import weights_sha256
+from ldm.io.tensors import sha256
 from ldm.pipeline.generate import SHIPPED_MODEL
+from ldm.pipeline.load import weights_file
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -92,7 +93,7 @@ def start_report(subject: Subject, config: EvaluateConfig) -> Report:
     pipeline, extractor = subject.pipeline, subject.extractor
     scale = pipeline.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
     report = Report(
-        model={"model": str(subject.folder), "unet_sha256": weights_sha256(pipeline.unet)[:16]},
+        model={"model": str(subject.folder), "model_hash": sha256(weights_file(subject.folder))[:16]},
         protocol={
             "data_sha256": data_sha256(subject.held_out),
             "resolution": config.data.resolution,
@@ -109,6 +110,7 @@ def start_report(subject: Subject, config: EvaluateConfig) -> Report:
             "guidance_interval": pipeline.with_own_interval(GuidanceConfig()).interval,
             "steps": config.steps or pipeline.default_steps,
             "sampler": config.sampler,
+            "precision": pipeline.precision,
             "seed": config.seed,
         },
     )

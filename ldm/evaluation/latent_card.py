@@ -17,7 +17,7 @@ from ldm.imaging import to_8_bits
 from ldm.io.atomic import atomic_write, write_text
 from ldm.io.model_dir import read_manifest
 from ldm.pipeline.load import VAEManifest, load_vae
-from ldm.precision import resolve_device
+from ldm.precision import place, resolve_device
 from ldm.text.weights import latest_tower
 from ldm.vae import VAE
 from ldm.vae.equivariance import ScaleTurn
@@ -35,7 +35,7 @@ def write_latent_card(folder: Path, *, runs: Path | None = None) -> dict[str, An
     """
     manifest = read_manifest(folder, "vae", VAEManifest.from_dict)
     device = resolve_device(None)
-    vae = load_vae(folder).to(device)
+    vae = place(load_vae(folder), device)
     held_out = open_dataset(DataConfig.from_dict(manifest.data, source=str(folder)), "test", seed=0)
     images = [batch.to(device) for batch in held_out.spread_images(NUM_IMAGES)]
     features = newest_features(runs, device) if runs else None

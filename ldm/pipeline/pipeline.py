@@ -29,7 +29,7 @@ from ldm.pipeline.inputs import (
     upright_rgb,
 )
 from ldm.pipeline.load import load_components, load_preview_decoder, save_components
-from ldm.precision import DTYPES, Precision, allow_tf32, place, resolve_device, resolve_precision
+from ldm.precision import DTYPES, Precision, allow_tf32, images_at_once, place, resolve_device, resolve_precision
 from ldm.text.prompt_weights import strip_weights
 from ldm.text.tokenizer import split_words
 from ldm.unet import UNet
@@ -71,7 +71,9 @@ class Pipeline:
         return cls(load_components(Path(path)), Path(path)).to(resolved, precision)
 
     def save(self, folder: str | Path) -> None:
-        """Write a model folder that explains itself."""
+        """Write a model folder that explains itself. ValueError: the networks are in half precision, which rounds."""
+        if self.precision != "float32":
+            raise ValueError(f"{folder} would have the weights rounded to {self.precision}: load the model in float32")
         save_components(self.components, Path(folder))
 
     @property
@@ -100,10 +102,10 @@ class Pipeline:
         """Freeze the networks, move them, let them compute in a precision, as they do when left out; returns self."""
         for module in (self.unet, self.vae, self.text, self.guide_unet):
             if module is not None:
-                place(module.requires_grad_(False).eval(), torch.device(device))
                 if precision is not None:
                     cast = module.cast if isinstance(module, VAE) else module.to
                     cast(DTYPES[precision])
+                place(module.requires_grad_(False).eval(), torch.device(device))
         return self
 
     @property
@@ -119,6 +121,8 @@ class Pipeline:
 
     def set_guide_model(self, guide: "Pipeline") -> "Pipeline":
         """Turn on autoguidance (Karras et al. 2024); ValueError where the guide's diffusion, text or VAE differ."""
+        if guide.precision != self.precision:
+            raise ValueError(f"guide model {guide.path}: load it in {self.precision}, as {self.path}")
         settings, guide_settings = _inference_settings(self), _inference_settings(guide)
         for name, value in settings.items():
             if value != guide_settings[name] or not same_weights(getattr(self, name), getattr(guide, name)):
@@ -130,8 +134,11 @@ class Pipeline:
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (b, c, h, w) in [-1, 1] -> standardized latents, each posterior's mean; the identity without a VAE."""
         pixels = pixels.to(self.device)
-        return pixels if self.vae is None else self.vae.standardize(self.vae.encode(pixels).mean)
+        if self.vae is None:
+            return pixels
+        return self.vae.standardize(self._apply_vae(lambda vae, images: vae.encode(images).mean, pixels))
 
+    @torch.no_grad()
     def decode(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
         """Standardized latents (b, c, h, w) -> pixels in [-1, 1], by tiles of this side; the identity without a VAE."""
         if self.vae is None:
@@ -142,13 +149,19 @@ class Pipeline:
         return tiled_decode(self._decode_raw, latents, factor=self.vae_factor, tile=tile).clamp(-1, 1)
 
     def _decode_raw(self, latents: Tensor) -> Tensor:
-        """Raw latents -> pixels, in float32; the VAE of Stable Diffusion XL is known to overflow float16."""
+        return self._apply_vae(VAE.decode, latents)
+
+    def _apply_vae(self, action: Callable[[VAE, Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """Encode or decode (b, c, h, w), those that overflow fp16 in float32, as Stable Diffusion XL's VAE does."""
         assert self.vae is not None
-        images = self.vae.decode(latents).float()
-        if self.vae.dtype == torch.float16 and not images.isfinite().all():
-            warnings.warn("the VAE overflows fp16: it decodes in float32 from now on", stacklevel=2)
-            images = self.vae.cast(torch.float32).decode(latents)
-        return images
+        outputs = action(self.vae, inputs)
+        if self.vae.dtype == torch.float16:
+            overflowed = ~outputs.isfinite().flatten(1).all(1)
+            if overflowed.any():
+                warnings.warn("the VAE overflows fp16: these images go through it in float32", stacklevel=2)
+                outputs[overflowed] = action(self.vae.cast(torch.float32), inputs[overflowed])
+                self.vae.cast(torch.float16)  # its weights were rounded before, so these are the same
+        return outputs
 
     @torch.no_grad()
     def preview(self, latents: Tensor) -> list[Image.Image]:
@@ -359,20 +372,27 @@ class Pipeline:
         sampler: str = "dpmpp_2m",
         literal: bool = False,
     ) -> Tensor:
-        """Images (b, c, h, w) in [-1, 1] of the training resolution, each with its prompt and seed; see `stream`."""
-        noise = initial_noise(self.latent_shape(self.resolution, self.resolution), seeds)
-        sampling = self.stream(
-            noise,
-            prompts,
-            [""] * len(prompts),
-            seeds=seeds,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            guidance=guidance,
-            sampler=sampler,
-            literal=literal,
-        )
-        return self.decode(final_latents(sampling))
+        """Images (b, c, h, w) in [-1, 1] of the training resolution, each with its prompt and seed; see `stream`.
+
+        In parts, see `images_at_once`.
+        """
+        side, images = self.resolution, []
+        size = images_at_once(side, side)
+        for first in range(0, len(seeds), size):
+            own = slice(first, first + size)
+            sampling = self.stream(
+                initial_noise(self.latent_shape(side, side), seeds[own]),
+                prompts[own],
+                [""] * len(prompts[own]),
+                seeds=seeds[own],
+                steps=steps,
+                guidance_scale=guidance_scale,
+                guidance=guidance,
+                sampler=sampler,
+                literal=literal,
+            )
+            images.append(self.decode(final_latents(sampling)))
+        return torch.cat(images)
 
     @torch.no_grad()
     def stream(

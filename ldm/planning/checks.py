@@ -10,6 +10,7 @@ from ldm.planning.device import format_bytes, format_duration
 from ldm.training.config import TrainingConfig
 from ldm.training.optimizer import learning_rate
 
+STEP = "a step"
 MAX_MEMORY_FRACTION = 0.9
 MAX_DATA_FRACTION = 0.5  # of a step, waiting for data
 MAX_OVERHEAD_FRACTION = 0.5  # of a run, for validation, samples and saving
@@ -119,13 +120,23 @@ def loss_decreases(
     return DoctorCheck("loss decreases", end < begin and not diverged and not stuck, value, fix)
 
 
-def memory(peak: int, total: int, *, on_gpu: bool) -> DoctorCheck:
-    """Bytes at the peak of steps, validation, samples and saving, against what there is."""
+def memory(peak: int, total: int, doing: str, grad_accum_steps: int, *, on_gpu: bool) -> DoctorCheck:
+    """Bytes at the peak of steps, validation, sampling and saving, against what there is; `doing` took them."""
     owner = "the GPU" if on_gpu else "the machine"
-    used = f"{format_bytes(peak)} at the peak ({peak / total:.0%})" if peak else "not reported by this system"
-    value = f"{used}, {owner} has {format_bytes(total)}"
-    fix = "--grad-accum-steps 2 (smaller micro-batches), --gradient-checkpointing, or --fsdp on several GPUs"
+    used = (
+        f"{format_bytes(peak)} at the peak ({peak / total:.0%}), of {doing}" if peak else "not reported by this system"
+    )
+    value = f"{used}; {owner} has {format_bytes(total)}"
+    fix = memory_remedy(doing, grad_accum_steps)
     return DoctorCheck("memory headroom", peak <= MAX_MEMORY_FRACTION * total, value, fix)
+
+
+def memory_remedy(doing: str, grad_accum_steps: int) -> str:
+    """What makes `doing` take less memory."""
+    if doing == STEP:
+        fewer = f"--grad-accum-steps {2 * grad_accum_steps} (smaller micro-batches)"
+        return f"{fewer}, --gradient-checkpointing, or --fsdp on several GPUs"
+    return "it takes few images at once, so the networks are too large: a smaller network or --data.resolution"
 
 
 def throughput(seconds: float, waiting: float, config: TrainingConfig) -> DoctorCheck:

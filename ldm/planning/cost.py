@@ -31,13 +31,14 @@ class Cost(NamedTuple):
     flop: int  # forward and backward
     peak_activation_bytes: int  # activations and gradients at the peak of the step
 
-    def memory(self, ranks: int = 1, *, fsdp: bool = False) -> int:
-        """Bytes on each rank; with `fsdp` what belongs to parameters is sharded over the ranks."""
+    def memory(self, ranks: int = 1, *, fsdp: bool = False, accumulates: bool = False) -> int:
+        """Bytes on each rank; with `fsdp` what belongs to parameters is sharded over the ranks.
+
+        But whole gradients add up on each where a step `accumulates` those of several micro-batches.
+        """
         state, gradients = STATE_BYTES_PER_PARAMETER * self.parameters, GRADIENT_BYTES * self.parameters
         if fsdp:
-            state = (state + gradients) // ranks - gradients  # the peak has whole gradients
-        elif ranks > 1:
-            state += gradients  # the buckets of DDP, in which gradients travel
+            state = (state + gradients) // ranks - (0 if accumulates else gradients)  # the peak has whole ones
         return state + self.peak_activation_bytes + self.frozen_bytes
 
 

@@ -33,6 +33,7 @@ from ldm.training.stage import Stage
 from ldm.training.trainer import Buildable, Config, Trainer, train
 
 DOCTOR_STEPS, MIN_DOCTOR_STEPS = 20, 4  # real steps, and how many a run must have
+PEAK_FRACTION = 0.98  # of the memory at its peak: what first took so much is named
 UNTIMED_STEPS, OVERFIT_STEPS = 5, 10  # left out of the rate; how often the last step is repeated at the end
 
 
@@ -53,14 +54,18 @@ def examine(stage_class: Buildable[Config], config: Config) -> list[DoctorCheck]
 
 def run_doctor(config: TrainingConfig, accelerator: Accelerator, stage: Stage) -> list[DoctorCheck]:
     """In the place of `fit`: the checks of some steps in the folder `config.run`."""
+    doctor = None
     try:
         doctor = DoctorRun(Trainer(config, accelerator, stage))
         with doctor.trainer.open_logs(doctor.steps):
             found: list[DoctorCheck] = broadcast_object_list(doctor.checks())  # each rank has clocks of its own
             return found
     except torch.OutOfMemoryError:
-        remedy = f"--grad-accum-steps {2 * config.grad_accum_steps}, --gradient-checkpointing, --fsdp on several GPUs"
-        raise ValueError(f"memory: a step of {config.batch_size} images does not fit: try {remedy}") from None
+        doing = doctor.doing if doctor else checks.STEP
+        remedy = checks.memory_remedy(doing, config.grad_accum_steps)
+        raise ValueError(
+            f"memory: {doing} does not fit, with batches of {config.batch_size} images: {remedy}"
+        ) from None
 
 
 def _remove(folder: Path) -> None:
@@ -82,18 +87,21 @@ class DoctorRun:
         self.model = self.config.run / "finished"  # not `model`, which `latest` would find
         self.keys: list[list[SampleKey]] = []  # of this rank, in each micro-batch
         self.waited = 0.0  # seconds, for data
+        self.doing = checks.STEP
+        self.peaks: dict[str, int] = {}  # bytes, the largest until each of what was done had ended
 
     def checks(self) -> list[DoctorCheck]:
         """Everything, in the order of the report."""
         first, step, waiting = self._take_steps()
+        self.peaks[self.doing] = peak_memory(self.device)
         sums = self._gradients()
         stage, with_ema_weights = self.trainer.stage, self.trainer.with_ema_weights
         seconds = {
             "step": step,
-            "validate": _seconds(partial(with_ema_weights, stage.validate)),
-            "sample": _seconds(partial(with_ema_weights, stage.sample)),
-            "model": _seconds(partial(with_ema_weights, partial(stage.save, self.model))),
-            "save": _seconds(self.trainer.save),
+            "validate": self._seconds("validation", partial(with_ema_weights, stage.validate)),
+            "sample": self._seconds("sampling", partial(with_ema_weights, stage.sample)),
+            "model": self._seconds("saving the model", partial(with_ema_weights, partial(stage.save, self.model))),
+            "save": self._seconds("saving a checkpoint", self.trainer.save),
         }
         memory, disk = self._memory(), self._disk()
         difference = self._check_resume()
@@ -190,6 +198,14 @@ class DoctorRun:
 
     # Measurements.
 
+    def _seconds(self, doing: str, action: Callable[[], object]) -> float:
+        """Of an action, whose peak of memory is kept, too."""
+        self.doing, begin = doing, clock()
+        action()
+        seconds = clock() - begin
+        self.peaks[doing] = peak_memory(self.device)
+        return seconds
+
     def _devices(self) -> DoctorCheck:
         mixed = self.accelerator.mixed_precision
         precision = "float32" if mixed == "no" else mixed
@@ -214,21 +230,18 @@ class DoctorRun:
     def _memory(self) -> DoctorCheck:
         """The fullest GPU, or the sum of the ranks on the fullest machine."""
         used: Counter[str] = Counter()
-        for place, peak in gather_object([(self.place, peak_memory(self.device))]):
-            used[place] += peak
-        return checks.memory(max(used.values()), total_memory(self.device), on_gpu=self.on_gpu)
+        peak = max(self.peaks.values())
+        for place, bytes_of_rank in gather_object([(self.place, peak)]):
+            used[place] += bytes_of_rank
+        doing = next(doing for doing, so_far in self.peaks.items() if so_far >= PEAK_FRACTION * peak)
+        rounds = self.config.grad_accum_steps
+        return checks.memory(max(used.values()), total_memory(self.device), doing, rounds, on_gpu=self.on_gpu)
 
     def _disk(self) -> DoctorCheck:
         self.state.finish_hashing()  # which renames a file in that folder
         saved, model = (_size(folder) for folder in (self.state.folder, self.model))
         free = shutil.disk_usage(self.config.run.parent).free + saved + model
         return checks.disk(saved, model, free, self.config)
-
-
-def _seconds(action: Callable[[], object]) -> float:
-    begin = clock()
-    action()
-    return clock() - begin
 
 
 def _size(folder: Path) -> int:

@@ -88,7 +88,8 @@ class StagePlan:
     @property
     def memory(self) -> int:
         """Bytes on each rank."""
-        return self.cost(self.micro_batch).memory(self.machine.ranks, fsdp=self.config.fsdp)
+        accumulates = self.config.grad_accum_steps > 1
+        return self.cost(self.micro_batch).memory(self.machine.ranks, fsdp=self.config.fsdp, accumulates=accumulates)
 
     @property
     def rate(self) -> float:

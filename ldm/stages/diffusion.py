@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from ldm.io.tensors import init_weights, same_weights, to_device, weights_sha256
 from ldm.pipeline import ModelComponents, Pipeline
 from ldm.pipeline.denoiser import text_conditioning
 from ldm.pipeline.load import load_components, load_vae
+from ldm.precision import images_at_once, place
 from ldm.rng import StepRNG, generator
 from ldm.stages.latents import find_vae, open_latents, text_fingerprint
 from ldm.stages.start import announce
@@ -133,7 +136,7 @@ class DiffusionStage(Stage):
         if config.init_from and not config.resume:
             stage.init_unet(load_components(config.init_from), config.init_from, accelerator)
         for module in stage.frozen.values():
-            module.to(accelerator.device)
+            place(module, accelerator.device)
         return stage
 
     def init_unet(self, source: ModelComponents, where: Path, accelerator: Accelerator) -> None:
@@ -166,8 +169,9 @@ class DiffusionStage(Stage):
             if not isinstance(self.data, ImageTextDataset) or self.data.is_sharded:
                 raise ValueError("data.source: shards exceed the memory; use cache_latents.py, or --no-cache-latents")
             accelerator.print("caching latents with one fixed crop per image (--no-cache-latents for random crops)")
-            progress = accelerator.is_main_process
-            self.data = InMemoryLatents(self.data, self.encode_for_cache, device=self.device, progress=progress)
+            rank, world = accelerator.process_index, accelerator.num_processes
+            ranks = {"rank": rank, "world": world, "gather": gather_object}
+            self.data = InMemoryLatents(self.data, self.encode_for_cache, device=self.device, **ranks)
         guidance = {name: getattr(config, f"sample_{name}") for name in ("guidance_scale", "guidance_interval")}
         metadata = {"data": config.data.to_dict(), "steps": config.sample_steps, **guidance}
         networks = (self.unet, self.diffusion, self.vae, self.text)
@@ -288,29 +292,40 @@ class DiffusionStage(Stage):
         `validation_loss_shuffled` is that under the captions of other samples, `validation_loss_empty` that without
         captions: a model that listens is worse at both.
         """
-        batch, count = self.validation, len(self.validation["sizes"])
-        shape = self.pipeline.latent_shape(self.config.data.resolution, self.config.data.resolution)
+        count, side = len(self.validation["sizes"]), self.config.data.resolution
+        shape = self.pipeline.latent_shape(side, side)
         noise = torch.randn(2, count, *shape, generator=generator(self.config.seed, "validation")).to(self.device)
-        z = self.latents(batch, lambda _: noise[0])
-        losses = self._losses_at_t(z, noise[1], self.conditioning(batch))
+        batches = {"": self.validation}
         if self.text is not None and count > 1:
-            shuffled = self.conditioning(shift_captions(batch))
-            empty = self.conditioning(batch, torch.ones(count, dtype=torch.bool))
-            for name, cond in (("shuffled", shuffled), ("empty", empty)):
-                losses[f"validation_loss_{name}"] = self._losses_at_t(z, noise[1], cond)["validation_loss"]
-        return losses
+            batches |= {"_shuffled": shift_captions(self.validation), "_empty": self.validation}
+        errors: dict[str, list[Tensor]] = {name: [] for name in batches}
+        size = images_at_once(side, side)
+        for first in range(0, count, size):
+            own = slice(first, first + size)
+            z = self._fixed_latents(samples_of(self.validation, own), noise[0, own])
+            for name, batch in batches.items():
+                cond = self.conditioning(samples_of(batch, own), torch.full((len(z),), name == "_empty"))
+                errors[name].append(self._errors_at_t(z, noise[1, own], cond))
+        means = {name: torch.cat(parts, dim=1).mean(1).tolist() for name, parts in errors.items()}
+        of_t = zip((f"validation_loss_t{t}" for t in self._validation_t()), means[""], strict=True)
+        return {**{f"validation_loss{name}": fmean(values) for name, values in means.items()}, **dict(of_t)}
 
-    def _losses_at_t(self, z: Tensor, noise: Tensor, cond: Conditioning) -> dict[str, float]:
-        """The mean unweighted loss of latents and noise (b, c, h, w) at each t, and of all."""
-        losses = {}
+    def _fixed_latents(self, batch: Batch, noise: Tensor) -> Tensor:
+        return self.latents(batch, lambda shape: noise)
+
+    def _validation_t(self) -> list[float]:
         t_min = self.config.diffusion.t_min
-        for value in (round(t_min + (1 - t_min) * v, 4) for v in VALIDATION_T):
+        return [round(t_min + (1 - t_min) * value, 4) for value in VALIDATION_T]
+
+    def _errors_at_t(self, z: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
+        """The unweighted error of each of b latents and noises (b, c, h, w) at each t: (t, b)."""
+        errors = []
+        for value in self._validation_t():
             t = torch.full((len(z),), value, device=self.device)
             z_t = self.diffusion.add_noise(z, noise, t)
             prediction = self.unet(z_t, self.diffusion.network_timestep(t), cond)
-            error = squared_error(prediction, self.diffusion.training_target(z, noise, t))
-            losses[f"validation_loss_t{value}"] = error.mean().item()
-        return {"validation_loss": sum(losses.values()) / len(losses), **losses}
+            errors.append(squared_error(prediction, self.diffusion.training_target(z, noise, t)))
+        return torch.stack(errors)
 
     def sample(self) -> Image.Image:
         """A grid of sampled images with their prompts."""
@@ -370,6 +385,12 @@ def drop_captions(values: Tensor, dropped: Tensor | None, empty: Tensor) -> Tens
         return values
     where = dropped.to(values.device, non_blocking=True).view(-1, *[1] * (values.ndim - 1))
     return torch.where(where, empty.to(values.device), values)
+
+
+def samples_of(batch: Batch, own: slice) -> Batch:
+    """A part of a batch."""
+    part: Any = {name: column[own] for name, column in batch.items()}  # type: ignore[index]
+    return part
 
 
 def shift_captions(batch: Batch) -> Batch:

@@ -23,6 +23,7 @@ from ldm.io.atomic import check_folder, write_text
 from ldm.io.model_dir import latest_model, read_text
 from ldm.io.tensors import sha256, weights_sha256
 from ldm.pipeline.load import load_vae
+from ldm.precision import place
 from ldm.stages.start import pixel_notes
 from ldm.text import TextConditioner, TextConfig, load_text_encoder
 from ldm.text.tokenizer import tokenizer_hash, vocabulary
@@ -76,7 +77,7 @@ class LatentWriter:
         text = load_text_encoder(towers, config.out.parent, script)
         if text is None:
             raise ValueError("text.model none: pass the text tower that train_ldm will have")
-        self.vae, self.text = load_vae(vae_path).to(accelerator.device), text.to(accelerator.device)
+        self.vae, self.text = place(load_vae(vae_path), accelerator.device), text.to(accelerator.device)
         config.data.check_channels(self.vae.config.image_channels)
         self.sets = {split: open_dataset(config.data, split, seed=config.seed) for split in SPLITS}
         self.fingerprint = latents_fingerprint(config.data, config.seed, weights_sha256(self.vae), self.text)

@@ -15,6 +15,7 @@ from ldm.imaging import image_grid, tensor_to_pil
 from ldm.io.model_dir import latest_model, read_json
 from ldm.io.tensors import weights_sha256
 from ldm.pipeline.load import load_vae, save_preview_decoder
+from ldm.precision import place
 from ldm.rng import StepRNG
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Networks, Stage, Trainable
@@ -58,7 +59,7 @@ class PreviewStage(Stage):
         if not config.data.source:
             raise ValueError(f"{config.model} does not name its data, as it was not trained here: pass --data.source")
         self.decoder = TinyDecoder(self.vae.config)
-        self.trainables, self.frozen = [Trainable("decoder", self.decoder)], {"vae": self.vae.to(device)}
+        self.trainables, self.frozen = [Trainable("decoder", self.decoder)], {"vae": place(self.vae, device)}
         self.vae_sha256 = weights_sha256(self.vae)
 
     @classmethod

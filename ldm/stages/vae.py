@@ -21,6 +21,7 @@ from ldm.data.loader import sample_batches
 from ldm.imaging import image_grid, tensor_to_pil
 from ldm.io.tensors import init_weights
 from ldm.pipeline.load import load_vae, save_vae
+from ldm.precision import images_at_once
 from ldm.rng import StepRNG, fold_seed
 from ldm.stages.start import announce
 from ldm.text.image_tower import ImageTower
@@ -216,13 +217,16 @@ class VAEStage(Stage):
 
     def validate(self) -> dict[str, float]:
         """PSNR in dB and SSIM of held-out images, and their perceptual distance where it is trained on."""
-        images = self.validation.to(self.device)
-        output = self.reconstruct(images)
-        quality = {"psnr": psnr(output, images)}
-        if has_ssim(images):
-            quality["ssim"] = ssim(output, images)
-        quality |= {name: distance(output, images) for name, distance in self.frozen.items()}
-        return {f"validation_{name}": value.mean().item() for name, value in quality.items()}
+        measures: dict[str, Any] = {"psnr": psnr, **self.frozen}
+        if has_ssim(self.validation):
+            measures["ssim"] = ssim
+        means = {name: torch.zeros((), device=self.device) for name in measures}
+        for part in self.validation.split(images_at_once(*self.validation.shape[-2:])):
+            images = part.to(self.device)
+            output = self.reconstruct(images)
+            for name, measure in measures.items():
+                means[name] += measure(output, images).mean() * (len(images) / len(self.validation))
+        return {f"validation_{name}": value.item() for name, value in means.items()}
 
     def sample(self) -> Image.Image:
         """Held-out images, each next to its reconstruction."""

@@ -25,13 +25,16 @@ class EMA:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The module holds the averages inside the `with`, and its own weights again afterwards."""
-        weights = {name: p.detach().clone() for name, p in trained_parameters(self.module).items()}
-        copy_params(self.shadow, self.module)
+        """The module holds the averages inside the `with`, and the shadow its own weights, without a copy of either."""
+        self._swap()
         try:
             yield
         finally:
-            copy_params(weights, self.module)
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in trained_parameters(self.module).items():
+            parameter.data, self.shadow[name] = self.shadow[name], parameter.data
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

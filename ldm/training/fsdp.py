@@ -1,35 +1,56 @@
 """Weights, averages and optimizer state sharded over all ranks, with torch's FSDP2."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, zeros
 
 PLACEMENTS = (Shard(0),)  # how FSDP2 shards a parameter, so how all that belongs to it is sharded
 
 
-def apply_fsdp(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """A copy of a module that holds one shard of each parameter, and gathers the rest block by block as it is called.
+def apply_fsdp(module: nn.Module, mesh: DeviceMesh, *, bf16: bool) -> nn.Module:
+    """A copy of a module on the CPU that holds one shard of each parameter, and gathers the rest as it is called.
 
-    The blocks are what its `nn.ModuleList`s list. All ranks must hold the same weights. Side effect: the original
-    module is moved to the CPU on rank 0 (to receive gathered weights) and to meta elsewhere. ValueError for a parameter
-    that cannot be sharded.
+    It does so block by block: these are what its `nn.ModuleList`s list. With `bf16` the weights of blocks are gathered
+    in it, in which autocast would compute anyway; shards and averaged gradients are float32. All ranks must hold the
+    same weights. Side effect: the original module stays on rank 0 (to receive gathered weights) and is moved to meta
+    elsewhere. ValueError for a parameter that cannot be sharded.
     """
     scalars = [name for name, parameter in module.named_parameters() if parameter.ndim == 0]
     if scalars:
         raise ValueError(f"--fsdp: {scalars[0]} is a single number, which FSDP2 cannot shard; leave out --fsdp")
     sharded = copy.deepcopy(module)
-    module.to("cpu" if mesh.get_rank() == 0 else "meta")
+    if mesh.get_rank() > 0:
+        module.to("meta")
+    in_blocks, in_averaging = (torch.bfloat16, torch.float32) if bf16 else (None, None)
+    policy = MixedPrecisionPolicy(in_blocks, in_averaging, cast_forward_inputs=False)
     for blocks in reversed(list(sharded.modules())):  # inner ones first
         if isinstance(blocks, nn.ModuleList):
             for block in blocks:
                 if not isinstance(block, nn.ModuleList):
-                    fully_shard(block, mesh=mesh)
+                    fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(sharded, mesh=mesh)
     return sharded
+
+
+@contextmanager
+def no_sync(accelerator: Accelerator, network: nn.Module) -> Iterator[None]:
+    """Gradients add up on each rank, and are not averaged over the ranks yet."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            network.set_requires_gradient_sync(True)
+    else:
+        with accelerator.no_sync(network):
+            yield
 
 
 def reshard(module: nn.Module) -> None:

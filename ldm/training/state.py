@@ -38,11 +38,15 @@ class TrainingState:
         self.step = 0
         self.mesh = _mesh(config, accelerator)
         for trainable in trainables:
-            if config.fsdp:  # FSDP2 accepts no other layout
-                trainable.module.to(accelerator.device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            if config.fsdp:  # FSDP2 accepts no other layout, and moves one block after the other to the device
+                device = "cpu" if self.mesh else accelerator.device
+                trainable.module.to(device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
             else:
                 place(trainable.module, accelerator.device)
-        self.modules = {t.name: apply_fsdp(t.module, self.mesh) if self.mesh else t.module for t in trainables}
+        bf16 = accelerator.mixed_precision == "bf16"
+        self.modules = {
+            t.name: apply_fsdp(t.module, self.mesh, bf16=bf16) if self.mesh else t.module for t in trainables
+        }
         self.optimizers = {t.name: self._make_optimizer(t) for t in trainables}
         self.ema = {name: EMA(module, config.ema_decay) for name, module in self.modules.items()}
         self.monitors = {name: AnomalyMonitor(limit=config.max_nonfinite_steps) for name in self.modules}

@@ -23,7 +23,7 @@ from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
 from ldm.training.distributed import disconnect_at_end, make_accelerator, on_rank0, peer_errors
 from ldm.training.ema import copy_params, trained_parameters
-from ldm.training.fsdp import full_tensor, reshard
+from ldm.training.fsdp import full_tensor, no_sync, reshard
 from ldm.training.items import check_items, write_items
 from ldm.training.lock import only_writer
 from ldm.training.logger import RunLogger
@@ -115,7 +115,7 @@ class Trainer:
         optimizer = state.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
 
-        # Forward and backward. DDP averages gradients over the ranks in the last micro-batch, FSDP2 in each.
+        # Forward and backward. Gradients are averaged over the ranks in the last micro-batch.
         terms: dict[str, Tensor] = {}
         for index, (keys, batch) in enumerate(micro_batches):
             positions = [key.position for key in keys]
@@ -123,7 +123,7 @@ class Trainer:
             with ExitStack() as stack:
                 for other, network in self.networks.items():
                     if other != name or index < len(micro_batches) - 1:
-                        stack.enter_context(accelerator.no_sync(network))
+                        stack.enter_context(no_sync(accelerator, network))
                 with accelerator.autocast():
                     losses = self.stage.loss(name, self.networks, batch, rng)
                 accelerator.backward(losses["loss"] / len(micro_batches))
@@ -280,6 +280,8 @@ class Trainer:
     def with_ema_weights(self, action: Callable[[], Any]) -> None:
         """Run on rank 0 with the averaged weights in place, in eval mode, without gradients."""
         rank0 = self.accelerator.is_main_process
+        for optimizer in self.state.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)  # for their memory
         with ExitStack() as stack:
             for trainable in self.stage.trainables:
                 ema = self.state.ema[trainable.name]

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.conditioning import CachedContext
-from ldm.layers import zero_init_
+from ldm.layers import GroupNorm, LayerNorm, zero_init_
 
 Context = Tensor | CachedContext
 NumGroups = Callable[[int], int]  # from the width of a layer to its number of norm groups
@@ -34,10 +34,10 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = nn.GroupNorm(num_groups(channels_in), channels_in, eps=1e-5)
+        self.norm1 = GroupNorm(num_groups(channels_in), channels_in, eps=1e-5)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.time_proj = nn.Linear(time_width, (2 if scale_shift else 1) * channels_out)
-        self.norm2 = nn.GroupNorm(num_groups(channels_out), channels_out, eps=1e-5)
+        self.norm2 = GroupNorm(num_groups(channels_out), channels_out, eps=1e-5)
         self.conv2 = zero_init_(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         same = channels_in == channels_out
         self.shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
@@ -98,12 +98,12 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, channels: int, *, num_heads: int, context_dim: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.self_attention = Attention(channels, num_heads=num_heads)
         if context_dim:
-            self.norm2 = nn.LayerNorm(channels)
+            self.norm2 = LayerNorm(channels)
             self.cross_attention = Attention(channels, num_heads=num_heads, context_dim=context_dim)
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm3 = LayerNorm(channels)
         self.feed_forward = nn.Sequential(GEGLU(channels, 4 * channels), nn.Linear(4 * channels, channels))
 
     def forward(self, x: Tensor, context: Context | None, mask: Tensor | None) -> Tensor:
@@ -119,7 +119,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, *, depth: int, num_heads: int, context_dim: int, num_groups: NumGroups) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(num_groups(channels), channels, eps=1e-6)
+        self.norm = GroupNorm(num_groups(channels), channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(
             TransformerBlock(channels, num_heads=num_heads, context_dim=context_dim) for _ in range(depth)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
 from ldm.config import Config
-from ldm.layers import Upsample, check_group_norm, checkpointed, zero_init_
+from ldm.layers import GroupNorm, Upsample, check_group_norm, checkpointed, zero_init_
 from ldm.unet.blocks import Context, Downsample, Refinement, ResidualBlock, SpatialTransformer, timestep_embedding
 
 NUM_SIZE_CONDS = 6  # original height and width, crop top and left, height and width
@@ -167,7 +167,7 @@ class UNet(nn.Module):
         for level, inputs in zip(range(last, -1, -1), config.decoder_inputs, strict=True):
             self.up.append(nn.ModuleList(Block(width, level, config, depth=depths[level]) for width in inputs))
 
-        self.norm_out = nn.GroupNorm(config.num_groups(widths[0]), widths[0], eps=1e-5)
+        self.norm_out = GroupNorm(config.num_groups(widths[0]), widths[0], eps=1e-5)
         self.conv_out = zero_init_(nn.Conv2d(widths[0], config.in_channels * config.patch_size**2, 3, padding=1))
         if config.refine_channels:
             self.refine = Refinement(config.in_channels, config.refine_channels, time_width)

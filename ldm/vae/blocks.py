@@ -4,10 +4,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.layers import GroupNorm
 
-def group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
+
+def group_norm(num_groups: int, channels: int) -> GroupNorm:
     """GroupNorm with the epsilon of the Stable Diffusion VAE."""
-    return nn.GroupNorm(num_groups, channels, eps=1e-6)
+    return GroupNorm(num_groups, channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):

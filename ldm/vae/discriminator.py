@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ldm.config import Config
-from ldm.layers import check_group_norm
+from ldm.layers import GroupNorm, check_group_norm
 
 
 class DiscriminatorConfig(Config):
@@ -54,7 +54,7 @@ class PatchDiscriminator(nn.Module):
         for index, width in enumerate(widths):
             stride = 2 if index < config.num_layers - 1 else 1
             conv = nn.Conv2d(first, width, 4, stride=stride, padding=1)
-            self.layers.append(nn.Sequential(conv, nn.GroupNorm(config.norm_num_groups, width), nn.LeakyReLU(0.2)))
+            self.layers.append(nn.Sequential(conv, GroupNorm(config.norm_num_groups, width), nn.LeakyReLU(0.2)))
             first = width
         # Without a bias: while all logits are within the hinge's margin its gradient is 0 but for rounding, which Adam
         # would turn into steps of full size.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.config import Config
 from ldm.layers import Upsample, check_group_norm, checkpointed, zero_init_
+from ldm.precision import images_at_once
 from ldm.vae.blocks import Downsample, ResidualBlock, group_norm, mid_block
 
 MIN_PCA_SCALE = 1e-6  # of the components' standard deviation: below it is what rounding leaves of no variance
@@ -206,8 +207,17 @@ class VAE(nn.Module):
         return self.quant_conv.weight.dtype
 
     def encode(self, images: Tensor) -> Posterior:
-        """Pixels (b, c, h, w) in [-1, 1] -> the posterior, (b, *latent_shape); ValueError: see `latent_size`."""
+        """Pixels (b, c, h, w) in [-1, 1] -> the posterior, (b, *latent_shape); ValueError: see `latent_size`.
+
+        Without gradients in parts, see `images_at_once`.
+        """
         self.config.latent_shape(images)  # checks the sides
+        if torch.is_grad_enabled():
+            return self._encode(images)
+        parts = [self._encode(part) for part in images.split(images_at_once(*images.shape[-2:]))]
+        return Posterior(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _encode(self, images: Tensor) -> Posterior:
         h = self.encoder(images.to(self.dtype))
         mean, logvar = self.quant_conv(h).float().chunk(2, dim=1)
         if self.linear is not None:
@@ -215,8 +225,17 @@ class VAE(nn.Module):
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Raw latents (b, latent_channels, h, w) -> (b, c, h * factor, w * factor) pixels, about in [-1, 1]."""
-        images = self.decoder(self.post_quant_conv(latents.to(self.dtype)))
+        """Raw latents (b, latent_channels, h, w) -> (b, c, h * factor, w * factor) pixels, about in [-1, 1].
+
+        Without gradients in parts, see `images_at_once`.
+        """
+        if torch.is_grad_enabled():
+            return self._decode(latents)
+        height, width = (self.config.factor * side for side in latents.shape[-2:])
+        return torch.cat([self._decode(part) for part in latents.split(images_at_once(height, width))])
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        images = self.decoder(self.post_quant_conv(latents.to(self.dtype))).float()
         if self.linear is not None:
             images = images + self.linear.to_images(latents)
         return images
