@@ -30,6 +30,7 @@ from ldm.data.sources import shapes
 from ldm.io.atomic import write_tensors
 from ldm.planning.checks import DoctorCheck
 from ldm.planning.doctor import examine
+from ldm.ranks import Ranks
 from ldm.rng import StepRNG
 from ldm.stages import STAGES
 from ldm.training.config import TrainingConfig
@@ -311,7 +312,7 @@ class Toy(Stage):
         factor = float("nan") if rng.step + 1 in self.poison else 1e4 if rng.step + 1 == self.jump else 1.0
         return {"loss": error.square().mean() * factor}
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, ranks: Ranks) -> dict[str, float]:
         return {"validation_w": self.model.weight.sum().item()}
 
     def sample(self) -> None:
@@ -356,7 +357,7 @@ class ToyGAN(Stage):
         real, fake = networks["discriminator"](x).float(), networks["discriminator"](made.detach()).float()
         return {"loss": (real - 1).square().mean() + fake.square().mean()}
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, ranks: Ranks) -> dict[str, float]:
         return {"validation_w": self.generator[0].weight.sum().item()}
 
     def sample(self) -> None:

@@ -25,6 +25,7 @@ from ldm.data.latents import InMemoryLatents, LatentDataset, LatentFileLayout
 from ldm.data.sources.base import hash_split
 from ldm.imaging import image_size
 from ldm.pipeline.load import load_vae
+from ldm.ranks import Ranks
 
 SHAPES = [(24, 24), (20, 30), (30, 20), (24, 25)]  # width and height of the photos, in turn
 NAMES = [f"{number:03}.png" for number in range(160)]
@@ -205,8 +206,7 @@ def test_ranks_share_the_encoding_of_latents_in_memory(photos: Path) -> None:
             encoded[rank] += len(images)
             return {"mean": images.mean((2, 3), keepdim=True)}
 
-        ranks = {"rank": rank, "world": len(lists), "gather": gather}
-        return InMemoryLatents(data, encode, device=torch.device("cpu"), **ranks)
+        return InMemoryLatents(data, encode, device=torch.device("cpu"), ranks=Ranks(rank, len(lists), gather))
 
     with ThreadPoolExecutor(len(lists)) as pool:
         found = list(pool.map(run, range(len(lists))))

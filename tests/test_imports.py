@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BASE = {"config", "rng", "io", "imaging", "conditioning", "labels", "precision"}
+BASE = {"config", "rng", "io", "imaging", "conditioning", "labels", "precision", "ranks"}
 # What each module or package below ldm/ may import of ldm, in addition to itself.
 ALLOWED: dict[str, set[str]] = {
     "io": set(),
@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "imaging": {"io", "labels"},
     "conditioning": set(),
     "precision": set(),
+    "ranks": set(),
     "diffusion": {"config"},
     "vae": {"config", "layers", "io", "precision"},
     "unet": {"config", "layers", "conditioning"},

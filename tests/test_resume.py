@@ -28,6 +28,7 @@ from ldm import commands
 from ldm.cli import parse_cli
 from ldm.config import check_equal
 from ldm.data import DataConfig, open_dataset
+from ldm.ranks import Ranks
 from ldm.stages import STAGES
 from ldm.stages.vae import TrainVAEConfig, VAEStage
 
@@ -259,7 +260,7 @@ def test_shards_are_the_same_wherever_they_are(tmp_path: Path) -> None:
 class Failing(Toy):
     """Its validation fails."""
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, ranks: Ranks) -> dict[str, float]:
         raise RuntimeError("out of memory")
 
 

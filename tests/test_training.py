@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
 from ldm.data.sources.shard import ShardReadError
 from ldm.io.tensors import save_weights
+from ldm.ranks import Ranks
 from ldm.rng import StepRNG
 from ldm.training import checkpoint, distributed
 from ldm.training.config import TrainingConfig
@@ -206,7 +207,7 @@ def test_the_end_of_a_run_says_that_its_model_is_of_no_use(tmp_path: Path, capsy
     """Weights that are finite, but so large that the validation is not."""
 
     class Overflown(Toy):
-        def validate(self) -> dict[str, float]:
+        def validate(self, ranks: Ranks) -> dict[str, float]:
             return {"validation_a": float("nan"), "validation_b": 1.0}
 
     for stage, want in ((Overflown, ["validation_a"]), (Toy, [])):

@@ -31,6 +31,7 @@ from ldm.data.loader import sample_batches
 from ldm.data.sources.base import Split
 from ldm.io.atomic import write_tensors
 from ldm.io.tensors import sha256
+from ldm.ranks import ONE_RANK, Ranks
 
 LATENTS_FORMAT: Literal["ldm-latents-4"] = "ldm-latents-4"
 INDEX_FILE, VOCABULARY_FILE, BUCKETS_FILE = "index.json", "vocab.txt", "buckets.safetensors"
@@ -46,8 +47,7 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # (b, c, height, width) to m
 class InMemoryLatents(Dataset[dict[str, Any]]):
     """The samples of a data set with what `encode` makes of images in their place, such as latents: see `Batch`.
 
-    What it makes of each bucket is of a shape of its own, and so in columns of its own. Each rank of `world` encodes
-    its part, and `gather` joins lists of all ranks.
+    What it makes of each bucket is of a shape of its own, and so in columns of its own. Each of the ranks encodes a part.
     """
 
     def __init__(
@@ -56,39 +56,27 @@ class InMemoryLatents(Dataset[dict[str, Any]]):
         encode: Callable[[Tensor], Mapping[str, Tensor]],
         *,
         device: torch.device,
-        rank: int = 0,
-        world: int = 1,
-        gather: Callable[[list[Any]], list[Any]] = lambda parts: parts,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
         self.data, self.groups = data, data.groups if data.groups is not None else torch.zeros(len(data)).long()
         self.rows = torch.empty_like(self.groups)  # of each sample, in the columns of its group
         self.columns: list[dict[str, Tensor]] = []
-        with tqdm(total=len(data), desc="latents", unit="image", disable=rank > 0) as bar, torch.no_grad():
+
+        def encode_rows(rows: Tensor) -> dict[str, Tensor]:
+            [batch] = sample_batches(data, rows.tolist())
+            encoded = {name: column.cpu() for name, column in encode(batch["image"].to(device)).items()}
+            return {**encoded, "sizes": batch["sizes"]}
+
+        with tqdm(total=len(data), desc="latents", unit="image", disable=ranks.rank > 0) as bar, torch.no_grad():
             for group in range(len(data.sides)):
                 members, parts = (self.groups == group).nonzero().flatten(), []
                 self.rows[members] = torch.arange(len(members))
-                batches = members.split(ENCODE_BATCH_SIZE)
-                for first in range(0, len(batches), world):  # as large as on one rank, which gives equal numbers
-                    own = batches[first + rank : first + rank + 1]  # none in the last round of some ranks
-                    for part in gather([self._encode(rows.tolist(), encode, device) for rows in own]):
-                        if isinstance(part, ValueError):  # of another rank, perhaps
-                            raise part
-                        parts.append(part)
-                        bar.update(len(part["sizes"]))
+                for part in ranks.map(encode_rows, members.split(ENCODE_BATCH_SIZE)):
+                    parts.append(part)
+                    bar.update(len(part["sizes"]))
                 self.columns.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         self.make_batch_sampler, self.sync, self.report = data.make_batch_sampler, data.sync, data.report
         self.fingerprint, self.item_names = data.fingerprint, data.item_names
-
-    def _encode(
-        self, indices: list[int], encode: Callable[[Tensor], Mapping[str, Tensor]], device: torch.device
-    ) -> dict[str, Tensor] | ValueError:
-        """What is kept of a batch of samples, on the CPU; the error of an image that cannot be read."""
-        try:
-            [batch] = sample_batches(self.data, indices)
-        except ValueError as error:
-            return error
-        encoded = {name: column.cpu() for name, column in encode(batch["image"].to(device)).items()}
-        return {**encoded, "sizes": batch["sizes"]}
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -98,7 +98,7 @@ class DoctorRun:
         stage, with_ema_weights = self.trainer.stage, self.trainer.with_ema_weights
         seconds = {
             "step": step,
-            "validate": self._seconds("validation", partial(with_ema_weights, stage.validate)),
+            "validate": self._seconds("validation", self.trainer.validate),
             "sample": self._seconds("sampling", partial(with_ema_weights, stage.sample)),
             "model": self._seconds("saving the model", partial(with_ema_weights, partial(stage.save, self.model))),
             "save": self._seconds("saving a checkpoint", self.trainer.save),

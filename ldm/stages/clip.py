@@ -14,6 +14,7 @@ from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
 from ldm.data.loader import sample_batches
 from ldm.io.model_dir import write_manifest
 from ldm.io.tensors import to_device
+from ldm.ranks import ONE_RANK, Ranks
 from ldm.rng import StepRNG
 from ldm.stages.start import announce, equal_captions
 from ldm.text.clip import CLIP, CLIPConfig, retrieval_accuracy
@@ -81,7 +82,7 @@ class CLIPStage(Stage):
     def example_batch(self, count: int) -> Batch:
         return self.config.data.example_batch(count)
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, ranks: Ranks = ONE_RANK) -> dict[str, float]:
         """Share of held-out captions whose own image is the nearest."""
         images = self.validation["image"].to(self.device)
         return {"validation_retrieval": retrieval_accuracy(self.clip, images, self.validation["caption"])}

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from ldm.pipeline import ModelComponents, Pipeline
 from ldm.pipeline.denoiser import text_conditioning
 from ldm.pipeline.load import load_components, load_vae
 from ldm.precision import images_at_once, place
+from ldm.ranks import ONE_RANK, Ranks
 from ldm.rng import StepRNG, generator
 from ldm.stages.latents import find_vae, open_latents, text_fingerprint
 from ldm.stages.start import announce
@@ -37,6 +37,7 @@ from ldm.text import TextConditioner, TextConfig, TextEmbeddings, load_text_enco
 from ldm.text.image_tower import ImageTower
 from ldm.text.tokenizer import vocabulary
 from ldm.training.config import TrainingConfig
+from ldm.training.distributed import ranks_of
 from ldm.training.stage import Networks, Stage, Trainable
 from ldm.unet import UNet, UNetConfig
 from ldm.unet.alignment import AlignedUNet, alignment_distance
@@ -169,9 +170,8 @@ class DiffusionStage(Stage):
             if not isinstance(self.data, ImageTextDataset) or self.data.is_sharded:
                 raise ValueError("data.source: shards exceed the memory; use cache_latents.py, or --no-cache-latents")
             accelerator.print("caching latents with one fixed crop per image (--no-cache-latents for random crops)")
-            rank, world = accelerator.process_index, accelerator.num_processes
-            ranks = {"rank": rank, "world": world, "gather": gather_object}
-            self.data = InMemoryLatents(self.data, self.encode_for_cache, device=self.device, **ranks)
+            ranks = ranks_of(accelerator)
+            self.data = InMemoryLatents(self.data, self.encode_for_cache, device=self.device, ranks=ranks)
         guidance = {name: getattr(config, f"sample_{name}") for name in ("guidance_scale", "guidance_interval")}
         metadata = {"data": config.data.to_dict(), "steps": config.sample_steps, **guidance}
         networks = (self.unet, self.diffusion, self.vae, self.text)
@@ -286,7 +286,7 @@ class DiffusionStage(Stage):
 
     # Validation, samples, model folder.
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, ranks: Ranks = ONE_RANK) -> dict[str, float]:
         """The unweighted loss on held-out samples at fixed t, with fixed noise; and under other captions.
 
         `validation_loss_shuffled` is that under the captions of other samples, `validation_loss_empty` that without
@@ -298,20 +298,19 @@ class DiffusionStage(Stage):
         batches = {"": self.validation}
         if self.text is not None and count > 1:
             batches |= {"_shuffled": shift_captions(self.validation), "_empty": self.validation}
-        errors: dict[str, list[Tensor]] = {name: [] for name in batches}
-        size = images_at_once(side, side)
-        for first in range(0, count, size):
-            own = slice(first, first + size)
-            z = self._fixed_latents(samples_of(self.validation, own), noise[0, own])
+
+        def errors_of(own: slice) -> dict[str, Tensor]:
+            z, errors = self.latents(samples_of(self.validation, own), lambda shape: noise[0, own]), {}
             for name, batch in batches.items():
                 cond = self.conditioning(samples_of(batch, own), torch.full((len(z),), name == "_empty"))
-                errors[name].append(self._errors_at_t(z, noise[1, own], cond))
-        means = {name: torch.cat(parts, dim=1).mean(1).tolist() for name, parts in errors.items()}
+                errors[name] = self._errors_at_t(z, noise[1, own], cond).cpu()
+            return errors
+
+        size = images_at_once(side, side)
+        parts = list(ranks.map(errors_of, [slice(first, first + size) for first in range(0, count, size)]))
+        means = {name: torch.cat([part[name] for part in parts], dim=1).mean(1).tolist() for name in batches}
         of_t = zip((f"validation_loss_t{t}" for t in self._validation_t()), means[""], strict=True)
         return {**{f"validation_loss{name}": fmean(values) for name, values in means.items()}, **dict(of_t)}
-
-    def _fixed_latents(self, batch: Batch, noise: Tensor) -> Tensor:
-        return self.latents(batch, lambda shape: noise)
 
     def _validation_t(self) -> list[float]:
         t_min = self.config.diffusion.t_min

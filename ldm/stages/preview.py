@@ -16,6 +16,7 @@ from ldm.io.model_dir import latest_model, read_json
 from ldm.io.tensors import weights_sha256
 from ldm.pipeline.load import load_vae, save_preview_decoder
 from ldm.precision import place
+from ldm.ranks import ONE_RANK, Ranks
 from ldm.rng import StepRNG
 from ldm.training.config import TrainingConfig
 from ldm.training.stage import Networks, Stage, Trainable
@@ -86,7 +87,7 @@ class PreviewStage(Stage):
     def example_batch(self, count: int) -> Batch:
         return self.config.data.example_batch(count)
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, ranks: Ranks = ONE_RANK) -> dict[str, float]:
         """PSNR against what the VAE decodes, in dB."""
         latents, decoded = self._pair(self.validation)
         return {"validation_psnr": psnr(self.decoder(latents).clamp(-1, 1), decoded).mean().item()}

@@ -22,6 +22,7 @@ from ldm.imaging import image_grid, tensor_to_pil
 from ldm.io.tensors import init_weights
 from ldm.pipeline.load import load_vae, save_vae
 from ldm.precision import images_at_once
+from ldm.ranks import ONE_RANK, Ranks
 from ldm.rng import StepRNG, fold_seed
 from ldm.stages.start import announce
 from ldm.text.image_tower import ImageTower
@@ -215,18 +216,19 @@ class VAEStage(Stage):
         """Images (b, c, h, w) through the mean of their posterior, in [-1, 1]."""
         return self.vae.decode(self.vae.encode(images).mean).clamp(-1, 1)
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, ranks: Ranks = ONE_RANK) -> dict[str, float]:
         """PSNR in dB and SSIM of held-out images, and their perceptual distance where it is trained on."""
         measures: dict[str, Any] = {"psnr": psnr, **self.frozen}
         if has_ssim(self.validation):
             measures["ssim"] = ssim
-        means = {name: torch.zeros((), device=self.device) for name in measures}
-        for part in self.validation.split(images_at_once(*self.validation.shape[-2:])):
+
+        def means_of(part: Tensor) -> dict[str, float]:
             images = part.to(self.device)
-            output = self.reconstruct(images)
-            for name, measure in measures.items():
-                means[name] += measure(output, images).mean() * (len(images) / len(self.validation))
-        return {f"validation_{name}": value.item() for name, value in means.items()}
+            output, share = self.reconstruct(images), len(images) / len(self.validation)
+            return {name: measure(output, images).mean().item() * share for name, measure in measures.items()}
+
+        parts = list(ranks.map(means_of, self.validation.split(images_at_once(*self.validation.shape[-2:]))))
+        return {f"validation_{name}": sum(part[name] for part in parts) for name in measures}
 
     def sample(self) -> Image.Image:
         """Held-out images, each next to its reconstruction."""

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator, utils
 
 from ldm.precision import allow_tf32
+from ldm.ranks import ONE_RANK, Ranks
 from ldm.training.config import TrainingConfig
 
 # Where launchers tell a process its rank, how many there are, its rank on its machine, and how many are there.
@@ -81,6 +82,13 @@ def read_ranks() -> int:
 def _launched_alone() -> bool:
     """Whether `accelerate launch` was asked for several processes or machines, and did not tell this one its rank."""
     return has_launcher() and "MASTER_ADDR" in os.environ and "MASTER_ADDR" not in launcher_environment()
+
+
+def ranks_of(accelerator: Accelerator) -> Ranks:
+    """All ranks of an accelerator."""
+    if accelerator.num_processes == 1:
+        return ONE_RANK
+    return Ranks(accelerator.process_index, accelerator.num_processes, utils.gather_object)
 
 
 def on_rank0(accelerator: Accelerator, action: Callable[[], Any]) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
 from ldm.data.loader import Batch
+from ldm.ranks import Ranks
 from ldm.rng import StepRNG
 from ldm.training.config import TrainingConfig
 from ldm.training.optimizer import adamw
@@ -63,7 +64,7 @@ class Stage(Protocol):
     """One training: what is trained, on what, by which loss.
 
     It is built without data, which `open_data` opens when all else is known to fit. `validate`, `sample` and `save` run
-    on rank 0, with the averaged weights in place, in eval mode, without gradients.
+    with the averaged weights in place, in eval mode, without gradients; `sample` and `save` on rank 0.
     """
 
     trainables: Sequence[Trainable]  # updated in this order in each step
@@ -102,8 +103,8 @@ class Stage(Protocol):
         """
         return None
 
-    def validate(self) -> dict[str, float]:
-        """Scalars on held-out data, whose names begin with `validation`."""
+    def validate(self, ranks: Ranks) -> dict[str, float]:
+        """Scalars on held-out data, whose names begin with `validation`; it runs on all of these ranks."""
 
     def sample(self) -> Image.Image | None:
         """An image to look at, if there is one."""

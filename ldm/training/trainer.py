@@ -18,10 +18,11 @@ from ldm.data.batch_sampler import EpochBatchSampler
 from ldm.data.loader import Batches, load_batches
 from ldm.io.atomic import disk_errors, write_text
 from ldm.io.tensors import NonFiniteError
+from ldm.ranks import ONE_RANK, Ranks
 from ldm.rng import StepRNG
 from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
-from ldm.training.distributed import disconnect_at_end, make_accelerator, on_rank0, peer_errors
+from ldm.training.distributed import disconnect_at_end, make_accelerator, on_rank0, peer_errors, ranks_of
 from ldm.training.ema import copy_params, trained_parameters
 from ldm.training.fsdp import full_tensor, no_sync, reshard
 from ldm.training.items import check_items, write_items
@@ -213,7 +214,7 @@ class Trainer:
         last = step == config.steps
         if (step % config.validate_every == 0 or last) and not validated:
             with self.logs.doing("validating"):
-                self.with_ema_weights(lambda: self.logs.validate(step, self.stage.validate()))
+                self.validate()
         if (step % config.sample_every == 0 or last) and not sampled:
             with self.logs.doing("sampling"):
                 self.with_ema_weights(lambda: self.logs.image(step, self.stage.sample()))
@@ -277,9 +278,15 @@ class Trainer:
                 of = f"{count:,} of {self.state.step:,} steps skipped for a non-finite gradient: {steps}"
                 self.logs.print(f"{name}: {of}; log.jsonl has all; a lower --learning-rate or float32 may help")
 
-    def with_ema_weights(self, action: Callable[[], Any]) -> None:
-        """Run on rank 0 with the averaged weights in place, in eval mode, without gradients."""
+    def validate(self) -> None:
+        """Validate with the averaged weights, and log it: each rank its part, but where weights are sharded rank 0."""
+        ranks = ONE_RANK if self.state.mesh else ranks_of(self.accelerator)
+        self.with_ema_weights(lambda: self.logs.validate(self.state.step, self.stage.validate(ranks)), ranks)
+
+    def with_ema_weights(self, action: Callable[[], Any], ranks: Ranks = ONE_RANK) -> None:
+        """Run on rank 0, or on all `ranks`, with the averaged weights in place, in eval mode, without gradients."""
         rank0 = self.accelerator.is_main_process
+        takes_part = rank0 or ranks.world > 1
         for optimizer in self.state.optimizers.values():
             optimizer.zero_grad(set_to_none=True)  # for their memory
         with ExitStack() as stack:
@@ -288,10 +295,10 @@ class Trainer:
                 if self.state.mesh:  # gather into the original module, which waited on the CPU
                     trainable.module.to(self.accelerator.device if rank0 else "meta")
                     copy_params(ema.shadow, trainable.module)
-                elif rank0:
+                elif takes_part:
                     stack.enter_context(ema.swapped_in())
                 trainable.module.eval()
-            if rank0:
+            if takes_part:
                 with torch.no_grad():
                     action()
         for trainable in self.stage.trainables:
