@@ -47,7 +47,7 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # (b, c, height, width) to m
 class InMemoryLatents(Dataset[dict[str, Any]]):
     """The samples of a data set with what `encode` makes of images in their place, such as latents: see `Batch`.
 
-    What it makes of each bucket is of a shape of its own, and so in columns of its own. Each of the ranks encodes a part.
+    What it makes of each bucket is of a shape of its own, and so in columns of its own. Each rank encodes a part.
     """
 
     def __init__(
