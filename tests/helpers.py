@@ -87,7 +87,13 @@ def train(
 
 def accelerator_on(device: torch.device) -> Any:
     """What stages ask of an accelerator."""
-    values = {"device": device, "is_main_process": True, "process_index": 0, "num_processes": 1}
+    values = {
+        "device": device,
+        "is_main_process": True,
+        "process_index": 0,
+        "num_processes": 1,
+        "mixed_precision": "no",
+    }
     return SimpleNamespace(**values, print=print, wait_for_everyone=lambda: None)
 
 

@@ -41,7 +41,9 @@ def test_the_recipe_and_its_sizes_are_said(
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("recipe: ")]
     network = "unet" if stage == "ldm" else stage
     assert re.search(rf"shapes, the default recipe; parameters: {network} [\d,]+", line)
-    assert "4 steps of 8 images of 16 pixels" in line and ("vae 162,248 (frozen), text " in line) == (stage == "ldm")
+    assert "4 steps of 8 images of 16 pixels; cpu, float32" in line and ("vae 162,248 (frozen), text " in line) == (
+        stage == "ldm"
+    )
     start(stage, tmp_path / stage, "--data.source", str(photos))
     warning = f"for {photos} pass --config configs/images-64/{stage}.yaml, or .*plan.py --source {photos}"
     assert re.search(f"warning: the default recipe is made for shapes; .*{warning}", capsys.readouterr().out)

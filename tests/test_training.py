@@ -40,7 +40,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from ldm.data.batch_sampler import EpochBatchSampler, SampleKey
-from ldm.data.sources.shard import ShardReadError
+from ldm.data.sources.base import ShardReadError
 from ldm.io.tensors import save_weights
 from ldm.ranks import Ranks
 from ldm.rng import StepRNG

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,13 +16,10 @@ from ldm.data.config import DataConfig
 from ldm.data.failures import FallbackReader
 from ldm.data.loader import sample_batches
 from ldm.data.sources.base import ImageTextSource, Split, check_split
-from ldm.data.sources.characters import open_characters
-from ldm.data.sources.emoji import open_emoji
-from ldm.data.sources.encoded import EncodedSource, join_sources
-from ldm.data.sources.folder import open_images
-from ldm.data.sources.shapes import open_shapes
-from ldm.data.sources.sharded import ShardedSource, is_sharded, open_shards
 from ldm.data.transforms import View
+
+if TYPE_CHECKING:
+    from ldm.data.sources.encoded import EncodedSource
 
 
 class ImageTextDataset(Dataset[dict[str, Any]]):
@@ -86,12 +83,11 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
     @property
     def is_sharded(self) -> bool:
         """Whether the set may be larger than the disk."""
-        return isinstance(self.source, ShardedSource)
+        return bool(self.source.shard_rows)
 
     def make_batch_sampler(self, **options: int) -> EpochBatchSampler:
         """Which samples come when."""
-        if isinstance(self.source, ShardedSource):
-            rows = [span.rows for span in self.source.cache.ranges]
+        if rows := self.source.shard_rows:
             return ShardedBatchSampler(rows, streams=self.config.shard_streams, **options)
         return make_batch_sampler(len(self), self.groups, **options)
 
@@ -150,6 +146,10 @@ def open_splits(config: DataConfig, *, seed: int) -> tuple[ImageTextDataset, Ima
 
 def open_source(config: DataConfig, split: Split) -> ImageTextSource:
     """One split of what `data.source` names. ValueError as in `open_dataset`."""
+    from ldm.data.sources.encoded import join_sources  # what reads and draws images takes long to load
+    from ldm.data.sources.folder import open_images
+    from ldm.data.sources.sharded import is_sharded, open_shards
+
     if config.drawn:
         return join_sources([open_drawn(name, config, split) for name in config.drawn.split("+")])
     if is_sharded(config.source):
@@ -157,8 +157,12 @@ def open_source(config: DataConfig, split: Split) -> ImageTextSource:
     return open_images(config.source, split)
 
 
-def open_drawn(name: str, config: DataConfig, split: Split) -> EncodedSource:
+def open_drawn(name: str, config: DataConfig, split: Split) -> "EncodedSource":
     """One split of a set that is drawn here."""
+    from ldm.data.sources.characters import open_characters
+    from ldm.data.sources.emoji import open_emoji
+    from ldm.data.sources.shapes import open_shapes
+
     size, channels, font = config.resolution, config.channels, config.emoji_font
     if name == "characters":
         return open_characters(split, size=size, channels=channels, font=font)

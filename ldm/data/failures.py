@@ -6,8 +6,7 @@ import torch
 
 from ldm import rng
 from ldm.data.config import DataConfig
-from ldm.data.sources.base import Decoded, ImageTextSource
-from ldm.data.sources.shard import ShardReadError
+from ldm.data.sources.base import Decoded, ImageTextSource, ShardReadError
 from ldm.data.transforms import View
 
 MAX_FALLBACKS = 32  # images that are tried before a data set counts as unreadable

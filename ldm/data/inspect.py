@@ -18,7 +18,6 @@ from ldm.cli import ScriptConfig
 from ldm.config import CONFIGS, read_yaml, relative
 from ldm.data.config import DataConfig
 from ldm.data.dataset import open_source
-from ldm.data.quarantine import check_quarantine, quarantine
 from ldm.data.sources.base import ImageTextSource, Split, first_names
 from ldm.data.transforms import Sides, View
 from ldm.imaging import captioned_grid, check_image_file, save_image, tensor_to_pil
@@ -76,6 +75,8 @@ def check_data(config: CheckDataConfig, limit: TokenLimit | None) -> Iterator[st
 
     Without a `limit` captions are not checked.
     """
+    from ldm.data.quarantine import check_quarantine, quarantine  # which take long to load
+
     data, folder = config.data, Path(os.path.expanduser(config.source))
     if config.contact_sheet:
         check_image_file(config.contact_sheet, "--contact-sheet")

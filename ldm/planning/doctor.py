@@ -27,6 +27,7 @@ from ldm.planning.device import clock, peak_memory, total_memory
 from ldm.rng import StepRNG
 from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
+from ldm.training.distributed import training_precision
 from ldm.training.fsdp import full_tensor, local_tensor
 from ldm.training.lock import has_writer
 from ldm.training.stage import Stage
@@ -207,12 +208,10 @@ class DoctorRun:
         return seconds
 
     def _devices(self) -> DoctorCheck:
-        mixed = self.accelerator.mixed_precision
-        precision = "float32" if mixed == "no" else mixed
         threads = f"{self.device.type} of {torch.get_num_threads()} threads each"
         name = torch.cuda.get_device_name(self.device) if self.on_gpu else threads
         places, gpus = gather_object([self.place]), torch.cuda.device_count()
-        return checks.devices(places, name, precision, on_gpu=self.on_gpu, gpus=gpus)
+        return checks.devices(places, name, training_precision(self.accelerator), on_gpu=self.on_gpu, gpus=gpus)
 
     def _gradients(self) -> Tensor:
         """Sum and norm of each gradient of the last step, as each rank has it: (ranks, gradients, 2)."""

@@ -17,8 +17,7 @@ from ldm.cli import ScriptConfig
 from ldm.config import changed_values, check_equal
 from ldm.data import DataConfig, ImageTextDataset, latents, open_dataset
 from ldm.data.batch_sampler import SampleKey
-from ldm.data.sources.base import short_hash
-from ldm.data.sources.shapes import Split
+from ldm.data.sources.base import Split, short_hash
 from ldm.io.atomic import check_folder, write_text
 from ldm.io.model_dir import latest_model, read_text
 from ldm.io.tensors import sha256, weights_sha256

@@ -11,6 +11,7 @@ from ldm.config import relative
 from ldm.data import ImageTextDataset
 from ldm.data.batch_sampler import evenly_spaced, fitting_batch_size
 from ldm.text.tokenizer import Tokenizer
+from ldm.training.distributed import training_precision
 
 CHECKED_IMAGES, CHECKED_CAPTIONS = 64, 1024  # evenly spread over the training split
 GREY_LEVEL = 2 / 255  # of pixels in [-1, 1]
@@ -21,7 +22,14 @@ def announce(stage: Any, accelerator: Accelerator, *more: str) -> None:
 
     ValueError: images that are all of one colour.
     """
-    lines = [recipe_line(stage), stage.data.describe(), *batch_notes(stage.data, stage.config.batch_size), *more]
+    ranks = f"{accelerator.num_processes} ranks, " * (accelerator.num_processes > 1)
+    device = f"{ranks}{accelerator.device.type}, {training_precision(accelerator)}"
+    lines = [
+        f"{recipe_line(stage)}; {device}",
+        stage.data.describe(),
+        *batch_notes(stage.data, stage.config.batch_size),
+        *more,
+    ]
     if isinstance(stage.data, ImageTextDataset) and not stage.data.is_sharded:
         lines += pixel_notes(stage.data)
     data, default = stage.config.data, stage.default

@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
 from ldm.commands import resume_command
@@ -140,6 +137,10 @@ def _write_groups(folder: Path, tensors: dict[str, Tensors]) -> None:
 
 
 def _write_sharded(folder: Path, tensors: dict[str, Tensors]) -> None:
+    import torch.distributed.checkpoint as dcp  # which takes long to load
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
     state = {f"{name}/{key}": t.detach() for name, group in tensors.items() for key, t in group.items()}
     try:
         dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
@@ -162,6 +163,9 @@ def load_checkpoint(path: Path, mesh: DeviceMesh | None = None) -> tuple[dict[st
 
 
 def _read_sharded(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensors]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
     reader = HuggingFaceStorageReader(str(folder))
     metadata: dict[str, Any] = reader.read_metadata().state_dict_metadata
     state = {name: empty_shard(item.size, item.properties.dtype, mesh) for name, item in metadata.items()}

@@ -91,6 +91,12 @@ def ranks_of(accelerator: Accelerator) -> Ranks:
     return Ranks(accelerator.process_index, accelerator.num_processes, utils.gather_object)
 
 
+def training_precision(accelerator: Accelerator) -> str:
+    """What a launcher chose, by `--mixed_precision`."""
+    mixed: str = accelerator.mixed_precision
+    return "float32" if mixed == "no" else mixed
+
+
 def on_rank0(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     """Do something on rank 0; its result, or its error, is that of all ranks."""
     result: Any = None

@@ -8,10 +8,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor, zeros
-
-PLACEMENTS = (Shard(0),)  # how FSDP2 shards a parameter, so how all that belongs to it is sharded
 
 
 def apply_fsdp(module: nn.Module, mesh: DeviceMesh, *, bf16: bool) -> nn.Module:
@@ -22,6 +18,8 @@ def apply_fsdp(module: nn.Module, mesh: DeviceMesh, *, bf16: bool) -> nn.Module:
     same weights. Side effect: the original module stays on rank 0 (to receive gathered weights) and is moved to meta
     elsewhere. ValueError for a parameter that cannot be sharded.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     scalars = [name for name, parameter in module.named_parameters() if parameter.ndim == 0]
     if scalars:
         raise ValueError(f"--fsdp: {scalars[0]} is a single number, which FSDP2 cannot shard; leave out --fsdp")
@@ -42,12 +40,12 @@ def apply_fsdp(module: nn.Module, mesh: DeviceMesh, *, bf16: bool) -> nn.Module:
 @contextmanager
 def no_sync(accelerator: Accelerator, network: nn.Module) -> Iterator[None]:
     """Gradients add up on each rank, and are not averaged over the ranks yet."""
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(False)
+    if is_sharded(network):
+        network.set_requires_gradient_sync(False)  # type: ignore[operator]
         try:
             yield
         finally:
-            network.set_requires_gradient_sync(True)
+            network.set_requires_gradient_sync(True)  # type: ignore[operator]
     else:
         with accelerator.no_sync(network):
             yield
@@ -55,29 +53,38 @@ def no_sync(accelerator: Accelerator, network: nn.Module) -> Iterator[None]:
 
 def reshard(module: nn.Module) -> None:
     """Free gathered weights, which a forward without a backward leaves behind, and which the next step outdates."""
-    if isinstance(module, FSDPModule):
-        module.reshard()
+    if is_sharded(module):
+        module.reshard()  # type: ignore[operator]
+
+
+def is_sharded(part: nn.Module | Tensor) -> bool:
+    """Whether this is an FSDPModule or a DTensor, whose modules take long to load where nothing is sharded."""
+    return hasattr(part, "reshard") or hasattr(part, "full_tensor")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor; a sharded one is gathered, so all ranks must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: its shard, or all of one that is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shard_tensor(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The shard of a tensor that this rank holds; a single number stays whole."""
+    """The shard of a tensor that this rank holds, cut as FSDP2 cuts parameters; a single number stays whole."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
     if tensor.ndim == 0:
         return tensor
-    return distribute_tensor(tensor.to(mesh.device_type), mesh, PLACEMENTS, src_data_rank=None)
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, (Shard(0),), src_data_rank=None)
 
 
 def empty_shard(size: torch.Size, dtype: torch.dtype, mesh: DeviceMesh | None) -> Tensor:
     """A tensor to be filled; with a mesh, the shard of this rank."""
     if mesh is None or not size:
         return torch.zeros(size, dtype=dtype)
-    return zeros(size, dtype=dtype, device_mesh=mesh, placements=PLACEMENTS)
+    from torch.distributed.tensor import Shard, zeros
+
+    return zeros(size, dtype=dtype, device_mesh=mesh, placements=(Shard(0),))

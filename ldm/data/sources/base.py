@@ -36,6 +36,10 @@ class Decoded(NamedTuple):
     original_size: Sides  # of the whole image, upright, before any decoding at a lower resolution
 
 
+class ShardReadError(ValueError):
+    """A whole shard that cannot be read or cached, which no other image replaces."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageTextSource(ABC):
     """The items of one split: an image and its captions each. A source decodes its images itself."""
@@ -55,6 +59,11 @@ class ImageTextSource(ABC):
     @abstractmethod
     def size(self, index: int) -> Sides:
         """Height and width of an upright image, found without decoding it; (1, 1) for one that cannot be read."""
+
+    @property
+    def shard_rows(self) -> Sequence[int]:
+        """How many items each shard has; none where they are in no shards."""
+        return ()
 
     def fallback_candidates(self, index: int) -> range:
         """The items one of which replaces an unreadable item, before any other does."""

@@ -10,17 +10,19 @@ import itertools
 from collections.abc import Collection, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import datasets
 import numpy as np
 from PIL import Image, ImageOps
 
 from ldm.data.sources.base import Split, a_or_an, check_split
 from ldm.data.sources.character_art import CharacterArt
 from ldm.data.sources.emoji_font import openmoji
-from ldm.data.sources.encoded import EncodedSource, png_cell
+from ldm.data.sources.encoded import EncodedSource, image_rows, png_cell
 from ldm.rng import fold_seed
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 CREATURES = {
     "cat": "🐱", "dog": "🐶", "mouse": "🐭", "hamster": "🐹", "rabbit": "🐰", "fox": "🦊", "bear": "🐻",
@@ -109,7 +111,7 @@ def load(
     seed: int = 0,
     font: Path | None = None,
     only: Collection[tuple[str, str]] | None = None,
-) -> datasets.Dataset:
+) -> "Dataset":
     """The `characters` set as a `datasets.Dataset`: image (size x size, RGB), caption and the four attributes.
 
     Row i depends on (split, size, seed, i, font, only) alone. Without `count` there is a row for each character. `only`
@@ -120,7 +122,7 @@ def load(
         {"image": png_cell(image), "caption": texts[0], **scene._asdict()}
         for scene, image, texts in _rows(split, size, count, seed, font, only)
     ]
-    return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    return image_rows(rows)
 
 
 def open_characters(split: Split, *, size: int, channels: int, font: Path | None) -> EncodedSource:

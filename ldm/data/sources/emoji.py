@@ -1,14 +1,17 @@
 """The emoji that a colour font can draw, with their names in words as captions."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import emoji
 from PIL import Image
 
 from ldm.data.sources.base import Split, hash_split
 from ldm.data.sources.emoji_font import EmojiFont, find_font
-from ldm.data.sources.encoded import EncodedSource, drawn_images, png_cell
+from ldm.data.sources.encoded import EncodedSource, drawn_images, image_rows, png_cell
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def open_emoji(split: Split, *, size: int, channels: int, font: Path | None) -> EncodedSource:
@@ -42,7 +45,7 @@ def emoji_of(split: Split) -> list[str]:
     return [known[index] for index in hash_split(known, split)]
 
 
-def load(split: Split = "train", size: int = 64, *, font: Path | None = None) -> datasets.Dataset:
+def load(split: Split = "train", size: int = 64, *, font: Path | None = None) -> "Dataset":
     """All emoji that the font has of a split, as a `datasets.Dataset`. ValueError: not such a font, no such split.
 
     `image` is on white, `caption` the name, `captions` are the name and others, `emoji` is the characters.
@@ -56,4 +59,4 @@ def load(split: Split = "train", size: int = 64, *, font: Path | None = None) ->
         }
         for text, image in EmojiFont(font or find_font()).drawable(emoji_of(split))
     ]
-    return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    return image_rows(rows)

@@ -5,13 +5,16 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import datasets
 from PIL import Image
 
 from ldm.data.sources.base import Decoded, ImageTextSource
 from ldm.data.transforms import Sides, View, crop_resize_to_tensor
 from ldm.imaging import Encoded, decode_image, decode_reduced, image_size
+
+if TYPE_CHECKING:  # it takes long to load
+    from datasets import Dataset
 
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".webp")
 HASHED_IMAGES, HASHED_BYTES = 64, 2**16  # of a set, and of each, for `content`
@@ -73,7 +76,14 @@ def png_cell(image: Image.Image) -> dict[str, bytes | None]:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def drawn_images(rows: datasets.Dataset, *, size: int, channels: int) -> Sequence[Encoded | Image.Image]:
+def image_rows(rows: list[dict[str, Any]]) -> "Dataset":
+    """A `datasets.Dataset` of rows whose `image` is such a cell."""
+    import datasets
+
+    return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+
+
+def drawn_images(rows: "Dataset", *, size: int, channels: int) -> Sequence[Encoded | Image.Image]:
     """The images, of `size` pixels, of a set that is drawn here: decoded once for all where memory is enough for it."""
     encoded: list[Encoded] = [cell["bytes"] for cell in rows.data.column("image").to_pylist()]
     fits = len(encoded) * channels * size**2 <= DECODED_CACHE_BYTES

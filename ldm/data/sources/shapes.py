@@ -7,15 +7,17 @@ that the training split never shows, so a model that generates them has learned 
 import itertools
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import datasets
 import numpy as np
 from PIL import Image
 
 from ldm.data.sources.base import Split, a_or_an, check_split
-from ldm.data.sources.encoded import EncodedSource, drawn_images, png_cell
+from ldm.data.sources.encoded import EncodedSource, drawn_images, image_rows, png_cell
 from ldm.rng import fold_seed
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = {
@@ -115,7 +117,7 @@ def open_shapes(split: Split, *, size: int, channels: int, pairs: bool = False) 
     )
 
 
-def load(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> datasets.Dataset:
+def load(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> "Dataset":
     """The `shapes` set as a `datasets.Dataset`: image (size x size, RGB), caption and the five attributes.
 
     Row i depends on (split, size, seed, i) alone. Without `count` there are three rows for each combination.
@@ -123,20 +125,20 @@ def load(split: Split = "train", size: int = 64, *, count: int | None = None, se
     return _dataset(scenes(split), split, size, 3 * len(scenes(split)) if count is None else count, seed)
 
 
-def load_pairs(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> datasets.Dataset:
+def load_pairs(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> "Dataset":
     """The `pairs` set: two objects and a spatial relation. Columns image, caption and the fields of `PairScene`."""
     count = 20_000 if count is None and split == "train" else count or 1000
     return _dataset(pair_scenes(split), split, size, count, seed)
 
 
-def _dataset(combos: Sequence[Scene | PairScene], split: str, size: int, count: int, seed: int) -> datasets.Dataset:
+def _dataset(combos: Sequence[Scene | PairScene], split: str, size: int, count: int, seed: int) -> "Dataset":
     rows = []
     for index in range(count):
         rng = np.random.Generator(np.random.PCG64(fold_seed(seed, type(combos[0]).__name__, split, index)))
         scene = combos[index] if index < len(combos) else combos[int(rng.integers(len(combos)))]
         caption = captions(scene)[rng.integers(len(captions(scene)))]
         rows.append({"image": png_cell(_draw(scene, size, rng)), "caption": caption, **scene._asdict()})
-    return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    return image_rows(rows)
 
 
 def render(scene: Scene | PairScene, size: int, *, seed: int) -> Image.Image:

@@ -12,7 +12,7 @@ import datasets
 import pyarrow.parquet
 from datasets.utils.file_utils import xopen
 
-from ldm.data.sources.base import CAPTION_COLUMNS, caption_column, one_line, parse_captions
+from ldm.data.sources.base import CAPTION_COLUMNS, ShardReadError, caption_column, one_line, parse_captions
 from ldm.data.sources.encoded import SUFFIXES
 from ldm.data.sources.table import image_column
 
@@ -30,10 +30,6 @@ class ShardRow(NamedTuple):
     image: bytes | None
     captions: list[str]
     error: str | None
-
-
-class ShardReadError(ValueError):
-    """A whole shard that cannot be read or cached, which no other image replaces."""
 
 
 def is_tar(url: str) -> bool:

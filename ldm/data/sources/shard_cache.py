@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import pyarrow
 from filelock import FileLock, Timeout
 
-from ldm.data.sources.shard import ROWS_PER_BATCH, ShardReadError, ShardRow, read_rows
+from ldm.data.sources.base import ShardReadError
+from ldm.data.sources.shard import ROWS_PER_BATCH, ShardRow, read_rows
 from ldm.io.atomic import atomic_write, disk_errors
 
 MAX_BATCH_BYTES = 2**28  # of images in memory while a shard is downloaded

@@ -43,6 +43,11 @@ class ShardedSource(EncodedSource):
     cache: ShardCache
     _epochs: dict[int, int] = field(default_factory=dict, init=False)  # the last one in which a range was needed
 
+    @property
+    def shard_rows(self) -> Sequence[int]:
+        """How many items each shard has."""
+        return [span.rows for span in self.cache.ranges]
+
     def fallback_candidates(self, index: int) -> range:
         """The items of the same shard."""
         part, _ = self.cache.locate(index)
