@@ -108,6 +108,13 @@ class Pipeline:
                 place(module.requires_grad_(False).eval(), torch.device(device))
         return self
 
+    def compile(self) -> "Pipeline":
+        """Compile U-Nets and decoder, at their first call: slow at first, faster from then on; returns self."""
+        for network in (self.unet, self.guide_unet, self.vae and self.vae.decoder):
+            if network is not None:
+                network.compile(fullgraph=True)
+        return self
+
     @property
     def precision(self) -> Precision:
         """What the U-Net computes in."""

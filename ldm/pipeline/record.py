@@ -68,6 +68,7 @@ class GenerationRecord(Config):
     guide_model: str | None = None
     guide_model_hash: str | None = None
     precision: Precision = "float32"
+    compile: bool = False
 
     @model_validator(mode="after")
     def _check_index(self) -> "GenerationRecord":
@@ -87,6 +88,7 @@ class GenerationRecord(Config):
             "guide_model",
             "guide_model_hash",
             "precision",
+            "compile",
         }
         return {name: value for name, value in self if name not in others}
 

@@ -73,6 +73,8 @@ class TrainLDMConfig(TrainingConfig):
     """encode each image once, before training, and keep its latent in memory: with one crop, and without flips"""
     cached_latents: Path | None = None
     """folder of cache_latents.py: train on its latents and token ids, and open no image"""
+    compile: bool = False
+    """compile the U-Net with torch.compile: the first steps take minutes, further ones less than without"""
     sample_prompts: tuple[str, ...] = ()
     """prompts of the sample grid; captions of held-out images when empty"""
     sample_steps: int = Field(30, ge=1)
@@ -123,6 +125,8 @@ class DiffusionStage(Stage):
     def build(cls, config: TrainLDMConfig, accelerator: Accelerator) -> "DiffusionStage":
         """With the finished stages before it, and initial weights; ValueError where something does not fit."""
         check_in_memory(config)
+        if config.compile and config.fsdp:
+            raise ValueError("compile: FSDP2 gathers weights in the middle of the network; leave out one of both")
         train_vae, train_clip = (command_to_train(config, stage, cls.default) for stage in ("vae", "clip"))
         vae_path = None if config.vae == "none" else find_vae(config.vae, config.run.parent, train_vae)
         vae = load_vae(vae_path) if vae_path else None
@@ -138,6 +142,8 @@ class DiffusionStage(Stage):
             stage.init_unet(load_components(config.init_from), config.init_from, accelerator)
         for module in stage.frozen.values():
             place(module, accelerator.device)
+        if config.compile:
+            stage.trainables[0].module.compile(fullgraph=True)
         return stage
 
     def init_unet(self, source: ModelComponents, where: Path, accelerator: Accelerator) -> None:

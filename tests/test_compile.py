@@ -1,0 +1,59 @@
+"""torch.compile: the networks are one graph each, which computes the same and is traced once for all prompts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train_ldm
+import txt2img
+from helpers import copy_stages_before, losses, tiny_flags, train
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from ldm.pipeline import Pipeline
+from ldm.pipeline.record import read_png
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Graphs are traced, counted and run as they are: kernels are torch's business."""
+    found, compile_module = CompileCounter(), nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_module(self, backend=found, **options))
+    torch._dynamo.reset()
+    return found
+
+
+def test_a_compiled_pipeline_generates_the_same_images(tiny_model: Path, counter: Any) -> None:
+    plain, compiled = Pipeline.load(tiny_model), Pipeline.load(tiny_model).compile()
+    traced = []
+    for prompt, seed in (("a red star", 0), ("a blue circle on white", 1), ("a star to the left of a circle", 2)):
+        settings: dict[str, Any] = {"seed": seed, "steps": 2 + seed, "negative_prompt": "a star"}
+        assert compiled(prompt, **settings) == plain(prompt, **settings)
+        traced.append(counter.frame_count)
+    assert 0 < traced[0] <= traced[1] == traced[2], "prompts of a second length need other graphs, and no third one"
+
+
+def test_a_compiled_training_takes_the_same_steps(tiny_runs: Path, tmp_path: Path, counter: Any) -> None:
+    copy_stages_before("ldm", tiny_runs, tmp_path)
+    train("ldm", tmp_path / "ldm", "--compile", "--gradient-checkpointing")
+    assert counter.frame_count > 0
+    assert losses(tmp_path / "ldm") == pytest.approx(losses(tiny_runs / "ldm"), rel=1e-5)
+
+
+def test_what_cannot_be_compiled_is_refused(tiny_runs: Path, tmp_path: Path) -> None:
+    copy_stages_before("ldm", tiny_runs, tmp_path)
+    with pytest.raises(SystemExit, match="error: compile: FSDP2 gathers weights"):
+        train_ldm.main(tiny_flags("ldm", tmp_path / "ldm", "--compile", "--fsdp"))
+
+
+def test_an_image_is_reproduced_as_it_was_compiled(tiny_model: Path, tmp_path: Path, counter: Any) -> None:
+    txt2img.main(["a star", "--model", str(tiny_model), "--out", str(tmp_path), "--compile", "--steps", "2"])
+    assert read_png(tmp_path / "00000.png").compile
+    torch._dynamo.reset()
+    before = counter.frame_count
+    txt2img.main(["--reproduce", str(tmp_path / "00000.png"), "--out", str(tmp_path / "again")])
+    assert counter.frame_count > before
+    assert (tmp_path / "again/00000.png").read_bytes() == (tmp_path / "00000.png").read_bytes()
