@@ -1,13 +1,17 @@
 """What benchmarks/run.py compares: actions of ours, and the same of diffusers on the same weights and inputs."""
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
@@ -17,55 +21,98 @@ from ldm.interop.diffusers import write
 from ldm.pipeline import Pipeline
 from ldm.pipeline.inputs import initial_noise
 from ldm.planning.planner import read_recipe
+from ldm.precision import DTYPES, Precision
 from ldm.rng import generator
 from ldm.text import TextEncoder, combine_encoders
 from ldm.unet import UNet
 from ldm.vae import VAE
 
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 PROMPT = "a photograph of an astronaut riding a horse"
 SAMPLING_STEPS = 50
 GUIDANCE_SCALE = 7.5
+TOLERANCES: dict[Precision, float] = {"float32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
+OURS, THEIRS, COMPILED = "ldm", "diffusers", ", compiled"
+THEIR_PROCESS = """
+import sys
+from diffusers import StableDiffusionPipeline
+folder, prompt, steps, out = sys.argv[1:]
+StableDiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=int(steps)).images[0].save(out)
+"""
 
 Action = Callable[[], Tensor]
 Network = TypeVar("Network", bound=nn.Module)
 
 
 class Comparison(NamedTuple):
-    """One action of ours and the same of others: what they return must be equal, up to `tolerance`."""
+    """One action, as several do it, ours first: what they return must be equal, up to `tolerance`."""
 
-    name: str
-    ours: Action
-    theirs: dict[str, Action]  # by whose it is
+    ways: dict[str, Action]  # by whose it is
     tolerance: float | None  # of the root mean square of the difference, over that of theirs; None: cannot be equal
 
 
 class Pair(NamedTuple):
-    """Two pipelines of the same weights."""
+    """Pipelines of the same weights: ours and theirs, compiled ones first where there are any."""
 
-    ours: Pipeline
-    theirs: StableDiffusionPipeline
+    ours: dict[str, Pipeline]
+    theirs: dict[str, StableDiffusionPipeline]
     device: torch.device
+    precision: Precision
+    folder: Path  # of these weights, as diffusers reads them
 
     def randn(self, *shape: int) -> Tensor:
-        """The same numbers on every device."""
-        return torch.randn(*shape, generator=generator(0, "benchmark", *shape)).to(self.device)
+        """The same numbers on every device, in the precision of the networks."""
+        numbers = torch.randn(*shape, generator=generator(0, "benchmark", *shape))
+        return numbers.to(self.device, DTYPES[self.precision])
+
+    def compare(
+        self,
+        ours: Callable[[Pipeline], Tensor],
+        theirs: Callable[[StableDiffusionPipeline], Tensor],
+        tolerance: float | None = None,
+    ) -> Comparison:
+        """What has no gradients, by all of them; by default equal as far as the precision goes."""
+        mine: dict[str, Action] = {name: torch.no_grad()(lambda p=p: ours(p)) for name, p in self.ours.items()}
+        others: dict[str, Action] = {name: torch.no_grad()(lambda p=p: theirs(p)) for name, p in self.theirs.items()}
+        return Comparison(mine | others, tolerance or TOLERANCES[self.precision])
 
 
 @contextmanager
-def make_pair(recipe: Path, device: torch.device) -> Iterator[Pair]:
-    """Networks of a recipe with random weights, as ours and as those of diffusers."""
+def make_pair(
+    recipe: Path, device: torch.device, *, precision: Precision = "float32", compiled: bool = False
+) -> Iterator[Pair]:
+    """Networks of a recipe with random weights, as ours and as those of diffusers; with `compiled` also compiled."""
     ldm, vae = read_recipe(recipe / "ldm.yaml"), read_recipe(recipe / "vae.yaml").vae
     clip = recipe / "clip.yaml"
     architecture = read_recipe(clip).clip.architecture(ldm.data.resolution) if clip.is_file() else None
     text = combine_encoders([TextEncoder.random(ldm.text, architecture)])
     unet, diffusion = randomized(UNet(ldm.unet)), Diffusion(ldm.diffusion)
     components = ModelComponents(unet, diffusion, randomized(VAE(vae)), text, ldm.data.resolution)
-    with tempfile.TemporaryDirectory() as folder:
-        write(components, Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        write(components, folder := Path(name))
         del components, unet, text  # of which there are two copies now
-        theirs = StableDiffusionPipeline.from_pretrained(folder).to(device)
-        theirs.set_progress_bar_config(disable=True)
-        yield Pair(Pipeline.load(folder, device=device, precision="float32"), theirs, device)
+        yield Pair(*load_pair(folder, device, precision, compiled=compiled), device, precision, folder)
+
+
+def load_pair(
+    folder: Path, device: torch.device, precision: Precision, *, compiled: bool
+) -> tuple[dict[str, Pipeline], dict[str, StableDiffusionPipeline]]:
+    """What reads a folder of diffusers: ours, and theirs as it comes and as their documentation makes it fast."""
+    dtype = DTYPES[precision]
+    ours = {OURS: Pipeline.load(folder, device=device, precision=precision)}
+    theirs = {THEIRS: StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)}
+    if compiled:
+        ours = {OURS + COMPILED: Pipeline.load(folder, device=device, precision=precision).compile(), **ours}
+        fast = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+        fast.fuse_qkv_projections()
+        for network in (fast.unet, fast.vae):
+            network.to(memory_format=torch.channels_last)
+        fast.unet = torch.compile(fast.unet, fullgraph=True)
+        fast.vae.decode = torch.compile(fast.vae.decode, fullgraph=True)
+        theirs[THEIRS + COMPILED] = fast
+    for pipeline in theirs.values():
+        pipeline.set_progress_bar_config(disable=True)
+    return ours, theirs
 
 
 def randomized(network: Network) -> Network:
@@ -76,62 +123,53 @@ def randomized(network: Network) -> Network:
     return network
 
 
-def forward(name: str, ours: Action, theirs: Action, tolerance: float = 1e-3) -> Comparison:
-    """Of what has no gradients."""
-    return Comparison(name, torch.no_grad()(ours), {"diffusers": torch.no_grad()(theirs)}, tolerance)
-
-
 # Networks.
 
 
 def unet_forward(pair: Pair, batch: int) -> Comparison:
     """A forward pass, with a context of 77 tokens."""
-    network, side = pair.ours.unet, pair.ours.resolution // pair.ours.vae_factor
-    z = pair.randn(batch, network.config.in_channels, side, side)
-    context = pair.randn(batch, 77, network.config.context_dim)
+    ours = next(iter(pair.ours.values()))
+    config, side = ours.unet.config, ours.resolution // ours.vae_factor
+    z, context = pair.randn(batch, config.in_channels, side, side), pair.randn(batch, 77, config.context_dim)
     t = torch.full((batch,), 500.0, device=pair.device)
-    return forward(
-        f"U-Net, {side} x {side}, batch {batch}",
-        lambda: network(z, t, Conditioning(context)),
-        lambda: pair.theirs.unet(z, t, context).sample,
+    return pair.compare(
+        lambda pipeline: pipeline.unet(z, t, Conditioning(context)),
+        lambda pipeline: pipeline.unet(z, t, context).sample,
     )
 
 
 def vae_encode(pair: Pair, side: int) -> Comparison:
     """The mean of the posterior of an image."""
-    assert pair.ours.vae is not None
-    vae, image = pair.ours.vae, pair.randn(1, pair.ours.vae.config.image_channels, side, side).clamp(-1, 1)
-    return forward(
-        f"VAE, encode {side} x {side}",
-        lambda: vae.encode(image).mean,
-        lambda: pair.theirs.vae.encode(image).latent_dist.mean,
+    image = pair.randn(1, vae_of(pair).image_channels, side, side).clamp(-1, 1)
+    return pair.compare(
+        lambda pipeline: pipeline.vae.encode(image).mean,  # type: ignore[union-attr]
+        lambda pipeline: pipeline.vae.encode(image).latent_dist.mean,
     )
 
 
 def vae_decode(pair: Pair, side: int) -> Comparison:
     """An image of a latent."""
-    assert pair.ours.vae is not None
-    vae, cells = pair.ours.vae, side // pair.ours.vae_factor
-    latents = pair.randn(1, vae.config.latent_channels, cells, cells)
-    return forward(
-        f"VAE, decode {side} x {side}",
-        lambda: vae.decode(latents),
-        lambda: pair.theirs.vae.decode(latents).sample,
+    vae = vae_of(pair)
+    latents = pair.randn(1, vae.latent_channels, *[side // vae.factor] * 2)
+    return pair.compare(
+        lambda pipeline: pipeline.vae.decode(latents),  # type: ignore[union-attr]
+        lambda pipeline: pipeline.vae.decode(latents).sample,
     )
+
+
+def vae_of(pair: Pair) -> Any:
+    """The configuration of the VAE."""
+    vae = next(iter(pair.ours.values())).vae
+    assert vae is not None
+    return vae.config
 
 
 def encode_text(pair: Pair, batch: int) -> Comparison:
     """Hidden states of prompts, with their tokens."""
-    assert pair.ours.text is not None
-    tower, prompts = pair.ours.text, [f"{PROMPT}, number {i}" for i in range(batch)]
-
-    def theirs() -> Tensor:
-        return pair.theirs.encode_prompt(prompts, pair.device, 1, do_classifier_free_guidance=False)[0]
-
-    return forward(
-        f"Text tower, batch {batch}",
-        lambda: tower.encode_prompts(prompts).hidden_states,
-        theirs,
+    prompts = [f"{PROMPT}, number {i}" for i in range(batch)]
+    return pair.compare(
+        lambda pipeline: pipeline.text.encode_prompts(prompts).hidden_states,  # type: ignore[union-attr]
+        lambda pipeline: pipeline.encode_prompt(prompts, pair.device, 1, do_classifier_free_guidance=False)[0],
     )
 
 
@@ -140,18 +178,52 @@ def encode_text(pair: Pair, batch: int) -> Comparison:
 
 def prompt_to_image(pair: Pair, steps: int = SAMPLING_STEPS) -> Comparison:
     """DDIM with guidance; from the same noise the image is the same."""
-    side = pair.ours.resolution // pair.ours.vae_factor
-    noise = initial_noise((pair.ours.unet.config.in_channels, side, side), [0]).to(pair.device)
+    first = next(iter(pair.ours.values()))
+    side = first.resolution // first.vae_factor
+    noise = initial_noise((first.unet.config.in_channels, side, side), [0]).to(pair.device, DTYPES[pair.precision])
+    mine: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE_SCALE, "sampler": "ddim", "eta": 0.0, "seed": 0}
+    others = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE, "latents": noise, "eta": 0.0}
+    return pair.compare(
+        lambda pipeline: pixels(pipeline(PROMPT, **mine)[0]),
+        lambda pipeline: pixels(pipeline(PROMPT, **others).images[0]),
+        tolerance=10 * TOLERANCES[pair.precision],
+    )
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """An image as numbers from 0 to 255."""
+    return torch.from_numpy(np.asarray(image, np.float32))
+
+
+# Processes.
+
+
+def first_image(pair: Pair, steps: int = 1) -> Comparison:
+    """From the start of a process on a CPU to the image on the disk; the noise is not the same."""
+
+    def run(folder: Path, *words: str) -> Tensor:
+        subprocess.run([sys.executable, *words], check=True, capture_output=True)
+        return pixels(Image.open(folder / "00000.png"))
 
     def ours() -> Tensor:
-        settings: dict[str, Any] = {"sampler": "ddim", "eta": 0.0, "seed": 0}
-        [image] = pair.ours(PROMPT, steps=steps, guidance_scale=GUIDANCE_SCALE, **settings)
-        return torch.tensor(list(image.tobytes())).float()
+        with tempfile.TemporaryDirectory() as out:
+            where = ("--model", str(pair.folder), "--out", out, "--device", "cpu")
+            return run(Path(out), str(SCRIPTS / "txt2img.py"), PROMPT, "--steps", str(steps), *where)
 
     def theirs() -> Tensor:
-        [image] = pair.theirs(
-            PROMPT, num_inference_steps=steps, guidance_scale=GUIDANCE_SCALE, latents=noise, eta=0.0
-        ).images
-        return torch.tensor(list(image.tobytes())).float()
+        with tempfile.TemporaryDirectory() as out:
+            return run(Path(out), "-c", THEIR_PROCESS, str(pair.folder), PROMPT, str(steps), f"{out}/00000.png")
 
-    return forward(f"Prompt to image, DDIM, {steps} steps, guidance", ours, theirs, tolerance=1e-2)
+    return Comparison({OURS: ours, THEIRS: theirs}, None)
+
+
+def help_text(script: str) -> Comparison:
+    """`--help`, against a process that loads torch alone."""
+
+    def run(*words: str) -> Tensor:
+        subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+        return torch.zeros(())
+
+    return Comparison(
+        {OURS: lambda: run(str(SCRIPTS / script), "--help"), "import torch": lambda: run("-c", "import torch")}, None
+    )

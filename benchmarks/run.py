@@ -9,10 +9,10 @@ one call makes; what the weights take is not in it.
 """
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +23,24 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from commit import commit
-from comparisons import Comparison, encode_text, make_pair, prompt_to_image, unet_forward, vae_decode, vae_encode
+from comparisons import (
+    COMPILED,
+    OURS,
+    SAMPLING_STEPS,
+    Comparison,
+    Pair,
+    encode_text,
+    first_image,
+    help_text,
+    make_pair,
+    prompt_to_image,
+    unet_forward,
+    vae_decode,
+    vae_encode,
+)
 from pydantic import Field
 from torch import Tensor
-from training_steps import bare_training_step, training_steps
+from training_steps import bare_training_step, step_config, step_name, training_steps
 
 from ldm.cli import ScriptConfig, command
 from ldm.config import CONFIGS
@@ -36,11 +50,11 @@ from ldm.io.atomic import write_text
 from ldm.planning.cost import FlopMemoryMeter
 from ldm.planning.device import clock, format_bytes
 from ldm.planning.planner import read_recipe
-from ldm.precision import resolve_device
+from ldm.precision import Precision, resolve_device
+from ldm.stages.diffusion import TrainLDMConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/performance.md"
-OURS = "ldm"
 
 
 class RunConfig(ScriptConfig):
@@ -49,54 +63,96 @@ class RunConfig(ScriptConfig):
     device: Literal["cpu", "cuda"] = "cpu"
     recipes: tuple[Path, ...] = (CONFIGS / "exportable", CONFIGS / "characters", CONFIGS / "sd21-base")
     """folders of recipes whose networks are compared"""
+    compile: bool | None = None
+    """also compile the networks; on GPUs when left out"""
     only: str = ""
-    """the comparisons whose name has this in it"""
+    """measure the comparisons whose name has this in it alone, print them, and write no file"""
     seconds: float = Field(10.0, gt=0)
     """least time for each comparison"""
     rounds: int = Field(5, ge=1)
     """least number of rounds of each comparison"""
 
+    @property
+    def compiled(self) -> bool:
+        """Whether networks are also compiled."""
+        return self.device == "cuda" if self.compile is None else self.compile
 
-def comparisons(folder: Path, device: torch.device, stack: ExitStack) -> Iterator[Callable[[], Comparison]]:
-    """What is compared on a device, as far as its speed allows."""
-    config, on_gpu = read_recipe(folder / "ldm.yaml"), device.type == "cuda"
-    if config.unet.patch_size > 1:  # which diffusers has no networks for
-        yield lambda: stack.enter_context(bare_training_step(folder, device))
+
+Make = Callable[[ExitStack], Comparison]
+
+
+def comparisons(folder: Path, config: RunConfig) -> Iterator[tuple[str, Make]]:
+    """What is compared of a recipe, as far as the speed of the device allows: names, and what makes each."""
+    device, on_gpu, step = torch.device(config.device), config.device == "cuda", step_config(folder)
+    if step.unet.patch_size > 1:  # which diffusers has no networks for
+        yield step_name(step), lambda stack: stack.enter_context(bare_training_step(folder, device))
         return
-    is_small = config.data.resolution < 256
-    pair = stack.enter_context(make_pair(folder, device))
+    is_small, pairs = step.data.resolution < 256, list[Pair]()
+
+    def pair(stack: ExitStack) -> Pair:
+        """Made once, for the first comparison that is measured."""
+        if not pairs:
+            precision: Precision = "bf16" if on_gpu else "float32"
+            made = make_pair(folder, device, precision=precision, compiled=config.compiled)
+            pairs.append(stack.enter_context(made))
+        return pairs[0]
+
+    def of_pair(make: Callable[..., Comparison], *values: int) -> Make:
+        return lambda stack: make(pair(stack), *values)
+
+    def of_weights(step: TrainLDMConfig) -> Make:
+        return lambda stack: stack.enter_context(
+            training_steps(pair(stack).folder, step, device, compiled=config.compiled)
+        )
+
+    cells = step.data.resolution // read_recipe(folder / "vae.yaml").vae.factor
     for batch in (1, 32) if is_small else (1, 2, 8, 64) if on_gpu else (1, 2):
-        yield partial(unet_forward, pair, batch)
-    for side in (config.data.resolution,) if is_small else (256, 512, 1024) if on_gpu else (256, 512):
-        yield partial(vae_encode, pair, side)
-        yield partial(vae_decode, pair, side)
-    yield partial(encode_text, pair, 1)
-    yield partial(encode_text, pair, 8)
+        yield f"U-Net, {cells} x {cells}, batch {batch}", of_pair(unet_forward, batch)
+    for side in (step.data.resolution,) if is_small else (256, 512, 1024) if on_gpu else (256, 512):
+        yield f"VAE, encode {side} x {side}", of_pair(vae_encode, side)
+        yield f"VAE, decode {side} x {side}", of_pair(vae_decode, side)
+    for batch in (1, 8):
+        yield f"Text tower, batch {batch}", of_pair(encode_text, batch)
     if is_small or on_gpu:
-        yield partial(prompt_to_image, pair)
-        yield lambda: stack.enter_context(training_steps(pair, folder))
+        yield f"Prompt to image, DDIM, {SAMPLING_STEPS} steps, guidance", of_pair(prompt_to_image)
+    if is_small:
+        yield "Process to the first image, 1 step", of_pair(first_image)
+        yield step_name(step), of_weights(step)
+    elif on_gpu:
+        for side, batch in ((256, 64), (512, 16)):
+            for cached in (True, False):
+                values = {"resolution": side, "batch_size": batch, "cache_latents": cached, "num_workers": 8}
+                larger = step_config(folder, **values)
+                yield step_name(larger), of_weights(larger)
 
 
-def measure(comparison: Comparison, seconds: float, rounds: int) -> dict[str, Any]:
+def starts(config: RunConfig) -> Iterator[tuple[str, Make]]:
+    """How long scripts take to answer, which depends on no device."""
+
+    def of_script(script: str) -> Make:
+        return lambda stack: help_text(script)
+
+    for script in ("txt2img.py", "train_ldm.py", "evaluate.py") if config.device == "cpu" else ():
+        yield f"{script} --help", of_script(script)
+
+
+def measure(name: str, comparison: Comparison, seconds: float, rounds: int) -> dict[str, Any]:
     """Check that all return the same, and time them in turns. ValueError: they do not."""
-    ways = {OURS: comparison.ours, **comparison.theirs}
-    outputs = {name: action() for name, action in ways.items()}
-    costs = {name: cost(action) for name, action in ways.items()}
+    ours, *others = comparison.ways
+    outputs = {way: action() for way, action in comparison.ways.items()}
     results: dict[str, Any] = {}
     if comparison.tolerance is not None:
-        for name in comparison.theirs:
-            error = difference(outputs[OURS], outputs[name])
-            results.setdefault("difference", {})[name] = float(f"{error:.2g}")
+        for way in others:
+            error = difference(outputs[ours], outputs[way])
+            results.setdefault("difference", {})[way] = float(f"{error:.2g}")
             if not error <= comparison.tolerance:
-                raise ValueError(f"{comparison.name}: {OURS} differs from {name} by {error:.2g}, which is too much")
-    times = take_turns(ways, seconds, rounds)
-    results["seconds"] = {name: float(f"{statistics.median(values):.4g}") for name, values in times.items()}
+                raise ValueError(f"{name}: {ours} differs from {way} by {error:.2g}, which is too much")
+    results |= costs(comparison.ways, next(iter(outputs.values())).device)
+    times = take_turns(comparison.ways, seconds, rounds)
+    results["seconds"] = {way: float(f"{statistics.median(values):.4g}") for way, values in times.items()}
     results["ratio"] = {
-        name: round(statistics.median(b / a for a, b in zip(times[OURS], times[name], strict=True)), 3)
-        for name in comparison.theirs
+        way: round(statistics.median(b / a for a, b in zip(times[ours], times[way], strict=True)), 3) for way in others
     }
-    results["gflop"] = {name: round(meter.flop / 1e9, 2) for name, meter in costs.items()}
-    results["memory"] = {name: meter.peak_bytes for name, meter in costs.items()}
     return results
 
 
@@ -105,22 +161,33 @@ def difference(one: Tensor, other: Tensor) -> float:
     return ((one.float() - other.float()).square().mean() / other.float().square().mean()).sqrt().item()
 
 
-def cost(action: Callable[[], object]) -> FlopMemoryMeter:
-    """FLOP and memory of one call."""
-    with FlopMemoryMeter() as meter:
-        action()
-    return meter
+def costs(ways: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, dict[str, float]]:
+    """Bytes of the tensors that one call of each makes, at their peak, and on a CPU FLOP."""
+    found: dict[str, dict[str, float]] = {"memory": {}}
+    for way, action in ways.items():
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            action()
+            found["memory"][way] = torch.cuda.max_memory_allocated() - before
+        elif not way.endswith(COMPILED):  # whose operations cannot be seen
+            with FlopMemoryMeter() as meter:
+                action()
+            found["memory"][way] = meter.peak_bytes
+            found.setdefault("gflop", {})[way] = round(meter.flop / 1e9, 2)
+    return found
 
 
 def take_turns(ways: Mapping[str, Callable[[], object]], seconds: float, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round; as many rounds as these seconds have, or more."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    end = clock() + seconds
-    while len(times[OURS]) < rounds or clock() < end:
-        for name, action in ways.items():
+    """Seconds of each way in each round, each round begins with another; as many as these seconds have, or more."""
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    order, end, done = list(ways), clock() + seconds, 0
+    while done < rounds or clock() < end:
+        for way in order:
             begin = clock()
-            action()
-            times[name].append(clock() - begin)
+            ways[way]()
+            times[way].append(clock() - begin)
+        order, done = [*order[1:], order[0]], done + 1
     return times
 
 
@@ -153,9 +220,10 @@ def rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
     """A line for each comparison and each of the others."""
     for recipe, found in results.items():
         for name, values in found.items():
+            ours = next(iter(values["seconds"]))
             for who, ratio in values["ratio"].items():
-                ms = [f"{1000 * values['seconds'][way]:,.1f}" for way in (OURS, who)]
-                memory = [format_bytes(values["memory"][way]) for way in (OURS, who)]
+                ms = [f"{1000 * values['seconds'][way]:,.1f}" for way in (ours, who)]
+                memory = [format_bytes(values["memory"][way]) if way in values["memory"] else "" for way in (ours, who)]
                 yield [recipe, name, who, f"{ratio:.2f}", *ms, *memory]
 
 
@@ -163,25 +231,33 @@ def run(config: RunConfig) -> None:
     """Measure, and write the results, the chart and the table."""
     diffusers.utils.logging.disable_progress_bar()
     device = resolve_device(config.device)
+    if device.type == "cuda":
+        os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")  # of training steps
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "1"
     machine = {**measure_machine(recipe_conv(CONFIGS / "characters"))._asdict(), "diffusers": diffusers.__version__}
     results: dict[str, Any] = {}
-    for folder in config.recipes:
+    recipes = {folder.name: comparisons(folder, config) for folder in config.recipes}
+    for recipe, made in {"scripts": starts(config), **recipes}.items():
         with ExitStack() as stack:
-            for make in comparisons(folder, device, stack):
-                comparison = make()
-                if config.only in comparison.name:
-                    found = measure(comparison, config.seconds, config.rounds)
-                    results.setdefault(folder.name, {})[comparison.name] = found
-                    print(f"{folder.name}, {comparison.name}: {json.dumps(found)}", flush=True)
+            for name, make in made:
+                if config.only in name:
+                    values = measure(name, make(stack), config.seconds, config.rounds)
+                    results.setdefault(recipe, {})[name] = values
+                    print(f"{recipe}, {name}: {json.dumps(values)}", flush=True)
+    if not results:
+        raise ValueError(f"--only {config.only}: no comparison has this in its name")
+    header = ["recipe", "what", "baseline", "ratio", f"{OURS}, ms", "theirs, ms", f"{OURS}, memory", "theirs, memory"]
+    table = markdown_table(header, list(rows(results)))
+    print(table)
+    if config.only:
+        return
     result = {**machine, "commit": commit(), "comparisons": results}
     write_text(ROOT / f"benchmarks/results/performance-{device.type}.json", json.dumps(result, indent=1) + "\n")
     draw(results, ROOT / f"docs/images/performance-{device.type}.png")
-    header = ["recipe", "what", "baseline", "ratio", f"{OURS}, ms", "theirs, ms", f"{OURS}, memory", "theirs, memory"]
     before, rest = DOCUMENT.read_text().split(f"<!-- {device.type} -->\n")
     after = rest.split("<!-- end -->\n", 1)[1]
-    table = markdown_table(header, list(rows(results)))
     write_text(DOCUMENT, f"{before}<!-- {device.type} -->\n\n{table}\n\n<!-- end -->\n{after}")
-    print(table)
 
 
 main = command(RunConfig, run, __doc__)

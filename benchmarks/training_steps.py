@@ -1,53 +1,81 @@
 """Training steps that benchmarks/run.py compares: our loop, the bare network, and the script of diffusers.
 
-All train the same U-Net, from the same weights, on the same images and captions.
+All train the same U-Net, from the same weights, on the same images and captions, without gradient checkpointing.
 """
 
 import copy
 import itertools
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from comparisons import Action, Comparison, Pair
-from diffusers import DDPMScheduler
+from comparisons import COMPILED, OURS, THEIRS, Action, Comparison
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
+from ldm.data import DataConfig
 from ldm.data.latents import InMemoryLatents
 from ldm.data.loader import sample_batches
+from ldm.data.sources import shapes
+from ldm.pipeline.load import load_components
 from ldm.planning.device import total_memory
 from ldm.planning.planner import MachineSpec, read_recipe, recipe_stages
+from ldm.precision import place
+from ldm.rng import generator
 from ldm.stages.diffusion import DiffusionStage, TrainLDMConfig
 from ldm.training.distributed import make_accelerator
 from ldm.training.trainer import Trainer
 
+BARE, SCRIPT, CACHED = "bare network", f"{THEIRS}' script", ", latents cached"
 NUM_BATCHES = 8  # that the script takes in turns
 NUM_STEPS, NUM_IMAGES = 10**6, 10**4
+NUM_DRAWN = 256  # images that are drawn for a recipe of photographs
 GRADIENT_TOLERANCE = 1e-3
 
 
-@contextmanager
-def training_steps(pair: Pair, folder: Path) -> Iterator[Comparison]:
-    """A step of our loop, with all that it does, against the bare network and the script of diffusers."""
-    config = read_recipe(folder / "ldm.yaml")
+def step_config(folder: Path, **values: Any) -> TrainLDMConfig:
+    """That of a recipe, with other values of what decides the time of a step, and a loss that the script has."""
+    config = cast(TrainLDMConfig, read_recipe(folder / "ldm.yaml"))
     plain = config.diffusion.model_copy(update={"loss_weighting": "uniform", "gamma": None})
-    stage = DiffusionStage(config.model_copy(update={"diffusion": plain}), pair.ours.vae, pair.ours.text, pair.device)
-    stage.unet.load_state_dict(pair.ours.unet.state_dict())
-    check_gradients(stage.unet, pair)
-    with open_trainer(stage) as trainer:
-        others = {
-            "bare network": bare_step(trainer),
-            "diffusers' script": script_step(trainer, pair, cached=False),
-            "diffusers' script, latents cached": script_step(trainer, pair, cached=True),
-        }
-        yield Comparison(step_name(config), loop_step(trainer), others, None)
+    data = config.data.model_copy(update={"resolution": values.pop("resolution", config.data.resolution)})
+    return config.model_copy(update={"diffusion": plain, "data": data, "gradient_checkpointing": False, **values})
+
+
+def step_name(config: TrainLDMConfig) -> str:
+    """With what decides its time."""
+    side, cached = config.data.resolution, CACHED * (config.cache_latents or bool(config.cached_latents))
+    return f"Training step, {side} x {side}, batch {config.batch_size}{cached}"
+
+
+@contextmanager
+def training_steps(
+    weights: Path, config: TrainLDMConfig, device: torch.device, *, compiled: bool = False
+) -> Iterator[Comparison]:
+    """A step of our loop, with all that it does, against the bare network and the script of diffusers.
+
+    `weights` is a folder of diffusers. All compute in what accelerate's environment says. The script neither caches
+    latents nor compiles; what it would take if it did is measured, too.
+    """
+    check_gradients(weights, device)
+    with ExitStack() as stack:
+        trainer = stack.enter_context(open_trainer(make_stage(weights, config, device)))
+        ways: dict[str, Action] = {}
+        if compiled:
+            stage = make_stage(weights, config.model_copy(update={"compile": True}), device)
+            ways[OURS + COMPILED] = loop_step(stack.enter_context(open_trainer(stage)))
+        ways |= {OURS: loop_step(trainer), BARE: bare_step(trainer), SCRIPT: script_step(trainer, weights)}
+        if config.cache_latents:
+            ways[SCRIPT + CACHED] = script_step(trainer, weights, cached=True)
+            if compiled:
+                ways[SCRIPT + CACHED + COMPILED] = script_step(trainer, weights, cached=True, compiled=True)
+        yield Comparison(ways, None)
 
 
 @contextmanager
@@ -60,22 +88,32 @@ def bare_training_step(folder: Path, device: torch.device) -> Iterator[Compariso
     for encoder in stage.text.encoders if stage.text else ():
         encoder.trim = True
     for module in stage.frozen.values():
-        module.to(device)
+        place(module, device)
     with open_trainer(stage) as trainer:
-        yield Comparison(step_name(config), loop_step(trainer), {"bare network": bare_step(trainer)}, None)
+        yield Comparison({OURS: loop_step(trainer), BARE: bare_step(trainer)}, None)
 
 
-def step_name(config: TrainLDMConfig) -> str:
-    """With what decides its time."""
-    side, cached = config.data.resolution, ", latents cached" * (config.cache_latents or bool(config.cached_latents))
-    return f"Training step, {side} x {side}, batch {config.batch_size}{cached}"
+def make_stage(weights: Path, config: TrainLDMConfig, device: torch.device) -> DiffusionStage:
+    """The networks of a folder of diffusers, in training."""
+    unet, _, vae, text, *_ = load_components(weights)
+    stage = DiffusionStage(config, vae, text, device)
+    stage.unet.load_state_dict(unet.state_dict())
+    for module in stage.frozen.values():
+        place(module, device)
+    if config.compile:
+        stage.unet.compile(fullgraph=True)
+    return stage
 
 
 @contextmanager
 def open_trainer(stage: DiffusionStage) -> Iterator[Trainer]:
     """The loop around a stage, which neither validates nor saves."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = stage.config.model_copy(update={"run": Path(folder) / "run", "trackers": (), "steps": NUM_STEPS})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        values: dict[str, Any] = {"run": folder / "run", "trackers": (), "steps": NUM_STEPS}
+        if stage.config.data.drawn is None:
+            values["data"] = draw_photographs(stage.config.data, folder / "photographs")
+        config = stage.config.model_copy(update=values)
         accelerator, stage.config = make_accelerator(config), config
         stage.vae_sha256 = None
         stage.fingerprint = dict  # type: ignore[method-assign]  # random towers have no file
@@ -85,23 +123,42 @@ def open_trainer(stage: DiffusionStage) -> Iterator[Trainer]:
             yield trainer
 
 
-def check_gradients(unet: nn.Module, pair: Pair) -> None:
-    """ValueError unless both networks have the same gradients under the same loss."""
-    side = pair.ours.resolution // pair.ours.vae_factor
-    config = pair.ours.unet.config
-    z, target = pair.randn(2, config.in_channels, side, side), pair.randn(2, config.in_channels, side, side)
-    context, t = pair.randn(2, 77, config.context_dim), torch.tensor([10.0, 900.0], device=pair.device)
+def draw_photographs(config: DataConfig, folder: Path) -> DataConfig:
+    """Files to read in the place of photographs, with captions."""
+    folder.mkdir()
+    scenes = shapes.scenes("train")
+    for index in range(NUM_DRAWN):
+        scene = scenes[index * len(scenes) // NUM_DRAWN]
+        shapes.render(scene, config.resolution, seed=index).save(folder / f"{index:03}.png")
+        (folder / f"{index:03}.txt").write_text(shapes.captions(scene)[0])
+    return config.model_copy(update={"source": str(folder)})
+
+
+def check_gradients(weights: Path, device: torch.device, change: Callable[[nn.Module], object] = id) -> None:
+    """ValueError unless the gradient of each parameter has the same norm in both networks, under the same loss.
+
+    `change` is done to ours before.
+    """
+    ours, theirs = load_components(weights).unet.to(device), StableDiffusionPipeline.from_pretrained(weights).unet
+    theirs.to(device)
+    change(ours)
+    draws = generator(0, "gradients")
+    side, channels = theirs.config.sample_size, theirs.config.in_channels
+    z, target = (torch.randn(2, channels, side, side, generator=draws).to(device) for _ in range(2))
+    context = torch.randn(2, 77, theirs.config.cross_attention_dim, generator=draws).to(device)
+    t = torch.tensor([10.0, 900.0], device=device)
+    predictions: list[tuple[nn.Module, Action]] = [
+        (ours, lambda: ours(z, t, Conditioning(context))),
+        (theirs, lambda: theirs(z, t, context, return_dict=False)[0]),
+    ]
     norms = []
-    for network, prediction in (
-        (unet, lambda: unet(z, t, Conditioning(context))),
-        (pair.theirs.unet, lambda: pair.theirs.unet(z, t, context).sample),
-    ):
+    for network, predict in predictions:
         network.requires_grad_(True)
-        F.mse_loss(prediction(), target).backward()
-        norms.append(torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm().item())
-        network.zero_grad(set_to_none=True)
-    if abs(norms[0] - norms[1]) > GRADIENT_TOLERANCE * norms[1]:
-        raise ValueError(f"training step: the gradients differ: {norms[0]:.6g} and {norms[1]:.6g}")
+        F.mse_loss(predict(), target).backward()
+        gradients = [p.grad.norm() for p in network.parameters() if p.grad is not None]
+        norms.append(torch.stack(gradients).sort().values)
+    if norms[0].shape != norms[1].shape or (norms[0] - norms[1]).norm() > GRADIENT_TOLERANCE * norms[1].norm():
+        raise ValueError("training step: the gradients differ")
 
 
 def loop_step(trainer: Trainer) -> Action:
@@ -135,36 +192,40 @@ def bare_step(trainer: Trainer) -> Action:
     return step
 
 
-def script_step(trainer: Trainer, pair: Pair, *, cached: bool) -> Action:
+def script_step(trainer: Trainer, weights: Path, *, cached: bool = False, compiled: bool = False) -> Action:
     """As train_text_to_image.py of diffusers has it, with averaged weights; its pixels and token ids are at hand.
 
-    `cached`: the latents are at hand, too, which it cannot do.
+    `cached`: the latents are at hand, too.
     """
-    theirs, device = pair.theirs, pair.device
-    unet = copy.deepcopy(theirs.unet).train().requires_grad_(True)
+    accelerator, device = trainer.accelerator, trainer.accelerator.device
+    theirs = StableDiffusionPipeline.from_pretrained(weights)
+    frozen_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    vae, text_encoder = (part.to(device, frozen_dtype) for part in (theirs.vae, theirs.text_encoder))
+    unet = theirs.unet.to(device).train().requires_grad_(True)
     noise_scheduler = DDPMScheduler.from_config(theirs.scheduler.config)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, weight_decay=1e-2)
-    lr_scheduler = get_scheduler("constant", optimizer)
-    ema, accelerator = EMAModel(unet.parameters()), trainer.accelerator
+    lr_scheduler, ema = get_scheduler("constant", optimizer), EMAModel(unet.parameters())
+    called = torch.compile(unet, fullgraph=True) if compiled else unet
     batch_size = trainer.config.batch_size
-    batches = itertools.cycle(prepared_batches(trainer, pair, batch_size))
+    prepared = prepared_batches(trainer, theirs.tokenizer, batch_size)
+    batches = itertools.cycle(prepared)
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> Tensor:
-        return theirs.vae.encode(pixels).latent_dist.sample() * theirs.vae.config.scaling_factor
+        return vae.encode(pixels.to(frozen_dtype)).latent_dist.sample() * vae.config.scaling_factor
 
-    latents_at_hand = {id(pixels): encode(pixels) for pixels, _ in itertools.islice(batches, NUM_BATCHES)}
+    latents_at_hand = {id(pixels): encode(pixels) for pixels, _ in prepared} if cached else {}
 
     def step() -> Tensor:
         pixels, ids = next(batches)
         with torch.no_grad():
             latents = latents_at_hand[id(pixels)] if cached else encode(pixels)
-            hidden_states = theirs.text_encoder(ids)[0]
+            hidden_states = text_encoder(ids)[0]
         noise = torch.randn_like(latents)
         timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (len(latents),), device=device).long()
         with accelerator.autocast():
             noisy = noise_scheduler.add_noise(latents, noise, timesteps)
-            prediction = unet(noisy, timesteps, hidden_states, return_dict=False)[0]
+            prediction = called(noisy, timesteps, hidden_states, return_dict=False)[0]
             loss = F.mse_loss(prediction.float(), noise.float(), reduction="mean")
         accelerator.gather(loss.repeat(batch_size)).mean().item()
         accelerator.backward(loss)
@@ -178,14 +239,12 @@ def script_step(trainer: Trainer, pair: Pair, *, cached: bool) -> Action:
     return step
 
 
-def prepared_batches(trainer: Trainer, pair: Pair, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+def prepared_batches(trainer: Trainer, tokenizer: Any, batch_size: int) -> list[tuple[Tensor, Tensor]]:
     """Pixels and token ids of training images."""
-    data: Any = trainer.stage.data
+    data, device = cast(Any, trainer.stage.data), trainer.accelerator.device
     data = data.data if isinstance(data, InMemoryLatents) else data
-    prepared = []
-    for batch in sample_batches(data, range(NUM_BATCHES * batch_size), batch_size=batch_size):
-        ids = pair.theirs.tokenizer(
-            batch["caption"], max_length=77, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
-        prepared.append((batch["image"].to(pair.device), ids.to(pair.device)))
+    prepared, count = [], NUM_BATCHES * batch_size
+    for batch in sample_batches(data, [index % len(data) for index in range(count)], batch_size=batch_size):
+        ids = tokenizer(batch["caption"], max_length=77, padding="max_length", truncation=True, return_tensors="pt")
+        prepared.append((batch["image"].to(device), ids.input_ids.to(device)))
     return prepared

@@ -1,6 +1,5 @@
 """The suite that measures ldm against diffusers: both must compute the same, before either is timed."""
 
-import copy
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,9 +10,20 @@ import pytest
 import run as suite
 import torch
 import yaml
-from comparisons import Comparison, Pair, encode_text, make_pair, prompt_to_image, unet_forward, vae_decode
+from comparisons import (
+    OURS,
+    THEIRS,
+    Comparison,
+    Pair,
+    encode_text,
+    first_image,
+    make_pair,
+    prompt_to_image,
+    unet_forward,
+    vae_decode,
+)
 from helpers import CONFIGS
-from training_steps import check_gradients, training_steps
+from training_steps import check_gradients, step_config, training_steps
 
 CPU = torch.device("cpu")
 
@@ -45,7 +55,7 @@ def pair(recipe: Path) -> Iterator[Pair]:
     "make", [partial(unet_forward, batch=2), partial(vae_decode, side=16), partial(encode_text, batch=2)]
 )
 def test_both_compute_the_same(pair: Pair, make: Callable[[Pair], Comparison]) -> None:
-    found = suite.measure(make(pair), seconds=0, rounds=1)
+    found = suite.measure("both", make(pair), seconds=0, rounds=1)
     assert found["difference"]["diffusers"] < 1e-4
     assert found["ratio"]["diffusers"] > 0
     assert found["gflop"]["ldm"] == pytest.approx(found["gflop"]["diffusers"], rel=0.05)
@@ -53,41 +63,65 @@ def test_both_compute_the_same(pair: Pair, make: Callable[[Pair], Comparison]) -
 
 
 def test_both_generate_the_same_image(pair: Pair) -> None:
-    assert suite.measure(prompt_to_image(pair, steps=2), seconds=0, rounds=1)["difference"]["diffusers"] < 1e-2
+    found = suite.measure("both", prompt_to_image(pair, steps=2), seconds=0, rounds=1)
+    assert found["difference"]["diffusers"] < 1e-2
+
+
+def test_both_generate_from_a_process_of_their_own(pair: Pair) -> None:
+    ways = first_image(pair).ways
+    assert [ways[name]().shape for name in (OURS, THEIRS)] == [(16, 16, 3)] * 2
 
 
 def test_a_wrong_answer_is_not_timed() -> None:
-    wrong = Comparison("Halving", lambda: torch.ones(3), {"another": lambda: torch.full((3,), 2.0)}, 1e-3)
+    wrong = Comparison({"ldm": lambda: torch.ones(3), "another": lambda: torch.full((3,), 2.0)}, 1e-3)
     with pytest.raises(ValueError, match="Halving: ldm differs from another by 0.5"):
-        suite.measure(wrong, seconds=0, rounds=1)
+        suite.measure("Halving", wrong, seconds=0, rounds=1)
 
 
-def test_a_training_step_trains(pair: Pair, recipe: Path) -> None:
-    """Each of its own network; the weights of the pair stay as they are."""
-    before = pair.theirs.unet.state_dict()["conv_in.weight"].clone()
-    with training_steps(pair, recipe) as comparison:
-        for step in (comparison.ours, *comparison.theirs.values()):
+def test_each_round_begins_with_another() -> None:
+    calls: list[str] = []
+    ways = {name: partial(calls.append, name) for name in "abc"}
+    times = suite.take_turns(ways, seconds=0, rounds=3)
+    assert "".join(calls) == "abcbcacab" and {len(values) for values in times.values()} == {3}
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_training_step_trains(drawn: bool, pair: Pair, recipe: Path) -> None:
+    """Each of its own network; also where photographs are the data."""
+    config = step_config(recipe, cache_latents=drawn)
+    if not drawn:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"source": "photographs"})})
+    with training_steps(pair.folder, config, CPU) as comparison:
+        for step in comparison.ways.values():
             assert step().isfinite() and step().isfinite()
-        assert set(comparison.theirs) == {"bare network", "diffusers' script", "diffusers' script, latents cached"}
-    assert torch.equal(pair.theirs.unet.state_dict()["conv_in.weight"], before)
+        script = {"diffusers' script"} | ({"diffusers' script, latents cached"} if drawn else set())
+        assert comparison.ways.keys() == {"ldm", "bare network"} | script
 
 
 def test_different_gradients_are_found(pair: Pair) -> None:
-    other = copy.deepcopy(pair.ours.unet)
-    with torch.no_grad():
-        other.conv_in.weight.mul_(2)
+    check_gradients(pair.folder, CPU)
     with pytest.raises(ValueError, match="training step: the gradients differ"):
-        check_gradients(other, pair)
+        check_gradients(pair.folder, CPU, torch.no_grad()(lambda unet: unet.conv_in.weight.mul_(1.1)))
 
 
-def test_results_chart_and_table(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_chart_and_table(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    all_of = suite.comparisons
     for folder in ("benchmarks/results", "docs/images"):
         (tmp_path / folder).mkdir(parents=True)
     document = tmp_path / "docs/performance.md"
     document.write_text("# Title\n\n<!-- cpu -->\nold\n<!-- end -->\n\n<!-- cuda -->\nother\n<!-- end -->\n")
     monkeypatch.setattr(suite, "ROOT", tmp_path)
     monkeypatch.setattr(suite, "DOCUMENT", document)
-    suite.main(["--recipes", str(recipe), "--only", "U-Net", "--seconds", "0.01", "--rounds", "1"])
+    few = ["--recipes", str(recipe), "--seconds", "0.01", "--rounds", "1"]
+    monkeypatch.setattr(suite, "comparisons", lambda folder, config: list(all_of(folder, config))[:2])
+    monkeypatch.setattr(suite, "starts", lambda config: [])
+    suite.main([*few, "--only", "U-Net"])
+    assert "batch 1 | diffusers |" in capsys.readouterr().out and "old" in document.read_text(), "nothing is written"
+    with pytest.raises(SystemExit, match="--only V-Net: no comparison has this in its name"):
+        suite.main([*few, "--only", "V-Net"])
+    suite.main(few)
     results = json.loads((tmp_path / "benchmarks/results/performance-cpu.json").read_text())
     [found] = [found for name, found in results["comparisons"][recipe.name].items() if "batch 1" in name]
     table = document.read_text()
