@@ -201,7 +201,7 @@ class Trainer:
             self.stage.data.sync(gather_object)
         if step % config.log_every == 0:
             self._report_anomalies()
-            values = {name: self._mean(value) for name, value in self.losses.items()}
+            values = self._means(self.losses)
             values["learning_rate"] = self.state.optimizers[self.stage.trainables[0].name].param_groups[0]["lr"]
             self.logs.train(step, values, batch_size=config.batch_size)
         if step % config.checkpoint_every == 0 or last:
@@ -308,8 +308,10 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.logs.restart_clock(self.state.step)
 
-    def _mean(self, value: Tensor) -> float:
-        return self.accelerator.reduce(value.detach().float().clone(), "mean").item()
+    def _means(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Of all ranks, in one transfer."""
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        return dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
