@@ -9,7 +9,7 @@ import shutil
 import signal
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -94,7 +95,22 @@ def accelerator_on(device: torch.device) -> Any:
         "num_processes": 1,
         "mixed_precision": "no",
     }
-    return SimpleNamespace(**values, print=print, wait_for_everyone=lambda: None)
+    return SimpleNamespace(
+        **values,
+        distributed_type=DistributedType.NO,
+        scaler=None,
+        print=print,
+        wait_for_everyone=lambda: None,
+        init_trackers=lambda *args, **options: None,
+        prepare_optimizer=lambda optimizer: SimpleNamespace(
+            optimizer=optimizer, param_groups=optimizer.param_groups, zero_grad=optimizer.zero_grad
+        ),
+        prepare_model=lambda module, evaluation_mode: module,
+        autocast=nullcontext,
+        no_sync=nullcontext,
+        backward=lambda loss: loss.backward(),
+        reduce=lambda values, kind: values,
+    )
 
 
 def build_stage(name: str, run: Path, *flags: str, device: torch.device) -> Any:

@@ -15,6 +15,7 @@ from ldm.pipeline.inputs import initial_noise
 from ldm.rng import StepRNG
 from ldm.stages.diffusion import DiffusionStage
 from ldm.stages.latents import CacheLatentsConfig, LatentWriter
+from ldm.training.trainer import Trainer
 
 
 def use(stage: Any, device: torch.device) -> None:
@@ -75,15 +76,17 @@ def pinned(batch: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "flags"), [("clip", ""), ("vae", ""), ("ldm", ""), ("ldm", DISCRETE), ("ldm", "--unet.size-embed-dim 8")]
 )
-def test_a_step_does_not_wait_for_the_gpu(name: str, flags: str, tiny_runs: Path) -> None:
+def test_a_step_does_not_wait_for_the_gpu(name: str, flags: str, tiny_runs: Path, tmp_path: Path) -> None:
+    """With its loss, gradients, clipping, optimizer and averages."""
     with pretend_gpu() as device:
         stage = build_stage(name, tiny_runs / "on_gpu", *flags.split(), device=device)
-        networks = {trainable.name: trainable.module for trainable in stage.trainables}
-        for step in range(2):  # the first puts tables on the device
-            batch = pinned(collate([stage.data[SampleKey(i, 0, i)] for i in range(4)]))
+        keys = [SampleKey(i, 0, i) for i in range(8)]
+        accelerator = accelerator_on(device)
+        trainer = Trainer(stage.config.model_copy(update={"run": tmp_path}), accelerator, stage)
+        for _ in range(2):  # the first puts tables on the device
+            batch = pinned(collate([stage.data[key] for key in keys]))
             waits.clear()
-            for trained in networks:
-                stage.loss(trained, networks, batch, StepRNG(0, step, range(4), 4, device))["loss"].backward()
+            trainer.train_step(iter([(keys, batch)]))
         assert not waits, dict(waits)
 
 
