@@ -9,16 +9,14 @@ about 1 GiB more.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
+from document import write_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm.cli import ScriptConfig, command
 from ldm.conditioning import Conditioning
 from ldm.config import CONFIGS
-from ldm.evaluation.report import markdown_table
-from ldm.io.atomic import write_text
 from ldm.planning.cost import FlopMemoryMeter, dry_run
 from ldm.planning.device import format_bytes
 from ldm.planning.planner import MachineSpec, read_recipe, recipe_stages
@@ -27,8 +25,6 @@ from ldm.unet import UNet
 from ldm.vae import VAE
 from ldm.vae.tiling import tiled_decode
 
-DOCUMENT = Path(__file__).parents[1] / "docs/performance.md"
-BEGIN, END = "<!-- memory -->\n", "<!-- memory end -->\n"
 GPU = MachineSpec(gpus=1, usable_bytes=2**40, device=None, tflops=None)
 CONTEXT = 77  # tokens
 
@@ -90,9 +86,7 @@ def run(config: ScriptConfig) -> None:
             how = f"--vae-tile {tile}" if tile else ""
             rows.append([recipe, f"generate {side} x {side}", how, format_bytes(generating_bytes(recipe, side, tile))])
             print(rows[-1], flush=True)
-    table = markdown_table(["recipe", "what", "how", "memory"], rows)
-    before, rest = DOCUMENT.read_text().split(BEGIN)
-    write_text(DOCUMENT, f"{before}{BEGIN}\n{table}\n\n{END}{rest.split(END, 1)[1]}")
+    write_table("memory", ["recipe", "what", "how", "memory"], rows)
 
 
 main = command(ScriptConfig, run, __doc__)

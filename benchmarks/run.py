@@ -8,6 +8,8 @@ call that does not count. A ratio is theirs to ours, the median over the rounds.
 one call makes; what the weights take is not in it.
 """
 
+import ldm  # noqa: F401  # isort: skip  (before torch: it sets how threads wait)
+
 import json
 import os
 import statistics
@@ -22,10 +24,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+import torch._dynamo
 from commit import commit
 from comparisons import (
     COMPILED,
-    OURS,
     SAMPLING_STEPS,
     Comparison,
     Pair,
@@ -38,23 +40,19 @@ from comparisons import (
     vae_decode,
     vae_encode,
 )
+from document import ROOT, write_table
 from pydantic import Field
-from torch import Tensor
 from training_steps import bare_training_step, step_config, step_name, training_steps
 
 from ldm.cli import ScriptConfig, command
 from ldm.config import CONFIGS
 from ldm.evaluation.machine import measure_machine, recipe_conv
-from ldm.evaluation.report import markdown_table
 from ldm.io.atomic import write_text
 from ldm.planning.cost import FlopMemoryMeter
 from ldm.planning.device import clock, format_bytes
 from ldm.planning.planner import read_recipe
 from ldm.precision import Precision, resolve_device
 from ldm.stages.diffusion import TrainLDMConfig
-
-ROOT = Path(__file__).parents[1]
-DOCUMENT = ROOT / "docs/performance.md"
 
 
 class RunConfig(ScriptConfig):
@@ -66,7 +64,7 @@ class RunConfig(ScriptConfig):
     compile: bool | None = None
     """also compile the networks; on GPUs when left out"""
     only: str = ""
-    """measure the comparisons whose name has this in it alone, print them, and write no file"""
+    """the comparisons whose name has this in it; others keep the results that they have"""
     seconds: float = Field(10.0, gt=0)
     """least time for each comparison"""
     rounds: int = Field(5, ge=1)
@@ -78,31 +76,31 @@ class RunConfig(ScriptConfig):
         return self.device == "cuda" if self.compile is None else self.compile
 
 
-Make = Callable[[ExitStack], Comparison]
+Make = Callable[[ExitStack, ExitStack], Comparison]  # what is open for the recipe, and for this comparison
 
 
 def comparisons(folder: Path, config: RunConfig) -> Iterator[tuple[str, Make]]:
     """What is compared of a recipe, as far as the speed of the device allows: names, and what makes each."""
     device, on_gpu, step = torch.device(config.device), config.device == "cuda", step_config(folder)
     if step.unet.patch_size > 1:  # which diffusers has no networks for
-        yield step_name(step), lambda stack: stack.enter_context(bare_training_step(folder, device))
+        yield step_name(step), lambda of_recipe, own: own.enter_context(bare_training_step(folder, device))
         return
     is_small, pairs = step.data.resolution < 256, list[Pair]()
 
-    def pair(stack: ExitStack) -> Pair:
+    def pair(of_recipe: ExitStack) -> Pair:
         """Made once, for the first comparison that is measured."""
         if not pairs:
             precision: Precision = "bf16" if on_gpu else "float32"
             made = make_pair(folder, device, precision=precision, compiled=config.compiled)
-            pairs.append(stack.enter_context(made))
+            pairs.append(of_recipe.enter_context(made))
         return pairs[0]
 
     def of_pair(make: Callable[..., Comparison], *values: int) -> Make:
-        return lambda stack: make(pair(stack), *values)
+        return lambda of_recipe, own: make(pair(of_recipe), *values)
 
     def of_weights(step: TrainLDMConfig) -> Make:
-        return lambda stack: stack.enter_context(
-            training_steps(pair(stack).folder, step, device, compiled=config.compiled)
+        return lambda of_recipe, own: own.enter_context(
+            training_steps(pair(of_recipe).folder, step, device, compiled=config.compiled)
         )
 
     cells = step.data.resolution // read_recipe(folder / "vae.yaml").vae.factor
@@ -116,8 +114,9 @@ def comparisons(folder: Path, config: RunConfig) -> Iterator[tuple[str, Make]]:
     if is_small or on_gpu:
         yield f"Prompt to image, DDIM, {SAMPLING_STEPS} steps, guidance", of_pair(prompt_to_image)
     if is_small:
-        yield "Process to the first image, 1 step", of_pair(first_image)
         yield step_name(step), of_weights(step)
+        if not on_gpu:
+            yield "Process to the first image, 1 step", of_pair(first_image)
     elif on_gpu:
         for side, batch in ((256, 64), (512, 16)):
             for cached in (True, False):
@@ -130,24 +129,25 @@ def starts(config: RunConfig) -> Iterator[tuple[str, Make]]:
     """How long scripts take to answer, which depends on no device."""
 
     def of_script(script: str) -> Make:
-        return lambda stack: help_text(script)
+        return lambda of_recipe, own: help_text(script)
 
     for script in ("txt2img.py", "train_ldm.py", "evaluate.py") if config.device == "cpu" else ():
         yield f"{script} --help", of_script(script)
 
 
-def measure(name: str, comparison: Comparison, seconds: float, rounds: int) -> dict[str, Any]:
+def measure(comparison: Comparison, device: torch.device, seconds: float, rounds: int) -> dict[str, Any]:
     """Check that all return the same, and time them in turns. ValueError: they do not."""
     ours, *others = comparison.ways
     outputs = {way: action() for way, action in comparison.ways.items()}
     results: dict[str, Any] = {}
-    if comparison.tolerance is not None:
-        for way in others:
-            error = difference(outputs[ours], outputs[way])
-            results.setdefault("difference", {})[way] = float(f"{error:.2g}")
-            if not error <= comparison.tolerance:
-                raise ValueError(f"{name}: {ours} differs from {way} by {error:.2g}, which is too much")
-    results |= costs(comparison.ways, next(iter(outputs.values())).device)
+    for way in others:
+        if comparison.tolerance is None:
+            break
+        error = comparison.difference(outputs[ours], outputs[way])
+        results.setdefault("difference", {})[way] = float(f"{error:.2g}")
+        if not error <= comparison.tolerance:
+            raise ValueError(f"{ours} differs from {way} by {error:.2g}, which is too much")
+    results |= costs(comparison, device)
     times = take_turns(comparison.ways, seconds, rounds)
     results["seconds"] = {way: float(f"{statistics.median(values):.4g}") for way, values in times.items()}
     results["ratio"] = {
@@ -156,21 +156,16 @@ def measure(name: str, comparison: Comparison, seconds: float, rounds: int) -> d
     return results
 
 
-def difference(one: Tensor, other: Tensor) -> float:
-    """Root mean square of the difference, over that of the other."""
-    return ((one.float() - other.float()).square().mean() / other.float().square().mean()).sqrt().item()
-
-
-def costs(ways: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, dict[str, float]]:
-    """Bytes of the tensors that one call of each makes, at their peak, and on a CPU FLOP."""
+def costs(comparison: Comparison, device: torch.device) -> dict[str, dict[str, float]]:
+    """Bytes of the tensors that a call of each way makes, at their peak, and on a CPU FLOP; where they can be seen."""
     found: dict[str, dict[str, float]] = {"memory": {}}
-    for way, action in ways.items():
+    for way, action in comparison.ways.items() if not comparison.in_processes else ():
         if device.type == "cuda":
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             action()
             found["memory"][way] = torch.cuda.max_memory_allocated() - before
-        elif not way.endswith(COMPILED):  # whose operations cannot be seen
+        elif not way.endswith(COMPILED):
             with FlopMemoryMeter() as meter:
                 action()
             found["memory"][way] = meter.peak_bytes
@@ -211,7 +206,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.tick_params("y", labelsize=7)
     axes.set_xlim(0, 1.15 * max(ratios))
-    axes.set_xlabel(f"seconds, over those of {OURS}")
+    axes.set_xlabel("seconds, over ours")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -224,40 +219,54 @@ def rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
             for who, ratio in values["ratio"].items():
                 ms = [f"{1000 * values['seconds'][way]:,.1f}" for way in (ours, who)]
                 memory = [format_bytes(values["memory"][way]) if way in values["memory"] else "" for way in (ours, who)]
-                yield [recipe, name, who, f"{ratio:.2f}", *ms, *memory]
+                yield [recipe, name, ours, who, f"{ratio:.2f}", *ms, *memory]
 
 
 def run(config: RunConfig) -> None:
-    """Measure, and write the results, the chart and the table."""
+    """Measure, keep each result as it comes, write chart and table. ValueError: what could not be measured."""
     diffusers.utils.logging.disable_progress_bar()
     device = resolve_device(config.device)
     if device.type == "cuda":
         os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")  # of training steps
     else:
         os.environ["ACCELERATE_USE_CPU"] = "1"
-    machine = {**measure_machine(recipe_conv(CONFIGS / "characters"))._asdict(), "diffusers": diffusers.__version__}
-    results: dict[str, Any] = {}
+    file = ROOT / f"benchmarks/results/performance-{device.type}.json"
+    found, failed, count = open_results(file, device), list[str](), 0
     recipes = {folder.name: comparisons(folder, config) for folder in config.recipes}
     for recipe, made in {"scripts": starts(config), **recipes}.items():
-        with ExitStack() as stack:
+        with ExitStack() as of_recipe:
             for name, make in made:
-                if config.only in name:
-                    values = measure(name, make(stack), config.seconds, config.rounds)
-                    results.setdefault(recipe, {})[name] = values
-                    print(f"{recipe}, {name}: {json.dumps(values)}", flush=True)
-    if not results:
+                if config.only not in name:
+                    continue
+                torch._dynamo.reset()
+                count += 1
+                try:
+                    with ExitStack() as own:
+                        values = measure(make(of_recipe, own), device, config.seconds, config.rounds)
+                except (ValueError, RuntimeError) as error:
+                    failed.append(f"{recipe}, {name}: {error}")
+                    print(failed[-1], flush=True)
+                    continue
+                found["comparisons"].setdefault(recipe, {})[name] = {**values, "commit": commit()}
+                write_text(file, json.dumps(found, indent=1) + "\n")
+                print(f"{recipe}, {name}: {json.dumps(values)}", flush=True)
+    if not count:
         raise ValueError(f"--only {config.only}: no comparison has this in its name")
-    header = ["recipe", "what", "baseline", "ratio", f"{OURS}, ms", "theirs, ms", f"{OURS}, memory", "theirs, memory"]
-    table = markdown_table(header, list(rows(results)))
-    print(table)
-    if config.only:
-        return
-    result = {**machine, "commit": commit(), "comparisons": results}
-    write_text(ROOT / f"benchmarks/results/performance-{device.type}.json", json.dumps(result, indent=1) + "\n")
-    draw(results, ROOT / f"docs/images/performance-{device.type}.png")
-    before, rest = DOCUMENT.read_text().split(f"<!-- {device.type} -->\n")
-    after = rest.split("<!-- end -->\n", 1)[1]
-    write_text(DOCUMENT, f"{before}<!-- {device.type} -->\n\n{table}\n\n<!-- end -->\n{after}")
+    if found["comparisons"]:
+        draw(found["comparisons"], ROOT / f"docs/images/performance-{device.type}.png")
+        head = ["recipe", "what", "ours", "baseline", "ratio", "ms", "baseline, ms", "memory", "baseline, memory"]
+        write_table(device.type, head, list(rows(found["comparisons"])))
+    if failed:
+        raise ValueError("\n".join(failed))
+
+
+def open_results(file: Path, device: torch.device) -> dict[str, Any]:
+    """What was measured on this machine with these versions, and what the machine is worth now."""
+    speed = measure_machine(recipe_conv(CONFIGS / "characters"), device=device)
+    own = {**speed._asdict(), "diffusers": diffusers.__version__, "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT")}
+    before = json.loads(file.read_bytes()) if file.is_file() else {}
+    same = all(before.get(name) == own[name] for name in ("processor", "cores", "torch", "diffusers"))
+    return {**own, "comparisons": before["comparisons"] if same else {}}
 
 
 main = command(RunConfig, run, __doc__)

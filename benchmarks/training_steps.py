@@ -6,7 +6,7 @@ All train the same U-Net, from the same weights, on the same images and captions
 import copy
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from ldm.data.sources import shapes
 from ldm.pipeline.load import load_components
 from ldm.planning.device import total_memory
 from ldm.planning.planner import MachineSpec, read_recipe, recipe_stages
-from ldm.precision import place
+from ldm.precision import compile_network, place
 from ldm.rng import generator
 from ldm.stages.diffusion import DiffusionStage, TrainLDMConfig
 from ldm.training.distributed import make_accelerator
@@ -63,7 +63,7 @@ def training_steps(
     `weights` is a folder of diffusers. All compute in what accelerate's environment says. The script neither caches
     latents nor compiles; what it would take if it did is measured, too.
     """
-    check_gradients(weights, device)
+    check_gradients(load_components(weights).unet, StableDiffusionPipeline.from_pretrained(weights).unet, device)
     with ExitStack() as stack:
         trainer = stack.enter_context(open_trainer(make_stage(weights, config, device)))
         ways: dict[str, Action] = {}
@@ -101,7 +101,7 @@ def make_stage(weights: Path, config: TrainLDMConfig, device: torch.device) -> D
     for module in stage.frozen.values():
         place(module, device)
     if config.compile:
-        stage.unet.compile(fullgraph=True)
+        compile_network(stage.unet)
     return stage
 
 
@@ -134,14 +134,9 @@ def draw_photographs(config: DataConfig, folder: Path) -> DataConfig:
     return config.model_copy(update={"source": str(folder)})
 
 
-def check_gradients(weights: Path, device: torch.device, change: Callable[[nn.Module], object] = id) -> None:
-    """ValueError unless the gradient of each parameter has the same norm in both networks, under the same loss.
-
-    `change` is done to ours before.
-    """
-    ours, theirs = load_components(weights).unet.to(device), StableDiffusionPipeline.from_pretrained(weights).unet
-    theirs.to(device)
-    change(ours)
+def check_gradients(ours: nn.Module, theirs: Any, device: torch.device) -> None:
+    """ValueError unless the gradient of each parameter has the same norm in both networks, under the same loss."""
+    ours.to(device), theirs.to(device)
     draws = generator(0, "gradients")
     side, channels = theirs.config.sample_size, theirs.config.in_channels
     z, target = (torch.randn(2, channels, side, side, generator=draws).to(device) for _ in range(2))
@@ -167,6 +162,7 @@ def loop_step(trainer: Trainer) -> Action:
 
     def step() -> Tensor:
         trainer.train_step(batches)
+        trainer.state.optimizers["unet"].zero_grad(set_to_none=True)  # as the others, whose memory is compared
         return trainer.losses["loss"]
 
     return step

@@ -1,4 +1,4 @@
-"""Layers that the VAE and the U-Net share."""
+"""Layers that networks share."""
 
 import math
 from typing import Any

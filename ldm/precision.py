@@ -1,4 +1,4 @@
-"""The device that networks are on, the precision that they compute in, and how much they take at once."""
+"""How networks run: on which device, in which precision, compiled or not."""
 
 from typing import Literal, TypeVar
 
@@ -7,7 +7,7 @@ from torch import nn
 
 Network = TypeVar("Network", bound=nn.Module)
 Precision = Literal["float32", "bf16", "fp16"]
-MAX_PIXELS = 2**20  # of images at once, 4 of 512 x 512: 3 GiB in the VAE of Stable Diffusion, without gradients
+MAX_GRAPHS = 64
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,12 +38,13 @@ def place(network: Network, device: torch.device) -> Network:
     return network.to(device, memory_format=layout)  # type: ignore[call-overload]
 
 
-def images_at_once(height: int, width: int) -> int:
-    """How many images of this size, in pixels, go through networks at once where no gradient is needed: 1 or more.
+def compile_network(network: nn.Module) -> None:
+    """Let torch.compile make one graph of a network at its next call, and others where lengths or sizes differ."""
+    import torch._dynamo  # which takes long to load
 
-    It is not the free memory that decides, so that the numbers do not depend on it.
-    """
-    return max(1, MAX_PIXELS // (height * width))
+    # The limit is one for all networks, and beyond it an error.
+    torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
+    network.compile(fullgraph=True)
 
 
 def allow_tf32(device: torch.device) -> None:

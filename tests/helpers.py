@@ -2,13 +2,16 @@
 
 import functools
 import io
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
 import tarfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -84,6 +87,22 @@ def train(
 
     command(STAGES[stage].Config, action, "", default=STAGES[stage].default)(tiny_flags(stage, run_dir, *flags))
     return run_dir / "model"
+
+
+def on_ranks(count: int, action: Callable[[Ranks], Any]) -> list[Any]:
+    """What an action returns on each of several ranks, which are threads."""
+    lists: list[list[Any]] = [[] for _ in range(count)]
+    met = threading.Barrier(count)
+
+    def gather(rank: int, own: list[Any]) -> list[Any]:
+        lists[rank] = own
+        met.wait()
+        joined = list(itertools.chain(*lists))
+        met.wait()
+        return joined
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda rank: action(Ranks(rank, count, partial(gather, rank))), range(count)))
 
 
 def accelerator_on(device: torch.device) -> Any:

@@ -5,16 +5,13 @@ import math
 import random
 import re
 import shutil
-import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import cache_latents
 import pytest
 import torch
-from helpers import assert_same, losses, tensors_of, train
+from helpers import assert_same, losses, on_ranks, tensors_of, train
 from PIL import Image
 from torch import Tensor
 
@@ -189,32 +186,31 @@ def test_latents_in_memory_have_the_shape_of_their_bucket(
         assert torch.equal(row["sizes"], item["sizes"]) and row["caption"] == item["caption"]
 
 
-def test_ranks_share_the_encoding_of_latents_in_memory(photos: Path) -> None:
-    data = open_dataset(DataConfig(source=str(photos), resolution=32, bucket_step=8), "train", seed=0)
-    lists: list[list[Any]] = [[], [], []]
-    met, encoded = threading.Barrier(len(lists)), [0, 0, 0]
+def test_ranks_share_the_encoding_of_latents_in_memory(photos: Path, tmp_path: Path) -> None:
+    """And know of each other's images that cannot be read, whose replacements have captions of their own."""
+    shutil.copytree(photos, folder := tmp_path / "photos")
+    broken = folder / NAMES[hash_split(NAMES, "train")[3]]
+    broken.write_bytes(broken.read_bytes()[:200])
+    config = DataConfig(source=str(folder), resolution=32, bucket_step=8)
+    sets = [open_dataset(config, "train", seed=0) for _ in range(3)]
+    encoded = [0, 0, 0]
 
-    def run(rank: int) -> InMemoryLatents:
-        def gather(own: list[Any]) -> list[Any]:
-            lists[rank] = own
-            met.wait()
-            joined = list(itertools.chain(*lists))
-            met.wait()
-            return joined
-
+    def run(ranks: Ranks) -> InMemoryLatents:
         def encode(images: Tensor) -> dict[str, Tensor]:
-            encoded[rank] += len(images)
+            encoded[ranks.rank] += len(images)
             return {"mean": images.mean((2, 3), keepdim=True)}
 
-        return InMemoryLatents(data, encode, device=torch.device("cpu"), ranks=Ranks(rank, len(lists), gather))
+        return InMemoryLatents(sets[ranks.rank], encode, device=torch.device("cpu"), ranks=ranks)
 
-    with ThreadPoolExecutor(len(lists)) as pool:
-        found = list(pool.map(run, range(len(lists))))
-    assert sum(encoded) == len(data) and max(encoded) < len(data)
-    for index in range(0, len(data), 7):
+    found = on_ranks(3, run)
+    assert sum(encoded) == len(sets[0]) and max(encoded) < len(sets[0])
+    assert all(data.reader.unreadable()[0].startswith(broken.name) for data in sets)
+    for index in range(0, len(sets[0]), 7):
         key = SampleKey(index, 0, 0)
+        expected = sets[0][key]
         for latents in found:
-            torch.testing.assert_close(latents[key]["mean"], data[key]["image"].mean((1, 2), keepdim=True))
+            torch.testing.assert_close(latents[key]["mean"], expected["image"].mean((1, 2), keepdim=True))
+            assert latents[key]["caption"] == expected["caption"]
 
 
 def test_latents_with_buckets_train_as_images_do(runs: Path, photos: Path, tmp_path: Path) -> None:

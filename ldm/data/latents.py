@@ -75,6 +75,7 @@ class InMemoryLatents(Dataset[dict[str, Any]]):
                     parts.append(part)
                     bar.update(len(part["sizes"]))
                 self.columns.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        data.sync(ranks.gather)  # the images that could not be read, whose replacements have captions of their own
         self.make_batch_sampler, self.sync, self.report = data.make_batch_sampler, data.sync, data.report
         self.fingerprint, self.item_names = data.fingerprint, data.item_names
 

@@ -54,9 +54,9 @@ def recipe_conv(recipe: Path) -> ConvShape:
     return ConvShape(ldm.batch_size, ldm.unet.channel_mult[0] * ldm.unet.model_channels, side)
 
 
-def measure_machine(conv: ConvShape, *, seconds: float = 1.0) -> MachineSpeed:
-    """Measure each for about so many seconds, on the device that would train."""
-    device = resolve_device(None)
+def measure_machine(conv: ConvShape, *, seconds: float = 1.0, device: torch.device | None = None) -> MachineSpeed:
+    """Measure each for about so many seconds, on the device that would train when it is left out."""
+    device = resolve_device(device)
     a = torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device)
     matmul = 2 * MATRIX_SIDE**3 / fastest_seconds(lambda: a @ a, seconds)
     float32, bf16 = (_conv_flops(conv, dtype, device, seconds) for dtype in (torch.float32, torch.bfloat16))

@@ -18,6 +18,7 @@ from ldm.diffusion.timesteps import make_timesteps
 from ldm.imaging import pil_to_tensor, tensor_to_pil
 from ldm.interop.components import ModelComponents
 from ldm.io.tensors import same_weights, to_device
+from ldm.parts import UNET_PIXELS, images_at_once
 from ldm.pipeline.denoiser import PromptDenoiser
 from ldm.pipeline.inputs import (
     InitImage,
@@ -29,7 +30,7 @@ from ldm.pipeline.inputs import (
     upright_rgb,
 )
 from ldm.pipeline.load import load_components, load_preview_decoder, save_components
-from ldm.precision import DTYPES, Precision, allow_tf32, images_at_once, place, resolve_device, resolve_precision
+from ldm.precision import DTYPES, Precision, allow_tf32, compile_network, place, resolve_device, resolve_precision
 from ldm.text.prompt_weights import strip_weights
 from ldm.text.tokenizer import split_words
 from ldm.unet import UNet
@@ -73,7 +74,8 @@ class Pipeline:
     def save(self, folder: str | Path) -> None:
         """Write a model folder that explains itself. ValueError: the networks are in half precision, which rounds."""
         if self.precision != "float32":
-            raise ValueError(f"{folder} would have the weights rounded to {self.precision}: load the model in float32")
+            rounded = f"{folder} would have its weights rounded to {self.precision}"
+            raise ValueError(f'{rounded}: load the model with precision="float32"')
         save_components(self.components, Path(folder))
 
     @property
@@ -112,7 +114,7 @@ class Pipeline:
         """Compile U-Nets and decoder, at their first call: slow at first, faster from then on; returns self."""
         for network in (self.unet, self.guide_unet, self.vae and self.vae.decoder):
             if network is not None:
-                network.compile(fullgraph=True)
+                compile_network(network)
         return self
 
     @property
@@ -166,8 +168,10 @@ class Pipeline:
             overflowed = ~outputs.isfinite().flatten(1).all(1)
             if overflowed.any():
                 warnings.warn("the VAE overflows fp16: these images go through it in float32", stacklevel=2)
-                outputs[overflowed] = action(self.vae.cast(torch.float32), inputs[overflowed])
-                self.vae.cast(torch.float16)  # its weights were rounded before, so these are the same
+                try:
+                    outputs[overflowed] = action(self.vae.cast(torch.float32), inputs[overflowed])
+                finally:
+                    self.vae.cast(torch.float16)  # its weights were rounded before, so these are the same
         return outputs
 
     @torch.no_grad()
@@ -384,7 +388,7 @@ class Pipeline:
         In parts, see `images_at_once`.
         """
         side, images = self.resolution, []
-        size = images_at_once(side, side)
+        size = images_at_once((side, side), UNET_PIXELS)
         for first in range(0, len(seeds), size):
             own = slice(first, first + size)
             sampling = self.stream(

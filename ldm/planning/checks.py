@@ -136,7 +136,7 @@ def memory_remedy(doing: str, grad_accum_steps: int) -> str:
     if doing == STEP:
         fewer = f"--grad-accum-steps {2 * grad_accum_steps} (smaller micro-batches)"
         return f"{fewer}, --gradient-checkpointing, or --fsdp on several GPUs"
-    return "it takes few images at once, so the networks are too large: a smaller network or --data.resolution"
+    return "a smaller network or --data.resolution"
 
 
 def throughput(seconds: float, waiting: float, config: TrainingConfig) -> DoctorCheck:

@@ -39,6 +39,8 @@ class Cost(NamedTuple):
         state, gradients = STATE_BYTES_PER_PARAMETER * self.parameters, GRADIENT_BYTES * self.parameters
         if fsdp:
             state = (state + gradients) // ranks - (0 if accumulates else gradients)  # the peak has whole ones
+        elif ranks > 1:
+            state += gradients  # DDP's buckets, in which they stay, also where activations are at their peak
         return state + self.peak_activation_bytes + self.frozen_bytes
 
 

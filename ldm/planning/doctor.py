@@ -62,7 +62,7 @@ def run_doctor(config: TrainingConfig, accelerator: Accelerator, stage: Stage) -
             found: list[DoctorCheck] = broadcast_object_list(doctor.checks())  # each rank has clocks of its own
             return found
     except torch.OutOfMemoryError:
-        doing = doctor.doing if doctor else checks.STEP
+        doing = doctor.doing if doctor else "loading the networks"
         remedy = checks.memory_remedy(doing, config.grad_accum_steps)
         raise ValueError(
             f"memory: {doing} does not fit, with batches of {config.batch_size} images: {remedy}"
@@ -104,6 +104,7 @@ class DoctorRun:
             "model": self._seconds("saving the model", partial(with_ema_weights, partial(stage.save, self.model))),
             "save": self._seconds("saving a checkpoint", self.trainer.save),
         }
+        self.doing = checks.STEP
         memory, disk = self._memory(), self._disk()
         difference = self._check_resume()
         losses, chance = self._overfit_one_batch()
@@ -201,7 +202,10 @@ class DoctorRun:
 
     def _seconds(self, doing: str, action: Callable[[], object]) -> float:
         """Of an action, whose peak of memory is kept, too."""
-        self.doing, begin = doing, clock()
+        self.doing = doing
+        if getattr(self.config, "compile", False):
+            action()  # which compiles
+        begin = clock()
         action()
         seconds = clock() - begin
         self.peaks[doing] = peak_memory(self.device)

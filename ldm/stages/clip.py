@@ -83,7 +83,7 @@ class CLIPStage(Stage):
         return self.config.data.example_batch(count)
 
     def validate(self, ranks: Ranks = ONE_RANK) -> dict[str, float]:
-        """Share of held-out captions whose own image is the nearest."""
+        """Share of held-out captions whose own image is the nearest of all, so each rank compares all."""
         images = self.validation["image"].to(self.device)
         return {"validation_retrieval": retrieval_accuracy(self.clip, images, self.validation["caption"])}
 

@@ -25,10 +25,11 @@ from ldm.data.loader import sample_batches
 from ldm.diffusion.process import Diffusion, DiffusionConfig
 from ldm.imaging import captioned_grid, tensor_to_pil
 from ldm.io.tensors import init_weights, same_weights, to_device, weights_sha256
+from ldm.parts import UNET_PIXELS, images_at_once
 from ldm.pipeline import ModelComponents, Pipeline
 from ldm.pipeline.denoiser import text_conditioning
 from ldm.pipeline.load import load_components, load_vae
-from ldm.precision import images_at_once, place
+from ldm.precision import compile_network, place
 from ldm.ranks import ONE_RANK, Ranks
 from ldm.rng import StepRNG, generator
 from ldm.stages.latents import find_vae, open_latents, text_fingerprint
@@ -143,7 +144,7 @@ class DiffusionStage(Stage):
         for module in stage.frozen.values():
             place(module, accelerator.device)
         if config.compile:
-            stage.trainables[0].module.compile(fullgraph=True)
+            compile_network(stage.trainables[0].module)
         return stage
 
     def init_unet(self, source: ModelComponents, where: Path, accelerator: Accelerator) -> None:
@@ -312,7 +313,7 @@ class DiffusionStage(Stage):
                 errors[name] = self._errors_at_t(z, noise[1, own], cond).cpu()
             return errors
 
-        size = images_at_once(side, side)
+        size = min(images_at_once((side, side), UNET_PIXELS), -(-count // ranks.world))
         parts = list(ranks.map(errors_of, [slice(first, first + size) for first in range(0, count, size)]))
         means = {name: torch.cat([part[name] for part in parts], dim=1).mean(1).tolist() for name in batches}
         of_t = zip((f"validation_loss_t{t}" for t in self._validation_t()), means[""], strict=True)

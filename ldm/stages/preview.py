@@ -14,6 +14,7 @@ from ldm.data.loader import sample_batches
 from ldm.imaging import image_grid, tensor_to_pil
 from ldm.io.model_dir import latest_model, read_json
 from ldm.io.tensors import weights_sha256
+from ldm.parts import VAE_PIXELS, images_at_once
 from ldm.pipeline.load import load_vae, save_preview_decoder
 from ldm.precision import place
 from ldm.ranks import ONE_RANK, Ranks
@@ -89,8 +90,14 @@ class PreviewStage(Stage):
 
     def validate(self, ranks: Ranks = ONE_RANK) -> dict[str, float]:
         """PSNR against what the VAE decodes, in dB."""
-        latents, decoded = self._pair(self.validation)
-        return {"validation_psnr": psnr(self.decoder(latents).clamp(-1, 1), decoded).mean().item()}
+
+        def psnr_of(images: Tensor) -> float:
+            latents, decoded = self._pair(images)
+            return psnr(self.decoder(latents).clamp(-1, 1), decoded).sum().item()
+
+        at_once = images_at_once(self.validation.shape[-2:], VAE_PIXELS)
+        total = sum(ranks.map(psnr_of, self.validation.split(min(at_once, -(-len(self.validation) // ranks.world)))))
+        return {"validation_psnr": total / len(self.validation)}
 
     def sample(self) -> Image.Image:
         """What the VAE decodes of held-out latents, each next to the tiny decoder's."""

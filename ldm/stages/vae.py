@@ -20,8 +20,8 @@ from ldm.data import Batch, DataConfig, ImageTextDataset, open_splits
 from ldm.data.loader import sample_batches
 from ldm.imaging import image_grid, tensor_to_pil
 from ldm.io.tensors import init_weights
+from ldm.parts import VAE_PIXELS, images_at_once
 from ldm.pipeline.load import load_vae, save_vae
-from ldm.precision import images_at_once
 from ldm.ranks import ONE_RANK, Ranks
 from ldm.rng import StepRNG, fold_seed
 from ldm.stages.start import announce
@@ -227,7 +227,8 @@ class VAEStage(Stage):
             output, share = self.reconstruct(images), len(images) / len(self.validation)
             return {name: measure(output, images).mean().item() * share for name, measure in measures.items()}
 
-        parts = list(ranks.map(means_of, self.validation.split(images_at_once(*self.validation.shape[-2:]))))
+        at_once = images_at_once(self.validation.shape[-2:], VAE_PIXELS)
+        parts = list(ranks.map(means_of, self.validation.split(min(at_once, -(-len(self.validation) // ranks.world)))))
         return {f"validation_{name}": sum(part[name] for part in parts) for name in measures}
 
     def sample(self) -> Image.Image:

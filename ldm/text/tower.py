@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.layers import LayerNorm
+
 
 class TextEmbeddings(NamedTuple):
     """The embeddings of b prompts."""
@@ -21,11 +23,11 @@ class ResidualAttentionBlock(nn.Module):
     def __init__(self, width: int, heads: int, mlp_width: int, *, quick_gelu: bool) -> None:
         super().__init__()
         self.heads, self.quick_gelu = heads, quick_gelu
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = LayerNorm(width)
         self.attn = nn.ModuleDict({"out_proj": nn.Linear(width, width)})
         self.attn.register_parameter("in_proj_weight", nn.Parameter(torch.empty(3 * width, width)))
         self.attn.register_parameter("in_proj_bias", nn.Parameter(torch.empty(3 * width)))
-        self.ln_2 = nn.LayerNorm(width)
+        self.ln_2 = LayerNorm(width)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, mlp_width), "c_proj": nn.Linear(mlp_width, width)})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ class TextTower(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(self.length, width))
         layers = [ResidualAttentionBlock(*block, quick_gelu=quick_gelu) for _ in range(text["layers"])]
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(layers)})
-        self.ln_final = nn.LayerNorm(width)
+        self.ln_final = LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, cfg["embed_dim"]))
 
     @property

@@ -46,7 +46,7 @@ def start_accelerator(timeout: int, **settings: Any) -> Accelerator:
     if world > 1 and torch.accelerator.current_accelerator(check_available=True) is None:
         os.environ["ACCELERATE_USE_CPU"] = "1"  # else accelerate connects no ranks where it finds no GPU
     group = utils.InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
-    ddp = utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # gradients travel where they are
+    ddp = utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy
     accelerator = Accelerator(kwargs_handlers=[group, ddp], **settings)
     if accelerator.num_processes < world:
         raise ValueError(f"{world} ranks were launched, which {accelerator.device.type} cannot connect: launch one")

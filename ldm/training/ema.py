@@ -33,8 +33,9 @@ class EMA:
             self._swap()
 
     def _swap(self) -> None:
-        for name, parameter in trained_parameters(self.module).items():
-            parameter.data, self.shadow[name] = self.shadow[name], parameter.data
+        for name, parameter in self.module.named_parameters():
+            if name in self.shadow:
+                parameter.data, self.shadow[name] = self.shadow[name], parameter.data
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -40,7 +40,7 @@ def apply_fsdp(module: nn.Module, mesh: DeviceMesh, *, bf16: bool) -> nn.Module:
 @contextmanager
 def no_sync(accelerator: Accelerator, network: nn.Module) -> Iterator[None]:
     """Gradients add up on each rank, and are not averaged over the ranks yet."""
-    if is_sharded(network):
+    if uses_fsdp(network):
         network.set_requires_gradient_sync(False)  # type: ignore[operator]
         try:
             yield
@@ -53,23 +53,28 @@ def no_sync(accelerator: Accelerator, network: nn.Module) -> Iterator[None]:
 
 def reshard(module: nn.Module) -> None:
     """Free gathered weights, which a forward without a backward leaves behind, and which the next step outdates."""
-    if is_sharded(module):
+    if uses_fsdp(module):
         module.reshard()  # type: ignore[operator]
 
 
-def is_sharded(part: nn.Module | Tensor) -> bool:
-    """Whether this is an FSDPModule or a DTensor, whose modules take long to load where nothing is sharded."""
-    return hasattr(part, "reshard") or hasattr(part, "full_tensor")
+def uses_fsdp(module: nn.Module) -> bool:
+    """Whether it is an FSDPModule, whose own module takes long to load."""
+    return hasattr(module, "set_requires_gradient_sync")
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, whose own module takes long to load."""
+    return hasattr(tensor, "full_tensor")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor; a sharded one is gathered, so all ranks must call this."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: its shard, or all of one that is not sharded."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shard_tensor(tensor: Tensor, mesh: DeviceMesh) -> Tensor:

@@ -18,7 +18,7 @@ from ldm.data.batch_sampler import EpochBatchSampler
 from ldm.data.loader import Batches, load_batches
 from ldm.io.atomic import disk_errors, write_text
 from ldm.io.tensors import NonFiniteError
-from ldm.ranks import ONE_RANK, Ranks
+from ldm.ranks import ONE_RANK
 from ldm.rng import StepRNG
 from ldm.training import checkpoint
 from ldm.training.config import TrainingConfig
@@ -59,6 +59,8 @@ class Trainer:
         self.state = TrainingState(config, accelerator, stage, fingerprint)
         self._resume_or_start()
         self.networks = self.state.prepare_networks()
+        uses_ddp = accelerator.num_processes > 1 and self.state.mesh is None
+        self.frees_gradients = not uses_ddp  # those of DDP stay in its buckets
         self.losses: dict[str, Tensor] = {}  # of the last step, with the norms of its gradients
 
     # The loop.
@@ -114,7 +116,7 @@ class Trainer:
     def _optimizer_step(self, trainable: Trainable, micro_batches: list[Any]) -> None:
         name, state, accelerator = trainable.name, self.state, self.accelerator
         optimizer = state.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=self.frees_gradients)
 
         # Forward and backward. Gradients are averaged over the ranks in the last micro-batch.
         terms: dict[str, Tensor] = {}
@@ -280,15 +282,18 @@ class Trainer:
 
     def validate(self) -> None:
         """Validate with the averaged weights, and log it: each rank its part, but where weights are sharded rank 0."""
-        ranks = ONE_RANK if self.state.mesh else ranks_of(self.accelerator)
-        self.with_ema_weights(lambda: self.logs.validate(self.state.step, self.stage.validate(ranks)), ranks)
+        everywhere = self.state.mesh is None
+        ranks = ranks_of(self.accelerator) if everywhere else ONE_RANK
+        step = self.state.step
+        self.with_ema_weights(lambda: self.logs.validate(step, self.stage.validate(ranks)), everywhere=everywhere)
 
-    def with_ema_weights(self, action: Callable[[], Any], ranks: Ranks = ONE_RANK) -> None:
-        """Run on rank 0, or on all `ranks`, with the averaged weights in place, in eval mode, without gradients."""
+    def with_ema_weights(self, action: Callable[[], Any], *, everywhere: bool = False) -> None:
+        """Run on rank 0, or on all, with the averaged weights in place, in eval mode, without gradients."""
         rank0 = self.accelerator.is_main_process
-        takes_part = rank0 or ranks.world > 1
-        for optimizer in self.state.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)  # for their memory
+        takes_part = rank0 or everywhere
+        if self.frees_gradients:
+            for optimizer in self.state.optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
         with ExitStack() as stack:
             for trainable in self.stage.trainables:
                 ema = self.state.ema[trainable.name]

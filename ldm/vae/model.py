@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.config import Config
 from ldm.layers import Upsample, check_group_norm, checkpointed, zero_init_
-from ldm.precision import images_at_once
+from ldm.parts import VAE_PIXELS, images_at_once
 from ldm.vae.blocks import Downsample, ResidualBlock, group_norm, mid_block
 
 MIN_PCA_SCALE = 1e-6  # of the components' standard deviation: below it is what rounding leaves of no variance
@@ -214,7 +214,7 @@ class VAE(nn.Module):
         self.config.latent_shape(images)  # checks the sides
         if torch.is_grad_enabled():
             return self._encode(images)
-        parts = [self._encode(part) for part in images.split(images_at_once(*images.shape[-2:]))]
+        parts = [self._encode(part) for part in images.split(images_at_once(images.shape[-2:], VAE_PIXELS))]
         return Posterior(*map(torch.cat, zip(*parts, strict=True)))
 
     def _encode(self, images: Tensor) -> Posterior:
@@ -232,7 +232,7 @@ class VAE(nn.Module):
         if torch.is_grad_enabled():
             return self._decode(latents)
         height, width = (self.config.factor * side for side in latents.shape[-2:])
-        return torch.cat([self._decode(part) for part in latents.split(images_at_once(height, width))])
+        return torch.cat([self._decode(part) for part in latents.split(images_at_once((height, width), VAE_PIXELS))])
 
     def _decode(self, latents: Tensor) -> Tensor:
         images = self.decoder(self.post_quant_conv(latents.to(self.dtype))).float()
