@@ -72,6 +72,11 @@ class Pair(NamedTuple):
     precision: Precision
     folder: Path  # of these weights, as diffusers reads them
 
+    @property
+    def ours_first(self) -> Pipeline:
+        """One of ours, for what all have in common."""
+        return next(iter(self.ours.values()))
+
     def randn(self, *shape: int) -> Tensor:
         """The same numbers on every device, in the precision of the networks."""
         numbers = torch.randn(*shape, generator=generator(0, "benchmark", *shape))
@@ -143,7 +148,7 @@ def randomized(network: Network) -> Network:
 
 def unet_forward(pair: Pair, batch: int) -> Comparison:
     """A forward pass, with a context of 77 tokens."""
-    ours = next(iter(pair.ours.values()))
+    ours = pair.ours_first
     config, side = ours.unet.config, ours.resolution // ours.vae_factor
     z, context = pair.randn(batch, config.in_channels, side, side), pair.randn(batch, 77, config.context_dim)
     t = torch.full((batch,), 500.0, device=pair.device)
@@ -175,7 +180,7 @@ def vae_decode(pair: Pair, side: int) -> Comparison:
 
 def vae_of(pair: Pair) -> Any:
     """The configuration of the VAE."""
-    vae = next(iter(pair.ours.values())).vae
+    vae = pair.ours_first.vae
     assert vae is not None
     return vae.config
 
@@ -195,7 +200,7 @@ def encode_text(pair: Pair, batch: int) -> Comparison:
 
 def prompt_to_image(pair: Pair, steps: int = SAMPLING_STEPS) -> Comparison:
     """DDIM with guidance: from the same noise the image is the same, within 1 of 255 on average."""
-    first = next(iter(pair.ours.values()))
+    first = pair.ours_first
     side = first.resolution // first.vae_factor
     noise = initial_noise((first.unet.config.in_channels, side, side), [0]).to(pair.device, DTYPES[pair.precision])
     mine: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE_SCALE, "sampler": "ddim", "eta": 0.0, "seed": 0}

@@ -15,6 +15,10 @@ class Ranks(NamedTuple):
     gather: Callable[[list[Any]], list[Any]] = list
     """joins lists of all ranks, in their order; all must call it"""
 
+    def part_size(self, count: int, most: int) -> int:
+        """How many of `count` items make a part, at most `most`, so that all ranks have some of them."""
+        return min(most, -(-count // self.world))
+
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         """What `function` makes of each item, in their order, on all ranks; each rank calls it for its share.
 

@@ -122,7 +122,7 @@ def test_networks_keep_the_same_activations_under_the_autocast_of_cuda(monkeypat
     """In bf16, although it would compute norms and upsampling in float32: so plans for GPUs are dry runs of a CPU."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None: q * k.mean() * v.mean())
     two_levels = {"channel_mult": (1, 2), "transformer_depth": (1, 1), "num_heads": (2, 4)}
-    kept = {}
+    activations = {}
     for device in ("cpu", "cuda"):
         with FakeTensorMode(), torch.device(device):
             unet = UNet(UNetConfig(**{"model_channels": 64, "context_dim": 32, **two_levels}))
@@ -134,8 +134,8 @@ def test_networks_keep_the_same_activations_under_the_autocast_of_cuda(monkeypat
                 images, _ = vae(torch.randn(2, 3, 32, 32), torch.randn(2, 4, 16, 16))
             torch.set_autocast_enabled(device, False)
             assert prediction.device.type == images.device.type == device
-            kept[device] = meter.live_bytes
-    assert kept["cuda"] == pytest.approx(kept["cpu"], rel=0.01)
+            activations[device] = meter.live_bytes
+    assert activations["cuda"] == pytest.approx(activations["cpu"], rel=0.01)
 
 
 def test_latents_are_encoded_in_float32_whether_cached_or_not(tiny_runs: Path) -> None:

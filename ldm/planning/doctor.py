@@ -201,7 +201,7 @@ class DoctorRun:
     # Measurements.
 
     def _seconds(self, doing: str, action: Callable[[], object]) -> float:
-        """Of an action, whose peak of memory is kept, too."""
+        """Of an action, whose peak of memory is recorded, too."""
         self.doing = doing
         if getattr(self.config, "compile", False):
             action()  # which compiles

@@ -313,7 +313,7 @@ class DiffusionStage(Stage):
                 errors[name] = self._errors_at_t(z, noise[1, own], cond).cpu()
             return errors
 
-        size = min(images_at_once((side, side), UNET_PIXELS), -(-count // ranks.world))
+        size = ranks.part_size(count, images_at_once((side, side), UNET_PIXELS))
         parts = list(ranks.map(errors_of, [slice(first, first + size) for first in range(0, count, size)]))
         means = {name: torch.cat([part[name] for part in parts], dim=1).mean(1).tolist() for name in batches}
         of_t = zip((f"validation_loss_t{t}" for t in self._validation_t()), means[""], strict=True)

@@ -95,9 +95,10 @@ class PreviewStage(Stage):
             latents, decoded = self._pair(images)
             return psnr(self.decoder(latents).clamp(-1, 1), decoded).sum().item()
 
-        at_once = images_at_once(self.validation.shape[-2:], VAE_PIXELS)
-        total = sum(ranks.map(psnr_of, self.validation.split(min(at_once, -(-len(self.validation) // ranks.world)))))
-        return {"validation_psnr": total / len(self.validation)}
+        count = len(self.validation)
+        size = ranks.part_size(count, images_at_once(self.validation.shape[-2:], VAE_PIXELS))
+        total = sum(ranks.map(psnr_of, self.validation.split(size)))
+        return {"validation_psnr": total / count}
 
     def sample(self) -> Image.Image:
         """What the VAE decodes of held-out latents, each next to the tiny decoder's."""

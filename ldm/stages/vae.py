@@ -227,8 +227,8 @@ class VAEStage(Stage):
             output, share = self.reconstruct(images), len(images) / len(self.validation)
             return {name: measure(output, images).mean().item() * share for name, measure in measures.items()}
 
-        at_once = images_at_once(self.validation.shape[-2:], VAE_PIXELS)
-        parts = list(ranks.map(means_of, self.validation.split(min(at_once, -(-len(self.validation) // ranks.world)))))
+        size = ranks.part_size(len(self.validation), images_at_once(self.validation.shape[-2:], VAE_PIXELS))
+        parts = list(ranks.map(means_of, self.validation.split(size)))
         return {f"validation_{name}": sum(part[name] for part in parts) for name in measures}
 
     def sample(self) -> Image.Image:
