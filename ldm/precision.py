@@ -38,13 +38,16 @@ def place(network: Network, device: torch.device) -> Network:
     return network.to(device, memory_format=layout)  # type: ignore[call-overload]
 
 
-def compile_network(network: nn.Module) -> None:
-    """Let torch.compile make one graph of a network at its next call, and others where lengths or sizes differ."""
+def compile_network(network: nn.Module, *, frozen: bool = False) -> None:
+    """Let torch.compile make one graph of a network at its next call, and others where lengths or sizes differ.
+
+    With `frozen`, for weights that no longer change, they are brought into the order that kernels of a CPU read.
+    """
     import torch._dynamo  # which takes long to load
 
     # The limit is one for all networks, and beyond it an error.
     torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
-    network.compile(fullgraph=True)
+    network.compile(fullgraph=True, options={"freezing": True} if frozen else None)
 
 
 def allow_tf32(device: torch.device) -> None:

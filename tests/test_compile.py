@@ -23,7 +23,11 @@ pytestmark = pytest.mark.slow
 def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Graphs are traced, counted and run as they are: kernels are torch's business."""
     found, compile_module = CompileCounter(), nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_module(self, backend=found, **options))
+
+    def compile_counted(self: nn.Module, *, fullgraph: bool, options: dict[str, Any] | None = None) -> None:
+        compile_module(self, backend=found, fullgraph=fullgraph)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_counted)
     torch._dynamo.reset()
     return found
 

@@ -227,6 +227,15 @@ def test_no_rate_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
         make_plan(PlanConfig(gpus=1, tflops=10))
 
 
+def test_a_cpu_has_room_for_the_checkpoint_that_is_written() -> None:
+    on_gpu, on_cpu = (
+        replace(stages("shapes", 32)["ldm"], machine=MachineSpec(gpus, 2**40, None, 1.0)) for gpus in (1, 0)
+    )
+    cost = on_cpu.cost(on_cpu.micro_batch)
+    assert on_cpu.memory == cost.memory() + STATE_BYTES_PER_PARAMETER * cost.parameters
+    assert on_gpu.memory == on_gpu.cost(on_gpu.micro_batch).memory()
+
+
 def test_a_machine_has_room_for_less_than_its_memory() -> None:
     machine = detect_machine(0, 8.0, 0.05)
     assert machine.usable_bytes == int(0.9 * 8 * GIB) - GIB and machine.device is None

@@ -1,5 +1,6 @@
 """The loop's promises: resuming, accumulating, stopping, failing."""
 
+import errno
 import io
 import json
 import math
@@ -8,8 +9,8 @@ import random
 import re
 import shutil
 import signal
+import threading
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -454,8 +455,9 @@ def test_a_full_disk_keeps_the_old_checkpoint_whole(tmp_path: Path, monkeypatch:
     original = checkpoint.save_tensors
 
     def full(path: Path, tensors: dict[str, Tensor]) -> None:
-        with full_disk() if "step-000006" in str(path) else nullcontext():
-            original(path, tensors)
+        original(path, tensors)
+        if "step-000006" in str(path):
+            raise OSError(errno.EFBIG, "File too large")
 
     monkeypatch.setattr(checkpoint, "save_tensors", full)
     with pytest.raises(
@@ -469,6 +471,26 @@ def test_a_full_disk_keeps_the_old_checkpoint_whole(tmp_path: Path, monkeypatch:
     uninterrupted = tmp_path / "again"
     toy(toy_config(uninterrupted))
     assert_same(tensors_of(tmp_path, 8), tensors_of(uninterrupted, 8))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of step 3 finds its disk after step 5, and holds what step 3 left all the same."""
+    original, disk = checkpoint.save_tensors, threading.Event()
+
+    def late(path: Path, tensors: dict[str, Tensor]) -> None:
+        assert disk.wait(60)
+        original(path, tensors)
+
+    def on_step(trainer: Trainer) -> None:
+        if trainer.state.step == 5:
+            assert checkpoint.latest(tmp_path / "late/checkpoints") is None
+            disk.set()
+
+    toy(toy_config(tmp_path / "plain"))
+    monkeypatch.setattr(checkpoint, "save_tensors", late)
+    toy(toy_config(tmp_path / "late"), on_step=on_step)
+    for step in (3, 6, 8):
+        assert_same(tensors_of(tmp_path / "late", step), tensors_of(tmp_path / "plain", step))
 
 
 def test_a_full_disk_keeps_the_old_weights_whole(tmp_path: Path) -> None:

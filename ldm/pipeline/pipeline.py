@@ -111,10 +111,13 @@ class Pipeline:
         return self
 
     def compile(self) -> "Pipeline":
-        """Compile U-Nets and decoder, at their first call: slow at first, faster from then on; returns self."""
+        """Compile U-Nets and decoder, at their first call: slow at first, faster from then on; returns self.
+
+        On a CPU their weights must not be changed any more.
+        """
         for network in (self.unet, self.guide_unet, self.vae and self.vae.decoder):
             if network is not None:
-                compile_network(network)
+                compile_network(network, frozen=self.device.type == "cpu")
         return self
 
     @property

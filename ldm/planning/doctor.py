@@ -241,7 +241,7 @@ class DoctorRun:
         return checks.memory(max(used.values()), total_memory(self.device), doing, rounds, on_gpu=self.on_gpu)
 
     def _disk(self) -> DoctorCheck:
-        self.state.finish_hashing()  # which renames a file in that folder
+        self.state.finish_saving()
         saved, model = (_size(folder) for folder in (self.state.folder, self.model))
         free = shutil.disk_usage(self.config.run.parent).free + saved + model
         return checks.disk(saved, model, free, self.config)

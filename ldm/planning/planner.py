@@ -12,7 +12,7 @@ from ldm.config import CONFIGS, read_yaml
 from ldm.data.batch_sampler import fitting_batch_size
 from ldm.data.config import DataConfig
 from ldm.data.sources.base import HELD_OUT_FRACTION
-from ldm.planning.cost import Build, Cost, dry_run, time_step
+from ldm.planning.cost import STATE_BYTES_PER_PARAMETER, Build, Cost, dry_run, time_step
 from ldm.planning.device import GIB, format_bytes, total_memory
 from ldm.stages import STAGES, CLIPStage, DiffusionStage, VAEStage
 from ldm.text import TextEncoder, combine_encoders
@@ -87,9 +87,10 @@ class StagePlan:
 
     @property
     def memory(self) -> int:
-        """Bytes on each rank."""
-        accumulates = self.config.grad_accum_steps > 1
-        return self.cost(self.micro_batch).memory(self.machine.ranks, fsdp=self.config.fsdp, accumulates=accumulates)
+        """Bytes on each rank; on a CPU with the copy that is written as a checkpoint while training goes on."""
+        cost, accumulates = self.cost(self.micro_batch), self.config.grad_accum_steps > 1
+        written = 0 if self.machine.gpus else STATE_BYTES_PER_PARAMETER * cost.parameters
+        return written + cost.memory(self.machine.ranks, fsdp=self.config.fsdp, accumulates=accumulates)
 
     @property
     def rate(self) -> float:

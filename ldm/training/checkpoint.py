@@ -4,8 +4,9 @@ import contextlib
 import json
 import re
 import shutil
-import threading
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,35 +37,33 @@ def save_checkpoint(
     step: int,
     tensors: dict[str, Tensors],
     progress: dict[str, Any],
-    accelerator: Accelerator,
     *,
     keep: int,
     spare: int = 0,
     replace: bool = False,
-    sharded: bool,
+    shards: Accelerator | None = None,
 ) -> Path:
-    """Write `folder`/step-XXXXXX, then prune all but the newest `keep`; returns its path. All ranks call this.
+    """Write `folder`/step-XXXXXX, then prune all but the newest `keep`; returns its path.
 
     The newest one that is not past step `spare` is not pruned either.
 
-    There is one safetensors file for each group of tensors, or, with `sharded`, one for the shards of each rank. They
-    are written to a temporary folder with a manifest of their sizes, synced to the disk and then renamed. A whole
-    checkpoint of this step is left as it is, unless `replace`. ValueError when writing fails, for example on a full
-    disk; the previous checkpoint is whole.
+    Rank 0 calls this and writes one safetensors file for each group of tensors. With `shards` all ranks call it, and
+    each writes a file of its own. They are written to a temporary folder with a manifest of their sizes, synced to the
+    disk and then renamed. A whole checkpoint of this step is left as it is, unless `replace`. ValueError when writing
+    fails, for example on a full disk; the previous checkpoint is whole.
     """
     target = folder / f"step-{step:06d}"
     temporary = folder / f"{WRITING}step-{step:06d}"
     previous = latest(folder)
     remedy = f"restart with {resume_command(folder.parent)}, from {previous.name}" if previous else "start again"
+    once: Callable[[Callable[[], Any]], Any] = partial(on_rank0, shards) if shards else lambda action: action()
+    write = _write_sharded if shards else _write_groups
     try:
         with disk_errors(target, remedy):
-            if on_rank0(accelerator, lambda: _start_writing(temporary, target, replace=replace)):
-                if sharded:
-                    _write_sharded(temporary, tensors)
-                else:
-                    on_rank0(accelerator, lambda: _write_groups(temporary, tensors))
-                on_rank0(accelerator, lambda: _finish_writing(temporary, target, {"step": step, **progress}))
-                on_rank0(accelerator, lambda: _prune(folder, keep, spare))
+            if once(lambda: _start_writing(temporary, target, replace=replace)):
+                write(temporary, tensors)
+                once(lambda: _finish_writing(temporary, target, {"step": step, **progress}))
+                once(lambda: _prune(folder, keep, spare))
     except ValueError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -115,20 +114,14 @@ def go_back(folder: Path, step: int) -> Path | None:
     return good
 
 
-def hash_in_background(path: Path) -> threading.Thread:
-    """Start to add the SHA-256 of each file of a finished checkpoint, while training goes on."""
-
-    def add_hashes() -> None:
-        with contextlib.suppress(OSError, ValueError):  # pruned meanwhile, or a full disk: it is whole without them
-            files = json.loads((path / MANIFEST).read_bytes())["bytes"]
-            hashes, temporary = {name: sha256(path / name) for name in [*files, MANIFEST]}, path / f".{HASHES}"
-            temporary.write_text(json.dumps(hashes, indent=2))
-            sync(temporary)
-            temporary.replace(path / HASHES)
-
-    thread = threading.Thread(target=add_hashes, daemon=True)
-    thread.start()
-    return thread
+def add_hashes(path: Path) -> None:
+    """Add the SHA-256 of each file of a finished checkpoint."""
+    with contextlib.suppress(OSError, ValueError):  # pruned meanwhile, or a full disk: it is whole without them
+        files = json.loads((path / MANIFEST).read_bytes())["bytes"]
+        hashes, temporary = {name: sha256(path / name) for name in [*files, MANIFEST]}, path / f".{HASHES}"
+        temporary.write_text(json.dumps(hashes, indent=2))
+        sync(temporary)
+        temporary.replace(path / HASHES)
 
 
 def _write_groups(folder: Path, tensors: dict[str, Tensors]) -> None:

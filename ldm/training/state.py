@@ -1,6 +1,7 @@
 """The state of a run, which a checkpoint holds: networks, optimizers, averages, and the number of steps taken."""
 
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ldm.precision import place
 from ldm.training import checkpoint
 from ldm.training.anomalies import AnomalyMonitor
 from ldm.training.config import TrainingConfig
+from ldm.training.distributed import on_rank0
 from ldm.training.ema import EMA, trained_parameters
 from ldm.training.fsdp import apply_fsdp, full_tensor, local_tensor
 from ldm.training.stage import Stage, Trainable
@@ -51,7 +53,9 @@ class TrainingState:
         self.ema = {name: EMA(module, config.ema_decay) for name, module in self.modules.items()}
         self.monitors = {name: AnomalyMonitor(limit=config.max_nonfinite_steps) for name in self.modules}
         self._saved_step: int | None = None
-        self._hashing: threading.Thread | None = None
+        self.writer = ThreadPoolExecutor(max_workers=1)
+        self._saving: Future[None] = Future()  # of rank 0
+        self._is_saving = False
 
     def _make_optimizer(self, trainable: Trainable) -> AcceleratedOptimizer:
         optimizer = trainable.make_optimizer([*self._trained(trainable.name).values()], self.config)
@@ -71,11 +75,14 @@ class TrainingState:
     def save(self, *, replace: bool = False) -> None:
         """Write a checkpoint of this step, if it was not just written; all ranks call this.
 
-        With `replace` it takes the place of one of this step. The one to which the stage's watchdog would go back is
-        not pruned. ValueError, with nothing written, where a tensor of any rank is not finite.
+        Rank 0 copies the tensors to the memory of its CPU and writes them while training goes on, `finish_saving` waits
+        for it; sharded ones are written at once. With `replace` it takes the place of one of this step. The one to
+        which the stage's watchdog would go back is not pruned. ValueError, with nothing written, where a tensor of any
+        rank is not finite, and where the last checkpoint could not be written.
         """
         if self._saved_step == self.step and not replace:
             return
+        self.finish_saving()
         tensors: dict[str, checkpoint.Tensors] = {}
         for name in self.modules:
             tensors[name] = self._tensors(name)
@@ -83,25 +90,29 @@ class TrainingState:
             tensors[f"{name}_optimizer"] = checkpoint.optimizer_tensors(self.optimizers[name], [*self._trained(name)])
         self._check_finite(tensors)
         progress: dict[str, Any] = {"fingerprint": self.fingerprint}
-        progress["skipped_steps"] = {name: monitor.skipped for name, monitor in self.monitors.items()}
+        progress["skipped_steps"] = {name: [*monitor.skipped] for name, monitor in self.monitors.items()}
         progress["stage"] = self.stage.state_dict()
         if self.accelerator.scaler is not None:  # fp16
             progress["scaler"] = self.accelerator.scaler.state_dict()
-        self.finish_hashing()
-        path = checkpoint.save_checkpoint(
+        write = partial(
+            checkpoint.save_checkpoint,
             self.folder,
             self.step,
-            tensors,
-            progress,
-            self.accelerator,
+            progress=progress,
             keep=self.config.keep_checkpoints,
             spare=self.stage.watchdog.good_step if self.stage.watchdog else 0,
             replace=replace,
-            sharded=self.mesh is not None,
         )
-        self._saved_step = self.step
-        if self.accelerator.is_main_process:
-            self._hashing = checkpoint.hash_in_background(path)
+        if self.mesh:
+            path = write(tensors, shards=self.accelerator)
+            self._saving = self.writer.submit(checkpoint.add_hashes, path)
+        elif self.accelerator.is_main_process:
+            copies = {
+                name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in group.items()}
+                for name, group in tensors.items()
+            }
+            self._saving = self.writer.submit(lambda: checkpoint.add_hashes(write(copies)))
+        self._saved_step, self._is_saving = self.step, True
 
     def _check_finite(self, tensors: dict[str, checkpoint.Tensors]) -> None:
         flat = {f"{name}/{key}": local_tensor(t) for name, group in tensors.items() for key, t in group.items()}
@@ -111,14 +122,24 @@ class TrainingState:
 
     def last_good(self) -> str:
         """Which checkpoint is the last one, and what to do where numbers are not finite."""
+        self.finish_saving()
         saved = checkpoint.latest(self.folder)
         found = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
         return f"{found}: try a lower --learning-rate or float32"
 
-    def finish_hashing(self) -> None:
-        """Wait until the last checkpoint has its hashes."""
-        if self._hashing is not None:
-            self._hashing.join()
+    def finish_saving(self, *, wait: bool = True) -> None:
+        """Wait until the last checkpoint is written and has its hashes, or look whether it is; all ranks call this.
+
+        ValueError where it could not be written.
+        """
+
+        def is_done() -> bool:
+            if done := wait or self._saving.done():
+                self._saving.result()
+            return done
+
+        if self._is_saving and on_rank0(self.accelerator, is_done):
+            self._is_saving = False
 
     def resume(self, resume: str) -> None:
         """Go on from `latest`, or a checkpoint folder. ValueError when it is corrupt or of another run."""

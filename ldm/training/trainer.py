@@ -67,7 +67,7 @@ class Trainer:
 
     def run(self, on_step: Callable[["Trainer"], None]) -> FitResult:
         """Take all remaining steps, or stop where a signal asks for it; `on_step` is called after each."""
-        with self.open_logs(self.config.steps):
+        with self.open_logs(self.config.steps), self.state.writer:  # which ends what it writes, also after an error
             result = self._take_steps(on_step)
         self._print_end(result)
         return result
@@ -203,6 +203,7 @@ class Trainer:
             self.stage.data.sync(gather_object)
         if step % config.log_every == 0:
             self._report_anomalies()
+            self.state.finish_saving(wait=False)
             values = self._means(self.losses)
             values["learning_rate"] = self.state.optimizers[self.stage.trainables[0].name].param_groups[0]["lr"]
             self.logs.train(step, values, batch_size=config.batch_size)
@@ -240,7 +241,7 @@ class Trainer:
         if not watchdog.observe(*on_rank0(self.accelerator, lambda: self.logs.validation)):
             return False
         self._report_anomalies()
-        state.finish_hashing()
+        state.finish_saving()
         complaint, seen = watchdog.complaint(), watchdog.state_dict()
         path = on_rank0(self.accelerator, lambda: checkpoint.go_back(state.folder, watchdog.good_step))
         if path is None:
@@ -363,24 +364,24 @@ class Trainer:
 
     def _stopped(self, signal: int) -> FitResult:
         self.save()
+        self._finish_saving()
         step = self.state.step
         on_rank0(self.accelerator, lambda: write_text(self.config.run / STOPPED_FILE, f"step {step}\n"))
-        self._finish_hashing()
         return FitResult(step, None, signal)
 
     def _finished(self) -> FitResult:
+        self._finish_saving()
         folder = self.config.run / "model"
         try:
             with self.logs.doing("saving the model"):
                 self.with_ema_weights(lambda: self.stage.save(folder))
         except NonFiniteError as error:  # what `save` measures, as the weights are those of the checkpoint
             raise ValueError(f"{error}; {self.state.last_good()}") from None
-        self._finish_hashing()
         return FitResult(self.state.step, folder)
 
-    def _finish_hashing(self) -> None:
-        with self.logs.doing("hashing the checkpoint"):
-            self.state.finish_hashing()
+    def _finish_saving(self) -> None:
+        with self.logs.doing("saving a checkpoint"):
+            self.state.finish_saving()
 
     def _print_end(self, result: FitResult) -> None:
         """What the run made, how good it was at its last validation, and the command that goes on from here."""
