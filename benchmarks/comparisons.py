@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
+from ldm.config import CONFIGS
 from ldm.diffusion.process import Diffusion
 from ldm.interop.components import ModelComponents
 from ldm.interop.diffusers import write
@@ -23,6 +25,7 @@ from ldm.pipeline.inputs import initial_noise
 from ldm.planning.planner import read_recipe
 from ldm.precision import DTYPES, Precision
 from ldm.rng import generator
+from ldm.stages.diffusion import TrainLDMConfig
 from ldm.text import TextEncoder, combine_encoders
 from ldm.unet import UNet
 from ldm.vae import VAE
@@ -39,6 +42,8 @@ from diffusers import StableDiffusionPipeline
 folder, prompt, steps, out = sys.argv[1:]
 StableDiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=int(steps)).images[0].save(out)
 """
+
+SILENT: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 Action = Callable[[], Tensor]
 Network = TypeVar("Network", bound=nn.Module)
@@ -101,16 +106,18 @@ def make_pair(
     recipe: Path, device: torch.device, *, precision: Precision = "float32", compiled: bool = False
 ) -> Iterator[Pair]:
     """Networks of a recipe with random weights, as ours and as those of diffusers; with `compiled` also compiled."""
-    ldm, vae = read_recipe(recipe / "ldm.yaml"), read_recipe(recipe / "vae.yaml").vae
-    clip = recipe / "clip.yaml"
+    with tempfile.TemporaryDirectory() as name:
+        write_weights(recipe, read_recipe(recipe / "ldm.yaml"), folder := Path(name))
+        yield Pair(*load_pair(folder, device, precision, compiled=compiled), device, precision, folder)
+
+
+def write_weights(recipe: Path, ldm: TrainLDMConfig, folder: Path) -> None:
+    """Random weights of a recipe, with the U-Net that `ldm` describes, as diffusers reads them."""
+    vae, clip = read_recipe(recipe / "vae.yaml").vae, recipe / "clip.yaml"
     architecture = read_recipe(clip).clip.architecture(ldm.data.resolution) if clip.is_file() else None
     text = combine_encoders([TextEncoder.random(ldm.text, architecture)])
     unet, diffusion = randomized(UNet(ldm.unet)), Diffusion(ldm.diffusion)
-    components = ModelComponents(unet, diffusion, randomized(VAE(vae)), text, ldm.data.resolution)
-    with tempfile.TemporaryDirectory() as name:
-        write(components, folder := Path(name))
-        del components, unet, text  # of which there are two copies now
-        yield Pair(*load_pair(folder, device, precision, compiled=compiled), device, precision, folder)
+    write(ModelComponents(unet, diffusion, randomized(VAE(vae)), text, ldm.data.resolution), folder)
 
 
 def load_pair(
@@ -239,13 +246,38 @@ def first_image(pair: Pair, steps: int = 1) -> Comparison:
     return Comparison({OURS: ours, THEIRS: theirs}, None, in_processes=True)
 
 
+def first_step() -> Comparison:
+    """From the start of a process to the first step of a VAE of shapes, against a process that loads torch alone."""
+
+    def ours() -> Tensor:
+        with tempfile.TemporaryDirectory() as name:
+            log, recipe = Path(name) / "log.jsonl", str(CONFIGS / "shapes/vae.yaml")
+            flags = ["--config", recipe, "--run", name, "--log-every", "1"]
+            with subprocess.Popen([sys.executable, str(SCRIPTS / "train_vae.py"), *flags], **SILENT) as process:
+                while process.poll() is None and not (log.is_file() and log.stat().st_size):
+                    time.sleep(0.01)
+                process.kill()
+            assert log.is_file(), "train_vae.py took no step"
+        return torch.zeros(())
+
+    return Comparison({OURS: ours, **import_torch()}, None, in_processes=True)
+
+
 def help_text(script: str) -> Comparison:
     """`--help`, against a process that loads torch alone."""
 
-    def run(*words: str) -> Tensor:
-        subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+    def ours() -> Tensor:
+        subprocess.run([sys.executable, str(SCRIPTS / script), "--help"], check=True, **SILENT)
         return torch.zeros(())
 
-    ways: dict[str, Action] = {OURS: lambda: run(str(SCRIPTS / script), "--help")}
-    ways["import torch"] = lambda: run("-c", "import torch")
-    return Comparison(ways, None, in_processes=True)
+    return Comparison({OURS: ours, **import_torch()}, None, in_processes=True)
+
+
+def import_torch() -> dict[str, Action]:
+    """The least that a process takes which uses torch."""
+
+    def run() -> Tensor:
+        subprocess.run([sys.executable, "-c", "import torch"], check=True)
+        return torch.zeros(())
+
+    return {"import torch": run}

@@ -33,6 +33,7 @@ from comparisons import (
     Pair,
     encode_text,
     first_image,
+    first_step,
     help_text,
     make_pair,
     prompt_to_image,
@@ -42,7 +43,7 @@ from comparisons import (
 )
 from document import ROOT, write_table
 from pydantic import Field
-from training_steps import bare_training_step, step_config, step_name, training_steps
+from training_steps import bare_training_step, narrow_training_steps, step_config, step_name, training_steps
 
 from ldm.cli import ScriptConfig, command
 from ldm.config import CONFIGS
@@ -103,6 +104,11 @@ def comparisons(folder: Path, config: RunConfig) -> Iterator[tuple[str, Make]]:
             training_steps(pair(of_recipe).folder, step, device, compiled=config.compiled)
         )
 
+    if not is_small and not on_gpu:  # first, while there is memory for it
+        half = step.unet.model_channels // 2
+        narrow = step_config(folder, model_channels=half, resolution=256, batch_size=4, cache_latents=True)
+        name = f"{step_name(narrow)}, half as wide"
+        yield name, lambda of_recipe, own: own.enter_context(narrow_training_steps(folder, narrow, device))
     cells = step.data.resolution // read_recipe(folder / "vae.yaml").vae.factor
     for batch in (1, 32) if is_small else (1, 2, 8, 64) if on_gpu else (1, 2):
         yield f"U-Net, {cells} x {cells}, batch {batch}", of_pair(unet_forward, batch)
@@ -133,6 +139,8 @@ def starts(config: RunConfig) -> Iterator[tuple[str, Make]]:
 
     for script in ("txt2img.py", "train_ldm.py", "evaluate.py") if config.device == "cpu" else ():
         yield f"{script} --help", of_script(script)
+    if config.device == "cpu":
+        yield "train_vae.py to the first step", lambda of_recipe, own: first_step()
 
 
 def measure(comparison: Comparison, device: torch.device, seconds: float, rounds: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from comparisons import COMPILED, OURS, THEIRS, Action, Comparison
+from comparisons import COMPILED, OURS, THEIRS, Action, Comparison, write_weights
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -36,7 +36,6 @@ from ldm.training.trainer import Trainer
 BARE, SCRIPT, CACHED = "bare network", f"{THEIRS}' script", ", latents cached"
 NUM_BATCHES = 8  # that the script takes in turns
 NUM_STEPS, NUM_IMAGES = 10**6, 10**4
-NUM_DRAWN = 256  # images that are drawn for a recipe of photographs
 GRADIENT_TOLERANCE = 1e-3
 
 
@@ -45,6 +44,8 @@ def step_config(folder: Path, **values: Any) -> TrainLDMConfig:
     config = cast(TrainLDMConfig, read_recipe(folder / "ldm.yaml"))
     plain = config.diffusion.model_copy(update={"loss_weighting": "uniform", "gamma": None})
     data = config.data.model_copy(update={"resolution": values.pop("resolution", config.data.resolution)})
+    width = values.pop("model_channels", config.unet.model_channels)
+    values["unet"] = config.unet.model_copy(update={"model_channels": width})
     return config.model_copy(update={"diffusion": plain, "data": data, "gradient_checkpointing": False, **values})
 
 
@@ -76,6 +77,15 @@ def training_steps(
             if compiled:
                 ways[SCRIPT + CACHED + COMPILED] = script_step(trainer, weights, cached=True, compiled=True)
         yield Comparison(ways, None)
+
+
+@contextmanager
+def narrow_training_steps(recipe: Path, config: TrainLDMConfig, device: torch.device) -> Iterator[Comparison]:
+    """`training_steps` of a U-Net that is not as wide as the recipe's, under its whole VAE and text tower."""
+    with tempfile.TemporaryDirectory() as name:
+        write_weights(recipe, config, Path(name))
+        with training_steps(Path(name), config, device) as comparison:
+            yield comparison
 
 
 @contextmanager
@@ -112,7 +122,8 @@ def open_trainer(stage: DiffusionStage) -> Iterator[Trainer]:
         folder = Path(name)
         values: dict[str, Any] = {"run": folder / "run", "trackers": (), "steps": NUM_STEPS}
         if stage.config.data.drawn is None:
-            values["data"] = draw_photographs(stage.config.data, folder / "photographs")
+            count = NUM_BATCHES * stage.config.batch_size
+            values["data"] = draw_photographs(stage.config.data, folder / "photographs", count)
         config = stage.config.model_copy(update=values)
         accelerator, stage.config = make_accelerator(config), config
         stage.vae_sha256 = None
@@ -123,12 +134,12 @@ def open_trainer(stage: DiffusionStage) -> Iterator[Trainer]:
             yield trainer
 
 
-def draw_photographs(config: DataConfig, folder: Path) -> DataConfig:
+def draw_photographs(config: DataConfig, folder: Path, count: int) -> DataConfig:
     """Files to read in the place of photographs, with captions."""
     folder.mkdir()
     scenes = shapes.scenes("train")
-    for index in range(NUM_DRAWN):
-        scene = scenes[index * len(scenes) // NUM_DRAWN]
+    for index in range(count):
+        scene = scenes[index * len(scenes) // count]
         shapes.render(scene, config.resolution, seed=index).save(folder / f"{index:03}.png")
         (folder / f"{index:03}.txt").write_text(shapes.captions(scene)[0])
     return config.model_copy(update={"source": str(folder)})

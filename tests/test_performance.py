@@ -24,7 +24,7 @@ from comparisons import (
     vae_decode,
 )
 from helpers import CONFIGS
-from training_steps import check_gradients, step_config, training_steps
+from training_steps import check_gradients, narrow_training_steps, step_config, training_steps
 
 from ldm.pipeline.load import load_components
 
@@ -99,6 +99,13 @@ def test_a_training_step_trains(drawn: bool, pair: Pair, recipe: Path) -> None:
             assert step().isfinite() and step().isfinite()
         script = {"diffusers' script"} | ({"diffusers' script, latents cached"} if drawn else set())
         assert comparison.ways.keys() == {"ldm", "bare network"} | script
+
+
+def test_a_step_of_another_width_has_the_rest_of_the_recipe(recipe: Path) -> None:
+    config = step_config(recipe, model_channels=64)
+    with narrow_training_steps(recipe, config, CPU) as comparison:
+        assert all(step().isfinite() for step in comparison.ways.values())
+    assert step_config(recipe).unet == config.unet.model_copy(update={"model_channels": 32})
 
 
 def test_different_gradients_are_found(pair: Pair) -> None:
