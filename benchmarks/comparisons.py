@@ -257,7 +257,8 @@ def first_step() -> Comparison:
                 while process.poll() is None and not (log.is_file() and log.stat().st_size):
                     time.sleep(0.01)
                 process.kill()
-            assert log.is_file(), "train_vae.py took no step"
+            if not (log.is_file() and log.stat().st_size):
+                raise RuntimeError("train_vae.py took no step")
         return torch.zeros(())
 
     return Comparison({OURS: ours, **import_torch()}, None, in_processes=True)
@@ -274,7 +275,7 @@ def help_text(script: str) -> Comparison:
 
 
 def import_torch() -> dict[str, Action]:
-    """The least that a process takes which uses torch."""
+    """What each process that uses torch takes."""
 
     def run() -> Tensor:
         subprocess.run([sys.executable, "-c", "import torch"], check=True)

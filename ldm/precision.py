@@ -41,13 +41,16 @@ def place(network: Network, device: torch.device) -> Network:
 def compile_network(network: nn.Module, *, frozen: bool = False) -> None:
     """Let torch.compile make one graph of a network at its next call, and others where lengths or sizes differ.
 
-    With `frozen`, for weights that no longer change, they are brought into the order that kernels of a CPU read.
+    With `frozen`, for weights that no longer change, the graph has its own copy of them, as kernels of a CPU read them.
     """
     import torch._dynamo  # which takes long to load
+    import torch._inductor.config
 
     # The limit is one for all networks, and beyond it an error.
     torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
-    network.compile(fullgraph=True, options={"freezing": True} if frozen else None)
+    network.compile(fullgraph=True)
+    if frozen:  # in each call, as it is read where a graph is traced; elsewhere in the process weights may change
+        network._compiled_call_impl = torch._inductor.config.patch(freezing=True)(network._compiled_call_impl)
 
 
 def allow_tf32(device: torch.device) -> None:

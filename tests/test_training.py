@@ -491,6 +491,26 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     toy(toy_config(tmp_path / "late"), on_step=on_step)
     for step in (3, 6, 8):
         assert_same(tensors_of(tmp_path / "late", step), tensors_of(tmp_path / "plain", step))
+        late_one, plain_one = (
+            (tmp_path / name / f"checkpoints/step-{step:06}/progress.json").read_text() for name in ("late", "plain")
+        )
+        assert late_one == plain_one
+
+
+def test_what_could_not_be_written_is_told_beside_another_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, tensors: dict[str, Tensor]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def on_step(trainer: Trainer) -> None:
+        if trainer.state.step == 4:
+            raise KeyError("another error")
+
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
+    with pytest.raises(KeyError, match="another error"):
+        toy(toy_config(tmp_path), on_step=on_step)
+    assert "warning: " in (shown := capsys.readouterr().out) and "step-000003 could not be written" in shown
 
 
 def test_a_full_disk_keeps_the_old_weights_whole(tmp_path: Path) -> None:

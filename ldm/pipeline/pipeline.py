@@ -113,7 +113,7 @@ class Pipeline:
     def compile(self) -> "Pipeline":
         """Compile U-Nets and decoder, at their first call: slow at first, faster from then on; returns self.
 
-        On a CPU their weights must not be changed any more.
+        On a CPU they keep a second copy of their weights, which must not be changed any more.
         """
         for network in (self.unet, self.guide_unet, self.vae and self.vae.decoder):
             if network is not None:

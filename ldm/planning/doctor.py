@@ -58,7 +58,7 @@ def run_doctor(config: TrainingConfig, accelerator: Accelerator, stage: Stage) -
     doctor = None
     try:
         doctor = DoctorRun(Trainer(config, accelerator, stage))
-        with doctor.trainer.open_logs(doctor.steps):
+        with doctor.trainer.open_logs(doctor.steps), doctor.state.writing():
             found: list[DoctorCheck] = broadcast_object_list(doctor.checks())  # each rank has clocks of its own
             return found
     except torch.OutOfMemoryError:
@@ -102,7 +102,7 @@ class DoctorRun:
             "validate": self._seconds("validation", self.trainer.validate),
             "sample": self._seconds("sampling", partial(with_ema_weights, stage.sample)),
             "model": self._seconds("saving the model", partial(with_ema_weights, partial(stage.save, self.model))),
-            "save": self._seconds("saving a checkpoint", self.trainer.save),
+            "save": self._seconds("saving a checkpoint", self._save),
         }
         self.doing = checks.STEP
         memory, disk = self._memory(), self._disk()
@@ -200,6 +200,10 @@ class DoctorRun:
 
     # Measurements.
 
+    def _save(self) -> None:
+        self.state.save(replace=True)
+        self.state.finish_saving()
+
     def _seconds(self, doing: str, action: Callable[[], object]) -> float:
         """Of an action, whose peak of memory is recorded, too."""
         self.doing = doing
@@ -231,7 +235,9 @@ class DoctorRun:
         return checks.data_disjoint(gather_object([steps]), batch_size=self.config.batch_size, images=images)
 
     def _memory(self) -> DoctorCheck:
-        """The fullest GPU, or the sum of the ranks on the fullest machine."""
+        """The fullest GPU, or the sum of the ranks on the fullest machine: with the copy that is written meanwhile."""
+        if not self.on_gpu and not self.state.mesh and self.accelerator.is_main_process:
+            self.peaks[checks.STEP] += _size(self.state.folder)
         used: Counter[str] = Counter()
         peak = max(self.peaks.values())
         for place, bytes_of_rank in gather_object([(self.place, peak)]):
@@ -241,7 +247,6 @@ class DoctorRun:
         return checks.memory(max(used.values()), total_memory(self.device), doing, rounds, on_gpu=self.on_gpu)
 
     def _disk(self) -> DoctorCheck:
-        self.state.finish_saving()
         saved, model = (_size(folder) for folder in (self.state.folder, self.model))
         free = shutil.disk_usage(self.config.run.parent).free + saved + model
         return checks.disk(saved, model, free, self.config)

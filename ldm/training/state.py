@@ -1,6 +1,8 @@
 """The state of a run, which a checkpoint holds: networks, optimizers, averages, and the number of steps taken."""
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ class TrainingState:
         self.ema = {name: EMA(module, config.ema_decay) for name, module in self.modules.items()}
         self.monitors = {name: AnomalyMonitor(limit=config.max_nonfinite_steps) for name in self.modules}
         self._saved_step: int | None = None
-        self.writer = ThreadPoolExecutor(max_workers=1)
+        self._writer = ThreadPoolExecutor(max_workers=1)
         self._saving: Future[None] = Future()  # of rank 0
         self._is_saving = False
 
@@ -75,8 +77,8 @@ class TrainingState:
     def save(self, *, replace: bool = False) -> None:
         """Write a checkpoint of this step, if it was not just written; all ranks call this.
 
-        Rank 0 copies the tensors to the memory of its CPU and writes them while training goes on, `finish_saving` waits
-        for it; sharded ones are written at once. With `replace` it takes the place of one of this step. The one to
+        Rank 0 copies the tensors to the memory of its CPU and writes them while training goes on; `finish_saving` waits
+        for that. Sharded ones are written at once. With `replace` it takes the place of one of this step. The one to
         which the stage's watchdog would go back is not pruned. ValueError, with nothing written, where a tensor of any
         rank is not finite, and where the last checkpoint could not be written.
         """
@@ -105,13 +107,17 @@ class TrainingState:
         )
         if self.mesh:
             path = write(tensors, shards=self.accelerator)
-            self._saving = self.writer.submit(checkpoint.add_hashes, path)
+            if self.accelerator.is_main_process:
+                self._saving = self._writer.submit(checkpoint.add_hashes, path)
         elif self.accelerator.is_main_process:
             copies = {
-                name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in group.items()}
+                name: {
+                    key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                    for key, tensor in group.items()
+                }
                 for name, group in tensors.items()
             }
-            self._saving = self.writer.submit(lambda: checkpoint.add_hashes(write(copies)))
+            self._saving = self._writer.submit(lambda: checkpoint.add_hashes(write(copies)))
         self._saved_step, self._is_saving = self.step, True
 
     def _check_finite(self, tensors: dict[str, checkpoint.Tensors]) -> None:
@@ -128,18 +134,33 @@ class TrainingState:
         return f"{found}: try a lower --learning-rate or float32"
 
     def finish_saving(self, *, wait: bool = True) -> None:
-        """Wait until the last checkpoint is written and has its hashes, or look whether it is; all ranks call this.
+        """Wait until the last checkpoint is written and has its hashes; without `wait` only see if it is by now.
 
-        ValueError where it could not be written.
+        All ranks call this. ValueError where it could not be written.
         """
 
-        def is_done() -> bool:
-            if done := wait or self._saving.done():
-                self._saving.result()
-            return done
+        def outcome() -> tuple[bool, BaseException | None]:
+            done = wait or self._saving.done()
+            return done, self._saving.exception() if done else None
 
-        if self._is_saving and on_rank0(self.accelerator, is_done):
-            self._is_saving = False
+        if self._is_saving:
+            done, error = on_rank0(self.accelerator, outcome)
+            self._is_saving = not done
+            if error is not None:
+                raise error
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around the steps: at the end, also after an error, the checkpoint that is being written is finished.
+
+        Where another error ends the run, a warning tells what could not be written.
+        """
+        try:
+            yield
+        finally:
+            self._writer.shutdown()
+            if self._is_saving and self.accelerator.is_main_process and (error := self._saving.exception()):
+                self.accelerator.print(f"warning: {error}")
 
     def resume(self, resume: str) -> None:
         """Go on from `latest`, or a checkpoint folder. ValueError when it is corrupt or of another run."""

@@ -67,7 +67,7 @@ class Trainer:
 
     def run(self, on_step: Callable[["Trainer"], None]) -> FitResult:
         """Take all remaining steps, or stop where a signal asks for it; `on_step` is called after each."""
-        with self.open_logs(self.config.steps), self.state.writer:  # which ends what it writes, also after an error
+        with self.open_logs(self.config.steps), self.state.writing():
             result = self._take_steps(on_step)
         self._print_end(result)
         return result
@@ -85,6 +85,7 @@ class Trainer:
                     batches = self.batches(start=self.state.step)
                 if signal := stop.poll():
                     return self._stopped(signal)
+            self._finish_saving()
         if signal := stop.last_answer():
             return self._stopped(signal)
         return self._finished()
@@ -251,6 +252,7 @@ class Trainer:
         watchdog.load_state_dict(seen)
         watchdog.go_back(state.step)
         state.save(replace=True)  # with the lower weight, so that a resumed run takes the same course
+        state.finish_saving()
         self.logs.start_from(state.step)
         self.logs.print(f"{complaint}: back to {path.name}, with {watchdog.factor:g} of the weight")
         self.logs.write_json(state.step, {"went_back_from": step, "weight_factor": watchdog.factor})
@@ -370,7 +372,6 @@ class Trainer:
         return FitResult(step, None, signal)
 
     def _finished(self) -> FitResult:
-        self._finish_saving()
         folder = self.config.run / "model"
         try:
             with self.logs.doing("saving the model"):
