@@ -486,9 +486,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
             assert checkpoint.latest(tmp_path / "late/checkpoints") is None
             disk.set()
 
-    toy(toy_config(tmp_path / "plain"))
+    toy(toy_config(tmp_path / "plain", keep_checkpoints=3))
     monkeypatch.setattr(checkpoint, "save_tensors", late)
-    toy(toy_config(tmp_path / "late"), on_step=on_step)
+    toy(toy_config(tmp_path / "late", keep_checkpoints=3), on_step=on_step)
     for step in (3, 6, 8):
         assert_same(tensors_of(tmp_path / "late", step), tensors_of(tmp_path / "plain", step))
         late_one, plain_one = (
