@@ -106,7 +106,9 @@ def comparisons(folder: Path, config: RunConfig) -> Iterator[tuple[str, Make]]:
 
     if not is_small and not on_gpu:  # first, while there is memory for it
         half = step.unet.model_channels // 2
-        narrow = step_config(folder, model_channels=half, resolution=256, batch_size=4, cache_latents=True, num_workers=0)
+        narrow = step_config(
+            folder, model_channels=half, resolution=256, batch_size=4, cache_latents=True, num_workers=0
+        )
         name = f"{step_name(narrow)}, half as wide"
         yield name, lambda of_recipe, own: own.enter_context(narrow_training_steps(folder, narrow, device))
     cells = step.data.resolution // read_recipe(folder / "vae.yaml").vae.factor

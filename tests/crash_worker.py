@@ -3,7 +3,6 @@
 Each run is a fork of this process, which has imported everything and holds no thread, so a start takes milliseconds.
 """
 
-import functools
 import json
 import os
 import random
@@ -43,7 +42,7 @@ def trained(run: Path) -> dict[str, Any]:
 
 def latent_writer(stages: Path) -> Callable[[Path], Any]:
     """A function that caches latents with networks and images that all runs share, to a folder on a slow disk."""
-    shapes.load = functools.partial(shapes.load, count=60)
+    shapes.num_rows = lambda split, *, pairs=False: 60
     config = CacheLatentsConfig(
         vae=str(stages / "vae/model"),
         text=TextConfig(model=f"local-dir:{stages}/clip/model"),

@@ -146,12 +146,13 @@ def open_splits(config: DataConfig, *, seed: int) -> tuple[ImageTextDataset, Ima
 
 def open_source(config: DataConfig, split: Split) -> ImageTextSource:
     """One split of what `data.source` names. ValueError as in `open_dataset`."""
-    from ldm.data.sources.encoded import join_sources  # what reads and draws images takes long to load
-    from ldm.data.sources.folder import open_images
-    from ldm.data.sources.sharded import is_sharded, open_shards
+    from ldm.data.sources.encoded import join_sources  # each takes long to load
 
     if config.drawn:
         return join_sources([open_drawn(name, config, split) for name in config.drawn.split("+")])
+    from ldm.data.sources.folder import open_images
+    from ldm.data.sources.sharded import is_sharded, open_shards
+
     if is_sharded(config.source):
         return open_shards(config.source, split, streams=config.shard_streams)
     return open_images(config.source, split)

@@ -1,5 +1,6 @@
 """The emoji that a colour font can draw, with their names in words as captions."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ from PIL import Image
 
 from ldm.data.sources.base import Split, hash_split
 from ldm.data.sources.emoji_font import EmojiFont, find_font
-from ldm.data.sources.encoded import EncodedSource, drawn_images, image_rows, png_cell
+from ldm.data.sources.encoded import EncodedSource, drawn_form, image_rows, png_cell
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
 def open_emoji(split: Split, *, size: int, channels: int, font: Path | None) -> EncodedSource:
     """One split of the emoji of a font, or of this machine's, as a source of images of `size` pixels."""
     font = font or find_font()
-    rows = load(split, size, font=font)
+    form = drawn_form(len(emoji_of(split)), size=size, channels=channels)
+    images = {text: form(image) for text, image in _rows(split, size, font)}
     return EncodedSource(
-        names=rows["emoji"][:],
-        images=drawn_images(rows, size=size, channels=channels),
-        captions=rows["captions"][:],
+        names=[*images],
+        images=[*images.values()],
+        captions=[captions(text) for text in images],
         description=f"emoji: drawn with {font}",
     )
 
@@ -51,12 +53,13 @@ def load(split: Split = "train", size: int = 64, *, font: Path | None = None) ->
     `image` is on white, `caption` the name, `captions` are the name and others, `emoji` is the characters.
     """
     rows = [
-        {
-            "image": png_cell(image.resize((size, size), Image.Resampling.LANCZOS)),
-            "caption": captions(text)[0],
-            "captions": captions(text),
-            "emoji": text,
-        }
-        for text, image in EmojiFont(font or find_font()).drawable(emoji_of(split))
+        {"image": png_cell(image), "caption": captions(text)[0], "captions": captions(text), "emoji": text}
+        for text, image in _rows(split, size, font or find_font())
     ]
     return image_rows(rows)
+
+
+def _rows(split: Split, size: int, font: Path) -> Iterator[tuple[str, Image.Image]]:
+    """Each emoji that the font has, and its image."""
+    for text, image in EmojiFont(font).drawable(emoji_of(split)):
+        yield text, image.resize((size, size), Image.Resampling.LANCZOS)

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,14 @@ from PIL import Image
 
 from ldm.data.sources.base import Decoded, ImageTextSource
 from ldm.data.transforms import Sides, View, crop_resize_to_tensor
-from ldm.imaging import Encoded, decode_image, decode_reduced, image_size
+from ldm.imaging import Encoded, decode_reduced, image_size
 
 if TYPE_CHECKING:  # it takes long to load
     from datasets import Dataset
 
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".webp")
 HASHED_IMAGES, HASHED_BYTES = 64, 2**16  # of a set, and of each, for `content`
-DECODED_CACHE_BYTES = 2**28  # of the decoded images of a set that is drawn here, in memory
+DECODED_CACHE_BYTES = 2**28  # of all images of a set that is drawn here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +69,16 @@ def _first_bytes(image: Encoded | Image.Image) -> bytes:
         return b"%d " % image.stat().st_size + file.read(HASHED_BYTES)
 
 
-def png_cell(image: Image.Image) -> dict[str, bytes | None]:
-    """An image as a cell of a `datasets.Image` column."""
+def encode_png(image: Image.Image) -> bytes:
+    """An image as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
-    return {"bytes": buffer.getvalue(), "path": None}
+    return buffer.getvalue()
+
+
+def png_cell(image: Image.Image) -> dict[str, bytes | None]:
+    """An image as a cell of a `datasets.Image` column."""
+    return {"bytes": encode_png(image), "path": None}
 
 
 def image_rows(rows: list[dict[str, Any]]) -> "Dataset":
@@ -83,8 +88,8 @@ def image_rows(rows: list[dict[str, Any]]) -> "Dataset":
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
 
 
-def drawn_images(rows: "Dataset", *, size: int, channels: int) -> Sequence[Encoded | Image.Image]:
-    """The images, of `size` pixels, of a set that is drawn here: decoded once for all where memory is enough for it."""
-    encoded: list[Encoded] = [cell["bytes"] for cell in rows.data.column("image").to_pylist()]
-    fits = len(encoded) * channels * size**2 <= DECODED_CACHE_BYTES
-    return [decode_image(data, channels=channels) for data in encoded] if fits else encoded
+def drawn_form(count: int, *, size: int, channels: int) -> Callable[[Image.Image], Encoded | Image.Image]:
+    """How a set of `count` images that are drawn here is kept: decoded where memory is enough for all, else as PNG."""
+    if count * channels * size**2 > DECODED_CACHE_BYTES:
+        return encode_png
+    return lambda image: image.convert("RGB" if channels == 3 else "L")

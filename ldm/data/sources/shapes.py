@@ -5,7 +5,7 @@ that the training split never shows, so a model that generates them has learned 
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.data.sources.base import Split, a_or_an, check_split
-from ldm.data.sources.encoded import EncodedSource, drawn_images, image_rows, png_cell
+from ldm.data.sources.encoded import EncodedSource, drawn_form, image_rows, png_cell
 from ldm.rng import fold_seed
 
 if TYPE_CHECKING:
@@ -108,11 +108,14 @@ def _split(name: str, combos: list, split: Split) -> tuple:
 
 def open_shapes(split: Split, *, size: int, channels: int, pairs: bool = False) -> EncodedSource:
     """One split of the `shapes` or the `pairs` set, of images of `size` pixels."""
-    rows = load_pairs(split, size) if pairs else load(split, size)
+    count = num_rows(split, pairs=pairs)
+    form = drawn_form(count, size=size, channels=channels)
+    rows = _rows(pair_scenes(split) if pairs else scenes(split), split, size, count)
+    images, texts = zip(*((form(image), [caption]) for _, image, caption in rows), strict=True)
     return EncodedSource(
-        names=[f"row {index}" for index in range(len(rows))],
-        images=drawn_images(rows, size=size, channels=channels),
-        captions=[[caption] for caption in rows["caption"]],
+        names=[f"row {index}" for index in range(count)],
+        images=images,
+        captions=texts,
         description="pairs: scenes of two objects" if pairs else "shapes: procedural scenes",
     )
 
@@ -122,23 +125,36 @@ def load(split: Split = "train", size: int = 64, *, count: int | None = None, se
 
     Row i depends on (split, size, seed, i) alone. Without `count` there are three rows for each combination.
     """
-    return _dataset(scenes(split), split, size, 3 * len(scenes(split)) if count is None else count, seed)
+    return _dataset(_rows(scenes(split), split, size, num_rows(split) if count is None else count, seed))
 
 
 def load_pairs(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> "Dataset":
     """The `pairs` set: two objects and a spatial relation. Columns image, caption and the fields of `PairScene`."""
-    count = 20_000 if count is None and split == "train" else count or 1000
-    return _dataset(pair_scenes(split), split, size, count, seed)
+    count = num_rows(split, pairs=True) if count is None else count
+    return _dataset(_rows(pair_scenes(split), split, size, count, seed))
 
 
-def _dataset(combos: Sequence[Scene | PairScene], split: str, size: int, count: int, seed: int) -> "Dataset":
-    rows = []
+def num_rows(split: Split, *, pairs: bool = False) -> int:
+    """How many a whole split has."""
+    if pairs:
+        return 20_000 if split == "train" else 1000
+    return 3 * len(scenes(split))
+
+
+def _dataset(rows: Iterable[tuple[Scene | PairScene, Image.Image, str]]) -> "Dataset":
+    cells = [{"image": png_cell(image), "caption": caption, **scene._asdict()} for scene, image, caption in rows]
+    return image_rows(cells)
+
+
+def _rows(
+    combos: Sequence[Scene | PairScene], split: Split, size: int, count: int, seed: int = 0
+) -> Iterator[tuple[Scene | PairScene, Image.Image, str]]:
+    """Each row's scene, image and caption."""
     for index in range(count):
         rng = np.random.Generator(np.random.PCG64(fold_seed(seed, type(combos[0]).__name__, split, index)))
         scene = combos[index] if index < len(combos) else combos[int(rng.integers(len(combos)))]
         caption = captions(scene)[rng.integers(len(captions(scene)))]
-        rows.append({"image": png_cell(_draw(scene, size, rng)), "caption": caption, **scene._asdict()})
-    return image_rows(rows)
+        yield scene, _draw(scene, size, rng), caption
 
 
 def render(scene: Scene | PairScene, size: int, *, seed: int) -> Image.Image:
