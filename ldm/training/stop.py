@@ -36,7 +36,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Turn Ctrl-C, and what schedulers announce the end with, into a request; a second Ctrl-C saves none."""
+        """Turn Ctrl-C, and what schedulers announce the end with, into a request; a second stops without saving."""
 
         def request_stop(number: int, _: FrameType | None) -> None:
             if self.signal == signal.SIGINT == number:
