@@ -43,8 +43,6 @@ folder, prompt, steps, out = sys.argv[1:]
 StableDiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=int(steps)).images[0].save(out)
 """
 
-SILENT: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-
 Action = Callable[[], Tensor]
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -252,33 +250,40 @@ def first_step() -> Comparison:
     def ours() -> Tensor:
         with tempfile.TemporaryDirectory() as name:
             log, recipe = Path(name) / "log.jsonl", str(CONFIGS / "shapes/vae.yaml")
-            flags = ["--config", recipe, "--run", name, "--log-every", "1"]
-            with subprocess.Popen([sys.executable, str(SCRIPTS / "train_vae.py"), *flags], **SILENT) as process:
-                while process.poll() is None and not (log.is_file() and log.stat().st_size):
+            words = [
+                sys.executable,
+                str(SCRIPTS / "train_vae.py"),
+                "--config",
+                recipe,
+                "--run",
+                name,
+                "--log-every",
+                "1",
+            ]
+            with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+                while not (has_step := log.is_file() and log.stat().st_size > 0) and process.poll() is None:
                     time.sleep(0.01)
                 process.kill()
-            if not (log.is_file() and log.stat().st_size):
+            if not has_step:
                 raise RuntimeError("train_vae.py took no step")
         return torch.zeros(())
 
-    return Comparison({OURS: ours, **import_torch()}, None, in_processes=True)
+    return Comparison({OURS: ours, "import torch": import_torch}, None, in_processes=True)
 
 
 def help_text(script: str) -> Comparison:
     """`--help`, against a process that loads torch alone."""
 
-    def ours() -> Tensor:
-        subprocess.run([sys.executable, str(SCRIPTS / script), "--help"], check=True, **SILENT)
-        return torch.zeros(())
-
-    return Comparison({OURS: ours, **import_torch()}, None, in_processes=True)
+    ways: dict[str, Action] = {OURS: lambda: run_python(str(SCRIPTS / script), "--help"), "import torch": import_torch}
+    return Comparison(ways, None, in_processes=True)
 
 
-def import_torch() -> dict[str, Action]:
+def import_torch() -> Tensor:
     """What each process that uses torch takes."""
+    return run_python("-c", "import torch")
 
-    def run() -> Tensor:
-        subprocess.run([sys.executable, "-c", "import torch"], check=True)
-        return torch.zeros(())
 
-    return {"import torch": run}
+def run_python(*words: str) -> Tensor:
+    """A process whose output is of no interest."""
+    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+    return torch.zeros(())

@@ -139,9 +139,9 @@ def starts(config: RunConfig) -> Iterator[tuple[str, Make]]:
     def of_script(script: str) -> Make:
         return lambda of_recipe, own: help_text(script)
 
-    for script in ("txt2img.py", "train_ldm.py", "evaluate.py") if config.device == "cpu" else ():
-        yield f"{script} --help", of_script(script)
     if config.device == "cpu":
+        for script in ("txt2img.py", "train_ldm.py", "evaluate.py"):
+            yield f"{script} --help", of_script(script)
         yield "train_vae.py to the first step", lambda of_recipe, own: first_step()
 
 

@@ -497,7 +497,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
         assert late_one == plain_one
 
 
-def test_what_could_not_be_written_is_told_beside_another_error(
+def test_what_could_not_be_written_is_reported_beside_another_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(path: Path, tensors: dict[str, Tensor]) -> None:

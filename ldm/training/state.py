@@ -153,7 +153,7 @@ class TrainingState:
     def writing(self) -> Iterator[None]:
         """Around the steps: at the end, also after an error, the checkpoint that is being written is finished.
 
-        Where another error ends the run, a warning tells what could not be written.
+        Where another error ends the run, a warning reports what could not be written.
         """
         try:
             yield

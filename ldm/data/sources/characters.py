@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from ldm.data.sources.base import Split, a_or_an, check_split
 from ldm.data.sources.character_art import CharacterArt
 from ldm.data.sources.emoji_font import openmoji
-from ldm.data.sources.encoded import EncodedSource, drawn_form, image_rows, png_cell
+from ldm.data.sources.encoded import EncodedSource, image_rows, image_storage, png_cell
 from ldm.rng import fold_seed
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ def load(
 
 def open_characters(split: Split, *, size: int, channels: int, font: Path | None) -> EncodedSource:
     """One split of the characters as a source of images of `size` pixels, each with all its captions."""
-    form = drawn_form(len(scenes(split)), size=size, channels=channels)
-    images, texts = zip(*((form(image), own) for _, image, own in _rows(split, size, None, 0, font)), strict=True)
+    storage = image_storage(len(scenes(split)), size=size, channels=channels)
+    images, texts = zip(*((storage(image), own) for _, image, own in _rows(split, size, None, 0, font)), strict=True)
     return EncodedSource(
         names=[f"row {index}" for index in range(len(images))],
         images=images,

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ldm.data.sources.base import Split, hash_split
 from ldm.data.sources.emoji_font import EmojiFont, find_font
-from ldm.data.sources.encoded import EncodedSource, drawn_form, image_rows, png_cell
+from ldm.data.sources.encoded import EncodedSource, image_rows, image_storage, png_cell
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def open_emoji(split: Split, *, size: int, channels: int, font: Path | None) -> EncodedSource:
     """One split of the emoji of a font, or of this machine's, as a source of images of `size` pixels."""
     font = font or find_font()
-    form = drawn_form(len(emoji_of(split)), size=size, channels=channels)
-    images = {text: form(image) for text, image in _rows(split, size, font)}
+    storage = image_storage(len(emoji_of(split)), size=size, channels=channels)
+    images = {text: storage(image) for text, image in _rows(split, size, font)}
     return EncodedSource(
         names=[*images],
         images=[*images.values()],

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # it takes long to load
 
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".webp")
 HASHED_IMAGES, HASHED_BYTES = 64, 2**16  # of a set, and of each, for `content`
-DECODED_CACHE_BYTES = 2**28  # of all images of a set that is drawn here
+DECODED_CACHE_BYTES = 2**28  # of all decoded images of a set that is drawn here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +88,8 @@ def image_rows(rows: list[dict[str, Any]]) -> "Dataset":
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
 
 
-def drawn_form(count: int, *, size: int, channels: int) -> Callable[[Image.Image], Encoded | Image.Image]:
-    """How a set of `count` images that are drawn here is kept: decoded where memory is enough for all, else as PNG."""
+def image_storage(count: int, *, size: int, channels: int) -> Callable[[Image.Image], Encoded | Image.Image]:
+    """How an image of a set that is drawn here is stored: decoded where `count` of them fit in memory, else as PNG."""
     if count * channels * size**2 > DECODED_CACHE_BYTES:
         return encode_png
     return lambda image: image.convert("RGB" if channels == 3 else "L")

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.data.sources.base import Split, a_or_an, check_split
-from ldm.data.sources.encoded import EncodedSource, drawn_form, image_rows, png_cell
+from ldm.data.sources.encoded import EncodedSource, image_rows, image_storage, png_cell
 from ldm.rng import fold_seed
 
 if TYPE_CHECKING:
@@ -109,9 +109,9 @@ def _split(name: str, combos: list, split: Split) -> tuple:
 def open_shapes(split: Split, *, size: int, channels: int, pairs: bool = False) -> EncodedSource:
     """One split of the `shapes` or the `pairs` set, of images of `size` pixels."""
     count = num_rows(split, pairs=pairs)
-    form = drawn_form(count, size=size, channels=channels)
-    rows = _rows(pair_scenes(split) if pairs else scenes(split), split, size, count)
-    images, texts = zip(*((form(image), [caption]) for _, image, caption in rows), strict=True)
+    storage = image_storage(count, size=size, channels=channels)
+    rows = _rows(split, size, count, pairs=pairs)
+    images, texts = zip(*((storage(image), [caption]) for _, image, caption in rows), strict=True)
     return EncodedSource(
         names=[f"row {index}" for index in range(count)],
         images=images,
@@ -125,13 +125,12 @@ def load(split: Split = "train", size: int = 64, *, count: int | None = None, se
 
     Row i depends on (split, size, seed, i) alone. Without `count` there are three rows for each combination.
     """
-    return _dataset(_rows(scenes(split), split, size, num_rows(split) if count is None else count, seed))
+    return _dataset(_rows(split, size, count, seed))
 
 
 def load_pairs(split: Split = "train", size: int = 64, *, count: int | None = None, seed: int = 0) -> "Dataset":
     """The `pairs` set: two objects and a spatial relation. Columns image, caption and the fields of `PairScene`."""
-    count = num_rows(split, pairs=True) if count is None else count
-    return _dataset(_rows(pair_scenes(split), split, size, count, seed))
+    return _dataset(_rows(split, size, count, seed, pairs=True))
 
 
 def num_rows(split: Split, *, pairs: bool = False) -> int:
@@ -147,10 +146,11 @@ def _dataset(rows: Iterable[tuple[Scene | PairScene, Image.Image, str]]) -> "Dat
 
 
 def _rows(
-    combos: Sequence[Scene | PairScene], split: Split, size: int, count: int, seed: int = 0
+    split: Split, size: int, count: int | None, seed: int = 0, *, pairs: bool = False
 ) -> Iterator[tuple[Scene | PairScene, Image.Image, str]]:
     """Each row's scene, image and caption."""
-    for index in range(count):
+    combos: Sequence[Scene | PairScene] = pair_scenes(split) if pairs else scenes(split)
+    for index in range(num_rows(split, pairs=pairs) if count is None else count):
         rng = np.random.Generator(np.random.PCG64(fold_seed(seed, type(combos[0]).__name__, split, index)))
         scene = combos[index] if index < len(combos) else combos[int(rng.integers(len(combos)))]
         caption = captions(scene)[rng.integers(len(captions(scene)))]
