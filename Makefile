@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint
+.PHONY: setup demo test test-slow test-browser lint
 
 setup: .venv/.ready
 
@@ -16,10 +16,13 @@ demo: setup
 	$(BIN)/python scripts/demo.py
 
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not browser"
 
 test-slow: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
+
+test-browser: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m browser
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, which benchmarks write between two comments."""
+"""The tables of docs/, which benchmarks write between two comments."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,12 +7,12 @@ from ldm.evaluation.report import markdown_table
 from ldm.io.atomic import write_text
 
 ROOT = Path(__file__).parents[1]
-DOCUMENT = ROOT / "docs/performance.md"
+PERFORMANCE = ROOT / "docs/performance.md"
 
 
-def write_table(name: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def write_table(name: str, head: Sequence[str], rows: Sequence[Sequence[object]], document: Path = PERFORMANCE) -> None:
     """Print a table, and put it in the place of that between `<!-- NAME -->` and `<!-- end of NAME -->`."""
     table, begin, end = markdown_table(head, rows), f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
     print(table)
-    before, rest = DOCUMENT.read_text().split(begin)
-    write_text(DOCUMENT, f"{before}{begin}\n{table}\n\n{end}{rest.split(end, 1)[1]}")
+    before, rest = document.read_text().split(begin)
+    write_text(document, f"{before}{begin}\n{table}\n\n{end}{rest.split(end, 1)[1]}")

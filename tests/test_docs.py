@@ -18,6 +18,7 @@ from ldm.evaluation.subject import EvaluateConfig
 from ldm.pipeline.convert import ConvertConfig
 from ldm.pipeline.generate import Img2ImgConfig, Txt2ImgConfig
 from ldm.planning.report import PlanConfig
+from ldm.server.serve import ServeConfig
 from ldm.stages import STAGES, split_stage
 from ldm.stages.latents import CacheLatentsConfig
 from ldm.stages.preview import DistillConfig
@@ -51,6 +52,7 @@ CONFIG_CLASSES = {  # of each script but doctor, which names the stage, and laun
     "img2img": Img2ImgConfig,
     "make_figures": FiguresConfig,
     "plan": PlanConfig,
+    "serve": ServeConfig,
     "txt2img": Txt2ImgConfig,
     **{f"train_{name}": stage.Config for name, stage in STAGES.items()},
 }

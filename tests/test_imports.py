@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": BASE | {"cli", "diffusion", "interop", "text", "unet", "vae"},
     "training": BASE - {"conditioning"} | {"cli", "commands", "data"},
     "stages": BASE | {"cli", "commands", "data", "diffusion", "pipeline", "text", "training", "unet", "vae"},
+    "server": {"cli", "config", "diffusion", "imaging", "io", "labels", "pipeline", "precision"},
     "planning": BASE - {"conditioning"} | {"cli", "commands", "data", "stages", "text", "training", "vae"},
     "evaluation": BASE - {"conditioning"} | {"cli", "data", "diffusion", "pipeline", "planning", "text", "vae"},
 }

@@ -33,7 +33,12 @@ def test_it_is_small_and_half_precision() -> None:
     files = [path for path in SHIPPED_MODEL.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 16 * 2**20
     weights = [path for path in files if path.suffix == ".safetensors"]
-    assert {path.name for path in weights} == {"unet.safetensors", "vae.safetensors", "open_clip_model.safetensors"}
+    assert {path.name for path in weights} == {
+        "unet.safetensors",
+        "vae.safetensors",
+        "preview.safetensors",
+        "open_clip_model.safetensors",
+    }
     for path in weights:
         assert {tensor.dtype for name, tensor in read_tensors(path).items() if name != TOKEN_IDS} == {torch.float16}
 

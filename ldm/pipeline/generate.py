@@ -3,7 +3,7 @@
 import itertools
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,32 @@ def generate_all(config: Txt2ImgConfig) -> Iterator[tuple[Image.Image, Generatio
     init_image = init_image_record(config) if isinstance(config, Img2ImgConfig) else None
     path = config.model or default_model()
     pipeline, models = load_models(path, config.guide_model, config.device, config.precision, compiled=config.compile)
-    inversion_prompt = init_image.inversion_prompt if init_image else None
-    warn_of_prompts(pipeline, prompts, [config.negative_prompt, inversion_prompt or ""])
     inputs = open_init_image(pipeline, init_image, config.width, config.height)
+    batches = batch_records(config, prompts, pipeline, models, inputs, init_image)
+    for warning in [*prompt_warnings(pipeline, batches), *size_warnings(pipeline, batches[0])]:
+        print(f"warning: {warning}", file=sys.stderr)
+
+    with tqdm(total=sum(map(sampling_steps, batches)), unit="step", desc="sampling") as bar:
+
+        def on_step(index: int, step: SamplerStep) -> None:
+            bar.update()
+            if config.preview:
+                save_image(image_grid(pipeline.preview(step.denoised)), config.out / "preview.png")
+
+        for record in batches:
+            yield from generate_batch(pipeline, record, inputs, on_step)
+
+
+def batch_records(
+    config: Txt2ImgConfig,
+    prompts: Sequence[str],
+    pipeline: Pipeline,
+    models: dict[str, str],
+    inputs: dict[str, Any],
+    init_image: InitImageRecord | None,
+) -> list[GenerationRecord]:
+    """The record of the first image of each batch, with the fields of `load_models` and what `open_init_image` gave."""
     width, height = inputs["image"].size if inputs else pipeline.image_size(config.width, config.height)
-    warn_of_size(pipeline, width, height)
     settings: dict[str, Any] = {  # the other fields of a record have flags of the same names
         **{name: value for name, value in config if name in GenerationRecord.model_fields},
         **models,
@@ -130,22 +151,36 @@ def generate_all(config: Txt2ImgConfig) -> Iterator[tuple[Image.Image, Generatio
     }
     if config.guidance_scale is None:
         settings["guidance_scale"] = pipeline.default_guidance_scale
-    strength = init_image.strength if init_image and init_image.inversion_prompt is None else 1.0
-    steps = img2img_steps(strength, settings["steps"])
+    records = []
+    for prompt, first in itertools.product(prompts, range(0, config.num_images, config.batch_size)):
+        batch = {"seed": config.seed + first, "num_images": min(config.batch_size, config.num_images - first)}
+        records.append(GenerationRecord(**settings | batch, prompt=prompt, index=0))
+    return records
 
-    firsts = range(0, config.num_images, config.batch_size)
-    with tqdm(total=len(prompts) * len(firsts) * steps, unit="step", desc="sampling") as bar:
 
-        def on_step(index: int, step: SamplerStep) -> None:
-            bar.update()
-            if config.preview:
-                save_image(image_grid(pipeline.preview(step.denoised)), config.out / "preview.png")
+def sampling_steps(record: GenerationRecord) -> int:
+    """How many steps a batch takes."""
+    init = record.init_image
+    return img2img_steps(init.strength if init and init.inversion_prompt is None else 1.0, record.steps)
 
-        for prompt, first in itertools.product(prompts, firsts):
-            batch = {"seed": config.seed + first, "num_images": min(config.batch_size, config.num_images - first)}
-            record = GenerationRecord(**settings | batch, prompt=prompt, index=0)
-            for index, image in enumerate(pipeline(**record.pipeline_kwargs, **inputs, on_step=on_step)):
-                yield image, record.model_copy(update={"index": index})
+
+def generate_batch(
+    pipeline: Pipeline,
+    record: GenerationRecord,
+    inputs: dict[str, Any],
+    on_step: Callable[[int, SamplerStep], bool | None] | None = None,
+) -> Iterator[tuple[Image.Image, GenerationRecord]]:
+    """The images of a batch, each with its record; `on_step` as in the pipeline, where also a record can stop it."""
+    stopped = None
+
+    def on_own_step(index: int, step: SamplerStep) -> bool:
+        nonlocal stopped
+        if (on_step and on_step(index, step)) or index == record.stopped_after:
+            stopped = index
+        return stopped is not None
+
+    for index, image in enumerate(pipeline(**record.pipeline_kwargs, **inputs, on_step=on_own_step)):
+        yield image, record.model_copy(update={"index": index, "stopped_after": stopped})
 
 
 def reproduce(config: Txt2ImgConfig, path: Path) -> tuple[Image.Image, GenerationRecord]:
@@ -167,7 +202,7 @@ def reproduce(config: Txt2ImgConfig, path: Path) -> tuple[Image.Image, Generatio
     left, top, right, bottom = record.init_image.outpaint if record.init_image else (0, 0, 0, 0)
     size = record.width - left - right, record.height - top - bottom
     inputs = open_init_image(pipeline, record.init_image, *size)
-    return pipeline(**record.pipeline_kwargs, **inputs)[record.index], record
+    return list(generate_batch(pipeline, record, inputs))[record.index]
 
 
 def read_prompts(config: Txt2ImgConfig) -> list[str]:
@@ -240,24 +275,27 @@ def load_models(
     return pipeline.compile() if compiled else pipeline, models
 
 
-def warn_of_prompts(pipeline: Pipeline, prompts: list[str], others: list[str]) -> None:
-    """Report on standard error, once, what the model cannot have learned, and syntax of other programs."""
+def prompt_warnings(pipeline: Pipeline, batches: Sequence[GenerationRecord]) -> list[str]:
+    """What the model cannot have learned, and syntax of other programs, each once."""
     if pipeline.text is None:
-        print("warning: unconditional model: the prompt is ignored", file=sys.stderr)
-        return
-    for unseen in dict.fromkeys(", ".join(pipeline.unseen_words(prompt)) for prompt in prompts):
-        if unseen:
-            print(f"warning: words never seen in training: {unseen}", file=sys.stderr)
+        return ["unconditional model: the prompt is ignored"]
+    prompts = [record.prompt for record in batches]
+    unseen = dict.fromkeys(", ".join(pipeline.unseen_words(prompt)) for prompt in prompts)
+    warnings = [f"words never seen in training: {words}" for words in unseen if words]
+    init_image = batches[0].init_image
+    others = [batches[0].negative_prompt, (init_image and init_image.inversion_prompt) or ""]
     if unknown := list(dict.fromkeys(part for prompt in prompts + others for part in other_syntax(prompt))):
         shown = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
-        print(f"warning: prompt syntax that is not known here and is read as words: {shown}", file=sys.stderr)
+        warnings.append(f"prompt syntax that is not known here and is read as words: {shown}")
+    return warnings
 
 
-def warn_of_size(pipeline: Pipeline, width: int, height: int) -> None:
-    """Report on standard error a size that the model has not learned."""
-    if not pipeline.is_near_training_size(width, height):
-        own = f"--width {pipeline.resolution} --height {pipeline.resolution}"
-        print(f"warning: {width}x{height} is far from the size of the training images, {own}", file=sys.stderr)
+def size_warnings(pipeline: Pipeline, record: GenerationRecord) -> list[str]:
+    """A size that the model has not learned."""
+    width, height, own = record.width, record.height, pipeline.resolution
+    if pipeline.is_near_training_size(width, height):
+        return []
+    return [f"{width}x{height} is far from the size of the training images, --width {own} --height {own}"]
 
 
 def parse_schedule(text: str) -> str | tuple[float, ...]:

@@ -245,7 +245,7 @@ class Pipeline:
         variation_seed: int | None = None,
         variation_strength: float = 0.1,
         vae_tile: int | None = None,
-        on_step: Callable[[int, SamplerStep], None] | None = None,
+        on_step: Callable[[int, SamplerStep], bool | None] | None = None,
     ) -> list[Image.Image]:
         """Generate `num_images` images of one prompt with the seeds seed, seed + 1, ...
 
@@ -263,7 +263,8 @@ class Pipeline:
                 another; strength is not used.
             variation_seed, variation_strength: move the initial noise so far, from 0 to 1, towards that of this seed.
             vae_tile: decode latents larger than this side in tiles.
-            on_step: called after each step with its index, from 1, and the `SamplerStep`.
+            on_step: called after each step with its index, from 1, and the `SamplerStep`. Where it returns True,
+                sampling stops, and the images are what that step predicts.
         ValueError: a setting that is unknown, out of range, not supported by this model, or excluded by another.
         """
         steps = self.default_steps if steps is None else steps
@@ -303,8 +304,9 @@ class Pipeline:
         )
         for index, step in enumerate(sampling, start=1):
             latents = step.z
-            if on_step:
-                on_step(index, step)
+            if on_step and on_step(index, step):
+                latents = step.denoised
+                break
         images = tensor_to_pil(self.decode(latents, tile=vae_tile))
         if image is None or mask is None:
             return images

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, BinaryIO, Final, Literal
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -69,6 +69,8 @@ class GenerationRecord(Config):
     guide_model_hash: str | None = None
     precision: Precision = "float32"
     compile: bool = False
+    stopped_after: int | None = None
+    """the step whose prediction the image is, where sampling was stopped"""
 
     @model_validator(mode="after")
     def _check_index(self) -> "GenerationRecord":
@@ -89,6 +91,7 @@ class GenerationRecord(Config):
             "guide_model_hash",
             "precision",
             "compile",
+            "stopped_after",
         }
         return {name: value for name, value in self if name not in others}
 
@@ -105,13 +108,23 @@ def read_png(path: Path) -> GenerationRecord:
     """The record of an image that `save_png` wrote; ValueError when it has none that can be read."""
     if not path.is_file():
         raise ValueError(f"{path}: no such image")
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            text = image.text.get(PNG_CHUNK)  # type: ignore[attr-defined]
-    except Exception:  # damaged files raise errors of many types in Pillow's decoder
-        raise ValueError(f"{path} is not a readable PNG file") from None
+    text = png_texts(path).get(PNG_CHUNK)
     if text is None:
         raise ValueError(f"{path}: no generation metadata in this PNG; only images of txt2img and img2img have it")
+    return parse_record(text, path)
+
+
+def png_texts(file: Path | BinaryIO) -> dict[str, str]:
+    """The texts in a PNG by their keywords; ValueError: it is no PNG that can be read."""
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            return dict(image.text)  # type: ignore[attr-defined]
+    except Exception:  # damaged files raise errors of many types in Pillow's decoder
+        raise ValueError(f"{file} is not a readable PNG file") from None
+
+
+def parse_record(text: str, where: object) -> GenerationRecord:
+    """A record as a PNG holds it; ValueError names where it is from, and what is wrong."""
     try:
         return GenerationRecord.model_validate_json(text)
     except ValidationError as error:
@@ -120,7 +133,7 @@ def read_png(path: Path) -> GenerationRecord:
             if fault["loc"] == ("version",) and isinstance(version := fault["input"], int):
                 age = "an older" if version < RECORD_VERSION else "a newer"
                 reason = f"it was made by {age} version of ldm (record {version}, this one reads {RECORD_VERSION})"
-        raise ValueError(f"{path} cannot be reproduced: {reason}") from None
+        raise ValueError(f"{where} cannot be reproduced: {reason}") from None
 
 
 def a1111_parameters(record: GenerationRecord) -> str:
