@@ -88,9 +88,11 @@ def test_previews_arrive_step_by_step_then_the_image(page: Page) -> None:
                 .observe(document.getElementById("stage"), { subtree: true, childList: true, attributes: true });
         }"""
     )
+    page.locator("#settings summary").click()
+    page.locator("[name=steps]").fill("200")
     generate(page)
     seen = page.evaluate("[...seen]")
-    assert len([source for source in seen if source.startswith("data:image/")]) >= 6  # of twelve steps
+    assert len([source for source in seen if source.startswith("data:image/")]) >= 6
     expect(page.locator("#stage img")).to_have_attribute("src", re.compile(r"/api/images/[\w-]+/file$"))
     expect(page.locator("#caption")).to_have_text("a cat astronaut")
     assert page.locator("#stage img").evaluate("(image) => image.naturalWidth") == 64
@@ -192,9 +194,12 @@ def test_a_mask_is_painted_by_mouse_and_by_keyboard(page: Page) -> None:
         assert image.getpixel((62, 32)) != (0, 128, 255)
     record = read_png(paths()[1])
     assert record.init_image and record.init_image.mask
+    page.get_by_role("button", name="Remove image").click()
     drop(page, paths()[1].read_bytes())  # the image and its mask come back, too
+    painted = "document.getElementById('mask').getContext('2d').getImageData({}, 32, 1, 1).data[3] === {}"
+    page.wait_for_function(painted.format(62, 255))
+    assert page.evaluate(painted.format(16, 0))
     expect(page.get_by_label("Strength", exact=True)).to_have_value("1")
-    assert page.evaluate("document.getElementById('mask').getContext('2d').getImageData(62, 32, 1, 1).data[3]") == 255
 
 
 def test_an_image_is_varied_outpainted_and_started_from(page: Page) -> None:
