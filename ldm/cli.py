@@ -91,7 +91,7 @@ def parse_cli(cls: type[Script], argv: Sequence[str] | None, *, default: Path | 
                 return config
             return tyro.cli(cls, args=args, default=cls.from_dict(merge(below, values), source=source))
         except ValidationError as error:
-            raise ValueError("\n".join(explain_errors(cls, error, "command line"))) from None
+            raise ValueError("\n".join(explain_errors(cls, error.errors(), "command line"))) from None
 
 
 @contextmanager

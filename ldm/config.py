@@ -33,7 +33,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ValueError("\n".join(explain_errors(cls, error, source))) from None
+            raise ValueError("\n".join(explain_errors(cls, error.errors(), source))) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that YAML and JSON can hold; `from_dict` gives the same object back."""
@@ -104,9 +104,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def explain_errors(cls: type[BaseModel], error: ValidationError, source: str) -> list[str]:
+def explain_errors(cls: type[BaseModel], faults: Sequence[Any], source: str) -> list[str]:
+    """A line for each of pydantic's faults."""
     lines = []
-    for fault in error.errors():
+    for fault in faults:
         where = " ".join(".".join(map(str, fault["loc"])).split())
         if fault["type"] == "extra_forbidden":
             names = _field_names(cls, fault["loc"][:-1])

@@ -68,15 +68,16 @@ def paths() -> list[Path]:
     return sorted(path for path in Path("out").glob("*.png"))
 
 
-def drop(page: Page, data: bytes) -> None:
-    """Drop a PNG on the page."""
+def drop(page: Page, data: bytes, target: str = "body") -> None:
+    """Drop a PNG on a part of the page."""
     page.evaluate(
-        """(bytes) => {
+        """([bytes, target]) => {
             const data = new DataTransfer();
             data.items.add(new File([new Uint8Array(bytes)], "x.png", { type: "image/png" }));
-            document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+            const event = new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
+            document.querySelector(target).dispatchEvent(event);
         }""",
-        list(data),
+        [list(data), target],
     )
 
 
@@ -188,6 +189,9 @@ def test_a_mask_is_painted_by_mouse_and_by_keyboard(page: Page) -> None:
     for _ in range(30):
         page.keyboard.press("ArrowRight")
     page.keyboard.press("Space")
+    page.reload()  # which brings the mask back, too
+    painted = "document.getElementById('mask').getContext('2d').getImageData({}, 32, 1, 1).data[3] === {}"
+    page.wait_for_function(painted.format(62, 255))
     generate(page)
     with Image.open(paths()[1]) as image:
         assert image.getpixel((16, 24)) == (0, 128, 255)
@@ -196,7 +200,6 @@ def test_a_mask_is_painted_by_mouse_and_by_keyboard(page: Page) -> None:
     assert record.init_image and record.init_image.mask
     page.get_by_role("button", name="Remove image").click()
     drop(page, paths()[1].read_bytes())  # the image and its mask come back, too
-    painted = "document.getElementById('mask').getContext('2d').getImageData({}, 32, 1, 1).data[3] === {}"
     page.wait_for_function(painted.format(62, 255))
     assert page.evaluate(painted.format(16, 0))
     expect(page.get_by_label("Strength", exact=True)).to_have_value("1")
@@ -217,6 +220,10 @@ def test_an_image_is_varied_outpainted_and_started_from(page: Page) -> None:
     page.locator("[name='outpaint.2']").fill("64")
     generate(page)
     assert Image.open(paths()[-1]).size == (128, 64)
+    page.get_by_role("button", name="Remove image").click()
+    drop(page, paths()[0].read_bytes(), "#start summary")  # where it is an image, not its settings
+    expect(page.locator("#source")).to_be_visible()
+    expect(page.locator("[name=seed]")).not_to_have_value(str(read_png(paths()[0]).seed))
 
 
 def test_a_grid_varies_two_settings(page: Page) -> None:
@@ -337,4 +344,4 @@ def test_errors_are_said_and_nothing_is_lost(page: Page, server: Running) -> Non
 
 def test_the_api_has_a_page(page: Page, server: Running) -> None:
     page.goto(f"{server.url}/docs")
-    expect(page.locator(".opblock-summary-post")).to_have_count(3)
+    expect(page.locator(".opblock-summary-post")).to_have_count(4)

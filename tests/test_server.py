@@ -20,18 +20,19 @@ import serve
 import txt2img
 from helpers import encoded, plain
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from servers import Running, running_server, views
 
 from ldm.io.tensors import sha256
 from ldm.pipeline.generate import Txt2ImgConfig
 from ldm.pipeline.record import read_png
 from ldm.server import guard, jobs
-from ldm.server.generator import find_models
 from ldm.server.guard import TOKEN_HEADER
 from ldm.server.history import History
 from ldm.server.jobs import MAX_LISTENERS
 from ldm.server.request import GenerationRequest
-from ldm.server.serve import LOOPBACK, addresses
+from ldm.server.runner import find_models
+from ldm.server.serve import addresses
 
 ROOT = Path(__file__).parents[1]
 
@@ -173,7 +174,7 @@ def test_settings_of_another_machine_are_used_as_far_as_they_go(server: Running,
     uploaded = server.upload(data).json()
     assert uploaded["notes"] == [
         "model runs/mine/model is not here: choose another",
-        "the image that it started from is not here: add it",
+        "the image that it was made with is not here: add image and mask again",
     ]
     assert uploaded["settings"]["model"] is uploaded["settings"]["image"] is None
 
@@ -184,7 +185,10 @@ def test_the_history_survives_a_restart_and_a_line_that_was_cut_off(here: Path) 
     with Path("out/history.jsonl").open("a") as file:
         file.write('{"id": "20')
     with running_server(out=Path("out")) as server:
-        found = server.client.get("/api/images").json()
+        made += server.generate("a dog\u2028of two lines")["images"]
+    with running_server(out=Path("out")) as server:
+        newest, *found = server.client.get("/api/images").json()
+        assert newest["id"] == made.pop() and newest["settings"]["prompt"] == "a dog\u2028of two lines"
         assert [entry["id"] for entry in found] == made[::-1]
         assert found[1]["settings"]["prompt"] == "a cat"
         older = server.client.get("/api/images", params={"before": made[1], "limit": 1}).json()
@@ -200,9 +204,8 @@ def test_a_job_that_fails_says_why_and_the_next_one_runs(server: Running, here: 
     wrong = server.wait(server.submit(timesteps="leading", sampler="unipc"))
     assert wrong["state"] == "failed" and "never reaches t = 1" in wrong["error"]
     assert "must be multiples of" in server.wait(server.submit(width=17))["error"]
-    assert server.wait(server.submit(model="nowhere"))["error"] == (
-        "model nowhere is not below models/ or runs/: choose one of the list"
-    )
+    answer = server.post("/api/jobs", {"prompt": "a dog", "model": "../elsewhere"})
+    assert answer.json()["error"] == "model ../elsewhere is not below models/ or runs/: choose one of the list"
     server.generate()
 
 
@@ -220,6 +223,78 @@ def test_models_are_those_below_two_folders(here: Path, tiny_model: Path) -> Non
         assert read_png(Path(f"outputs/page/{job['images'][0]}.png")).model == "elsewhere/model"
 
 
+def test_a_damaged_model_does_no_harm_to_others(here: Path) -> None:
+    for name, text in (("broken", "{"), ("odd", '{"kind": "pipeline", "metadata": {"steps": "many"}}')):
+        (here / f"runs/{name}/model").mkdir(parents=True)
+        (here / f"runs/{name}/model/model.json").write_text(text)
+    with running_server(out=Path("out")) as server:  # which loads a damaged one first
+        names = [model["name"] for model in server.client.get("/api/session").json()["models"]]
+        assert {"runs/broken/model", "runs/odd/model", "runs/mine/model"} <= set(names)
+        assert "damaged" in server.wait(server.submit(model="runs/broken/model"))["error"]
+        server.generate(model="runs/mine/model")
+
+
+def test_a_model_that_changed_is_loaded_again(server: Running, here: Path) -> None:
+    server.generate()
+    weights = here / "runs/mine/model/unet.safetensors"
+    weights.write_bytes(b"x" * 9)
+    assert server.wait(server.submit())["state"] == "failed"
+
+
+def test_what_nobody_expected_is_said_and_the_next_job_runs(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [
+        (RuntimeError("CUDA out of memory. Tried"), "out of memory: choose"),
+        (KeyError("x"), "unexpected KeyError"),
+    ]
+    for error, message in errors:
+        with monkeypatch.context() as patch:
+            patch.setattr(server.jobs, "_run", _raiser(error))
+            assert message in server.wait(server.submit())["error"]
+    server.generate()
+
+
+def test_an_error_while_the_first_model_is_loaded_ends_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("ldm.server.runner.ModelRunner.load_first", _raiser(RuntimeError("out of memory")))
+        with running_server(out=Path("out")) as server:
+            server.generate()
+
+
+def test_a_skip_does_not_undo_a_stop(server: Running) -> None:
+    job = server.submit(steps=200, num_images=8, batch_size=1)
+    for wish in ("stop", "skip"):
+        server.post(f"/api/jobs/{job['id']}/{wish}", {})
+    assert server.wait(job)["state"] == "stopped"
+
+
+def test_the_stream_of_a_job_that_has_ended_ends_at_once(server: Running) -> None:
+    job = server.generate()
+    assert server.wait(job)["images"] == job["images"]
+    assert server.client.get("/api/events", params={"job": "none"}).status_code == 404
+
+
+def test_clear_pixels_of_a_mask_stay(server: Running) -> None:
+    mask = Image.new("RGBA", (16, 16), (255, 255, 255, 0))
+    headers = {TOKEN_HEADER: server.access.token}
+    files = {"file": ("mask.png", encoded(mask))}
+    answer = server.client.post("/api/uploads", files=files, data={"kind": "mask"}, headers=headers).json()
+    stored = Image.open(io.BytesIO(server.client.get(f"/api/uploads/{answer['id']}").content))
+    assert stored.getextrema() == ((0, 0),) * 3
+
+
+def test_metadata_that_cannot_be_used_leave_the_image(server: Running) -> None:
+    for texts, note in (
+        ({"ldm": '{"version": 1}'}, "it was made by an older version of ldm"),
+        ({"ldm": "[" * 100_000}, "its settings cannot be used here"),
+        ({"ldm_grid": '{"prompt": "a", "steps": 999}'}, "steps: Input should be less than or equal to 200"),
+    ):
+        info = PngInfo()
+        for key, text in texts.items():
+            info.add_itxt(key, text)
+        uploaded = server.upload(encoded(plain(), pnginfo=info)).json()
+        assert uploaded["settings"] is None and note in uploaded["notes"][0] and uploaded["id"]
+
+
 # Safety.
 
 
@@ -228,7 +303,14 @@ def test_it_listens_on_this_machine_alone_under_literal_names(server: Running) -
     port = server.access.port
     for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"):
         assert server.client.get("/", headers={"Host": host}).status_code == 200
-    for host in ("evil.example", f"evil.example:{port}", f"127.0.0.1:{port + 1}", "127.0.0.1", f"localhost.:{port}"):
+    for host in (
+        "evil.example",
+        f"evil.example:{port}",
+        f"127.0.0.1:{port + 1}",
+        "127.0.0.1",
+        f"localhost.:{port}",
+        "",
+    ):
         answer = server.client.get("/api/session", headers={"Host": host})
         assert answer.status_code == 403 and "is not an address of this server" in answer.json()["error"]
     listening = subprocess.run(["ss", "-Htln", f"sport = :{port}"], capture_output=True, text=True).stdout
@@ -265,7 +347,7 @@ def test_what_a_foreign_page_could_send_is_refused(
 
 
 def test_other_methods_and_other_sites_are_refused(server: Running) -> None:
-    for method in ("PUT", "DELETE", "PATCH", "OPTIONS"):
+    for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"):
         assert server.client.request(method, "/api/jobs").status_code == 405
     answer = server.client.get("/api/session", headers={"Sec-Fetch-Site": "cross-site"})
     assert answer.status_code == 403 and "token" not in answer.json()
@@ -360,6 +442,14 @@ def test_the_api_is_documented_by_a_page_without_foreign_files(server: Running) 
         ({"stepz": 1}, "stepz: unknown key; perhaps you meant steps"),
         ({"guidance": {"rescal": 1}}, "guidance.rescal: unknown key; perhaps you meant rescale"),
         ({"timesteps": "1,x"}, "timesteps '1,x' is not a list of numbers"),
+        ({"timesteps": "karas"}, "timesteps 'karas' are unknown: choose one of trailing"),
+        ({"seed": 2**53 - 2, "num_images": 3}, "seed and variation_seed with num_images go beyond"),
+        ({axis: {"setting": "steps", "values": [1]} for axis in ("x", "y")}, "both axes vary steps"),
+        ({"x": {"setting": "strength", "values": [1]}}, "an axis of strength needs an image to start from"),
+        (
+            {"x": {"setting": "variation_strength", "values": [1]}},
+            "an axis of variation_strength needs a variation_seed",
+        ),
         ({"mask": "x"}, "mask, inversion_prompt and outpaint need an image to start from"),
         ({"x": {"setting": "model", "values": [1]}}, "x.setting: Input should be 'prompt'"),
         ({"x": {"setting": "steps", "values": []}}, "x.values: Tuple should have at least 1 item"),
@@ -381,6 +471,13 @@ def test_bodies_and_uploads_have_a_limit(server: Running) -> None:
     headers = {TOKEN_HEADER: server.access.token, "Content-Type": "application/json"}
     chunked = server.client.post("/api/jobs", content=iter([b"{}"]), headers=headers)
     assert chunked.status_code == 411
+    with socket.create_connection(
+        ("127.0.0.1", server.access.port)
+    ) as raw:  # two lengths, of which a server believes one
+        lines = [f"Host: 127.0.0.1:{server.access.port}", f"{TOKEN_HEADER}: {server.access.token}", "Connection: close"]
+        lines += ["Content-Type: application/json", "Content-Length: 2", "Transfer-Encoding: chunked"]
+        raw.sendall("\r\n".join(["POST /api/jobs HTTP/1.1", *lines, "", "2", "{}", "0", "", ""]).encode())
+        assert re.match(rb"HTTP/1.1 4(00|11)", raw.recv(100))
     assert server.client.post("/api/jobs", content=b"{", headers=headers).status_code == 422
     surrogate = server.client.post("/api/jobs", content=rb'{"prompt": "\ud800"}', headers=headers)
     assert surrogate.status_code == 422
@@ -412,6 +509,21 @@ def test_an_upload_is_written_anew_without_what_was_in_it(server: Running, here:
     assert b"script" not in stored and sha256(here / f"out/inputs/{uploaded['id']}.png") == uploaded["id"]
 
 
+def test_an_image_to_start_from_is_resized_within_the_limit(server: Running) -> None:
+    tall = server.upload(encoded(plain(size=(16, 2000)))).json()["id"]
+    for settings in ({"image": tall, "width": 2048}, {"image": tall, "outpaint": [0, 1024, 0, 1024]}):
+        job = server.wait(server.submit(**settings))
+        assert job["state"] == "failed" and "beyond 2048 pixels: choose a smaller width and height" in job["error"]
+
+
+def test_every_error_is_json_with_the_same_headers(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.jobs, "live", _raiser(KeyError("x")))
+    for path, status in (("/nothing", 404), ("/api/images?limit=0", 422), ("/api/jobs", 500)):
+        answer = server.client.get(path)
+        assert answer.status_code == status and answer.json()["error"]
+        assert answer.headers["x-content-type-options"] == "nosniff" and "content-security-policy" in answer.headers
+
+
 def test_a_full_queue_is_said(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "MAX_QUEUE", 3)
     long = [server.submit(steps=200, num_images=64) for _ in range(3)]
@@ -423,15 +535,15 @@ def test_a_full_queue_is_said(server: Running, monkeypatch: pytest.MonkeyPatch) 
 
 def test_others_need_the_token_that_is_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with running_server(listen="0.0.0.0") as server:
-        own = {*LOOPBACK}
-        assert own < addresses("0.0.0.0") and addresses("192.0.2.7") == {"192.0.2.7"}
+        assert {"127.0.0.1", "localhost"} <= addresses("0.0.0.0") and addresses("192.0.2.7") == {"192.0.2.7"}
+        assert "::1" in addresses("::") and not [one for one in addresses("::") if "%" in one]
         for path in ("/", "/page.js", "/api/session", "/api/images", "/docs", "/?token=wrong"):
             answer = server.client.get(path)
             assert answer.status_code == 403 and "open the address that the server printed" in answer.json()["error"]
         answer = server.client.get("/", params={"token": server.access.token})
         assert answer.status_code == 303 and answer.headers["location"] == "/"
         cookie = answer.headers["set-cookie"]
-        assert "HttpOnly" in cookie and "samesite=strict" in cookie.lower()
+        assert "HttpOnly" in cookie and "samesite=lax" in cookie.lower()
         assert server.client.get("/api/session").status_code == 200  # by the cookie
         assert server.client.post("/api/jobs", json={"prompt": "a dog"}).status_code == 403  # which is not enough
         server.generate()
@@ -543,14 +655,16 @@ def test_what_cannot_be_served_is_said(here: Path, monkeypatch: pytest.MonkeyPat
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit, match=rf"127\.0\.0\.1:{port} cannot be listened on \(.*\): pass another --port"):
             serve.main(["--port", str(port)])
+    with pytest.raises(SystemExit, match="--listen my-machine is no IP address: pass one of this machine, or 0.0.0.0"):
+        serve.main(["--listen", "my-machine"])
     with pytest.raises(SystemExit, match="nowhere does not exist: pass a model folder"):
         serve.main(["--model", "nowhere"])
-    with pytest.raises(SystemExit, match="203.0.113.1:7860 cannot be listened on"):
+    with pytest.raises(SystemExit, match="203.0.113.1:7860 cannot be listened on .* an address of this machine"):
         serve.main(["--listen", "203.0.113.1"])
     Path("file").touch()
     with pytest.raises(SystemExit, match="--out file is a file: pass a folder that can be written"):
         serve.main(["--out", "file"])
-    monkeypatch.setattr("ldm.server.generator.SHIPPED_MODEL", here / "none")
+    monkeypatch.setattr("ldm.server.runner.SHIPPED_MODEL", here / "none")
     shutil.rmtree("runs")
     with pytest.raises(SystemExit, match="no model below runs/ or models/: run `make demo` first, or pass --model"):
         serve.main([])
@@ -600,6 +714,13 @@ def test_every_setting_of_txt2img_that_a_page_may_change_is_in_a_request() -> No
         "y",
     }
     assert own == set(Txt2ImgConfig.model_fields) - local
+
+
+def _raiser(error: Exception) -> Callable[..., None]:
+    def action(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return action
 
 
 def _pixels(data: bytes) -> bytes:

@@ -113,10 +113,11 @@ def generate_all(config: Txt2ImgConfig) -> Iterator[tuple[Image.Image, Generatio
     init_image = init_image_record(config) if isinstance(config, Img2ImgConfig) else None
     path = config.model or default_model()
     pipeline, models = load_models(path, config.guide_model, config.device, config.precision, compiled=config.compile)
-    inputs = open_init_image(pipeline, init_image, config.width, config.height)
+    inputs, notes = open_init_image(pipeline, init_image, config.width, config.height)
     batches = batch_records(config, prompts, pipeline, models, inputs, init_image)
     for warning in [*prompt_warnings(pipeline, batches), *size_warnings(pipeline, batches[0])]:
         print(f"warning: {warning}", file=sys.stderr)
+    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
 
     with tqdm(total=sum(map(sampling_steps, batches)), unit="step", desc="sampling") as bar:
 
@@ -201,7 +202,7 @@ def reproduce(config: Txt2ImgConfig, path: Path) -> tuple[Image.Image, Generatio
         raise ValueError(f"{record.guide_model} is not the guide model of this image: put that one back")
     left, top, right, bottom = record.init_image.outpaint if record.init_image else (0, 0, 0, 0)
     size = record.width - left - right, record.height - top - bottom
-    inputs = open_init_image(pipeline, record.init_image, *size)
+    inputs, _ = open_init_image(pipeline, record.init_image, *size)
     return list(generate_batch(pipeline, record, inputs))[record.index]
 
 
@@ -267,7 +268,7 @@ def load_models(
     """A pipeline, guided by another model if there is one, and the fields of a record that tell what they are."""
     pipeline = Pipeline.load(path, device=device, precision=precision)
     print(f"{path}: {pipeline.components.description}", file=sys.stderr)
-    models = {"model": str(path), "model_hash": sha256(weights_file(path)), "precision": pipeline.precision}
+    models = {"model": path.as_posix(), "model_hash": sha256(weights_file(path)), "precision": pipeline.precision}
     if guide_path:
         guide = Pipeline.load(guide_path, device=pipeline.device, precision=pipeline.precision)
         pipeline.set_guide_model(guide)
@@ -295,7 +296,7 @@ def size_warnings(pipeline: Pipeline, record: GenerationRecord) -> list[str]:
     width, height, own = record.width, record.height, pipeline.resolution
     if pipeline.is_near_training_size(width, height):
         return []
-    return [f"{width}x{height} is far from the size of the training images, --width {own} --height {own}"]
+    return [f"{width}x{height} is far from the size of the training images: set width and height to {own}"]
 
 
 def parse_schedule(text: str) -> str | tuple[float, ...]:
@@ -310,38 +311,40 @@ def parse_schedule(text: str) -> str | tuple[float, ...]:
 
 def open_init_image(
     pipeline: Pipeline, record: InitImageRecord | None, width: int | None, height: int | None
-) -> dict[str, Any]:
-    """The arguments of the pipeline, of this size before outpainting; what is changed for that is reported.
+) -> tuple[dict[str, Any], list[str]]:
+    """The arguments of the pipeline, of this size before outpainting, and what was changed for that.
 
     ValueError: a file has changed since, or cannot be read.
     """
     if record is None:
-        return {}
-    opened = _open_unchanged(record.image, record.image_hash, "white")
-    mask = _open_unchanged(record.mask, record.mask_hash, "black") if record.mask else None
+        return {}, []
+    opened, notes = _open_unchanged(record.image, record.image_hash, "white")
+    mask = None
+    if record.mask:
+        mask, more = _open_unchanged(record.mask, record.mask_hash, "black")
+        notes += more
     image, mask = pipeline.fit_init_image(opened, mask, width, height)
     if image.size != opened.size:
         before, after = (f"{width}x{height}" for width, height in (opened.size, image.size))
         cropped = " and cropped" * (opened.width * image.height != opened.height * image.width)
-        print(f"{record.image}: {before} resized{cropped} to {after}; --width and --height set it", file=sys.stderr)
+        notes.append(f"{record.image}: {before} resized{cropped} to {after}; --width and --height set it")
     if any(record.outpaint):
         image, mask = pad_for_outpainting(image, mask, record.outpaint)
-    return {"image": image, "mask": mask, "strength": record.strength, "inversion_prompt": record.inversion_prompt}
+    inputs = {"image": image, "mask": mask, "strength": record.strength, "inversion_prompt": record.inversion_prompt}
+    return inputs, notes
 
 
-def _open_unchanged(path: Path, digest: str | None, background: str) -> Image.Image:
-    """An image, whose clear pixels get the colour of the background, which is reported."""
+def _open_unchanged(path: Path, digest: str | None, background: str) -> tuple[Image.Image, list[str]]:
+    """An image, whose clear pixels get the colour of the background, and a note where it has some."""
     if not path.is_file() or sha256(path) != digest:
         raise ValueError(f"{path} is not the image that this was generated from: put that one back")
     try:
         white, black = (decode_image(path, background=color) for color in ("white", "black"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if white != black:
-        print(f"{path} is transparent in part: clear counts as {background}", file=sys.stderr)
     image = white if background == "white" else black
     image.info.clear()  # such as the orientation: it is upright now
-    return image
+    return image, [f"{path} is transparent in part: clear counts as {background}"] if white != black else []
 
 
 def save_images(images: Iterable[tuple[Image.Image, GenerationRecord]], out: Path) -> list[Path]:

@@ -1,5 +1,7 @@
 """The HTTP API and the files of the page."""
 
+import asyncio
+import json
 import re
 import secrets
 from base64 import b64encode
@@ -9,30 +11,30 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
-from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from fastapi import Depends, FastAPI, File, HTTPException, Query, Request, UploadFile
+from fastapi import Depends, FastAPI, File, Form, HTTPException, Query, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import APIKeyHeader
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ldm.config import Config, explain_errors
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.timesteps import SCHEDULES
 from ldm.imaging import decode_image, image_size
 from ldm.io.model_dir import read_json
-from ldm.server import request as limits
-from ldm.server.generator import Generator
-from ldm.server.guard import HEADERS, TOKEN_HEADER, UPLOADS, Access, Guard
+from ldm.server.guard import HEADERS, TOKEN_HEADER, UPLOADS, Access
 from ldm.server.history import Entry
 from ldm.server.jobs import Jobs, JobView, QueueFull
-from ldm.server.request import GenerationRequest
+from ldm.server.request import RANDOM_SEEDS, Axis, GenerationRequest
+from ldm.server.runner import ModelRunner
 
 STATIC = Path(__file__).parent / "static"
 SWAGGER = Path(str(files("fastapi_offline"))) / "static"
 MAX_MEGAPIXELS = 16  # of an upload
+PATIENCE = 20  # seconds that the end waits for what cannot be interrupted, such as decoding an image
 CACHED = {"Cache-Control": "private, max-age=31536000, immutable"}  # an id stands for the same bytes for ever
 Token = Depends(APIKeyHeader(name=TOKEN_HEADER, auto_error=False, description="`token` of `/api/session`"))
 
@@ -54,7 +56,8 @@ class Session(Config):
     models: list[ModelView]
     samplers: list[str]
     schedules: list[str]
-    limits: dict[str, int]
+    axes: list[str]
+    """settings that a grid can vary"""
 
 
 class Upload(Config):
@@ -75,7 +78,7 @@ class Failure(Config):
     error: str
 
 
-def create_app(jobs: Jobs, generator: Generator, access: Access) -> FastAPI:
+def create_app(jobs: Jobs, runner: ModelRunner, access: Access) -> FastAPI:
     """The application around a queue."""
 
     @asynccontextmanager
@@ -83,36 +86,47 @@ def create_app(jobs: Jobs, generator: Generator, access: Access) -> FastAPI:
         jobs.start()
         yield
         jobs.close()
-        jobs.join()
+        await asyncio.to_thread(jobs.join, PATIENCE)
 
     app = FastAPI(title="ldm", lifespan=lifespan, docs_url=None, redoc_url=None, responses={"4XX": {"model": Failure}})
-    app.add_middleware(Guard, access=access)
-    history, decoding = generator.history, Lock()
+    history, decoding = runner.history, Lock()
+
+    @app.exception_handler(ValueError)
+    @app.exception_handler(QueueFull)
+    def refuse(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, 429 if isinstance(error, QueueFull) else 422)
+
+    @app.exception_handler(StarletteHTTPException)
+    def describe(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        return JSONResponse({"error": str(error.detail)}, error.status_code)
 
     @app.exception_handler(RequestValidationError)
-    async def explain(request: Request, error: RequestValidationError) -> JSONResponse:
+    def explain(request: Request, error: RequestValidationError) -> JSONResponse:
         faults = [{**fault, "loc": fault["loc"][1:]} for fault in error.errors()]  # without "body"
-        lines = explain_errors(GenerationRequest, SimpleNamespace(errors=lambda: faults), "request")  # type: ignore[arg-type]
-        return JSONResponse({"error": "\n".join(lines)}, 422)
+        return JSONResponse({"error": "\n".join(explain_errors(GenerationRequest, faults, "request"))}, 422)
 
-    @app.exception_handler(HTTPException)
-    async def describe(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse({"error": str(error.detail)}, error.status_code)
+    @app.exception_handler(Exception)
+    def fail(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": f"unexpected {type(error).__name__}: see the terminal of the server"}, 500)
 
     @app.get("/api/session")
     def session() -> Session:
-        """The token, the models and what settings may be."""
-        models = [describe_model(name, path) for name, path in generator.models().items()]
-        found = {"steps": limits.MAX_STEPS, "side": limits.MAX_SIDE, "images": limits.MAX_IMAGES}
+        """The token, and what there is to choose from."""
         return Session(
-            token=access.token, models=models, samplers=list(SAMPLERS), schedules=list(SCHEDULES), limits=found
+            token=access.token,
+            models=[describe_model(name, path) for name, path in runner.models().items()],
+            samplers=list(SAMPLERS),
+            schedules=list(SCHEDULES),
+            axes=list(get_args(Axis.model_fields["setting"].annotation)),
         )
 
     @app.post("/api/jobs", status_code=201, dependencies=[Token])
-    async def submit(request: GenerationRequest) -> JobView:
+    def submit(request: GenerationRequest) -> JobView:
         """Put a job into the queue. A seed that is left out is drawn here."""
         request.cells()
-        seed = secrets.randbelow(limits.SEEDS) if request.seed is None else request.seed
+        if request.model is not None and request.model not in runner.models():
+            raise ValueError(f"model {request.model} is not below models/ or runs/: choose one of the list")
+        seed = secrets.randbelow(RANDOM_SEEDS) if request.seed is None else request.seed
         images = {name: history.find_input(value) for name in ("image", "mask") if (value := getattr(request, name))}
         return jobs.submit(request.model_copy(update={"seed": seed, **images})).view()
 
@@ -124,13 +138,20 @@ def create_app(jobs: Jobs, generator: Generator, access: Access) -> FastAPI:
     @app.get("/api/jobs/{job_id}")
     async def job(job_id: str) -> JobView:
         """A job that waits, runs, or has ended not long ago."""
-        return found(jobs.get(job_id)).view()
+        return or_404(jobs.get(job_id)).view()
 
-    @app.post("/api/jobs/{job_id}/{wish}", dependencies=[Token])
-    async def ask(job_id: str, wish: Literal["stop", "skip"]) -> JobView:
-        """Stop a job, which keeps the image as its preview shows it, or skip the images that it samples now."""
-        job = found(jobs.get(job_id))
-        jobs.ask(job, wish)
+    @app.post("/api/jobs/{job_id}/stop", dependencies=[Token])
+    async def stop(job_id: str) -> JobView:
+        """Stop a job after its step, which keeps the images as its preview shows them; one that waits is cancelled."""
+        job = or_404(jobs.get(job_id))
+        jobs.stop(job)
+        return job.view()
+
+    @app.post("/api/jobs/{job_id}/skip", dependencies=[Token])
+    async def skip(job_id: str) -> JobView:
+        """Leave out the images that a job samples at this moment, and go on with its others."""
+        job = or_404(jobs.get(job_id))
+        jobs.skip(job)
         return job.view()
 
     @app.get("/api/events", response_class=StreamingResponse)
@@ -138,25 +159,29 @@ def create_app(jobs: Jobs, generator: Generator, access: Access) -> FastAPI:
         """Server-sent events, each a job as it is after a change: of all jobs, or of one until it ends."""
         if jobs.events.is_full:
             raise HTTPException(503, "too many clients listen: close a tab")
-        before = [found(jobs.get(job))] if job else jobs.live()
-        views = jobs.events.listen([one.view() for one in before], job)
+        only = [or_404(jobs.get(job))] if job else None
+        views = jobs.events.listen(lambda: [one.view() for one in only or jobs.live()], job)
 
         async def stream() -> AsyncIterator[str]:
             async for view in views:
-                yield f"data: {view.model_dump_json()}\n\n" if view else ": alive\n\n"
+                # In ASCII, as some clients take further characters for ends of lines.
+                yield f"data: {json.dumps(view.to_dict())}\n\n" if view else ": alive\n\n"
 
         return StreamingResponse(stream(), media_type="text/event-stream")
 
     @app.post(UPLOADS, status_code=201, dependencies=[Token])
-    def upload(file: Annotated[UploadFile, File(description="PNG, JPEG or WebP")]) -> Upload:
+    def upload(
+        file: Annotated[UploadFile, File(description="PNG, JPEG or WebP")],
+        kind: Annotated[Literal["image", "mask"], Form(description="of a mask, what is clear stays")] = "image",
+    ) -> Upload:
         """Upload an image to start from or a mask, or a generated one to read its settings."""
         with decoding:  # one at a time, as each may take much memory
             data = file.file.read()
             height, width = image_size(data)
             if height * width > MAX_MEGAPIXELS * 1e6:
                 raise ValueError(f"larger than {MAX_MEGAPIXELS} megapixels, which is the limit here: shrink it")
-            image = decode_image(data)
-            settings, notes = history.read_settings(data, generator.models())
+            image = decode_image(data, background="white" if kind == "image" else "black")
+            settings, notes = history.read_settings(data, runner.models())
             return Upload(
                 id=history.add_input(image), width=image.width, height=image.height, settings=settings, notes=notes
             )
@@ -164,7 +189,7 @@ def create_app(jobs: Jobs, generator: Generator, access: Access) -> FastAPI:
     @app.get("/api/uploads/{input_id}")
     def uploaded(input_id: str) -> FileResponse:
         """An upload, as PNG."""
-        return written(history.input_file(input_id))
+        return image_response(history.input_file(input_id))
 
     @app.get("/api/images")
     async def images(
@@ -176,30 +201,22 @@ def create_app(jobs: Jobs, generator: Generator, access: Access) -> FastAPI:
     @app.get("/api/images/{image_id}")
     async def image(image_id: str) -> Entry:
         """What is known of an image."""
-        return found(history.get(image_id))
+        return or_404(history.get(image_id))
 
     @app.get("/api/images/{image_id}/file")
     def image_file(image_id: str) -> FileResponse:
         """The PNG of an image, with its metadata."""
-        return written(history.file(image_id))
+        return image_response(history.file(image_id))
 
     @app.get("/api/images/{image_id}/thumbnail")
     def thumbnail(image_id: str) -> Response:
         """A small PNG of an image."""
-        return Response(found(history.thumbnail(image_id)), media_type="image/png", headers=CACHED)
+        return Response(or_404(history.thumbnail(image_id)), media_type="image/png", headers=CACHED)
 
     @app.get("/api/images/{image_id}/film")
     def film(image_id: str) -> FileResponse:
         """Previews after each step in a row: the states, and below them the predictions."""
-        return written(history.film_file(image_id), "image/jpeg")
-
-    @app.exception_handler(ValueError)
-    async def refuse(request: Request, error: ValueError) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, 422)
-
-    @app.exception_handler(QueueFull)
-    async def wait(request: Request, error: QueueFull) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, 429)
+        return image_response(history.film_file(image_id), "image/jpeg")
 
     @app.get("/", include_in_schema=False)
     async def index() -> FileResponse:
@@ -236,20 +253,21 @@ def add_docs(app: FastAPI) -> None:
 
 def describe_model(name: str, path: Path) -> ModelView:
     """A model and its own settings, as far as its model.json has them."""
-    file = path / "model.json"
-    values = read_json(file) if file.is_file() else {}
-    metadata = values.get("metadata") or {}
-    own = {key: metadata.get(key) for key in ("steps", "guidance_scale")}
-    return ModelView(name=name, resolution=values.get("resolution", values.get("size")), **own)
+    try:
+        values = read_json(path / "model.json")
+        own = {key: values["metadata"].get(key) for key in ("steps", "guidance_scale")}
+        return ModelView(name=name, resolution=values["resolution"], **own)
+    except (ValueError, LookupError, TypeError, AttributeError):  # of another format, or damaged: loading it will say
+        return ModelView(name=name)
 
 
-def found(value: Any) -> Any:
+def or_404(value: Any) -> Any:
     """What was looked up; HTTP 404 where there is none."""
     if value is None:
         raise HTTPException(404, "there is nothing of this id")
     return value
 
 
-def written(path: Path | None, media_type: str = "image/png") -> FileResponse:
+def image_response(path: Path | None, media_type: str = "image/png") -> FileResponse:
     """An image that the server has written; HTTP 404 where there is none."""
-    return FileResponse(found(path if path and path.is_file() else None), media_type=media_type, headers=CACHED)
+    return FileResponse(or_404(path if path and path.is_file() else None), media_type=media_type, headers=CACHED)

@@ -6,9 +6,9 @@ such an address. So hosts are literal, and what changes something needs the orig
 
 import secrets
 from collections.abc import Iterable
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
+from starlette.requests import cookie_parser
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,7 +17,7 @@ MAX_JSON, MAX_UPLOAD = 2**16, 32 * 2**20  # bytes of a request's body
 UPLOADS = "/api/uploads"
 HEADERS = {
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
@@ -70,12 +70,12 @@ class Guard:
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> Response | None:
         host, method, path = headers.get("host", ""), scope["method"], scope["path"]
         if host not in self.access.hosts:
-            return _refuse(403, f"host {host[:100]!r} is not an address of this server")
+            return _refuse(403, f"host {host[:100]!r} is not an address of this server: open the one that it printed")
         if path.startswith("/api/") and headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             return _refuse(403, "another site's page may not ask")
         if method == "POST":
             return self._refused_post(path, host, headers)
-        if method not in ("GET", "HEAD"):
+        if method != "GET":
             return _refuse(405, f"{method} is not served")
         return None if self.access.open_reading else self._refused_get(scope, headers)
 
@@ -88,26 +88,21 @@ class Guard:
         if headers.get("content-type", "").partition(";")[0].strip().lower() != expected:
             return _refuse(415, f"the content type must be {expected}")
         length = headers.get("content-length", "")
-        if not length.isdecimal():
-            return _refuse(411, "the content length is missing")
+        if not length.isdecimal() or "transfer-encoding" in headers:
+            return _refuse(411, "the body must come with its content length, in one piece")
         if int(length) > limit:
             return _refuse(413, f"larger than {limit:,} bytes, which is the limit here")
         return None
 
     def _refused_get(self, scope: Scope, headers: dict[str, str]) -> Response | None:
         """Without the token in a header, the cookie or the address, from where it moves into the cookie."""
-        cookies = SimpleCookie()
-        try:
-            cookies.load(headers.get("cookie", ""))
-        except CookieError:
-            cookies.clear()
-        cookie = cookies.get(self.access.cookie)
-        if any(map(self.access.knows_token, (headers.get(TOKEN_HEADER), cookie.value if cookie else None))):
+        cookie = cookie_parser(headers.get("cookie", "")).get(self.access.cookie)
+        if any(map(self.access.knows_token, (headers.get(TOKEN_HEADER), cookie))):
             return None
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [None])[0]
         if scope["path"] == "/" and self.access.knows_token(given):
             answer = RedirectResponse("/", status_code=303)
-            answer.set_cookie(self.access.cookie, self.access.token, httponly=True, samesite="strict")
+            answer.set_cookie(self.access.cookie, self.access.token, httponly=True, samesite="lax")
             return answer
         return _refuse(403, "the token is missing: open the address that the server printed")
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
@@ -16,6 +16,7 @@ from ldm.config import Config
 from ldm.imaging import decode_image, image_grid, save_image
 from ldm.io.atomic import atomic_write, check_folder, disk_errors
 from ldm.io.tensors import sha256
+from ldm.pipeline.load import weights_file
 from ldm.pipeline.record import PNG_CHUNK, GenerationRecord, parse_record, png_texts, save_png
 from ldm.server.request import GenerationRequest, request_of
 
@@ -46,11 +47,14 @@ class History:
         self.folder, self._lock = folder, Lock()
         self._list = folder / "history.jsonl"
         self._entries = {entry.id: entry for entry in self._read() if (folder / f"{entry.id}.png").is_file()}
+        if self._list.is_file() and not self._list.read_bytes().endswith(b"\n"):  # cut off by the end of a process
+            with self._list.open("a") as file:
+                file.write("\n")
 
     def _read(self) -> list[Entry]:
-        """The list, without lines that were cut off by the end of a process, or changed by somebody."""
+        """The list, in which later lines of an image count, without those that are damaged."""
         entries = []
-        for line in self._list.read_text("utf-8").splitlines() if self._list.is_file() else ():
+        for line in self._list.read_text("utf-8").split("\n") if self._list.is_file() else ():
             try:
                 entry = Entry.model_validate_json(line)
             except ValueError:
@@ -59,15 +63,16 @@ class History:
                 entries.append(entry)
         return entries
 
-    def add(
-        self, image: Image.Image, record: GenerationRecord, settings: dict[str, Any], film: list[Image.Image]
-    ) -> Entry:
-        """Write a generated image with its record, and the frames of its film in a row, if there are any."""
-        entry = self._new(image, settings, stopped_after=record.stopped_after, film_steps=len(film))
+    def add(self, image: Image.Image, record: GenerationRecord, settings: dict[str, Any]) -> Entry:
+        """Write a generated image with its record."""
+        entry = self._new(image, settings, stopped_after=record.stopped_after)
         save_png(self.folder / f"{entry.id}.png", image, record)
-        if film:
-            save_image(image_grid(film, columns=len(film), gap=0), self.folder / f"{entry.id}-film.jpg")
         return self._append(entry)
+
+    def add_film(self, entry: Entry, frames: list[Image.Image]) -> None:
+        """Write the frames of the film of an image in a row."""
+        save_image(image_grid(frames, columns=len(frames), gap=0), self.folder / f"{entry.id}-film.jpg")
+        self._append(entry.model_copy(update={"film_steps": len(frames)}))
 
     def add_grid(self, image: Image.Image, settings: dict[str, Any]) -> Entry:
         """Write a grid with the request for it."""
@@ -77,7 +82,7 @@ class History:
         return self._append(entry)
 
     def _new(self, image: Image.Image, settings: dict[str, Any], **values: Any) -> Entry:
-        now = datetime.now().astimezone()
+        now = datetime.now(UTC)
         return Entry(
             id=f"{now:%Y%m%d-%H%M%S-%f}",
             created=now,
@@ -95,7 +100,7 @@ class History:
         return entry
 
     def entries(self, *, before: str | None = None, limit: int) -> list[Entry]:
-        """The newest, or the newest that are older than one of them. ValueError: that one is unknown."""
+        """The newest, or the newest that are older than one of them; none where that one is unknown."""
         with self._lock:
             found = list(self._entries.values())[::-1]
         if before is not None:
@@ -130,19 +135,24 @@ class History:
             texts = png_texts(BytesIO(data))
         except ValueError:  # a JPEG
             return None, []
-        if GRID_CHUNK in texts:
-            settings = GenerationRequest.from_dict(json.loads(texts[GRID_CHUNK]), source="its metadata").to_dict()
-        elif PNG_CHUNK in texts:
-            settings = request_of(parse_record(texts[PNG_CHUNK], "this image"))
-        else:
-            return None, []
         notes = []
+        try:
+            if GRID_CHUNK in texts:
+                settings = GenerationRequest.from_dict(json.loads(texts[GRID_CHUNK]), source="its metadata").to_dict()
+            elif PNG_CHUNK in texts:
+                record = parse_record(texts[PNG_CHUNK], "this image")
+                settings = request_of(record)
+                notes = _notes_of(record, models)
+            else:
+                return None, []
+        except (ValueError, RecursionError) as error:
+            return None, [f"its settings cannot be used here: {error}"]
         if settings["model"] not in models:
             notes.append(f"model {settings['model']} is not here: choose another")
             settings["model"] = None
         for name in ("image", "mask"):
             if settings[name] and self.input_file(settings[name]) is None:
-                notes.append(f"the {name} that it started from is not here: add it")
+                notes.append(f"the {name} that it was made with is not here: add image and mask again")
                 settings |= {"image": None, "mask": None, "inversion_prompt": None, "outpaint": [0, 0, 0, 0]}
         return settings, notes
 
@@ -152,8 +162,10 @@ class History:
         """Write an image to start from, or a mask, and return its id."""
         data = png_bytes(image)
         input_id = hashlib.sha256(data).hexdigest()
-        with atomic_write(self.folder / f"inputs/{input_id}.png") as partial:
-            partial.write_bytes(data)
+        with self._lock:
+            if self.input_file(input_id) is None:
+                with atomic_write(self.folder / f"inputs/{input_id}.png") as partial:
+                    partial.write_bytes(data)
         return input_id
 
     def input_file(self, input_id: str) -> Path | None:
@@ -171,6 +183,19 @@ class History:
         if path is None or not path.is_file():
             raise ValueError(f"image {image_id} is not here: upload it again")
         return self.add_input(decode_image(path))
+
+
+def _notes_of(record: GenerationRecord, models: Mapping[str, Path]) -> list[str]:
+    """What of a record a request cannot say."""
+    path = models.get(record.model)
+    notes = []
+    if path is not None and sha256(weights_file(path)) != record.model_hash:
+        notes.append(f"model {record.model} is another one now")
+    if record.guide_model:
+        notes.append(f"it was guided by {record.guide_model}, which the page cannot do")
+    if record.stopped_after:
+        notes.append(f"it was stopped after step {record.stopped_after}: press Stop there to make the same")
+    return notes
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -1,6 +1,7 @@
 """The queue of jobs: one thread runs them in order, and every change is published to those who listen."""
 
 import asyncio
+import re
 import secrets
 import sys
 import threading
@@ -9,8 +10,6 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Final, Literal, get_args
-
-import torch
 
 from ldm.config import Config
 from ldm.server.request import GenerationRequest
@@ -59,13 +58,14 @@ class JobView(Config):
 
 
 class Job:
-    """A request and what became of it so far. The worker's thread changes it; others set `wish`."""
+    """A request and what became of it so far. The worker's thread changes it; others ask it to stop or to skip."""
 
     def __init__(self, number: int, request: GenerationRequest) -> None:
         self.id, self.number, self.request = secrets.token_hex(8), number, request
         self.state: State = "queued"
-        self.wish: Literal["stop", "skip"] | None = None
-        self.step = self.steps = 0
+        self.stops = self.skips = False  # what was asked for
+        self.cut_short = False
+        self.step = self.steps = self.skipped = 0
         self.seconds = 0.0
         self.preview: str | None = None
         self.images: list[str] = []
@@ -80,14 +80,14 @@ class Job:
     def view(self) -> JobView:
         """A copy of what clients see."""
         left = None
-        if self.state == "sampling" and self.step:
-            left = self.seconds / self.step * (self.steps - self.step)
+        if self.state == "sampling" and self.step > self.skipped:
+            left = self.seconds / (self.step - self.skipped) * (self.steps - self.step)
         own = {name: getattr(self, name) for name in JobView.model_fields if name != "seconds_left"}
         return JobView.model_construct(**own | {"images": self.images.copy(), "seconds_left": left})
 
 
 Run = Callable[[Job, Callable[[], None]], None]
-"""Does a job, and calls the second argument after each change of it, which may raise Skip and Closing."""
+"""Does a job, and calls the second argument after each change of it, which may raise Closing."""
 
 
 class Jobs:
@@ -111,11 +111,11 @@ class Jobs:
         self._closing = True
         self.events.close()
 
-    def join(self) -> None:
-        """Wait until the work has ended."""
+    def join(self, seconds: float) -> None:
+        """Wait until the work has ended, so long at most."""
         with self._condition:
             self._condition.notify_all()
-        self._thread.join()
+        self._thread.join(seconds)
 
     def submit(self, request: GenerationRequest) -> Job:
         """Add a job. QueueFull: as many as can wait do."""
@@ -125,8 +125,8 @@ class Jobs:
             self._count += 1
             job = Job(self._count, request)
             self._live[job.id] = job
+            self.events.publish(job.view())
             self._condition.notify_all()
-        self.events.publish(job.view())
         return job
 
     def get(self, job_id: str) -> Job | None:
@@ -139,16 +139,17 @@ class Jobs:
         with self._condition:
             return list(self._live.values())
 
-    def ask(self, job: Job, wish: Literal["stop", "skip"]) -> None:
-        """Stop a job, or skip what it generates at this moment; a job that waits ends at once."""
+    def stop(self, job: Job) -> None:
+        """Stop a job after its step, or at once where it waits."""
         with self._condition:
-            if job.has_ended:
-                return
-            job.wish = wish
-            if job.state != "queued":
-                return
-            self._end(job, "stopped")
-        self.events.publish(job.view())
+            job.stops = True
+            if job.state == "queued":
+                self._end(job, "stopped")
+                self.events.publish(job.view())
+
+    def skip(self, job: Job) -> None:
+        """Leave out what a job samples at this moment."""
+        job.skips = True
 
     def _end(self, job: Job, state: EndState) -> None:
         job.state, job.preview = state, None
@@ -158,7 +159,10 @@ class Jobs:
             self._ended.popitem(last=False)
 
     def _work(self) -> None:
-        self._prepare()
+        try:
+            self._prepare()
+        except Exception:  # which the first job will meet, too
+            traceback.print_exc(file=sys.stderr)
         while (job := self._next()) is not None:
             with suppress(Closing):
                 self._do(job)
@@ -184,16 +188,17 @@ class Jobs:
         try:
             changed()
             self._run(job, changed)
-            state = "stopped" if job.wish == "stop" else "finished"
+            state = "stopped" if job.cut_short else "finished"
         except Closing:
             raise
         except (ValueError, OSError) as error:
             job.error = str(error)
-        except (torch.OutOfMemoryError, MemoryError):
-            job.error = "out of memory: choose a smaller size, batch_size or vae_tile"
         except Exception as error:
-            traceback.print_exc(file=sys.stderr)
-            job.error = f"unexpected {type(error).__name__}: see the terminal of the server"
+            if re.search("out of memory|allocate memory", str(error)):  # each device has an error of its own
+                job.error = "out of memory: choose a smaller size, batch_size or vae_tile"
+            else:
+                traceback.print_exc(file=sys.stderr)
+                job.error = f"unexpected {type(error).__name__}: see the terminal of the server"
         with self._condition:
             self._end(job, state)
         self.events.publish(job.view())
@@ -236,11 +241,15 @@ class Events:
         """Whether no more may listen."""
         return len(self._listeners) >= MAX_LISTENERS
 
-    async def listen(self, before: list[JobView], job_id: str | None = None) -> AsyncIterator[JobView | None]:
-        """These views, then the newest of each job as it changes, or of one job until it ends; None: still alive."""
-        listener = Listener(before, job_id)
+    async def listen(
+        self, before: Callable[[], list[JobView]], job_id: str | None = None
+    ) -> AsyncIterator[JobView | None]:
+        """What was before, then the newest view of each job that changes, or of one to its end; None: still alive."""
+        listener = Listener(job_id)
         self._listeners.add(listener)
         try:
+            for view in before():
+                listener.add(view)
             while not self._closed:
                 views = await listener.take()
                 for view in views:
@@ -256,10 +265,8 @@ class Events:
 class Listener:
     """What one client has not been sent yet."""
 
-    def __init__(self, before: list[JobView], job_id: str | None) -> None:
+    def __init__(self, job_id: str | None) -> None:
         self._job_id, self._pending, self._news = job_id, dict[str, JobView](), asyncio.Event()
-        for view in before:
-            self.add(view)
 
     def add(self, view: JobView) -> None:
         """Replace what was pending of this job."""

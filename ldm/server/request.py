@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ldm.config import Config
 from ldm.diffusion.guidance import GuidanceConfig
 from ldm.diffusion.samplers import get_sampler
+from ldm.diffusion.timesteps import SCHEDULES
 from ldm.pipeline.generate import Img2ImgConfig, Txt2ImgConfig, parse_schedule
 from ldm.pipeline.record import GenerationRecord
 
@@ -17,9 +18,8 @@ MAX_SIDE: Final = 2048  # pixels
 MAX_IMAGES: Final = 64  # of a job
 MAX_TEXT: Final = 4000  # characters
 MAX_VALUES: Final = 8  # on an axis of a grid
-SEEDS: Final = 2**32  # random ones are below, which is exact in JavaScript
-
-Edge = Field(0, ge=0, le=MAX_SIDE)
+MAX_SEED: Final = 2**53  # up to where numbers of JavaScript are exact
+RANDOM_SEEDS: Final = 2**32  # those that are drawn are below
 
 
 class Axis(Config):
@@ -55,14 +55,14 @@ class GenerationRequest(Config):
     eta: float | None = Field(None, ge=0, le=1)
     timesteps: str = Field("trailing", max_length=MAX_TEXT)
     """name of a schedule, or a list as 1,0.7,0.3"""
-    seed: int | None = Field(None, ge=0, lt=2**53)
+    seed: int | None = Field(None, ge=0, lt=MAX_SEED)
     """of the first image; image i has seed + i; random when left out"""
     num_images: int = Field(1, ge=1, le=MAX_IMAGES)
     batch_size: int = Field(4, ge=1, le=8)
     """images generated together"""
     width: int | None = Field(None, ge=1, le=MAX_SIDE)
     height: int | None = Field(None, ge=1, le=MAX_SIDE)
-    variation_seed: int | None = Field(None, ge=0, lt=2**53)
+    variation_seed: int | None = Field(None, ge=0, lt=MAX_SEED)
     variation_strength: float = Field(0.1, ge=0, le=1)
     vae_tile: int | None = Field(None, ge=8, le=MAX_SIDE)
     image: str | None = Field(None, max_length=100)
@@ -83,11 +83,22 @@ class GenerationRequest(Config):
         if not self.prompt.strip():
             raise ValueError("prompt is empty: say what to generate")
         get_sampler(self.sampler, self.eta)
-        parse_schedule(self.timesteps)
+        schedule = parse_schedule(self.timesteps)
+        if isinstance(schedule, str) and schedule not in SCHEDULES:
+            raise ValueError(f"timesteps {schedule!r} are unknown: choose one of {', '.join(SCHEDULES)}, or list them")
+        if max(self.seed or 0, self.variation_seed or 0) + self.num_images > MAX_SEED:
+            raise ValueError(f"seed and variation_seed with num_images go beyond {MAX_SEED}: choose lower ones")
         if any(not 0 <= edge <= MAX_SIDE for edge in self.outpaint):
             raise ValueError(f"outpaint {self.outpaint}: each edge is from 0 to {MAX_SIDE} pixels")
         if self.image is None and (self.mask or self.inversion_prompt is not None or any(self.outpaint)):
             raise ValueError("mask, inversion_prompt and outpaint need an image to start from")
+        settings = {axis.setting for axis in (self.x, self.y) if axis}
+        if len(settings) == 1 and self.x and self.y:
+            raise ValueError(f"both axes vary {self.x.setting}: choose another setting for one")
+        if "strength" in settings and self.image is None:
+            raise ValueError("an axis of strength needs an image to start from")
+        if "variation_strength" in settings and self.variation_seed is None and "variation_seed" not in settings:
+            raise ValueError("an axis of variation_strength needs a variation_seed")
         if self.is_grid and self.num_images > 1:
             raise ValueError(f"num_images is {self.num_images}: a grid has one image for each combination")
         return self
@@ -128,7 +139,7 @@ class GenerationRequest(Config):
 def request_of(record: GenerationRecord) -> dict[str, Any]:
     """The request for the one image of a record. Its image and mask are named by their hashes, as uploads are."""
     values: dict[str, Any] = {name: value for name, value in record if name in GenerationRequest.model_fields}
-    values |= {"seed": record.seed + record.index, "num_images": 1, "batch_size": 1}
+    values |= {"seed": record.seed + record.index, "num_images": 1}
     if record.variation_seed is not None:
         values["variation_seed"] = record.variation_seed + record.index
     if not isinstance(record.timesteps, str):

@@ -5,6 +5,7 @@ import socket
 import sys
 from contextlib import suppress
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 
@@ -16,10 +17,10 @@ from ldm.cli import ScriptConfig
 from ldm.pipeline.load import check_exists
 from ldm.precision import Precision
 from ldm.server.app import create_app
-from ldm.server.generator import Generator, find_models
-from ldm.server.guard import Access
+from ldm.server.guard import Access, Guard
 from ldm.server.history import History
 from ldm.server.jobs import Jobs
+from ldm.server.runner import ModelRunner, find_models
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -61,13 +62,15 @@ def build_server(config: ServeConfig) -> tuple[Server, socket.socket, Access]:
         raise ValueError("no model below runs/ or models/: run `make demo` first, or pass --model")
     if config.model:
         check_exists(config.model)
-    history = History(config.out)
-    listener = listen(config.listen or LOOPBACK[0], config.port)
-    access = Access(addresses(config.listen), listener.getsockname()[1], open_reading=config.listen is None)
-    generator = Generator(models, history, device=config.device, precision=config.precision)
-    jobs = Jobs(generator.run, generator.load_first)
-    app = create_app(jobs, generator, access)
-    settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+    history, address = History(config.out), literal(config.listen)
+    listener = listen(address or LOOPBACK[0], config.port)
+    access = Access(addresses(address), listener.getsockname()[1], open_reading=address is None)
+    runner = ModelRunner(models, history, device=config.device, precision=config.precision)
+    jobs = Jobs(runner.run, runner.load_first)
+    app = Guard(create_app(jobs, runner, access), access)
+    settings = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1
+    )
     return Server(settings, jobs, history), listener, access
 
 
@@ -90,19 +93,29 @@ def listed_models(first: Path | None) -> dict[str, Path]:
     return own | find_models()
 
 
+def literal(address: str | None) -> str | None:
+    """An IP address as browsers write it. ValueError: a name, which another site could have."""
+    try:
+        return address and str(ip_address(address))
+    except ValueError:
+        raise ValueError(f"--listen {address} is no IP address: pass one of this machine, or 0.0.0.0 for all") from None
+
+
 def listen(address: str, port: int) -> socket.socket:
     """A socket on an address and port. ValueError: it cannot be had."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    both = address == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((address, port), family=family)
+        return socket.create_server((address, port), family=family, dualstack_ipv6=both)
     except OSError as error:
-        raise ValueError(f"{address}:{port} cannot be listened on ({error.strerror}): pass another --port") from None
+        reason = f"{address}:{port} cannot be listened on ({error.strerror})"
+        raise ValueError(f"{reason}: pass another --port, or with --listen an address of this machine") from None
 
 
 def addresses(address: str | None) -> set[str]:
     """The literal addresses under which the server is reached: all of this machine where it listens on all."""
-    if address in ("0.0.0.0", "::"):
-        families = (socket.AF_INET, socket.AF_INET6) if address == "::" else (socket.AF_INET,)
-        own = (one for found in psutil.net_if_addrs().values() for one in found if one.family in families)
-        return {*LOOPBACK, *(one.address.partition("%")[0] for one in own)}
-    return {address} if address else set(LOOPBACK)
+    if address not in ("0.0.0.0", "::"):
+        return {address} if address else set(LOOPBACK)
+    families = (socket.AF_INET, socket.AF_INET6) if address == "::" else (socket.AF_INET,)
+    own = {one.address for found in psutil.net_if_addrs().values() for one in found if one.family in families}
+    return {"localhost", *(one for one in own if "%" not in one)}  # which a browser could not be given

@@ -3,8 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const form = $("form");
 const jobs = new Map(); // the jobs that wait or run, by id
-const AXES = ["prompt", "negative_prompt", "steps", "guidance_scale", "sampler", "eta", "timesteps", "seed",
-  "variation_seed", "variation_strength", "strength"];
+const PAGE = 60; // images of the history that are asked for at once
 let session, entries = [], shown = null, source = null; // shown: of the viewer; source: id of the image to start from
 
 // Requests.
@@ -20,17 +19,18 @@ const post = (path, body, headers = {}) =>
   api(path, { method: "POST", body, headers: { "x-ldm-token": session.token, ...headers } });
 const postJSON = (path, values) => post(path, JSON.stringify(values), { "content-type": "application/json" });
 
-function upload(blob) {
+function upload(blob, kind = "image") {
   const data = new FormData();
   data.append("file", blob, "image.png");
+  data.append("kind", kind);
   return post("/api/uploads", data);
 }
 
 const say = (text) => { $("message").textContent = text; };
-const reported = (action) => async (...args) => {
-  say("");
+const quietly = (action) => async (...args) => { // leaves messages of before alone
   try { await action(...args); } catch (error) { say(error.message); }
 };
+const reported = (action) => (...args) => { say(""); return quietly(action)(...args); };
 
 // The form. A field named a.b is b of a, and numbers in a name are places in a list.
 
@@ -63,13 +63,23 @@ async function apply(values) {
     else if (field.name !== "model" || session.models.some((model) => model.name === value)) field.value = value ?? "";
   }
   $("keep-seed").checked = values.seed != null;
+  if (values.model && form.elements.model.value !== values.model) {
+    say(`model ${values.model} is not here: ${form.elements.model.value} is chosen`);
+  }
+  removeSource();
   if (values.image) await setSource(values.image, values.mask);
-  else removeSource();
   showDefaults();
+  save();
+}
+
+// What a refresh brings back, the mask as it is painted.
+function save() {
+  const mask = source && isPainted() ? $("mask").toDataURL() : null;
+  sessionStorage.setItem("form", JSON.stringify({ ...collect(), image: source, mask }));
 }
 
 function showDefaults() {
-  const model = session.models.find((model) => model.name === form.elements.model.value) ?? {};
+  const model = session?.models.find((model) => model.name === form.elements.model.value) ?? {};
   form.elements.steps.placeholder = model.steps ?? "30";
   form.elements.guidance_scale.placeholder = model.guidance_scale ?? "7.5";
   for (const name of ["width", "height"]) form.elements[name].placeholder = model.resolution ?? "the model's own";
@@ -82,22 +92,24 @@ function fill(select, values, none) {
 const submit = reported(async () => {
   const values = collect();
   if (source) values.image = source;
-  if (source && isPainted()) values.mask = (await upload(await maskBlob())).id;
-  await generate(values);
-});
-
-async function generate(values) {
+  if (source && isPainted()) values.mask = (await upload(await maskBlob(), "mask")).id;
   const job = await postJSON("/api/jobs", values);
   form.elements.seed.value = job.request.seed;
-}
+});
 
 // Jobs: each event is one, as it is now.
 
+let events = null;
+
 function listen() {
-  const events = new EventSource("/api/events");
-  events.onopen = () => { jobs.clear(); showJobs(); reported(showNewest)(); };
+  events?.close();
+  events = new EventSource("/api/events");
+  events.onopen = () => { jobs.clear(); showJobs(); quietly(showNewest)(); };
   events.onmessage = (event) => onJob(JSON.parse(event.data));
-  events.onerror = () => { $("status").textContent = "The server is gone. Trying again…"; };
+  events.onerror = () => {
+    $("status").textContent = "The server does not answer. Trying again…";
+    if (events.readyState === EventSource.CLOSED) setTimeout(start, 3000); // it refused, or is another one by now
+  };
 }
 
 const hasEnded = (job) => ["finished", "stopped", "failed"].includes(job.state);
@@ -107,7 +119,7 @@ function onJob(job) {
   if (hasEnded(job)) jobs.delete(job.id);
   else jobs.set(job.id, job);
   if (job.error) say(job.error);
-  if (made.length > (before?.images.length ?? 0)) reported(showNewest)();
+  if (hasEnded(job) || made.length > (before?.images.length ?? 0)) quietly(showNewest)();
   if (hasEnded(job) && made.length) {
     const shown = job.request.x || job.request.y ? made.slice(-1) : made;
     showImages(shown.map((id) => `/api/images/${id}/file`), job.request.prompt);
@@ -127,7 +139,19 @@ function showImages(addresses, prompt) {
     if (image.getAttribute("src") !== addresses[i]) image.src = addresses[i];
     image.alt = prompt;
   });
-  if ($("stage").childElementCount !== images.length || !images[0].isConnected) $("stage").replaceChildren(...images);
+  sync($("stage"), images);
+}
+
+// Make these the children of an element; those that are there already keep the focus and the pointer.
+function sync(parent, children) {
+  children.forEach((child, i) => { if (parent.children[i] !== child) parent.insertBefore(child, parent.children[i] ?? null); });
+  while (parent.children.length > children.length) parent.lastElementChild.remove();
+}
+
+// An element for each key, made once.
+function cached(make) {
+  const made = new Map();
+  return (key, ...args) => made.get(key) ?? made.set(key, make(key, ...args)).get(key);
 }
 
 const current = () => [...jobs.values()].find((job) => job.state !== "queued");
@@ -149,19 +173,18 @@ function showJobs() {
     showCaption(job);
   }
   waiting.sort((a, b) => a.number - b.number);
-  const ids = waiting.map((job) => job.id).join();
-  if (ids === $("queue").dataset.ids) return; // its buttons stay under the pointer
-  $("queue").dataset.ids = ids;
-  $("queue").replaceChildren(...waiting.map((job) => {
-    const item = document.createElement("li"), button = document.createElement("button");
-    item.textContent = job.request.prompt;
-    button.type = "button";
-    button.textContent = "Cancel";
-    button.onclick = reported(() => postJSON(`/api/jobs/${job.id}/stop`, {}));
-    item.append(button);
-    return item;
-  }));
+  sync($("queue"), waiting.map((job) => queueItem(job.id, job)));
 }
+
+const queueItem = cached((id, job) => {
+  const item = document.createElement("li"), button = document.createElement("button");
+  item.textContent = job.request.prompt;
+  button.type = "button";
+  button.textContent = "Cancel";
+  button.onclick = reported(() => postJSON(`/api/jobs/${id}/stop`, {}));
+  item.append(button);
+  return item;
+});
 
 const formatTime = (seconds) => seconds < 60 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`;
 const ask = (wish) => reported(async () => { if (current()) await postJSON(`/api/jobs/${current().id}/${wish}`, {}); });
@@ -169,40 +192,48 @@ const ask = (wish) => reported(async () => { if (current()) await postJSON(`/api
 // The history, by day.
 
 async function showNewest() {
-  const newest = await api("/api/images"), known = new Set(newest.map((entry) => entry.id));
+  const newest = await api(`/api/images?limit=${PAGE}`), known = new Set(newest.map((entry) => entry.id));
   entries = [...newest, ...entries.filter((entry) => !known.has(entry.id))].sort((a, b) => a.id < b.id ? 1 : -1);
   showHistory(newest.length);
 }
 
 async function showOlder() {
-  const older = await api(`/api/images?before=${entries.at(-1).id}`);
+  const older = await api(`/api/images?limit=${PAGE}&before=${entries.at(-1).id}`);
   entries.push(...older);
   showHistory(older.length);
 }
 
 function showHistory(count) {
   const days = Map.groupBy(entries, (entry) => new Date(entry.created).toLocaleDateString(undefined, { dateStyle: "full" }));
-  $("history").replaceChildren(...[...days].flatMap(([day, entries]) => {
-    const heading = document.createElement("h2"), images = document.createElement("div");
-    heading.textContent = day;
-    images.className = "day";
-    images.append(...entries.map(thumbnail));
-    return [heading, images];
+  sync($("history"), [...days].map(([day, entries]) => {
+    const section = daySection(day);
+    sync(section.lastElementChild, entries.map((entry) => thumbnail(entry.id)));
+    return section;
   }));
-  if (count < 60) $("more").hidden = true;
-  else $("more").hidden = false;
+  $("more").hidden = count < PAGE;
 }
 
-function thumbnail(entry) {
+const daySection = cached((day) => {
+  const section = document.createElement("section"), heading = document.createElement("h2");
+  const images = document.createElement("div");
+  heading.textContent = day;
+  images.className = "day";
+  section.append(heading, images);
+  return section;
+});
+
+const thumbnail = cached((id) => {
   const button = document.createElement("button"), image = new Image();
   button.type = "button";
-  button.title = image.alt = entry.settings.prompt;
+  button.title = image.alt = entryOf(id).settings.prompt;
   image.loading = "lazy";
-  image.src = `/api/images/${entry.id}/thumbnail`;
+  image.src = `/api/images/${id}/thumbnail`;
   button.append(image);
-  button.onclick = () => view(entry);
+  button.onclick = () => view(entryOf(id));
   return button;
-}
+});
+
+const entryOf = (id) => entries.find((entry) => entry.id === id);
 
 // The viewer: an image, how it was made, and its film.
 
@@ -214,7 +245,7 @@ function view(entry) {
   $("film").hidden = true;
   $("large").hidden = false;
   $("denoising").hidden = !entry.film_steps;
-  $("vary").hidden = entry.kind !== "image";
+  $("vary").hidden = entry.kind !== "image" || entry.settings.inversion_prompt != null;
   const made = { created: new Date(entry.created).toLocaleString(), size: `${entry.width} × ${entry.height}`,
     ...(entry.stopped_after && { stopped: `after step ${entry.stopped_after}` }), ...entry.settings };
   $("made").replaceChildren(...flatten(made).flatMap(([name, value]) => {
@@ -227,7 +258,7 @@ function view(entry) {
 }
 
 const flatten = (values, prefix = "") => Object.entries(values).flatMap(([name, value]) => {
-  const isUnset = value === null || value === "" || value === false || value === 0 && name !== "seed";
+  const isUnset = value === null || value === "" || value === false || value === 0 && prefix !== "";
   if (isUnset || Array.isArray(value) && value.every((item) => !item)) return [];
   if (Array.isArray(value)) return [[prefix + name, value.join(", ")]];
   return typeof value === "object" ? flatten(value, `${prefix}${name} `) : [[prefix + name, value]];
@@ -270,13 +301,13 @@ function play() {
 
 // The image to start from, and the mask that is painted on it.
 
-const brush = { x: 0, y: 0, down: false };
+const brush = { x: 0, y: 0 };
 const pen = () => $("mask").getContext("2d", { willReadFrequently: true });
 
 async function setSource(id, mask) {
-  const address = session.uploads.has(id) || id.length === 64 ? `/api/uploads/${id}` : `/api/images/${id}/file`;
+  const address = id.length === 64 ? `/api/uploads/${id}` : `/api/images/${id}/file`; // a hash, or of the history
   $("source").src = address;
-  await $("source").decode();
+  await $("source").decode().catch(() => { throw new Error("the image to start from is gone: add it again"); });
   source = id;
   const { naturalWidth: width, naturalHeight: height } = $("source");
   Object.assign($("mask"), { width, height });
@@ -285,7 +316,7 @@ async function setSource(id, mask) {
   $("start").open = true;
   if (mask) {
     const image = new Image();
-    image.src = `/api/uploads/${mask}`;
+    image.src = mask.startsWith("data:") ? mask : `/api/uploads/${mask}`;
     await image.decode();
     pen().drawImage(image, 0, 0);
     const pixels = pen().getImageData(0, 0, width, height);
@@ -302,7 +333,8 @@ function removeSource() {
   $("file").value = "";
 }
 
-const isPainted = () => pen().getImageData(0, 0, $("mask").width, $("mask").height).data.some((value) => value);
+const isPainted = () =>
+  pen().getImageData(0, 0, $("mask").width, $("mask").height).data.some((value, i) => i % 4 === 3 && value > 127);
 
 function maskBlob() { // white where painted, black elsewhere
   const canvas = document.createElement("canvas"), { width, height } = $("mask");
@@ -338,10 +370,9 @@ function onPointer(event) {
   const [x, y] = [event.offsetX * scale, event.offsetY * scale];
   if (event.type === "pointerdown") {
     $("mask").setPointerCapture(event.pointerId);
-    Object.assign(brush, { x, y, down: true });
+    Object.assign(brush, { x, y });
   }
-  if (event.type === "pointerup") brush.down = false;
-  else moveBrush(x, y, brush.down);
+  moveBrush(x, y, event.buttons & 1);
 }
 
 function onKey(event) {
@@ -354,59 +385,74 @@ function onKey(event) {
   moveBrush(x, y, event.key === " " || event.shiftKey);
 }
 
-const open = reported(async (file) => {
+// A file that was chosen or dropped: its settings, or else, or where it is to start from, the image.
+const open = reported(async (file, startsFrom) => {
   if (!file) return;
   const uploaded = await upload(file);
-  session.uploads.add(uploaded.id);
-  if (uploaded.settings) await apply(uploaded.settings);
-  else await setSource(uploaded.id);
-  say(uploaded.notes.join("\n"));
+  if (uploaded.settings && !startsFrom) {
+    await apply(uploaded.settings);
+    say(uploaded.notes.join("\n"));
+  } else {
+    await setSource(uploaded.id);
+    save();
+    if (!startsFrom) say(uploaded.notes.join("\n"));
+  }
 });
 
 // What the buttons do.
 
 form.onsubmit = (event) => { event.preventDefault(); submit(); };
 form.onkeydown = (event) => { if (event.key === "Enter" && event.ctrlKey) form.requestSubmit(); };
-form.onchange = () => {
-  showDefaults();
-  sessionStorage.setItem("form", JSON.stringify({ ...collect(), image: source }));
-};
+form.onchange = () => { showDefaults(); save(); };
 $("stop").onclick = ask("stop");
 $("skip").onclick = ask("skip");
 $("reset").onclick = reported(() => apply({ num_images: 1, model: session.models[0]?.name, sampler: "dpmpp_2m", guidance: { method: "cfg" } }));
 $("more").onclick = reported(showOlder);
-$("file").onchange = () => open($("file").files[0]);
-$("remove").onclick = removeSource;
-$("clear-mask").onclick = () => pen().clearRect(0, 0, $("mask").width, $("mask").height);
-for (const type of ["pointerdown", "pointermove", "pointerup"]) $("mask").addEventListener(type, onPointer);
+$("file").onchange = () => open($("file").files[0], true);
+$("settings-file").onchange = () => open($("settings-file").files[0], false);
+$("remove").onclick = () => { removeSource(); save(); };
+$("clear-mask").onclick = () => { pen().clearRect(0, 0, $("mask").width, $("mask").height); save(); };
+$("mask").onpointerup = $("mask").onkeyup = save;
+for (const type of ["pointerdown", "pointermove"]) $("mask").addEventListener(type, onPointer);
 $("mask").onkeydown = onKey;
 $("mask").onfocus = () => moveBrush(brush.x, brush.y, false);
 $("mask").onblur = $("mask").onpointerleave = () => { $("brush").hidden = true; };
 document.ondragover = (event) => event.preventDefault();
-document.ondrop = (event) => { event.preventDefault(); open(event.dataTransfer.files[0]); };
+document.ondrop = (event) => {
+  event.preventDefault();
+  open(event.dataTransfer.files[0], event.target.closest("#start") !== null);
+};
+document.onvisibilitychange = () => document.hidden ? events?.close() : listen(); // a browser has few connections
 $("close").onclick = () => $("viewer").close();
 $("viewer").onclose = () => clearInterval(playing);
 $("use").onclick = reported(async () => { $("viewer").close(); await apply(shown.settings); });
-$("from").onclick = reported(async () => { $("viewer").close(); await setSource(shown.id); });
+$("from").onclick = reported(async () => { $("viewer").close(); await setSource(shown.id); save(); });
 $("vary").onclick = reported(async () => {
   $("viewer").close();
   const values = [1, 2, 3, 4].map(() => Math.floor(Math.random() * 2 ** 32));
-  await generate({ ...shown.settings, variation_strength: 0.3, x: { setting: "variation_seed", values } });
+  await postJSON("/api/jobs", { ...shown.settings, variation_strength: 0.3, x: { setting: "variation_seed", values } });
 });
 $("denoising").onclick = openFilm;
 $("film-slider").oninput = showFrame;
 $("play").onclick = play;
 
-const start = reported(async () => {
-  session = { ...await api("/api/session"), uploads: new Set() };
+const start = quietly(async () => {
+  const isFirst = !session;
+  try {
+    session = await api("/api/session");
+  } catch (error) {
+    setTimeout(start, 3000);
+    throw error;
+  }
+  listen();
+  if (!isFirst) return;
   fill(form.elements.model, session.models.map((model) => model.name));
   fill(form.elements.sampler, session.samplers);
   form.elements.sampler.value = "dpmpp_2m";
   $("schedules").replaceChildren(...session.schedules.map((name) => new Option(name)));
-  for (const axis of ["x", "y"]) fill(form.elements[`${axis}.setting`], AXES, "none");
+  for (const axis of ["x", "y"]) fill(form.elements[`${axis}.setting`], session.axes, "none");
+  showDefaults();
   const saved = sessionStorage.getItem("form");
   if (saved) await apply(JSON.parse(saved));
-  showDefaults();
-  listen();
 });
 start();
