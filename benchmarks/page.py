@@ -35,6 +35,7 @@ from ldm.pipeline.generate import SHIPPED_MODEL
 
 ROUNDS, STEPS = 9, 30
 UNSEEN_SECONDS = 1.5  # longer than they take
+IDLE_SECONDS = 1.0  # until what was before has ended
 PROMPT = "a cat astronaut"
 PROMPTS = (PROMPT, "a robot king", "a panda wizard", "an owl detective", "a dog doctor")
 RESULTS = ROOT / "benchmarks/results/page.json"
@@ -110,15 +111,18 @@ def measure(browser: Browser, url: str) -> dict[str, float]:
     """Medians of some rounds, in seconds; the first does not count."""
     pipeline = Pipeline.load(SHIPPED_MODEL)
     results: dict[str, list[float]] = {"complete": [], "preview": [], "alone": [], "server": [], "page": []}
-    for _ in range(ROUNDS + 1):
-        results["alone"].append(sampling_alone(pipeline))
-        results["server"].append(sampling_unseen(url))
+    for number in range(ROUNDS + 1):
+        unseen = {"alone": lambda: sampling_alone(pipeline), "server": lambda: sampling_unseen(url)}
+        for name in sorted(unseen, reverse=number % 2 == 1):
+            time.sleep(IDLE_SECONDS)
+            results[name].append(unseen[name]())
         start = time.perf_counter()
         page = open_page(browser, url)
         results["complete"].append(time.perf_counter() - start)
         page.locator("[name=prompt]").fill(PROMPT)
         results["preview"].append(page.evaluate(PREVIEWED))
         expect(page.locator("#status")).to_have_text("Ready")
+        time.sleep(IDLE_SECONDS)
         results["page"].append(page.evaluate(SAMPLED, {"prompt": PROMPT, "steps": STEPS}))
         page.close()
     return {name: round(statistics.median(values[1:]), 4) for name, values in results.items()}
