@@ -10,8 +10,12 @@ ROOT = Path(__file__).parents[1]
 PERFORMANCE = ROOT / "docs/performance.md"
 
 
-def write_table(name: str, head: Sequence[str], rows: Sequence[Sequence[object]], document: Path = PERFORMANCE) -> None:
-    """Print a table, and put it in the place of that between `<!-- NAME -->` and `<!-- end of NAME -->`."""
+def write_table(name: str, head: Sequence[str], rows: Sequence[Sequence[object]], document: Path | None = None) -> None:
+    """Print a table, and put it in the place of that between `<!-- NAME -->` and `<!-- end of NAME -->`.
+
+    It is that of docs/performance.md where no other document is named.
+    """
+    document = document or PERFORMANCE
     table, begin, end = markdown_table(head, rows), f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
     print(table)
     before, rest = document.read_text().split(begin)

@@ -126,7 +126,7 @@ def test_results_chart_and_table(recipe: Path, tmp_path: Path, monkeypatch: pyte
         "# Title\n\n<!-- cpu -->\nold\n<!-- end of cpu -->\n\n<!-- cuda -->\nother\n<!-- end of cuda -->\n"
     )
     monkeypatch.setattr(suite, "ROOT", tmp_path)
-    monkeypatch.setattr("document.DOCUMENT", document)
+    monkeypatch.setattr("document.PERFORMANCE", document)
     few = ["--recipes", str(recipe), "--seconds", "0.01", "--rounds", "1"]
     monkeypatch.setattr(suite, "comparisons", lambda folder, config: list(all_of(folder, config))[:2])
     monkeypatch.setattr(suite, "starts", lambda config: [])

@@ -161,8 +161,9 @@ class ModelRunner:
             job.images += [entry.id for entry in entries]
             changed()
             for index, entry in enumerate(entries):
-                if frames := film_frames(batches.pipeline, taken, index, changed):
+                if frames := film_frames(batches.pipeline, taken, index):
                     self.history.add_film(entry, frames)
+                changed()
             yield from (image for image, _ in made)
 
     def _follow(
@@ -226,9 +227,7 @@ def check_size(pipeline: Pipeline, init_image: InitImageRecord, config: Txt2ImgC
         raise ValueError(f"the image would be {size}, beyond {MAX_SIDE} pixels: choose a smaller width and height")
 
 
-def film_frames(
-    pipeline: Pipeline, steps: Sequence[SamplerStep], index: int, changed: Callable[[], None]
-) -> list[Image.Image]:
+def film_frames(pipeline: Pipeline, steps: Sequence[SamplerStep], index: int) -> list[Image.Image]:
     """A frame of one image for each step: a preview of the state, and below it one of the prediction."""
     frames = []
     for step in steps:
@@ -236,7 +235,6 @@ def film_frames(
         for preview in previews:
             preview.thumbnail((FILM_SIDE, FILM_SIDE))
         frames.append(image_grid(previews, columns=1, gap=0))
-        changed()
     return frames
 
 

@@ -90,6 +90,8 @@ function fill(select, values, none) {
 }
 
 const submit = reported(async () => {
+  const wrong = fields().find((field) => field.validity.badInput);
+  if (wrong) throw new Error(`${wrong.name}: write a number`);
   const values = collect();
   if (source) values.image = source;
   if (source && isPainted()) values.mask = (await upload(await maskBlob(), "mask")).id;
@@ -144,7 +146,9 @@ function showImages(addresses, prompt) {
 
 // Make these the children of an element; those that are there already keep the focus and the pointer.
 function sync(parent, children) {
-  children.forEach((child, i) => { if (parent.children[i] !== child) parent.insertBefore(child, parent.children[i] ?? null); });
+  children.forEach((child, i) => {
+    if (parent.children[i] !== child) parent.insertBefore(child, parent.children[i] ?? null);
+  });
   while (parent.children.length > children.length) parent.lastElementChild.remove();
 }
 
@@ -167,7 +171,8 @@ function showJobs() {
   $("status").textContent = job ? states[job.state] : waiting.length ? states.loading : "Ready";
   $("progress").value = job?.steps ? job.step / job.steps : 0;
   const left = job?.seconds_left == null ? "" : `, ${formatTime(job.seconds_left)} left`;
-  $("time").textContent = job?.steps ? `Step ${job.step} of ${job.steps}${left}` : job || waiting.length ? states.loading : "";
+  const isLoading = job ? !job.steps : waiting.length > 0;
+  $("time").textContent = job?.steps ? `Step ${job.step} of ${job.steps}${left}` : isLoading ? states.loading : "";
   if (job?.preview) {
     showImages([job.preview], job.request.prompt);
     showCaption(job);
@@ -204,7 +209,8 @@ async function showOlder() {
 }
 
 function showHistory(count) {
-  const days = Map.groupBy(entries, (entry) => new Date(entry.created).toLocaleDateString(undefined, { dateStyle: "full" }));
+  const dayOf = (entry) => new Date(entry.created).toLocaleDateString(undefined, { dateStyle: "full" });
+  const days = Map.groupBy(entries, dayOf);
   sync($("history"), [...days].map(([day, entries]) => {
     const section = daySection(day);
     sync(section.lastElementChild, entries.map((entry) => thumbnail(entry.id)));
@@ -340,12 +346,15 @@ function maskBlob() { // white where painted, black elsewhere
   const canvas = document.createElement("canvas"), { width, height } = $("mask");
   Object.assign(canvas, { width, height });
   const context = canvas.getContext("2d"), pixels = pen().getImageData(0, 0, width, height);
-  for (let i = 0; i < pixels.data.length; i += 4) pixels.data.fill(pixels.data[i + 3] > 127 ? 255 : 0, i, i + 3).fill(255, i + 3, i + 4);
+  for (let i = 0; i < pixels.data.length; i += 4) {
+    const shade = pixels.data[i + 3] > 127 ? 255 : 0;
+    pixels.data.set([shade, shade, shade, 255], i);
+  }
   context.putImageData(pixels, 0, 0);
   return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
 }
 
-const radius = () => $("brush-size").value / 200 * Math.max($("mask").width, $("mask").height) ;
+const radius = () => $("brush-size").value / 200 * Math.max($("mask").width, $("mask").height);
 
 function moveBrush(x, y, paints) {
   const context = pen();
@@ -376,8 +385,9 @@ function onPointer(event) {
 }
 
 function onKey(event) {
-  const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], " ": [0, 0] }[event.key] ?? [];
-  if (dx === undefined) return;
+  const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], " ": [0, 0] };
+  if (!(event.key in moves)) return;
+  const [dx, dy] = moves[event.key];
   event.preventDefault();
   const clamp = (value, top) => Math.min(Math.max(value, 0), top);
   const { width, height } = $("mask");
@@ -406,7 +416,9 @@ form.onkeydown = (event) => { if (event.key === "Enter" && event.ctrlKey) form.r
 form.onchange = () => { showDefaults(); save(); };
 $("stop").onclick = ask("stop");
 $("skip").onclick = ask("skip");
-$("reset").onclick = reported(() => apply({ num_images: 1, model: session.models[0]?.name, sampler: "dpmpp_2m", guidance: { method: "cfg" } }));
+$("reset").onclick = reported(() => apply(
+  { num_images: 1, model: session.models[0]?.name, sampler: "dpmpp_2m", guidance: { method: "cfg" } },
+));
 $("more").onclick = reported(showOlder);
 $("file").onchange = () => open($("file").files[0], true);
 $("settings-file").onchange = () => open($("settings-file").files[0], false);
