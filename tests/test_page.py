@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from servers import Running, running_server
 
 from ldm.pipeline.record import read_png
+from ldm.server.runner import ModelRunner
 
 pytestmark = pytest.mark.browser
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 360, "height": 740}  # pixels
@@ -117,6 +119,16 @@ def test_stop_keeps_the_image_and_skip_leaves_it_out(page: Page, server: Running
     expect(page.locator("#made")).to_contain_text("after step")
     stopped = read_png(paths()[0])
     assert stopped.seed == server.history.entries(limit=9)[0].settings["seed"] and stopped.stopped_after is not None
+
+
+def test_it_says_that_a_model_loads(page: Page, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = ModelRunner.load
+    monkeypatch.setattr(ModelRunner, "load", lambda self, path: time.sleep(1) or load(self, path))
+    page.get_by_label("Prompt", exact=True).fill("a cat")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#time")).to_have_text("Loading the model…")
+    expect(made(page)).to_have_count(1)
+    expect(page.locator("#status")).to_have_text("Ready")
 
 
 def test_jobs_wait_in_the_queue_and_a_second_tab_finds_them(page: Page, browser: Browser, server: Running) -> None:

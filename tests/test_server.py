@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import serve
 import txt2img
@@ -29,7 +30,7 @@ from ldm.pipeline.record import read_png
 from ldm.server import guard, jobs
 from ldm.server.guard import TOKEN_HEADER
 from ldm.server.history import History
-from ldm.server.jobs import MAX_LISTENERS
+from ldm.server.jobs import MAX_LISTENERS, Job, Run
 from ldm.server.request import GenerationRequest
 from ldm.server.runner import find_models
 from ldm.server.serve import addresses
@@ -68,15 +69,22 @@ def test_it_generates_what_txt2img_generates(server: Running, here: Path) -> Non
     assert _pixels(Path("again/00000.png").read_bytes()) == _pixels(own)
 
 
-def test_each_step_is_an_event_with_a_preview(server: Running) -> None:
+def test_each_step_is_an_event_with_a_preview(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm.server.runner.PREVIEW_SECONDS", 0)
+    monkeypatch.setattr(server.jobs, "_run", _slowly(server.jobs._run))
     server.generate()  # the model is loaded
     job = server.submit(steps=12)
     with server.client.stream("GET", "/api/events", params={"job": job["id"]}) as stream:
         found = views(stream)
-    steps = [view["step"] for view in found if view["preview"]]
-    assert steps == sorted(steps) and steps[-1] == 12 and all(view["steps"] == 12 for view in found if view["preview"])
-    assert all(view["preview"].startswith("data:image/") for view in found if view["preview"])
+    sampled = [view for view in found if view["preview"]]
+    assert [view["step"] for view in sampled if view["state"] == "sampling"][:12] == list(range(1, 13))
+    assert len({view["preview"] for view in sampled}) == 12 and all(view["steps"] == 12 for view in sampled)
+    assert all(view["preview"].startswith("data:image/") for view in sampled)
     assert found[-1]["state"] == "finished" and found[-1]["preview"] is None and len(found[-1]["images"]) == 1
+    job = server.submit(steps=12)
+    with server.client.stream("GET", "/api/events", params={"job": job["id"], "interval": 0.2}) as stream:
+        joined = views(stream)
+    assert len(joined) < 10 and joined[-1]["images"]
 
 
 def test_a_seed_that_is_left_out_is_drawn_once_for_all_of_a_grid(server: Running) -> None:
@@ -313,8 +321,8 @@ def test_it_listens_on_this_machine_alone_under_literal_names(server: Running) -
     ):
         answer = server.client.get("/api/session", headers={"Host": host})
         assert answer.status_code == 403 and "is not an address of this server" in answer.json()["error"]
-    listening = subprocess.run(["ss", "-Htln", f"sport = :{port}"], capture_output=True, text=True).stdout
-    assert not listening or "127.0.0.1" in listening
+    own = [one.laddr for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    assert [address.ip for address in own if address.port == port] == ["127.0.0.1"]
 
 
 @pytest.mark.parametrize(
@@ -714,6 +722,19 @@ def test_every_setting_of_txt2img_that_a_page_may_change_is_in_a_request() -> No
         "y",
     }
     assert own == set(Txt2ImgConfig.model_fields) - local
+
+
+def _slowly(run: Run) -> Run:
+    """So that a client keeps up: it waits a little after each change."""
+
+    def run_slowly(job: Job, changed: Callable[[], None]) -> None:
+        def changed_slowly() -> None:
+            changed()
+            time.sleep(0.03)
+
+        run(job, changed_slowly)
+
+    return run_slowly
 
 
 def _raiser(error: Exception) -> Callable[..., None]:

@@ -155,12 +155,15 @@ def create_app(jobs: Jobs, runner: ModelRunner, access: Access) -> FastAPI:
         return job.view()
 
     @app.get("/api/events", response_class=StreamingResponse)
-    async def events(job: Annotated[str | None, Query(max_length=100)] = None) -> StreamingResponse:
-        """Server-sent events, each a job as it is after a change: of all jobs, or of one until it ends."""
+    async def events(
+        job: Annotated[str | None, Query(max_length=100)] = None,
+        interval: Annotated[float, Query(ge=0, le=1, description="seconds; changes that are closer are joined")] = 0,
+    ) -> StreamingResponse:
+        """Server-sent events, each a job as it is after a step or another change: of all jobs, or of one to its end."""
         if jobs.events.is_full:
             raise HTTPException(503, "too many clients listen: close a tab")
         only = [or_404(jobs.get(job))] if job else None
-        views = jobs.events.listen(lambda: [one.view() for one in only or jobs.live()], job)
+        views = jobs.events.listen(lambda: [one.view() for one in only or jobs.live()], job, interval)
 
         async def stream() -> AsyncIterator[str]:
             async for view in views:

@@ -242,9 +242,12 @@ class Events:
         return len(self._listeners) >= MAX_LISTENERS
 
     async def listen(
-        self, before: Callable[[], list[JobView]], job_id: str | None = None
+        self, before: Callable[[], list[JobView]], job_id: str | None = None, interval: float = 0.0
     ) -> AsyncIterator[JobView | None]:
-        """What was before, then the newest view of each job that changes, or of one to its end; None: still alive."""
+        """What was before, then the newest view of each job that changes, or of one to its end; None: still alive.
+
+        Changes that are less than `interval` seconds apart are joined.
+        """
         listener = Listener(job_id)
         self._listeners.add(listener)
         try:
@@ -258,6 +261,7 @@ class Events:
                         return
                 if not views:
                     yield None
+                await asyncio.sleep(interval)
         finally:
             self._listeners.discard(listener)
 

@@ -41,7 +41,7 @@ from ldm.server.jobs import Job, Skip
 from ldm.server.request import MAX_SIDE, GenerationRequest, request_of
 
 PREVIEW_SIDE, FILM_SIDE = 512, 128  # pixels, at most
-PREVIEW_SECONDS = 0.04  # between previews of steps that are faster
+PREVIEW_SECONDS = 0.1  # between previews of steps that are faster
 FILM_NUMBERS = 2**26  # of states and predictions that wait to become a film
 SHEET_SIDE = 4096  # pixels, of a grid without its labels, at most
 LABEL_HEIGHT, LABEL_WIDTH = 18, 110  # pixels, of a grid

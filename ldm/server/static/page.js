@@ -105,7 +105,7 @@ let events = null;
 
 function listen() {
   events?.close();
-  events = new EventSource("/api/events");
+  events = new EventSource("/api/events?interval=0.1"); // steps can be faster than a screen
   events.onopen = () => { jobs.clear(); showJobs(); quietly(showNewest)(); };
   events.onmessage = (event) => onJob(JSON.parse(event.data));
   events.onerror = () => {
@@ -127,8 +127,7 @@ function onJob(job) {
     showImages(shown.map((id) => `/api/images/${id}/file`), job.request.prompt);
     showCaption(job);
   }
-  if (hasEnded(job)) showJobs();
-  else showing ??= setTimeout(showJobs, 120); // steps can be faster than a screen
+  showJobs();
 }
 
 const showCaption = (job) => { $("caption").textContent = job.warnings.join(" · ") || job.request.prompt; };
@@ -160,11 +159,7 @@ function cached(make) {
 
 const current = () => [...jobs.values()].find((job) => job.state !== "queued");
 
-let showing = null;
-
 function showJobs() {
-  clearTimeout(showing);
-  showing = null;
   const job = current(), waiting = [...jobs.values()].filter((job) => job.state === "queued");
   $("stop").disabled = $("skip").disabled = !job;
   const states = { loading: "Loading the model…", sampling: "Sampling" };
