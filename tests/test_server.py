@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import resource
 import shutil
@@ -30,7 +31,7 @@ from ldm.pipeline.record import read_png
 from ldm.server import guard, jobs
 from ldm.server.guard import TOKEN_HEADER
 from ldm.server.history import History
-from ldm.server.jobs import MAX_LISTENERS, Job, Run
+from ldm.server.jobs import MAX_LISTENERS, Events, Job, Run
 from ldm.server.request import GenerationRequest
 from ldm.server.runner import find_models
 from ldm.server.serve import addresses
@@ -71,7 +72,8 @@ def test_it_generates_what_txt2img_generates(server: Running, here: Path) -> Non
 
 def test_each_step_is_an_event_with_a_preview(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ldm.server.runner.PREVIEW_SECONDS", 0)
-    monkeypatch.setattr(server.jobs, "_run", _slowly(server.jobs._run))
+    run = server.jobs._run
+    monkeypatch.setattr(server.jobs, "_run", _in_step(run, server.jobs.events))
     server.generate()  # the model is loaded
     job = server.submit(steps=12)
     with server.client.stream("GET", "/api/events", params={"job": job["id"]}) as stream:
@@ -81,10 +83,11 @@ def test_each_step_is_an_event_with_a_preview(server: Running, monkeypatch: pyte
     assert len({view["preview"] for view in sampled}) == 12 and all(view["steps"] == 12 for view in sampled)
     assert all(view["preview"].startswith("data:image/") for view in sampled)
     assert found[-1]["state"] == "finished" and found[-1]["preview"] is None and len(found[-1]["images"]) == 1
-    job = server.submit(steps=12)
-    with server.client.stream("GET", "/api/events", params={"job": job["id"], "interval": 0.2}) as stream:
+    monkeypatch.setattr(server.jobs, "_run", run)
+    job = server.submit(steps=100)
+    with server.client.stream("GET", "/api/events", params={"job": job["id"], "interval": 0.5}) as stream:
         joined = views(stream)
-    assert len(joined) < 10 and joined[-1]["images"]
+    assert len(joined) < 50 and joined[-1]["images"]
 
 
 def test_a_seed_that_is_left_out_is_drawn_once_for_all_of_a_grid(server: Running) -> None:
@@ -240,6 +243,23 @@ def test_a_damaged_model_does_no_harm_to_others(here: Path) -> None:
         assert {"runs/broken/model", "runs/odd/model", "runs/mine/model"} <= set(names)
         assert "damaged" in server.wait(server.submit(model="runs/broken/model"))["error"]
         server.generate(model="runs/mine/model")
+
+
+def test_a_link_that_leads_nowhere_is_no_model(here: Path) -> None:
+    (here / "models").mkdir()
+    (here / "models/gone.safetensors").symlink_to(here / "nowhere")
+    assert "models/gone.safetensors" not in find_models()
+
+
+def test_steps_of_the_model_beyond_the_limit_are_refused_before_sampling(server: Running, here: Path) -> None:
+    manifest = json.loads((here / "runs/mine/model/model.json").read_text())
+    manifest["metadata"]["steps"] = 300
+    (here / "runs/mine/model/model.json").write_text(json.dumps(manifest))
+    os.utime(here / "runs/mine/model/unet.safetensors")  # so that it is loaded again
+    request = {"prompt": "a dog"}
+    job = server.wait(server.post("/api/jobs", request).json())
+    assert job["state"] == "failed" and "steps: Input should be less than or equal to 200" in job["error"]
+    assert job["step"] == 0
 
 
 def test_a_model_that_changed_is_loaded_again(server: Running, here: Path) -> None:
@@ -575,17 +595,16 @@ def test_listen_warns_and_prints_the_address(here: Path) -> None:
 
 
 def test_two_hundred_jobs_of_eight_clients_are_neither_lost_nor_mixed_up(server: Running, here: Path) -> None:
-    server.generate()
-    sizes = []
+    for _ in range(20):
+        server.generate()
+    before = _rss()
 
     def client(number: int) -> list[tuple[str, int, dict[str, object]]]:
         asked = []
         for index in range(25):
             prompt = f"client {number} job {index}"
             asked.append((prompt, 100 * number + index, server.submit(prompt, steps=1, seed=100 * number + index)))
-        ended = [(prompt, seed, server.wait(job)) for prompt, seed, job in asked]
-        sizes.append(_rss())
-        return ended
+        return [(prompt, seed, server.wait(job)) for prompt, seed, job in asked]
 
     with ThreadPoolExecutor(8) as pool:
         results = [result for found in pool.map(client, range(8)) for result in found]
@@ -598,10 +617,11 @@ def test_two_hundred_jobs_of_eight_clients_are_neither_lost_nor_mixed_up(server:
         assert (record.prompt, record.seed) == (prompt, seed)
         images.add(image_id)
     assert len(images) == 200 and not server.jobs.live() and not server.jobs.events._listeners
-    assert max(sizes) - min(sizes) < 64 * 2**20
-    for _ in range(200):
+    assert _rss() - before < 64 * 2**20
+    for _ in range(60):
         server.submit(steps=1)
-    assert len(server.jobs._ended) <= jobs.MAX_ENDED
+    _until(lambda: not server.jobs.live())
+    assert len(server.jobs._ended) == jobs.MAX_ENDED < 20 + 200 + 60
 
 
 def test_a_client_that_goes_away_frees_its_place(server: Running) -> None:
@@ -724,17 +744,20 @@ def test_every_setting_of_txt2img_that_a_page_may_change_is_in_a_request() -> No
     assert own == set(Txt2ImgConfig.model_fields) - local
 
 
-def _slowly(run: Run) -> Run:
-    """So that a client keeps up: it waits a little after each change."""
+def _in_step(run: Run, events: Events) -> Run:
+    """It waits for a client, and after each change until the client has been sent it."""
 
-    def run_slowly(job: Job, changed: Callable[[], None]) -> None:
-        def changed_slowly() -> None:
+    def run_in_step(job: Job, changed: Callable[[], None]) -> None:
+        _until(lambda: bool(events._listeners))
+
+        def changed_and_sent() -> None:
             changed()
-            time.sleep(0.03)
+            time.sleep(0.01)
+            _until(lambda: not any(listener._pending for listener in events._listeners))
 
-        run(job, changed_slowly)
+        run(job, changed_and_sent)
 
-    return run_slowly
+    return run_in_step
 
 
 def _raiser(error: Exception) -> Callable[..., None]:

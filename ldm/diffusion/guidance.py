@@ -37,7 +37,7 @@ class GuidanceConfig(Config):
     model's own when left out, 0 1 where it has none"""
     apg_eta: float = Field(0.0, ge=0, le=1)
     """APG: weight of the part of the update parallel to the conditional prediction"""
-    apg_norm_threshold: float | None = Field(None, gt=0)
+    apg_norm_threshold: float | None = Field(None, gt=0, allow_inf_nan=False)
     """APG: largest norm of the update of an image"""
     apg_momentum: float = Field(0.0, gt=-1, lt=1)
     """APG: weight of the previous updates; -0.5 in the paper"""

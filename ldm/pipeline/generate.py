@@ -327,7 +327,7 @@ def open_init_image(
     if image.size != opened.size:
         before, after = (f"{width}x{height}" for width, height in (opened.size, image.size))
         cropped = " and cropped" * (opened.width * image.height != opened.height * image.width)
-        notes.append(f"{record.image}: {before} resized{cropped} to {after}; --width and --height set it")
+        notes.append(f"{record.image.name}: {before} resized{cropped} to {after}; width and height set it")
     if any(record.outpaint):
         image, mask = pad_for_outpainting(image, mask, record.outpaint)
     inputs = {"image": image, "mask": mask, "strength": record.strength, "inversion_prompt": record.inversion_prompt}
@@ -344,7 +344,7 @@ def _open_unchanged(path: Path, digest: str | None, background: str) -> tuple[Im
         raise ValueError(f"{path}: {error}") from None
     image = white if background == "white" else black
     image.info.clear()  # such as the orientation: it is upright now
-    return image, [f"{path} is transparent in part: clear counts as {background}"] if white != black else []
+    return image, [f"{path.name} is transparent in part: clear counts as {background}"] if white != black else []
 
 
 def save_images(images: Iterable[tuple[Image.Image, GenerationRecord]], out: Path) -> list[Path]:

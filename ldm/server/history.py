@@ -145,7 +145,7 @@ class History:
                 notes = _notes_of(record, models)
             else:
                 return None, []
-        except (ValueError, RecursionError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             return None, [f"its settings cannot be used here: {error}"]
         if settings["model"] not in models:
             notes.append(f"model {settings['model']} is not here: choose another")

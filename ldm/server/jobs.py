@@ -26,10 +26,6 @@ class QueueFull(Exception):
     """No more jobs are taken."""
 
 
-class Skip(Exception):
-    """Leaves out what a job generates at this moment."""
-
-
 class Closing(Exception):
     """The server ends."""
 
@@ -71,11 +67,6 @@ class Job:
         self.images: list[str] = []
         self.warnings: list[str] = []
         self.error: str | None = None
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether nothing will change any more."""
-        return self.state in get_args(EndState)
 
     def view(self) -> JobView:
         """A copy of what clients see."""

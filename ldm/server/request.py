@@ -120,17 +120,17 @@ class GenerationRequest(Config):
                 values[axis.setting] = value
         return GenerationRequest.from_dict(values, source="grid")
 
-    def script_config(self, model: Path, find_input: Callable[[str], Path | None]) -> Txt2ImgConfig:
+    def script_config(self, model: Path, input_file: Callable[[str], Path | None]) -> Txt2ImgConfig:
         """The settings as those of the script that generates the same;
 
-        ValueError: an image that `find_input` does not find.
+        ValueError: an image that `input_file` does not find.
         """
         values = {name: value for name, value in self if name in Txt2ImgConfig.model_fields and name != "model"}
         values |= {"model": model, "prompts": (self.prompt,)}
         if self.image is None:
             return Txt2ImgConfig(**values)
         own = {name: getattr(self, name) for name in ("strength", "inversion_prompt", "outpaint")}
-        images = {name: find_input(value) for name in ("image", "mask") if (value := getattr(self, name))}
+        images = {name: input_file(value) for name in ("image", "mask") if (value := getattr(self, name))}
         if None in images.values():
             raise ValueError("an image to start from is gone: upload it again")
         return Img2ImgConfig(**values, **own, **images)

@@ -2,7 +2,6 @@
 
 import base64
 import itertools
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,14 +36,18 @@ from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.record import InitImageRecord
 from ldm.precision import Precision
 from ldm.server.history import History
-from ldm.server.jobs import Job, Skip
+from ldm.server.jobs import Job
 from ldm.server.request import MAX_SIDE, GenerationRequest, request_of
 
 PREVIEW_SIDE, FILM_SIDE = 512, 128  # pixels, at most
 PREVIEW_SECONDS = 0.1  # between previews of steps that are faster
-FILM_NUMBERS = 2**26  # of states and predictions that wait to become a film
+FILM_NUMBERS = 2**26  # of states and predictions that wait to become a film; larger batches have none
 SHEET_SIDE = 4096  # pixels, of a grid without its labels, at most
 LABEL_HEIGHT, LABEL_WIDTH = 18, 110  # pixels, of a grid
+
+
+class Skip(Exception):
+    """Leaves out what a job generates at this moment."""
 
 
 def find_models() -> dict[str, Path]:
@@ -68,7 +71,8 @@ def _models_below(root: Path) -> Iterator[Path]:
             if "model_index.json" in files or _may_generate(folder):
                 yield folder
         elif root.name == "models":
-            yield from (folder / file for file in files if file.endswith(".safetensors"))
+            single = (folder / file for file in files if file.endswith(".safetensors"))
+            yield from (file for file in single if file.is_file())  # no dangling link
         seen.add(real)
 
 
@@ -83,7 +87,10 @@ def _may_generate(folder: Path) -> bool:
 def _age(path: Path) -> tuple[bool, float]:
     """Single files after folders, which are sure to be models; then the newest first."""
     file = next((path / name for name in ("model.json", "model_index.json") if (path / name).is_file()), path)
-    return path.is_file(), -file.stat().st_mtime
+    try:
+        return path.is_file(), -file.stat().st_mtime
+    except OSError:  # it is being removed
+        return True, 0.0
 
 
 class ModelRunner:
@@ -148,7 +155,7 @@ class ModelRunner:
                 return
             job.skips = False  # that was meant for what is over
             taken, before = list[SamplerStep](), job.step
-            on_step = self._follow(job, batches.pipeline, taken, started, changed)
+            on_step = self._follow(job, batches.pipeline, taken, sampling_steps(record), started, changed)
             try:
                 made = list(generate_batch(batches.pipeline, record, batches.inputs, on_step))
             except Skip:
@@ -167,21 +174,26 @@ class ModelRunner:
             yield from (image for image, _ in made)
 
     def _follow(
-        self, job: Job, pipeline: Pipeline, taken: list[SamplerStep], started: float, changed: Callable[[], None]
+        self,
+        job: Job,
+        pipeline: Pipeline,
+        taken: list[SamplerStep],
+        steps: int,
+        started: float,
+        changed: Callable[[], None],
     ) -> Callable[[int, SamplerStep], bool]:
         """What to do after each step of a batch: show it, remember it for the film, and ask whether it goes on."""
         shown = 0.0  # when the last preview was made
 
         def on_step(index: int, step: SamplerStep) -> bool:
             nonlocal shown
-            if job.skips:
+            if job.skips and not job.stops:
                 raise Skip
             stops = job.stops
             if stops or time.monotonic() - shown > PREVIEW_SECONDS:
                 job.preview, shown = data_url(image_grid(pipeline.preview(step.denoised), gap=0)), time.monotonic()
             job.step, job.seconds = job.step + 1, time.monotonic() - started
-            every = math.ceil(2 * step.z.numel() * job.steps / FILM_NUMBERS)  # 1, but for large images
-            if index % every == 0:
+            if 2 * step.z.numel() * steps <= FILM_NUMBERS:
                 taken.append(step)
             changed()
             return stops
@@ -214,6 +226,8 @@ class Batches:
             self.inputs, notes = open_init_image(pipeline, init_image, config.width, config.height)
         self.pipeline = pipeline
         self.records = batch_records(config, config.prompts, pipeline, models, self.inputs, init_image)
+        for record in self.records:
+            request_of(record)  # which must be a valid request, before it is sampled
         self.warnings = [*prompt_warnings(pipeline, self.records), *size_warnings(pipeline, self.records[0]), *notes]
 
 

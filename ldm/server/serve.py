@@ -33,7 +33,7 @@ class ServeConfig(ScriptConfig):
     listen: str | None = None
     """address on which other machines reach the page, such as 0.0.0.0; they need the token that is printed"""
     model: Path | None = None
-    """the first model of the list; the newest below runs/ and models/ when left out"""
+    """the first model of the list; when left out the newest below runs/, or where there is none below models/"""
     out: Path = Path("outputs/page")
     """folder for the images, which are the history of the page"""
     device: str | None = None

@@ -97,20 +97,29 @@ const submit = reported(async () => {
   if (source && isPainted()) values.mask = (await upload(await maskBlob(), "mask")).id;
   const job = await postJSON("/api/jobs", values);
   form.elements.seed.value = job.request.seed;
+  save();
 });
 
 // Jobs: each event is one, as it is now.
 
-let events = null;
+let events = null, retry = null;
 
 function listen() {
   events?.close();
   events = new EventSource("/api/events?interval=0.1"); // steps can be faster than a screen
-  events.onopen = () => { jobs.clear(); showJobs(); quietly(showNewest)(); };
+  events.onopen = async () => {
+    const before = [...jobs.keys()]; // of which some have ended meanwhile
+    jobs.clear();
+    showJobs();
+    await quietly(showNewest)();
+    for (const id of before) api(`/api/jobs/${id}`).then(onJob, () => {}); // none: the server is another one
+  };
   events.onmessage = (event) => onJob(JSON.parse(event.data));
   events.onerror = () => {
     $("status").textContent = "The server does not answer. Trying again…";
-    if (events.readyState === EventSource.CLOSED) setTimeout(start, 3000); // it refused, or is another one by now
+    events.close();
+    clearTimeout(retry);
+    retry = setTimeout(start, 3000); // from the beginning, as it may be another one by then, with another token
   };
 }
 
@@ -191,19 +200,23 @@ const ask = (wish) => reported(async () => { if (current()) await postJSON(`/api
 
 // The history, by day.
 
+// A gap that more new images than a page have left is not filled: what was before it is asked for again.
 async function showNewest() {
-  const newest = await api(`/api/images?limit=${PAGE}`), known = new Set(newest.map((entry) => entry.id));
-  entries = [...newest, ...entries.filter((entry) => !known.has(entry.id))].sort((a, b) => a.id < b.id ? 1 : -1);
-  showHistory(newest.length);
+  const newest = await api(`/api/images?limit=${PAGE}`);
+  const isConnected = newest.some((entry) => entryOf(entry.id));
+  if (!isConnected) $("more").hidden = newest.length < PAGE;
+  showHistory(isConnected ? [...newest, ...entries] : newest);
 }
 
 async function showOlder() {
   const older = await api(`/api/images?limit=${PAGE}&before=${entries.at(-1).id}`);
-  entries.push(...older);
-  showHistory(older.length);
+  $("more").hidden = older.length < PAGE;
+  showHistory([...entries, ...older]);
 }
 
-function showHistory(count) {
+function showHistory(found) { // of an image that is there twice, the first is newer
+  const unique = new Map(found.toReversed().map((entry) => [entry.id, entry]));
+  entries = [...unique.values()].sort((a, b) => a.id < b.id ? 1 : -1);
   const dayOf = (entry) => new Date(entry.created).toLocaleDateString(undefined, { dateStyle: "full" });
   const days = Map.groupBy(entries, dayOf);
   sync($("history"), [...days].map(([day, entries]) => {
@@ -211,7 +224,10 @@ function showHistory(count) {
     sync(section.lastElementChild, entries.map((entry) => thumbnail(entry.id)));
     return section;
   }));
-  $("more").hidden = count < PAGE;
+  if (shown) {
+    shown = entryOf(shown.id) ?? shown;
+    $("denoising").hidden = !shown.film_steps; // which may just have been made
+  }
 }
 
 const daySection = cached((day) => {
@@ -268,8 +284,10 @@ const flatten = (values, prefix = "") => Object.entries(values).flatMap(([name, 
 let film = null, playing = null;
 
 function openFilm() {
+  const entry = shown;
   film = new Image();
   film.onload = () => {
+    if (shown.id !== entry.id) return; // another one was opened meanwhile
     const width = film.width / shown.film_steps, height = film.height / 2;
     for (const id of ["state", "guess"]) Object.assign($(id), { width, height });
     $("film").hidden = false;
@@ -308,7 +326,10 @@ const pen = () => $("mask").getContext("2d", { willReadFrequently: true });
 async function setSource(id, mask) {
   const address = id.length === 64 ? `/api/uploads/${id}` : `/api/images/${id}/file`; // a hash, or of the history
   $("source").src = address;
-  await $("source").decode().catch(() => { throw new Error("the image to start from is gone: add it again"); });
+  await $("source").decode().catch(() => {
+    removeSource();
+    throw new Error("the image to start from is gone: add it again");
+  });
   source = id;
   const { naturalWidth: width, naturalHeight: height } = $("source");
   Object.assign($("mask"), { width, height });
@@ -407,7 +428,11 @@ const open = reported(async (file, startsFrom) => {
 // What the buttons do.
 
 form.onsubmit = (event) => { event.preventDefault(); submit(); };
-form.onkeydown = (event) => { if (event.key === "Enter" && event.ctrlKey) form.requestSubmit(); };
+form.onkeydown = (event) => {
+  if (event.key !== "Enter" || !event.ctrlKey) return;
+  event.preventDefault();
+  form.requestSubmit();
+};
 form.onchange = () => { showDefaults(); save(); };
 $("stop").onclick = ask("stop");
 $("skip").onclick = ask("skip");
@@ -424,8 +449,9 @@ for (const type of ["pointerdown", "pointermove"]) $("mask").addEventListener(ty
 $("mask").onkeydown = onKey;
 $("mask").onfocus = () => moveBrush(brush.x, brush.y, false);
 $("mask").onblur = $("mask").onpointerleave = () => { $("brush").hidden = true; };
-document.ondragover = (event) => event.preventDefault();
+document.ondragover = (event) => { if (event.dataTransfer.types.includes("Files")) event.preventDefault(); };
 document.ondrop = (event) => {
+  if (!event.dataTransfer.types.includes("Files")) return; // text, into a field
   event.preventDefault();
   open(event.dataTransfer.files[0], event.target.closest("#start") !== null);
 };
