@@ -300,8 +300,8 @@ def test_an_error_while_the_first_model_is_loaded_ends_nothing(here: Path, monke
 
 def test_a_skip_does_not_undo_a_stop(server: Running) -> None:
     job = server.submit(steps=200, num_images=8, batch_size=1)
-    for wish in ("stop", "skip"):
-        server.post(f"/api/jobs/{job['id']}/{wish}", {})
+    for action in ("stop", "skip"):
+        server.post(f"/api/jobs/{job['id']}/{action}", {})
     assert server.wait(job)["state"] == "stopped"
 
 

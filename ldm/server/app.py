@@ -34,7 +34,7 @@ from ldm.server.runner import ModelRunner
 STATIC = Path(__file__).parent / "static"
 SWAGGER = Path(str(files("fastapi_offline"))) / "static"
 MAX_MEGAPIXELS = 16  # of an upload
-PATIENCE = 20  # seconds that the end waits for what cannot be interrupted, such as decoding an image
+SHUTDOWN_SECONDS = 20  # that the end waits for what cannot be interrupted, such as decoding an image
 CACHED = {"Cache-Control": "private, max-age=31536000, immutable"}  # an id stands for the same bytes for ever
 Token = Depends(APIKeyHeader(name=TOKEN_HEADER, auto_error=False, description="`token` of `/api/session`"))
 
@@ -86,7 +86,7 @@ def create_app(jobs: Jobs, runner: ModelRunner, access: Access) -> FastAPI:
         jobs.start()
         yield
         jobs.close()
-        await asyncio.to_thread(jobs.join, PATIENCE)
+        await asyncio.to_thread(jobs.join, SHUTDOWN_SECONDS)
 
     app = FastAPI(title="ldm", lifespan=lifespan, docs_url=None, redoc_url=None, responses={"4XX": {"model": Failure}})
     history, decoding = runner.history, Lock()
@@ -124,8 +124,7 @@ def create_app(jobs: Jobs, runner: ModelRunner, access: Access) -> FastAPI:
     def submit(request: GenerationRequest) -> JobView:
         """Put a job into the queue. A seed that is left out is drawn here."""
         request.cells()
-        if request.model is not None and request.model not in runner.models():
-            raise ValueError(f"model {request.model} is not below models/ or runs/: choose one of the list")
+        runner.find(request.model)
         seed = secrets.randbelow(RANDOM_SEEDS) if request.seed is None else request.seed
         images = {name: history.find_input(value) for name in ("image", "mask") if (value := getattr(request, name))}
         return jobs.submit(request.model_copy(update={"seed": seed, **images})).view()

@@ -107,6 +107,13 @@ class ModelRunner:
         self.models, self.history, self.device, self.precision = models, history, device, precision
         self._loaded: tuple[tuple[Path, int], Pipeline, dict[str, str]] | None = None
 
+    def find(self, name: str | None) -> Path:
+        """A model by its name, the first where there is none; ValueError: none is listed under that name."""
+        models = self.models()
+        if not models or (name is not None and name not in models):
+            raise ValueError(f"model {name or ''} is not below models/ or runs/: choose one of the list")
+        return models[name] if name is not None else next(iter(models.values()))
+
     def load(self, path: Path) -> tuple[Pipeline, dict[str, str]]:
         """The pipeline, and the fields of a record that say what it is; loaded where it is not the last one."""
         weights = weights_file(path)
@@ -122,18 +129,15 @@ class ModelRunner:
     def load_first(self) -> None:
         """Load the first model, so that the first job need not wait for it; an error is that job's."""
         with suppress(ValueError, OSError):
-            self.load(next(iter(self.models().values())))
+            self.load(self.find(None))
 
     def run(self, job: Job, changed: Callable[[], None]) -> None:
         """Generate what a job asks for. ValueError: an unknown model or image, or what txt2img refuses."""
-        models = self.models()
-        name = job.request.model or next(iter(models))
-        if name not in models:
-            raise ValueError(f"model {name} is not below models/ or runs/: choose one of the list")
-        pipeline, fields = self.load(models[name])
+        path = self.find(job.request.model)
+        pipeline, fields = self.load(path)
         work: list[Batches] = []
         for cell in itertools.chain.from_iterable(job.request.cells()):
-            work.append(Batches(cell, pipeline, fields, models[name], self.history, like=work[0] if work else None))
+            work.append(Batches(cell, pipeline, fields, path, self.history, like=work[0] if work else None))
         job.warnings = list(dict.fromkeys(warning for batches in work for warning in batches.warnings))
         job.steps = sum(sampling_steps(record) for batches in work for record in batches.records)
         job.state, started = "sampling", time.monotonic()
