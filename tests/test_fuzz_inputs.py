@@ -288,7 +288,7 @@ def inspected(parts: list[ImageTextSource]) -> tuple[str, int]:
     if shown:
         assert captioned_grid(*zip(*shown, strict=True), columns=2).width == 2 * 136 - 8
     limit = TokenLimit(77, lambda caption: len(COUNT(caption)), "a test")
-    return next(format_report(images, size=8, limit=limit)), len(shown)
+    return next(format_report(images, size=8, limit=limit, enlarged=True)), len(shown)
 
 
 # Tables of images.

@@ -17,9 +17,10 @@ class DataConfig(Config):
     """Which images are read, and how they are cropped."""
 
     source: str = "shapes"
-    """shapes, pairs, characters, emoji, or several of these, as `characters+emoji`; a folder, a parquet file, the id
-    `org/name` of a hub data set, or tar and parquet shards: a folder of them, a pattern such as
-    `photos/{000..099}.tar`, an address such as `s3://bucket/photos`"""
+    """shapes, pairs, characters, emoji, or several of these, as `characters+emoji`; a folder of images or of medical
+    files (DICOM, NIfTI, PNG and TIFF of 16 bits), a parquet file, the id `org/name` of a hub data set, or tar and
+    parquet shards: a folder of them, a pattern such as `photos/{000..099}.tar`, an address such as
+    `s3://bucket/photos`"""
     resolution: int = Field(32, ge=8)
     """side of the square images, in pixels"""
     bucket_step: int = Field(0, ge=0)
@@ -27,6 +28,15 @@ class DataConfig(Config):
     about resolution x resolution, and all images of a step have one shape"""
     channels: Literal[1, 3] = 3
     """3 for colour, 1 for grey"""
+    window: str = "percentile"
+    """of medical images, the values from black to white: brain, lung, bone or soft-tissue for CT; file, as the file
+    says; percentile, 0.5 to 99.5 % of a series; or centre and width, as 40,80. Three make channels: brain+bone+lung"""
+    spacing: float | None = Field(None, gt=0)
+    """of medical images, mm that a pixel is wide and high: images are resampled to it, then cropped, not resized"""
+    plane: Literal["axial", "coronal", "sagittal"] = "axial"
+    """of the slices of NIfTI volumes"""
+    caption_template: str = ""
+    """captions of DICOM images that no table has one for, as `{Modality} of the {BodyPartExamined}`"""
     random_flip: bool = False
     """mirror every second training image at random; off because it also mirrors writing, left and right"""
     shard_streams: int = Field(16, ge=1)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from ldm.data.failures import FallbackReader
 from ldm.data.loader import sample_batches
 from ldm.data.sources.base import ImageTextSource, Split, check_split
 from ldm.data.transforms import View
+from ldm.medical.formats import is_medical
 
 if TYPE_CHECKING:
     from ldm.data.sources.encoded import EncodedSource
@@ -140,8 +142,11 @@ def open_dataset(config: DataConfig, split: Split, *, seed: int) -> ImageTextDat
 
 
 def open_splits(config: DataConfig, *, seed: int) -> tuple[ImageTextDataset, ImageTextDataset]:
-    """The training and the held-out split; ValueError: see `open_dataset`."""
-    return open_dataset(config, "train", seed=seed), open_dataset(config, "test", seed=seed)
+    """The training and the held-out split, with no patient in both; ValueError: see `open_dataset`."""
+    train, test = open_dataset(config, "train", seed=seed), open_dataset(config, "test", seed=seed)
+    if both := set(train.source.patients) & set(test.source.patients):
+        raise ValueError(f"{config.source}: {len(both):,} patients are in both splits, as files changed: start again")
+    return train, test
 
 
 def open_source(config: DataConfig, split: Split) -> ImageTextSource:
@@ -150,9 +155,17 @@ def open_source(config: DataConfig, split: Split) -> ImageTextSource:
 
     if config.drawn:
         return join_sources([open_drawn(name, config, split) for name in config.drawn.split("+")])
-    from ldm.data.sources.folder import open_images
+    from ldm.data.sources.folder import list_files, open_images
     from ldm.data.sources.sharded import is_sharded, open_shards
 
+    root = Path(config.source).expanduser()
+    if root.is_dir() and is_medical([root / name for name in list_files(root)[0]]):
+        try:
+            from ldm.data.sources.medical import open_medical
+        except ModuleNotFoundError as error:
+            remedy = f"{error.name} is not installed: run `pip install 'ldm[medical]'`"
+            raise ValueError(f"{root} holds medical files, and {remedy}") from None
+        return open_medical(config, split)
     if is_sharded(config.source):
         return open_shards(config.source, split, streams=config.shard_streams)
     return open_images(config.source, split)

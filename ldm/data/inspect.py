@@ -22,6 +22,7 @@ from ldm.data.sources.base import ImageTextSource, Split, first_names
 from ldm.data.transforms import Sides, View
 from ldm.imaging import captioned_grid, check_image_file, save_image, tensor_to_pil
 from ldm.labels import LabelFont
+from ldm.medical.slices import Plane
 
 THUMBNAIL_SIDE = 128  # the longer side, in pixels, of what is compared and shown of an image
 ALIKE = 32  # by how much of 255 the colours of two images that look alike may differ
@@ -37,6 +38,12 @@ class CheckDataConfig(ScriptConfig):
     """as data.source: a folder, a parquet file, the id of a hub data set, or shards"""
     size: int | None = Field(None, ge=8)
     """resolution of the training; by default data.resolution of --config"""
+    window: str = ""
+    """of medical images, as data.window; by default that of --config"""
+    spacing: float | None = Field(None, gt=0)
+    """of medical images, as data.spacing; by default that of --config"""
+    plane: Plane | None = None
+    """of NIfTI volumes, as data.plane; by default that of --config"""
     max_tokens: int | None = Field(None, ge=3)
     """tokens that the text tower reads, start and end among them; by default those of the tower of --config"""
     contact_sheet: Path | None = None
@@ -59,7 +66,9 @@ class CheckDataConfig(ScriptConfig):
         if not self.source:
             raise ValueError("no images: pass a folder, as in `python scripts/check_data.py my_photos`")
         data = DataConfig.from_dict(read_yaml(self.config).get("data", {}), source=f"{self.config}: data")
-        return data.model_copy(update={"source": self.source, "resolution": self.size or data.resolution})
+        given = {name: getattr(self, name) for name in ("window", "spacing", "plane")}
+        given |= {"source": self.source, "resolution": self.size}
+        return DataConfig.from_dict(data.to_dict() | {name: value for name, value in given.items() if value}, source="")
 
 
 class TokenLimit(NamedTuple):
@@ -83,7 +92,15 @@ def check_data(config: CheckDataConfig, limit: TokenLimit | None) -> Iterator[st
     if config.quarantine:
         check_quarantine(folder, config.quarantine)
     train, test = (open_source(data, split) for split in get_args(Split))
+    if config.quarantine and train.patients:
+        raise ValueError("--quarantine moves images alone, not medical files: leave it out, and move them by hand")
     yield from [train.description, *train.notes]
+    if train.patients:
+        yield from listed("files refused", train.refused)
+        yield from listed("series", [line for source in (train, test) for line in source.details()])
+        patients, held_out = set(train.patients), set(test.patients)
+        both = len(patients & held_out)
+        yield f"patients: {len(patients):,} in training, {len(held_out):,} held out, {both:,} in both"
     tower = f"whose text tower reads {limit.max_tokens} tokens ({limit.origin})" if limit else "without a text tower"
     side = f"{data.resolution} pixels ({'--size' if config.size else relative(config.config)})"
     yield f"for a training at {side}, {tower}"
@@ -91,7 +108,7 @@ def check_data(config: CheckDataConfig, limit: TokenLimit | None) -> Iterator[st
     enough = range(2 * config.sheet_images)  # to find that many readable ones
     with ThreadPoolExecutor(config.num_workers) as pool:
         images = list(pool.map(lambda i: inspect_image(*items[i], thumbnail=i in enough), range(len(items))))
-    yield from format_report(images, size=data.resolution, limit=limit)
+    yield from format_report(images, size=data.resolution, limit=limit, enlarged=data.spacing is None)
     shown = [(info.thumbnail, next(iter(info.captions), "")) for info in images if info.thumbnail]
     if config.contact_sheet and shown:
         thumbnails, captions = zip(*shown[: config.sheet_images], strict=True)
@@ -116,8 +133,11 @@ class ImageInfo(NamedTuple):
     thumbnail: Image.Image | None = None
 
 
-def format_report(images: Sequence[ImageInfo], *, size: int, limit: TokenLimit | None) -> Iterator[str]:
-    """The lines on a training at `size` pixels, under a text tower that reads captions up to a limit."""
+def format_report(images: Sequence[ImageInfo], *, size: int, limit: TokenLimit | None, enlarged: bool) -> Iterator[str]:
+    """The lines on a training at `size` pixels, under a text tower that reads captions up to a limit.
+
+    Smaller images are enlarged, or else padded.
+    """
     unreadable = [info for info in images if info.error is not None]
     yield f"{len(images):,} images, {len(unreadable):,} unreadable"
     yield from (f"  {info.name}: {info.error}" for info in unreadable)
@@ -127,7 +147,7 @@ def format_report(images: Sequence[ImageInfo], *, size: int, limit: TokenLimit |
         small = sum(side < size for side in sides)
         yield (
             f"shorter side from {min(sides):,} to {max(sides):,} pixels, median {median(sides):,.0f}; "
-            f"{small:,} below {size}, which would be enlarged"
+            f"{small:,} below {size}, which would be {'enlarged' if enlarged else 'padded'}"
         )
         ratios = [width / height for height, width in (info.size for info in readable)]
         yield f"width to height from {min(ratios):.2f} to {max(ratios):.2f}, median {median(ratios):.2f}"

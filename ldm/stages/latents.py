@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ldm.cli import ScriptConfig
 from ldm.config import changed_values, check_equal
-from ldm.data import DataConfig, ImageTextDataset, latents, open_dataset
+from ldm.data import DataConfig, ImageTextDataset, latents, open_splits
 from ldm.data.batch_sampler import SampleKey
 from ldm.data.sources.base import Split, short_hash
 from ldm.io.atomic import check_folder, write_text
@@ -78,7 +78,7 @@ class LatentWriter:
             raise ValueError("text.model none: pass the text tower that train_ldm will have")
         self.vae, self.text = place(load_vae(vae_path), accelerator.device), text.to(accelerator.device)
         config.data.check_channels(self.vae.config.image_channels)
-        self.sets = {split: open_dataset(config.data, split, seed=config.seed) for split in SPLITS}
+        self.sets = dict(zip(SPLITS, open_splits(config.data, seed=config.seed), strict=True))
         self.fingerprint = latents_fingerprint(config.data, config.seed, weights_sha256(self.vae), self.text)
         self.fingerprint |= items_fingerprint(self.sets)
         captions = "\n".join(itertools.chain.from_iterable(data.captions for data in self.sets.values()))
@@ -164,7 +164,7 @@ def open_latents(
     expected |= text_fingerprint(text) if "text_sha256" in made_from else {}
     check_equal(expected, made_from, folder, remedy)
     if not same_place:  # perhaps the same images, elsewhere
-        found = items_fingerprint({split: open_dataset(data, split, seed=seed) for split in SPLITS})
+        found = items_fingerprint(dict(zip(SPLITS, open_splits(data, seed=seed), strict=True)))
         if changed_values(found, made_from):
             raise ValueError(f"{folder} was made from other images than those of {data.source}: {remedy}")
     return train, test, read_text(folder / latents.VOCABULARY_FILE).split()

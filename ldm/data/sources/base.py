@@ -48,6 +48,8 @@ class ImageTextSource(ABC):
     captions: Sequence[Sequence[str]]  # of each item: none, one or several
     description: str
     notes: Sequence[str] = ()  # a line for each thing that was left out, or not as it should be
+    refused: Sequence[str] = ()  # files of a medical set that are not read, with reasons
+    patients: Sequence[str] = ()  # of each item of a medical set, which no message and no file may contain
 
     @abstractmethod
     def read(self, index: int, view: View, *, channels: int, side: int) -> Decoded:
@@ -84,6 +86,10 @@ class ImageTextSource(ABC):
     def content(self) -> str:
         """A hash of the content of some items, in which sets with the same names differ; "" tells none apart."""
         return ""
+
+    def details(self) -> Iterable[str]:
+        """A line on each series of a medical set, which may name files: for check_data."""
+        return ()
 
     def prefetch(self, keys: Sequence[SampleKey], seed: int) -> None:  # noqa: B027  (most need nothing)
         """Prepare for these samples, which are read next."""

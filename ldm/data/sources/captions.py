@@ -137,8 +137,7 @@ def _add_table(
 
     Rows of `others`, which are files that are not read, are passed over.
     """
-    rows, joined = _read_rows(path)
-    rows = [{_column(name): row[name] for name in sorted(row, key=lambda name: name == _column(name))} for row in rows]
+    rows, joined = read_rows(path)
     columns = {column for row in rows for column in row}
     image = next((name for name in FILE_COLUMNS if name in columns), None)
     if image is None:
@@ -171,7 +170,14 @@ def _column(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip().casefold())
 
 
-def _read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a table, with columns in lower case; and the lines that `_read_csv` repaired."""
+    rows, joined = _read_table(path)
+    rows = [{_column(name): row[name] for name in sorted(row, key=lambda name: name == _column(name))} for row in rows]
+    return rows, joined
+
+
+def _read_table(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     suffix = path.suffix.lower()
     if suffix == ".csv":
         return _read_csv(path)

@@ -56,11 +56,11 @@ def find_metadata(root: Path) -> Path | None:
 def _open_folder(root: Path, split: Split) -> EncodedSource:
     """One split of the images below a folder."""
     check_split(split)
-    files, loops = _list_files(root)
+    files, loops = list_files(root)
     images = [name for name in files if name.lower().endswith(SUFFIXES)]
     if not images:
         content = "holds no PNG, JPEG or WEBP image" if files else "is empty"
-        found = f"; it holds {_count_suffixes(files)}" if files else ""
+        found = f"; it holds {count_suffixes(files)}" if files else ""
         raise ValueError(f"{root}: this folder {content}; put images there or choose another --data.source{found}")
     captions = read_captions(root, files, images)
     names, notes = _choose_split(images, split)
@@ -87,7 +87,7 @@ def _open_folder(root: Path, split: Split) -> EncodedSource:
 # Files.
 
 
-def _list_files(root: Path) -> tuple[list[str], list[str]]:
+def list_files(root: Path) -> tuple[list[str], list[str]]:
     """Relative paths of all files below `root`, in order, without hidden ones; and linked folders left out.
 
     A linked folder is followed where it leads to no folder that is read already, and to none that holds it.
@@ -122,10 +122,10 @@ def _describe_skipped(files: Sequence[str]) -> Iterator[str]:
     for name in files:
         kinds[next(why for suffixes, why in SKIPPED.items() if name.lower().endswith(suffixes))].append(name)
     for why, names in kinds.items():
-        yield f"{len(names):,} skipped {why}: {first_names(names, 3)} ({_count_suffixes(names)})"
+        yield f"{len(names):,} skipped {why}: {first_names(names, 3)} ({count_suffixes(names)})"
 
 
-def _count_suffixes(names: Iterable[str]) -> str:
+def count_suffixes(names: Iterable[str]) -> str:
     """How many files there are of each suffix."""
     counts = Counter(PurePosixPath(name).suffix.lower() or "without a suffix" for name in names)
     return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common(12))
@@ -136,24 +136,30 @@ def _count_suffixes(names: Iterable[str]) -> str:
 
 def _choose_split(images: Sequence[str], split: Split) -> tuple[list[str], list[str]]:
     """The images of a split, and what to say of it: the folder's own splits, or else a part that is held out."""
-    parts = _own_splits(images)
+    own, notes = own_splits(images)
+    return own[split] if own else [images[i] for i in hash_split(images, split)], notes
+
+
+def own_splits(images: Sequence[str]) -> tuple[dict[Split, list[str]], list[str]]:
+    """The images of both splits where a folder has them, else none; and what to say of it."""
+    parts = _named_parts(images)
     own = next((kind for kind in HELD_OUT_SPLITS if kind in parts), None)
     trained = next((kind for kind in ("train", None) if kind in parts), "")  # a held-out folder may stand beside images
     if own and trained != "":
         notes = [f"held out: the {len(parts[own]):,} images of the {own} split of this folder"]
         others = sorted(name for kind, names in parts.items() if kind not in (trained, own) for name in names)
         notes += [f"{len(others):,} images skipped, in neither split: {first_names(others)}"] if others else []
-        return parts[own if split == "test" else trained], notes
+        return {"train": parts[trained], "test": parts[own]}, notes
     notes = []
     if own:
         notes.append(
             f"{len(parts[own]):,} images are in folders named for a {own} split, but none elsewhere to train on: "
             f"{HELD_OUT_FRACTION:.0%} of all are held out"
         )
-    return [images[i] for i in hash_split(images, split)], notes
+    return {}, notes
 
 
-def _own_splits(images: Sequence[str]) -> dict[str | None, list[str]]:
+def _named_parts(images: Sequence[str]) -> dict[str | None, list[str]]:
     """Images by the split that the outermost of their folders says, if one does; or that all of their names say."""
     by_folder, by_name = (defaultdict[str | None, list[str]](list) for _ in range(2))
     for name in images:
