@@ -1,6 +1,7 @@
 """DICOM files: their headers, and the values of their pixels in the order that the standard asks for (PS3.3 C.11)."""
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -24,7 +25,9 @@ from pydicom.uid import (
 from ldm.medical.formats import is_dicom
 from ldm.medical.slices import MAX_PIXELS, Pixels, Slice, Turn, Values, plane_of, turn_for_viewing
 
-pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # its warnings would show values of patients
+# Warnings would show values of patients.
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+warnings.filterwarnings("ignore", module="pydicom")
 
 # Fields that say nothing of who a patient is, for captions.
 CAPTION_FIELDS = (
