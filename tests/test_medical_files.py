@@ -110,7 +110,7 @@ def test_values_are_those_of_pydicom(name: str) -> None:
     if "WindowWidth" in data:
         assert pixels.own_window
         shown, voi = pixels.own_window(), apply_voi_lut(apply_modality_lut(data.pixel_array, data), data)
-        assert 0 <= shown.min() and shown.max() <= 1
+        assert shown.min() >= 0 and shown.max() <= 1
         np.testing.assert_allclose(_stretched(np.sort(shown.ravel())), _stretched(np.sort(voi.ravel())), atol=1e-6)
 
 

@@ -122,4 +122,7 @@ def _finite(values: NDArray[Any]) -> Values:
     """As float32, with the lowest value where there is none."""
     values = values.astype(np.float32)
     finite = np.isfinite(values)
-    return values if finite.all() else np.where(finite, values, values[finite].min(initial=0)).astype(np.float32)
+    if finite.all():
+        return values
+    lowest = values[finite].min() if finite.any() else 0
+    return np.where(finite, values, lowest).astype(np.float32)
