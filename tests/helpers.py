@@ -18,10 +18,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from accelerate.utils import DistributedType
 from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -454,3 +457,23 @@ def full_disk() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# Medical files.
+
+
+def write_dicom(path: Path, values: np.ndarray, **fields: object) -> Path:
+    """A file of 16 bits with these values and fields."""
+    data = FileDataset(str(path), {}, preamble=b"\0" * 128)
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = MRImageStorage
+    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = pydicom.uid.generate_uid()
+    data.Modality, data.PhotometricInterpretation, data.SamplesPerPixel = "MR", "MONOCHROME2", 1
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 12, 11, 0
+    data.Rows, data.Columns = values.shape[-2:]
+    data.PixelData = values.astype("<u2").tobytes()
+    for name, value in fields.items():
+        setattr(data, name, value)
+    data.save_as(path, enforce_file_format=True)
+    return path

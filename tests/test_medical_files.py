@@ -8,10 +8,9 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+from helpers import write_dicom
 from nibabel.testing import data_path
-from pydicom.dataset import FileDataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
 from ldm.medical import dicom, nifti
 from ldm.medical.slices import Plane, Slice
@@ -179,23 +178,6 @@ def test_nifti_files_of_nibabel(name: str, plane: Plane) -> None:
         else:
             viewed = volume[item.index, front, up][::-1, ::-1].T
         assert np.array_equal(nifti.read_pixels(item).values, viewed)
-
-
-def write_dicom(path: Path, values: np.ndarray, **fields: object) -> Path:
-    """A file of 16 bits with these values and fields."""
-    data = FileDataset(str(path), {}, preamble=b"\0" * 128)
-    data.file_meta = pydicom.dataset.FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = MRImageStorage
-    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = pydicom.uid.generate_uid()
-    data.Modality, data.PhotometricInterpretation, data.SamplesPerPixel = "MR", "MONOCHROME2", 1
-    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 12, 11, 0
-    data.Rows, data.Columns = values.shape[-2:]
-    data.PixelData = values.astype("<u2").tobytes()
-    for name, value in fields.items():
-        setattr(data, name, value)
-    data.save_as(path, enforce_file_format=True)
-    return path
 
 
 @pytest.mark.parametrize("way", ["axial", "coronal", "sagittal"])
