@@ -10,17 +10,17 @@ from ldm.config import Config
 from ldm.data.loader import Batch
 
 # Values of `DataConfig.source`; all others are images of one's own.
-DRAWN_SOURCES = ("shapes", "pairs", "characters", "emoji")
+DRAWN_SOURCES = ("shapes", "pairs", "characters", "emoji", "phantom")
 
 
 class DataConfig(Config):
     """Which images are read, and how they are cropped."""
 
     source: str = "shapes"
-    """shapes, pairs, characters, emoji, or several of these, as `characters+emoji`; a folder of images or of medical
-    files (DICOM, NIfTI, PNG and TIFF of 16 bits), a parquet file, the id `org/name` of a hub data set, or tar and
-    parquet shards: a folder of them, a pattern such as `photos/{000..099}.tar`, an address such as
-    `s3://bucket/photos`"""
+    """shapes, pairs, characters, emoji, or several of these, as `characters+emoji`; phantom, slices of drawn heads; a
+    folder of images or of medical files (DICOM, NIfTI, PNG and TIFF of 16 bits), a parquet file, the id `org/name` of
+    a hub data set, or tar and parquet shards: a folder of them, a pattern such as `photos/{000..099}.tar`, an address
+    such as `s3://bucket/photos`"""
     resolution: int = Field(32, ge=8)
     """side of the square images, in pixels"""
     bucket_step: int = Field(0, ge=0)

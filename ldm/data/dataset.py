@@ -153,6 +153,10 @@ def open_source(config: DataConfig, split: Split) -> ImageTextSource:
     """One split of what `data.source` names. ValueError as in `open_dataset`."""
     from ldm.data.sources.encoded import join_sources  # each takes long to load
 
+    if config.drawn == "phantom":
+        from ldm.data.sources.phantom import open_phantom
+
+        return open_phantom(split, size=config.resolution)
     if config.drawn:
         return join_sources([open_drawn(name, config, split) for name in config.drawn.split("+")])
     from ldm.data.sources.folder import list_files, open_images

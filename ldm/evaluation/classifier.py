@@ -24,7 +24,7 @@ MIN_ACCURACY = 0.995  # on real held-out renders
 
 
 class AttributeClassifier(nn.Module):
-    """(b, 3, size, size) in [-1, 1] -> logits of each attribute, (b, values)."""
+    """(b, 1 or 3, size, size) in [-1, 1] -> logits of each attribute, (b, values)."""
 
     def __init__(self, attributes: Mapping[str, Sequence[str]]) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class AttributeClassifier(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         if images.shape[-1] > CLASSIFIER_SIDE:
             images = F.adaptive_avg_pool2d(images, CLASSIFIER_SIDE)
-        features = self.features(images)
+        features = self.features(images.expand(-1, 3, -1, -1))
         return {name: head(features) for name, head in self.heads.items()}
 
 

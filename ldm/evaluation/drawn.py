@@ -1,4 +1,4 @@
-"""The sets whose images are drawn here, so that what a prompt asks for can be checked: shapes, pairs and characters."""
+"""The sets whose images are drawn here, so that what a prompt asks for can be checked: shapes, characters, phantom."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ldm.data import DataConfig
-from ldm.data.sources import characters, shapes
+from ldm.data.sources import characters, phantom, shapes
 from ldm.data.sources.base import Split
+from ldm.data.sources.phantom_art import LESION_SIGNALS, LEVELS, LOBES, RADII, SIGNALS
 
 
 class DrawnSet(NamedTuple):
@@ -22,6 +23,7 @@ class DrawnSet(NamedTuple):
     render: Callable[..., Image.Image]  # (scene, size, seed=)
     classifier_steps: int  # after which its classifier reads held-out renders
     seen: Callable[[Any], Any] = lambda scene: scene  # as its image shows it
+    flat_background: bool = True
 
     def labels(self, scene: Any) -> dict[str, str]:
         """The value of each attribute that the image of a scene shows."""
@@ -59,7 +61,13 @@ def from_first(scene: shapes.PairScene) -> shapes.PairScene:
 
 
 def drawn_set(data: DataConfig) -> DrawnSet | None:
-    """The set that a model was trained on, if it is one of these, in colour."""
+    """The set that a model was trained on, if it is one of these, with the channels that it is drawn for."""
+    if (data.channels, data.source) == (1, "phantom"):
+        values = {"contrast": tuple(SIGNALS), "level": tuple(LEVELS), "ventricles": phantom.VENTRICLES}
+        values |= {"side": ("no", *phantom.SIDES), "lobe": ("no", *LOBES), "size": ("no", *RADII)}
+        values |= {"brightness": ("no", *LESION_SIGNALS)}
+        drawn = DrawnSet("phantom", values, phantom.scenes, phantom.captions, phantom.render, 900)
+        return drawn._replace(flat_background=False)
     if data.channels != 3:
         return None
     if data.source == "shapes":

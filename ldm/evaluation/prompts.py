@@ -94,7 +94,8 @@ def what_is_shown(subject: Subject, generated: Tensor, config: EvaluateConfig) -
     classifier, scenes = subject.classifier, drawn.by_caption("test")
     chosen = [scenes[caption] for caption in subject.captions]
     found = asked_for(subject, generated)
-    found |= {"background deviation, 8-bit steps": background_deviation(drawn, generated, chosen)}
+    if drawn.flat_background:
+        found |= {"background deviation, 8-bit steps": background_deviation(drawn, generated, chosen)}
     if captions := drawn.open_captions():
         count = max(config.num_samples // SEEDS_OF_A_CAPTION, 1)
         spread = [captions[i * len(captions) // count] for i in range(count) for _ in range(SEEDS_OF_A_CAPTION)]
