@@ -1,7 +1,9 @@
 """Drawn heads: what captions say is in the values and the masks, and splits share no patient and no scene."""
 
 from pathlib import Path
+from typing import Any
 
+import export_phantom
 import numpy as np
 import pytest
 from helpers import train
@@ -95,3 +97,23 @@ def test_a_vae_trains_on_it(tmp_path: Path) -> None:
         "vae", tmp_path / "vae", "--data.source", "phantom", "--data.channels", "1", "--vae.image-channels", "1"
     )
     assert (model / "model.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["dicom", "nifti"])
+def test_written_as_files_it_is_read_back_equal(tmp_path: Path, kind: str) -> None:
+    """Values to the last bit, captions, spacing and patients, through the readers of medical files."""
+    export_phantom.main([str(tmp_path / "out"), "--format", kind, "--patients", "4", "--size", "32"])
+    drawn = {(patient, phantom.captions(scene)[0]): (patient, scene) for patient, scene in phantom.slices("train")}
+    config = DataConfig(source=str(tmp_path / "out"), resolution=32, channels=1, window="2048,4096")
+    found = 0
+    for split in open_splits(config, seed=0):
+        source: Any = split.source
+        assert {item.spacing for item in source.slices} == {(FIELD / 32, FIELD / 32)}
+        for index, item in enumerate(source.slices):
+            patient, scene = drawn[int(item.patient.removeprefix("sub-")), source.captions[index][0]]
+            values = (split[SampleKey(index, 0, 0)]["image"][0].numpy() + 1) / 2 * 4096
+            np.testing.assert_allclose(values, phantom.draw(scene, patient, 32)[0], atol=1e-3)
+            found += 1
+    assert found >= 4 * 2 * 3 - 4
+    with pytest.raises(SystemExit, match="exists already: name another folder"):
+        export_phantom.main([str(tmp_path / "out")])
