@@ -12,6 +12,7 @@ import pytest
 from ldm.cli import parse_cli
 from ldm.config import CONFIGS, flatten
 from ldm.data.inspect import CheckDataConfig
+from ldm.data.sources.phantom_files import ExportPhantomConfig
 from ldm.evaluation.demo import DemoConfig
 from ldm.evaluation.figures import FiguresConfig
 from ldm.evaluation.subject import EvaluateConfig
@@ -49,6 +50,7 @@ CONFIG_CLASSES = {  # of each script but doctor, which names the stage, and laun
     "demo": DemoConfig,
     "distill_decoder": DistillNoModel,
     "evaluate": NoModelNeeded,
+    "export_phantom": ExportPhantomConfig,
     "img2img": Img2ImgConfig,
     "make_figures": FiguresConfig,
     "plan": PlanConfig,
