@@ -26,6 +26,7 @@ from ldm.medical.slices import Plane
 
 THUMBNAIL_SIDE = 128  # the longer side, in pixels, of what is compared and shown of an image
 ALIKE = 32  # by how much of 255 the colours of two images that look alike may differ
+SLICES_ALIKE = 4  # the same of slices of medical images, which all look alike
 MAX_LISTED = 20  # names that the report lists
 
 
@@ -108,7 +109,13 @@ def check_data(config: CheckDataConfig, limit: TokenLimit | None) -> Iterator[st
     enough = range(2 * config.sheet_images)  # to find that many readable ones
     with ThreadPoolExecutor(config.num_workers) as pool:
         images = list(pool.map(lambda i: inspect_image(*items[i], thumbnail=i in enough), range(len(items))))
-    yield from format_report(images, size=data.resolution, limit=limit, enlarged=data.spacing is None)
+    yield from format_report(
+        images,
+        size=data.resolution,
+        limit=limit,
+        enlarged=data.spacing is None,
+        alike=SLICES_ALIKE if train.patients else ALIKE,
+    )
     shown = [(info.thumbnail, next(iter(info.captions), "")) for info in images if info.thumbnail]
     if config.contact_sheet and shown:
         thumbnails, captions = zip(*shown[: config.sheet_images], strict=True)
@@ -133,10 +140,12 @@ class ImageInfo(NamedTuple):
     thumbnail: Image.Image | None = None
 
 
-def format_report(images: Sequence[ImageInfo], *, size: int, limit: TokenLimit | None, enlarged: bool) -> Iterator[str]:
+def format_report(
+    images: Sequence[ImageInfo], *, size: int, limit: TokenLimit | None, enlarged: bool, alike: int = ALIKE
+) -> Iterator[str]:
     """The lines on a training at `size` pixels, under a text tower that reads captions up to a limit.
 
-    Smaller images are enlarged, or else padded.
+    Smaller images are enlarged, or else padded. `alike` is that of `find_duplicates`.
     """
     unreadable = [info for info in images if info.error is not None]
     yield f"{len(images):,} images, {len(unreadable):,} unreadable"
@@ -151,7 +160,7 @@ def format_report(images: Sequence[ImageInfo], *, size: int, limit: TokenLimit |
         )
         ratios = [width / height for height, width in (info.size for info in readable)]
         yield f"width to height from {min(ratios):.2f} to {max(ratios):.2f}, median {median(ratios):.2f}"
-    groups = find_duplicates([info.signature for info in readable if info.signature is not None])
+    groups = find_duplicates([info.signature for info in readable if info.signature is not None], alike)
     yield f"{sum(len(group) - 1 for group in groups):,} images look like another one"
     yield from (f"  {' = '.join(readable[i].name for i in group[:5])}{' ...' * (len(group) > 5)}" for group in groups)
     yield from listed("images without a caption", [info.name for info in images if not info.captions])
@@ -190,20 +199,20 @@ def signature(image: Image.Image) -> NDArray[np.int16]:
     return np.array([*grid.flat, round(shape)], np.int16)
 
 
-def find_duplicates(signatures: Sequence[NDArray[np.int16]]) -> list[list[int]]:
-    """Groups of images that look like their first one: no number of their signatures differs by more than `ALIKE`."""
+def find_duplicates(signatures: Sequence[NDArray[np.int16]], alike: int = ALIKE) -> list[list[int]]:
+    """Groups of images that look like their first one: no number of their signatures differs by more than `alike`."""
     if not signatures:
         return []
     rows = np.stack(signatures)
     means = rows.mean(1)
     order = means.argsort(kind="stable")
-    rows, ends = rows[order], means[order].searchsorted(means[order] + ALIKE / 6, "right")  # as few cells differ much
+    rows, ends = rows[order], means[order].searchsorted(means[order] + alike / 6, "right")  # as few cells differ much
     few = rows[:, ::16].copy()  # of the numbers: they tell most images apart
     free, groups = np.ones(len(rows), bool), []
     for i in range(len(rows)):
         if free[i]:
-            near = i + 1 + (abs(few[i + 1 : ends[i]] - few[i]) <= ALIKE).all(1).nonzero()[0]
-            near = near[free[near] & (abs(rows[near] - rows[i]) <= ALIKE).all(1)]
+            near = i + 1 + (abs(few[i + 1 : ends[i]] - few[i]) <= alike).all(1).nonzero()[0]
+            near = near[free[near] & (abs(rows[near] - rows[i]) <= alike).all(1)]
             free[near] = False
             groups.append(sorted(order[[i, *near]].tolist()))
     return sorted(group for group in groups if len(group) > 1)
