@@ -117,3 +117,8 @@ def test_written_as_files_it_is_read_back_equal(tmp_path: Path, kind: str) -> No
     assert found >= 4 * 2 * 3 - 4
     with pytest.raises(SystemExit, match="exists already: name another folder"):
         export_phantom.main([str(tmp_path / "out")])
+
+
+def test_it_is_joined_to_no_other_set() -> None:
+    with pytest.raises(ValueError, match="phantom is of 12 bits and is joined to no other set"):
+        open_splits(DataConfig(source="phantom+characters"), seed=0)

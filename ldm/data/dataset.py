@@ -153,7 +153,9 @@ def open_source(config: DataConfig, split: Split) -> ImageTextSource:
     """One split of what `data.source` names. ValueError as in `open_dataset`."""
     from ldm.data.sources.encoded import join_sources  # each takes long to load
 
-    if config.drawn == "phantom":
+    if config.drawn and "phantom" in config.drawn.split("+"):
+        if config.drawn != "phantom":
+            raise ValueError("data.source: phantom is of 12 bits and is joined to no other set: leave the others out")
         from ldm.data.sources.phantom import open_phantom
 
         return open_phantom(split, size=config.resolution)

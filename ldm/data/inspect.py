@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any, NamedTuple, Self, get_args
 
 import numpy as np
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
@@ -98,7 +99,9 @@ def check_data(config: CheckDataConfig, limit: TokenLimit | None) -> Iterator[st
     yield from [train.description, *train.notes]
     if train.patients:
         yield from listed("files refused", train.refused)
-        yield from listed("series", [line for source in (train, test) for line in source.details()])
+        series = [line for source in (train, test) for line in source.details()]
+        yield f"{len(series):,} series"
+        yield from (f"  {line}" for line in series)
         patients, held_out = set(train.patients), set(test.patients)
         both = len(patients & held_out)
         yield f"patients: {len(patients):,} in training, {len(held_out):,} held out, {both:,} in both"
@@ -183,12 +186,13 @@ def inspect_image(source: ImageTextSource, index: int, *, thumbnail: bool) -> Im
     name, captions = source.names[index], source.captions[index]
     height, width = source.size(index)
     scale = THUMBNAIL_SIDE / max(height, width, THUMBNAIL_SIDE)
-    view = View((max(1, round(height * scale)), max(1, round(width * scale))))
+    sides = max(1, round(height * scale)), max(1, round(width * scale))
+    view = View((height, width) if source.patients else sides)  # with a spacing, a smaller view is a part of the slice
     try:
         image = source.read(index, view, channels=3, side=THUMBNAIL_SIDE // 2)
     except ValueError as error:
         return ImageInfo(name, captions, str(error))
-    (small,) = tensor_to_pil(image.pixels[None])
+    (small,) = tensor_to_pil(F.interpolate(image.pixels[None], sides, mode="area"))
     return ImageInfo(name, captions, None, image.original_size, signature(small), small if thumbnail else None)
 
 

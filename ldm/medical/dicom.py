@@ -23,7 +23,7 @@ from pydicom.uid import (
 )
 
 from ldm.medical.formats import is_dicom
-from ldm.medical.slices import MAX_PIXELS, Pixels, Slice, Turn, Values, plane_of, turn_for_viewing
+from ldm.medical.slices import MAX_PIXELS, Pixels, Slice, Turn, Values, fill_holes, plane_of, turn_for_viewing
 
 # Warnings would show values of patients.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -66,24 +66,29 @@ def read_pixels(item: Slice) -> Pixels:
     with _short_errors("pixels that cannot be decoded"):
         data = _open(item.path)
         _count_frames(data)
-        stored = _decode(data, item.index)
+        stored = _decode(data, item)
         if stored.shape != (data.Rows, data.Columns):
             raise RefusedError(f"pixels of shape {stored.shape}, the header says {(data.Rows, data.Columns)}")
         frame = _frame(data, item.index)
-        values, turn, padding = apply_modality_lut(stored, frame), _turn(frame), _padding(stored, frame)
+        turn, padding = _turn(frame), _padding(stored, frame)
+        values, holes = fill_holes(apply_modality_lut(stored, frame))
+        if holes is not None:
+            padding = holes if padding is None else padding | holes
         return Pixels(
-            turn(values).astype(np.float32),
+            turn(values),
             None if padding is None else turn(padding),
             frame.PhotometricInterpretation == "MONOCHROME1",
             (lambda: turn(_own_window(values, frame))) if _has_window(frame) else None,
         )
 
 
-def _decode(data: pydicom.Dataset, index: int) -> NDArray[Any]:
+def _decode(data: pydicom.Dataset, item: Slice) -> NDArray[Any]:
     """The stored values of a frame, by the first decoder that is installed for them."""
     syntax = data.file_meta.TransferSyntaxUID
     try:
-        return pixel_array(data, index=index, raw=True)
+        # One frame is read of a file; all of one that is deflated, or older than file headers.
+        source: Any = item.path if is_dicom(item.path) and not syntax.is_deflated else data
+        return pixel_array(source, index=item.index, raw=True)
     except RuntimeError:  # no decoder, or damaged data
         remedy = "; try `pip install pylibjpeg-libjpeg`, which is under the GPL" if syntax in RARE_JPEG else ""
         raise RefusedError(f"{syntax.name} that no installed decoder reads{remedy}") from None
@@ -97,8 +102,7 @@ def _short_errors(what: str) -> Iterator[None]:
     except RefusedError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")[:200].rstrip(": ")
-        raise ValueError(f"{what} ({reason or type(error).__name__})") from None
+        raise ValueError(f"{what} ({type(error).__name__})") from None  # whose message may have values of the file
 
 
 def _open(path: Path) -> pydicom.FileDataset:
@@ -195,11 +199,13 @@ def _turn(frame: pydicom.Dataset) -> Turn:
 
 def _padding(stored: NDArray[Any], frame: pydicom.Dataset) -> NDArray[np.bool_] | None:
     """Pixels that stand for nothing: of one value, or of a range of values."""
-    value = frame.get("PixelPaddingValue")
-    if not isinstance(value, int | float):
+    numbers = [frame.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    value, limit = (number if isinstance(number, int | float) else None for number in numbers)
+    if value is None:
         return None
-    limit = frame.get("PixelPaddingRangeLimit")
-    other = limit if isinstance(limit, int | float) else value
+    other = value if limit is None else limit
+    if stored.dtype.kind == "i":  # unsigned fields of signed pixels
+        value, other = (number - 2**16 if number >= 2**15 else number for number in (value, other))
     return (stored >= min(value, other)) & (stored <= max(value, other))
 
 
@@ -207,16 +213,32 @@ def _has_window(frame: pydicom.Dataset) -> bool:
     return bool(frame.get("VOILUTSequence")) or None not in (frame.get("WindowCenter"), frame.get("WindowWidth"))
 
 
-def _own_window(values: NDArray[Any], frame: pydicom.Dataset) -> Values:
-    """Values in [0, 1] by the first window or table of the file (PS3.3 C.11.2)."""
-    if (table := frame.get("VOILUTSequence")) or (table := frame.get("ModalityLUTSequence")):
-        low, high = 0.0, 2.0 ** table[0].LUTDescriptor[2] - 1
-    else:
-        low, high = (0.0, 2.0**frame.BitsStored - 1) if frame.PixelRepresentation == 0 else _signed(frame.BitsStored)
-        slope, intercept = float(frame.get("RescaleSlope", 1)), float(frame.get("RescaleIntercept", 0))
-        low, high = low * slope + intercept, high * slope + intercept
-    shown = (apply_voi_lut(values, frame) - low) / (high - low)
-    return shown.astype(np.float32)
+def _own_window(values: Values, frame: pydicom.Dataset) -> Values:
+    """Values in [0, 1] by the first window or table of the file (PS3.3 C.11.2). ValueError: it is damaged."""
+    with _short_errors("a window that cannot be read"):
+        if tables := frame.get("VOILUTSequence"):
+            return _look_up(values, tables[0], frame)
+        if table := frame.get("ModalityLUTSequence"):
+            low, high = 0.0, 2.0 ** table[0].LUTDescriptor[2] - 1
+        else:
+            bits, slope = int(frame.BitsStored), float(frame.get("RescaleSlope", 1))
+            low, high = (0.0, 2.0**bits - 1) if frame.PixelRepresentation == 0 else _signed(bits)
+            low, high = (limit * slope + float(frame.get("RescaleIntercept", 0)) for limit in (low, high))
+        if low == high:
+            raise RefusedError("a window over one value")
+        return ((apply_voi_lut(values, frame) - low) / (high - low)).astype(np.float32)
+
+
+def _look_up(values: Values, item: pydicom.Dataset, frame: pydicom.Dataset) -> Values:
+    """Values by a table; those before and after it are as its ends."""
+    count, first, bits = item.LUTDescriptor
+    data = item.LUTData
+    if isinstance(data, bytes):
+        data = np.frombuffer(data, "<u2" if len(data) >= 2 * (count or 2**16) else "u1")
+    table = np.asarray(data, np.float32)[: count or 2**16]
+    if frame.PixelRepresentation == 1 and first >= 2**15:  # an unsigned field of signed pixels
+        first -= 2**16
+    return (table / np.float32(2.0**bits - 1))[np.clip(values - first, 0, len(table) - 1).astype(int)]
 
 
 def _signed(bits: int) -> tuple[float, float]:

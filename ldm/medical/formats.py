@@ -10,7 +10,7 @@ Format = Literal["dicom", "nifti", "grey"]
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 GREY_SUFFIXES = (".png", ".tif", ".tiff")
 DICOM_SUFFIXES = ("", ".dcm", ".dicom", ".ima")
-GREY_MODES = {"I;16": 16, "I;16B": 16, "I;16L": 16, "I": 16, "F": 32}  # of Pillow, with the bits of a pixel
+GREY_MODES = {"I;16": 16, "I;16B": 16, "I;16L": 16, "I": 32, "F": 32}  # of Pillow, with the bits of a pixel
 PREAMBLE = 128  # bytes before the letters DICM
 MAX_TRIED = 16  # files whose first bytes are read
 
@@ -27,12 +27,12 @@ def format_of(path: PurePath) -> Format | None:
 
 
 def is_medical(files: Sequence[Path]) -> bool:
-    """Whether there are medical files among these: by their suffix, or by the first bytes of some of the others."""
+    """Whether there are DICOM or NIfTI files among these, or all PNG and TIFF are grey and of 16 bits."""
     if any(path.name.lower().endswith((*DICOM_SUFFIXES[1:], *NIFTI_SUFFIXES)) for path in files):
         return True
     grey = [path for path in files if format_of(path) == "grey"]
     unnamed = [path for path in files if format_of(path) == "dicom"]
-    return any(map(is_dicom, _some(unnamed))) or any(map(_is_grey_16, _some(grey)))
+    return any(map(is_dicom, _some(unnamed))) or (bool(grey) and all(map(_is_grey_16, _some(grey))))
 
 
 def is_dicom(path: Path) -> bool:

@@ -9,6 +9,9 @@ from ldm.medical.formats import GREY_MODES
 from ldm.medical.slices import MAX_PIXELS, Pixels, Slice, Values
 from ldm.medical.windows import scale
 
+PHOTOMETRIC, SAMPLE_FORMAT = 262, 339  # tags of TIFF
+WHITE_IS_ZERO, UNSIGNED = 0, 1
+
 
 def read_slices(path: Path) -> list[Slice]:
     """A slice for each page of a file. ValueError: 8 bits, colour, damaged or too large."""
@@ -30,8 +33,12 @@ def read_pixels(item: Slice) -> Pixels:
         with Image.open(item.path, formats=["PNG", "TIFF"]) as image:
             image.seek(item.index)
             values: Values = np.asarray(image).astype(np.float32)
+            tags = getattr(image, "tag_v2", {})
     except Exception as error:
         raise ValueError(f"pixels that cannot be decoded ({type(error).__name__})") from None
     if values.shape != item.size or not np.isfinite(values).all():
         raise ValueError("pixels that are no numbers, or of another size than the first page")
-    return Pixels(values, own_window=(lambda: scale(values, 0, 65535)) if item.bits == 16 else None)
+    if item.bits == 32 and tags.get(SAMPLE_FORMAT, (UNSIGNED,)) == (UNSIGNED,):  # Pillow reads these as signed ones
+        values = np.where(values < 0, values + np.float32(2**32), values)
+    inverted = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
+    return Pixels(values, inverted=inverted, own_window=(lambda: scale(values, 0, 65535)) if item.bits == 16 else None)

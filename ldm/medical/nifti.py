@@ -8,11 +8,11 @@ from typing import Any
 import nibabel
 import numpy as np
 from nibabel.orientations import aff2axcodes
-from numpy.typing import NDArray
 
-from ldm.medical.slices import MAX_VOXELS, VIEWS, Pixels, Plane, Slice, Turn, Values
+from ldm.medical.slices import MAX_VOXELS, VIEWS, Pixels, Plane, Slice, Turn, Values, fill_holes
 
 CACHED_BYTES = 2**30  # of volumes, in each process
+MM_IN_UNIT = {"meter": 1000.0, "micron": 0.001}
 MIN_SHOWN = 0.01  # of the pixels of a slice are above the background, or it counts as empty
 BACKGROUND = 0.05  # of the brightest values of a volume
 
@@ -31,8 +31,7 @@ class VolumeCache:
             if key in self._volumes:
                 self._volumes.move_to_end(key)
                 return self._volumes[key]
-        volume = _read(path)
-        with self._lock:
+            volume = _read(path)  # one at a time, as some are large
             self._volumes[key] = volume
             while len(self._volumes) > 1 and sum(one.nbytes for one in self._volumes.values()) > self.limit:
                 self._volumes.popitem(last=False)
@@ -43,7 +42,7 @@ CACHE = VolumeCache()
 
 
 def read_slices(path: Path, plane: Plane) -> list[Slice]:
-    """The slices of a plane that are not empty, from the feet to the head, back to front or right to left."""
+    """The slices of a plane that are not empty, along the normal; ValueError: there are none."""
     volume, spacing = CACHE.read(path), _spacing(path)
     normal, (down, right) = _axes(plane)
     bright = float(np.percentile(volume, 99.5))
@@ -51,6 +50,8 @@ def read_slices(path: Path, plane: Plane) -> list[Slice]:
     level = floor + BACKGROUND * (bright - floor)
     others = tuple(axis for axis in range(3) if axis != normal)
     shown = (volume > level).mean(axis=others)
+    if not (shown >= MIN_SHOWN).any():
+        raise ValueError("no slice that is not empty")
     bits = int(_load(path).get_data_dtype().itemsize * 8)
     return [
         Slice(
@@ -88,9 +89,9 @@ def _read(path: Path) -> Values:
     try:
         if len(image.shape) > 3:
             image = image.slicer[(..., *[0] * (len(image.shape) - 3))]
-        return _finite(np.asanyarray(nibabel.as_closest_canonical(image).dataobj))
-    except Exception as error:  # damaged files raise errors of many types
-        raise ValueError(f"values that cannot be read ({' '.join(str(error).split())[:200]})") from None
+        return fill_holes(np.asanyarray(nibabel.as_closest_canonical(image).dataobj))[0]
+    except Exception as error:  # damaged files raise errors of many types, whose messages have names of files
+        raise ValueError(f"values that cannot be read ({type(error).__name__})") from None
 
 
 def _load(path: Path) -> Any:
@@ -99,7 +100,7 @@ def _load(path: Path) -> Any:
         shape, dtype = image.shape, image.get_data_dtype()
         codes = aff2axcodes(image.affine)
     except Exception as error:
-        raise ValueError(f"not a NIfTI volume, or a damaged one ({' '.join(str(error).split())[:200]})") from None
+        raise ValueError(f"not a NIfTI volume, or a damaged one ({type(error).__name__})") from None
     if len(shape) < 3 or not all(shape):
         raise ValueError(f"of shape {shape}, a volume has three sides")
     if dtype.fields or dtype.kind not in "iuf":
@@ -114,15 +115,7 @@ def _load(path: Path) -> Any:
 def _spacing(path: Path) -> tuple[float, ...]:
     """mm along each axis of a volume in RAS."""
     image = _load(path)
-    affine = nibabel.as_closest_canonical(image.slicer[:1, :1, :1]).affine[:3, :3]
-    return tuple(round(float(length), 4) for length in np.linalg.norm(affine, axis=0))
-
-
-def _finite(values: NDArray[Any]) -> Values:
-    """As float32, with the lowest value where there is none."""
-    values = values.astype(np.float32)
-    finite = np.isfinite(values)
-    if finite.all():
-        return values
-    lowest = values[finite].min() if finite.any() else 0
-    return np.where(finite, values, lowest).astype(np.float32)
+    lengths = np.linalg.norm(image.affine[:3, :3], axis=0)
+    unit = MM_IN_UNIT.get(image.header.get_xyzt_units()[0], 1.0) if hasattr(image.header, "get_xyzt_units") else 1.0
+    axes = nibabel.io_orientation(image.affine)[:, 0].astype(int)
+    return tuple(round(float(lengths[axes == axis][0] * unit), 4) for axis in range(3))

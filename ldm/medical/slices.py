@@ -68,6 +68,16 @@ class Turn(NamedTuple):
         return array[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
 
 
+def fill_holes(values: NDArray[Any]) -> tuple[Values, NDArray[np.bool_] | None]:
+    """As float32, with the lowest value where there is no number; and where that is, if anywhere."""
+    values = values.astype(np.float32)
+    finite = np.isfinite(values)
+    if finite.all():
+        return values, None
+    lowest = values[finite].min() if finite.any() else 0
+    return np.where(finite, values, lowest).astype(np.float32), ~finite
+
+
 def plane_of(normal: NDArray[np.float64]) -> Plane:
     """The plane whose normal is the nearest to this one."""
     return list(VIEWS)[int(np.abs(normal).argmax())]

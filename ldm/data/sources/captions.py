@@ -46,9 +46,9 @@ def read_captions(root: Path, files: Sequence[str], images: Sequence[str]) -> Fo
         columns.append(f"{table} column `{added.column}`")
         joined += [f"line {line} of {table}" for line in added.joined]
         unread += [name for name in added.unread if name not in unread]
-    sidecars = _find_sidecars([name for name in images if not captions.get(name)], files)
+    sidecars = find_sidecars([name for name in images if not captions.get(name)], files)
     for name, text in sidecars.items():
-        captions[name] = parse_captions(_read_text(root / text), name)
+        captions[name] = parse_captions(read_text(root / text), name)
     origins = columns if len(columns) < 3 else [columns[0], f"{len(columns) - 1:,} more tables"]
     notes = []
     if joined:
@@ -91,7 +91,7 @@ def _simplify(name: str) -> str:
 # Text files.
 
 
-def _find_sidecars(images: Sequence[str], files: Sequence[str]) -> dict[str, str]:
+def find_sidecars(images: Sequence[str], files: Sequence[str]) -> dict[str, str]:
     """The text file of each image that has one: `a.png.txt` or `a.txt` of `a.png`; those in another case come last."""
     texts = {name: name for name in files if name.lower().endswith(SIDECAR_SUFFIXES)}
     found = _match_names(images, texts)
@@ -182,7 +182,7 @@ def _read_table(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     if suffix == ".csv":
         return _read_csv(path)
     if suffix == ".jsonl":
-        lines = enumerate(_read_text(path).split("\n"), 1)
+        lines = enumerate(read_text(path).split("\n"), 1)
         return [_parse_row(line, f"{path}: line {number}") for number, line in lines if line.strip()], []
     try:
         return pyarrow.parquet.read_table(path).to_pylist(), []
@@ -195,7 +195,7 @@ def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
     ValueError: not CSV, or such a line in a table where not only the caption can be meant.
     """
-    lines = list(io.StringIO(_read_text(path)))
+    lines = list(io.StringIO(read_text(path)))
     dialect, before = find_dialect(lines)
     line, header = before + 1, list[str]()
     rows, joined = [], []
@@ -262,7 +262,7 @@ def _parse_row(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """UTF-8; ValueError: another encoding, with the line where that shows."""
     data = path.read_bytes()
     halves = data[::2], data[1::2]

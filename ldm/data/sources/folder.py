@@ -60,7 +60,7 @@ def _open_folder(root: Path, split: Split) -> EncodedSource:
     images = [name for name in files if name.lower().endswith(SUFFIXES)]
     if not images:
         content = "holds no PNG, JPEG or WEBP image" if files else "is empty"
-        found = f"; it holds {count_suffixes(files)}" if files else ""
+        found = f"; it holds {_count_suffixes(files)}" if files else ""
         raise ValueError(f"{root}: this folder {content}; put images there or choose another --data.source{found}")
     captions = read_captions(root, files, images)
     names, notes = _choose_split(images, split)
@@ -122,10 +122,10 @@ def _describe_skipped(files: Sequence[str]) -> Iterator[str]:
     for name in files:
         kinds[next(why for suffixes, why in SKIPPED.items() if name.lower().endswith(suffixes))].append(name)
     for why, names in kinds.items():
-        yield f"{len(names):,} skipped {why}: {first_names(names, 3)} ({count_suffixes(names)})"
+        yield f"{len(names):,} skipped {why}: {first_names(names, 3)} ({_count_suffixes(names)})"
 
 
-def count_suffixes(names: Iterable[str]) -> str:
+def _count_suffixes(names: Iterable[str]) -> str:
     """How many files there are of each suffix."""
     counts = Counter(PurePosixPath(name).suffix.lower() or "without a suffix" for name in names)
     return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common(12))

@@ -107,7 +107,7 @@ def open_medical(config: DataConfig, split: Split) -> MedicalSource:
         reasons = count_reasons(found.refused) or "localizers alone"
         raise ValueError(f"{root}: no medical image can be read here: {reasons}")
     slices = add_template(add_tables(root, found), config.caption_template)
-    slices, patient_notes = _fill_in_patients(slices)
+    slices, patient_notes = _fill_in_patients(root, slices)
     check_series(slices)
     check_windows(slices, windows, config.window)
     check_spacing(slices, config.spacing)
@@ -132,12 +132,16 @@ def open_medical(config: DataConfig, split: Split) -> MedicalSource:
     )
 
 
-def _fill_in_patients(slices: Sequence[Slice]) -> tuple[list[Slice], list[str]]:
+def _fill_in_patients(root: Path, slices: Sequence[Slice]) -> tuple[list[Slice], list[str]]:
     """Each file without a patient counts as one; and a note on that."""
     nameless = {item.path for item in slices if not item.patient}
     remedy = "write a table metadata.csv with columns file_name and patient"
     notes = [f"{len(nameless):,} files name no patient, and each counts as one: {remedy}"] if nameless else []
-    return [item if item.patient else replace(item, patient=f"file {item.path}") for item in slices], notes
+
+    def filled(item: Slice) -> Slice:
+        return replace(item, patient=item.patient or f"file {item.path.relative_to(root).as_posix()}")
+
+    return list(map(filled, slices)), notes
 
 
 def _choose_split(root: Path, slices: Sequence[Slice], split: Split) -> tuple[list[int], list[str]]:
@@ -146,16 +150,22 @@ def _choose_split(root: Path, slices: Sequence[Slice], split: Split) -> tuple[li
     ValueError: a patient in both.
     """
     by_file = positions(slices, lambda item: item.path.relative_to(root).as_posix())
-    own, notes = own_splits(list(by_file))
+    own, _ = own_splits(list(by_file))  # whose notes name files
     if own:
         of_patients = {name: {slices[by_file[file][0]].patient for file in files} for name, files in own.items()}
         if both := of_patients["train"] & of_patients["test"]:
             raise ValueError(
                 f"{root}: {len(both):,} patients are in both splits of this folder: move all files of a patient to one"
             )
+        notes = [f"held out: the {len(own['test']):,} files of the held-out folder"]
+        if others := len(by_file) - sum(map(len, own.values())):
+            notes.append(f"{others:,} files skipped, in neither split")
         return [index for file in own[split] for index in by_file[file]], notes
     patients = sorted({item.patient for item in slices})
+    if len(patients) == 1:
+        remedy = "add more, or say who is who in a table metadata.csv with columns file_name and patient"
+        raise ValueError(f"{root}: all {len(slices):,} slices are of one patient, who is in one split alone: {remedy}")
     chosen = {patients[i] for i in hash_split(patients, split)}
     held_out = {patients[i] for i in hash_split(patients, "test")}
-    notes.append(f"held out: {len(held_out):,} of {len(patients):,} patients")
-    return [index for index, item in enumerate(slices) if item.patient in chosen], notes
+    note = f"held out: {len(held_out):,} of {len(patients):,} patients"
+    return [index for index, item in enumerate(slices) if item.patient in chosen], [note]

@@ -10,7 +10,7 @@ from statistics import median
 from ldm.data.batch_sampler import evenly_spaced
 from ldm.data.sources.base import short_hash
 from ldm.data.sources.medical_scan import MAX_LISTED, positions, read_pixels
-from ldm.medical.slices import Pixels, Slice
+from ldm.medical.slices import MAX_PIXELS, Pixels, Slice
 from ldm.medical.windows import Window
 
 MISSING_SLICE = 1.5  # times the usual distance of two slices
@@ -46,7 +46,14 @@ def check_spacing(slices: Sequence[Slice], spacing: float | None) -> None:
     if spacing is not None and unknown:
         raise ValueError(
             f"data.spacing {spacing}: {unknown:,} of {len(slices):,} slices do not say how large their pixels are: "
-            "leave it out, or move them elsewhere"
+            "say it in a table metadata.csv with columns file_name and spacing, or leave data.spacing out"
+        )
+    if spacing is not None and any(
+        side[0] * mm[0] * side[1] * mm[1] / spacing**2 > MAX_PIXELS
+        for side, mm in {(item.size, item.spacing) for item in slices if item.spacing}
+    ):
+        raise ValueError(
+            f"data.spacing {spacing}: some slices would have over {MAX_PIXELS:,} pixels: pass a larger one"
         )
     if spacing is None and (len(known) > 1 or (known and unknown)):
         have = f"{known[0]:g} to {known[-1]:g} mm" if len(known) > 1 else f"{known[0]:g} mm or unknown"

@@ -9,8 +9,8 @@ from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ldm.data.sources.captions import METADATA_FILES
-from ldm.data.sources.folder import count_suffixes, list_files
+from ldm.data.sources.captions import METADATA_FILES, SIDECAR_SUFFIXES
+from ldm.data.sources.folder import list_files
 from ldm.medical import dicom, grey, nifti
 from ldm.medical.formats import Format, format_of
 from ldm.medical.slices import Pixels, Plane, Slice
@@ -39,15 +39,19 @@ class Scan(NamedTuple):
         if self.refused:
             yield f"{len(self.refused):,} files refused (check_data.py lists them): {count_reasons(self.refused)}"
         paths = map(PurePosixPath, self.files)
-        if others := [str(path) for path in paths if not format_of(path) and path.name.lower() not in METADATA_FILES]:
-            yield f"{len(others):,} other files skipped: {count_suffixes(others)}"
+        texts = (*METADATA_FILES, *SIDECAR_SUFFIXES)
+        if others := [path for path in paths if not format_of(path) and not path.name.lower().endswith(texts)]:
+            yield f"{len(others):,} other files skipped"
 
 
 def read_pixels(item: Slice) -> Pixels:
     """The values of a slice, whatever its file is. ValueError: they cannot be read."""
     kind = format_of(item.path)
     assert kind is not None
-    return PIXEL_READERS[kind](item)
+    try:
+        return PIXEL_READERS[kind](item)
+    except OSError as error:  # whose message has the name of the file
+        raise ValueError(f"a file that cannot be read ({error.strerror or type(error).__name__})") from None
 
 
 def scan(root: Path, plane: Plane) -> Scan:
@@ -69,7 +73,9 @@ def _scan(root: Path, plane: Plane, files: Sequence[str], states: Sequence[tuple
     def read(name: str) -> list[Slice] | str:
         try:
             return readers[name](root / name)
-        except (ValueError, OSError) as error:
+        except OSError as error:  # whose message has the name of the file
+            return f"a file that cannot be read ({error.strerror or type(error).__name__})"
+        except ValueError as error:
             return str(error)
 
     with ThreadPoolExecutor() as pool:
