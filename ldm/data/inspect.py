@@ -117,7 +117,7 @@ def check_data(config: CheckDataConfig, limit: TokenLimit | None) -> Iterator[st
         size=data.resolution,
         limit=limit,
         enlarged=data.spacing is None,
-        alike=SLICES_ALIKE if train.patients else ALIKE,
+        alike=max_difference(train),
     )
     shown = [(info.thumbnail, next(iter(info.captions), "")) for info in images if info.thumbnail]
     if config.contact_sheet and shown:
@@ -201,6 +201,11 @@ def signature(image: Image.Image) -> NDArray[np.int16]:
     grid = np.asarray(image.convert("RGB").resize((12, 12), Image.Resampling.BOX), np.int16)
     shape = math.log(image.width / image.height) * 10 * ALIKE  # differs too much where one is a tenth wider
     return np.array([*grid.flat, round(shape)], np.int16)
+
+
+def max_difference(source: ImageTextSource) -> int:
+    """By how much signatures of images that look alike may differ in a set."""
+    return SLICES_ALIKE if source.patients else ALIKE
 
 
 def find_duplicates(signatures: Sequence[NDArray[np.int16]], alike: int = ALIKE) -> list[list[int]]:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.inspect import find_duplicates, signature
+from ldm.data.inspect import find_duplicates, max_difference, signature
 from ldm.data.loader import sample_batches
 from ldm.evaluation.estimates import Estimate, proportion_ci
 from ldm.evaluation.features import extract
@@ -176,7 +176,8 @@ def search_training(
 
     sets = {"samples": generated, "held-out images": subject.images}
     nearest = find_nearest(sets, batches(), spaces(subject))
-    groups = [[training.source.names[indices[i]] for i in group] for group in find_duplicates(signatures)]
+    alike = find_duplicates(signatures, max_difference(training.source))
+    groups = [[training.source.names[indices[i]] for i in group] for group in alike]
     duplicates = {
         "images": len(training),
         "searched": len(indices),

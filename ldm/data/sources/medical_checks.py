@@ -89,10 +89,10 @@ def series_name(series: str) -> str:
 
 
 def gaps(slices: Sequence[Slice]) -> Iterator[str]:
-    """A line on series in which a slice is missing."""
+    """A line on series in which a slice is missing; none of a volume is, but for empty ones."""
     found = []
     for series, members in positions(slices, lambda item: item.series).items():
-        places = sorted({round(slices[i].position or 0, 3) for i in members})
+        places = sorted({round(slices[i].position or 0, 3) for i in members if slices[i].orientation})
         steps = [after - before for before, after in pairwise(places)]
         if len(steps) > 1 and max(steps) > MISSING_SLICE * median(steps):
             at = steps.index(max(steps))
