@@ -21,7 +21,7 @@ def read_slices(path: Path) -> list[Slice]:
     except Exception as error:  # damaged files raise errors of many types in Pillow's decoders
         raise ValueError(f"not a PNG or TIFF image, or a damaged one ({type(error).__name__})") from None
     if mode not in GREY_MODES:
-        raise ValueError(f"an image of mode {mode}, only grey ones of 16 bits are read beside medical files")
+        raise ValueError(f"an image of mode {mode}, only grey ones of 16 bits are read in a folder of medical files")
     if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"{size[1]:,} x {size[0]:,} pixels, which is beyond the limit")
     return [Slice(path=path, index=page, size=size, bits=GREY_MODES[mode]) for page in range(pages)]

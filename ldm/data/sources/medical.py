@@ -4,7 +4,7 @@ Values stay floats from the file to the sample. A patient is never in both split
 is written nowhere: items are named by hashes, and messages name no id and no file; check_data lists files.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -74,10 +74,8 @@ class MedicalSource(ImageTextSource):
 
     @cached_property
     def _series(self) -> Mapping[str, list[Slice]]:
-        found = defaultdict[str, list[Slice]](list)
-        for item in self.slices:
-            found[item.series].append(item)
-        return found
+        by_series = positions(self.slices, lambda item: item.series)
+        return {series: [self.slices[i] for i in members] for series, members in by_series.items()}
 
     def _scale(self, item: Slice) -> tuple[float, float] | None:
         """By how much height and width of a slice grow."""

@@ -102,6 +102,7 @@ def gaps(slices: Sequence[Slice]) -> Iterator[str]:
 
 
 def count_burned_in(slices: Sequence[Slice]) -> Iterator[str]:
+    """A line on slices whose header says that text is part of the pixels."""
     burned = sum(item.burned_in for item in slices)
     if burned:
         yield f"{burned:,} slices say that text is burned into them, which may name the patient: look at them"

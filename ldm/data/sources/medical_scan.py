@@ -50,8 +50,13 @@ def read_pixels(item: Slice) -> Pixels:
     assert kind is not None
     try:
         return PIXEL_READERS[kind](item)
-    except OSError as error:  # whose message has the name of the file
-        raise ValueError(f"a file that cannot be read ({error.strerror or type(error).__name__})") from None
+    except OSError as error:
+        raise ValueError(_reason(error)) from None
+
+
+def _reason(error: OSError) -> str:
+    """What is wrong, without the name of the file, which the error's own message has."""
+    return f"a file that cannot be read ({error.strerror or type(error).__name__})"
 
 
 def scan(root: Path, plane: Plane) -> Scan:
@@ -73,8 +78,8 @@ def _scan(root: Path, plane: Plane, files: Sequence[str], states: Sequence[tuple
     def read(name: str) -> list[Slice] | str:
         try:
             return readers[name](root / name)
-        except OSError as error:  # whose message has the name of the file
-            return f"a file that cannot be read ({error.strerror or type(error).__name__})"
+        except OSError as error:
+            return _reason(error)
         except ValueError as error:
             return str(error)
 
